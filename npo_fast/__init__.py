@@ -1,0 +1,18 @@
+"""npo_fast: unlearning for language models, straight from hidden states and the LM head."""
+
+from npo_fast._version import __version__
+from npo_fast.losses import GA, NLL, NPO, SimNPO, npo_loss
+from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
+
+__all__ = [
+    "GA",
+    "NLL",
+    "NPO",
+    "SequenceLoss",
+    "SimNPO",
+    "__version__",
+    "linear_log_probs",
+    "linear_sequence_loss",
+    "npo_loss",
+    "segment_sum",
+]

@@ -1,0 +1,114 @@
+"""The row operators and their plain PyTorch kernels: the specification of every faster kernel.
+
+Both operators see one chunk of raw logits ``a = W h + b`` (before softcap and scale) and compute
+
+    z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
+    log_prob_n = z_n[y_n] - logsumexp(z_n)
+
+``row_log_probs_`` also replaces the chunk by the gradient of its own log-probabilities,
+
+    d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
+
+so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
+"""
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
+
+library = torch.library.Library("npo_fast", "DEF")
+library.define(
+    "row_log_probs_(Tensor(a!) logits, Tensor labels, Tensor? target_logits, "
+    "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+)
+library.define(
+    "row_log_probs(Tensor logits, Tensor labels, Tensor? target_logits, "
+    "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+)
+
+
+def row_log_probs_(
+    logits: Tensor,  # (R, V) raw logits; on return d log_prob / d logits
+    labels: Tensor,  # (R,) int64 in [0, V)
+    target_logits: Tensor | None,  # (R,) raw target logits that replace the rounded ones
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # log_probs (R,), lse (R,): fp32, or fp64 for fp64 logits
+    log_probs, lse = _outputs(logits)
+    for rows in _slabs(logits):
+        z, slope = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
+        z = z * logit_scale
+        lse[rows] = z.logsumexp(dim=-1)
+        column = labels[rows].unsqueeze(1)
+        log_probs[rows] = z.gather(1, column).squeeze(1) - lse[rows]
+        grad = z.sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+        # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
+        grad.scatter_(1, column, -torch.expm1(log_probs[rows]).unsqueeze(1))
+        if slope is not None:
+            grad.mul_(slope)
+        logits[rows] = grad.mul_(logit_scale).to(logits.dtype)
+    return log_probs, lse
+
+
+def row_log_probs(
+    logits: Tensor,  # (R, V) raw logits, left alone
+    labels: Tensor,  # (R,)
+    target_logits: Tensor | None,  # (R,)
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    log_probs, lse = _outputs(logits)
+    for rows in _slabs(logits):
+        z, _ = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
+        z = z * logit_scale
+        lse[rows] = z.logsumexp(dim=-1)
+        log_probs[rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1) - lse[rows]
+    return log_probs, lse
+
+
+def _activate(
+    logits: Tensor, labels: Tensor, target_logits: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Softcapped logits in at least fp32, and the slope of the softcap where there is one."""
+    raw = logits.to(_wide(logits.dtype))
+    if target_logits is not None:
+        raw = raw.scatter(1, labels.unsqueeze(1), target_logits.to(raw.dtype).unsqueeze(1))
+    if softcap is None:
+        return raw, None
+    tanh = (raw / softcap).tanh_()
+    return tanh * softcap, 1 - tanh.square()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = logits.shape[:1], _wide(logits.dtype)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
+
+
+def _at(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def _slabs(logits: Tensor) -> list[slice]:
+    rows, vocabulary = logits.shape
+    step = max(1, SLAB_BYTES // (4 * max(1, vocabulary)))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _fake(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(logits)
+
+
+for _name, _kernel in (("row_log_probs_", row_log_probs_), ("row_log_probs", row_log_probs)):
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"npo_fast::{_name}", _fake, lib=library)

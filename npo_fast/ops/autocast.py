@@ -1,0 +1,15 @@
+"""Autocast for the fused operators: they take part like ``torch.nn.functional.linear``."""
+
+import torch
+from torch import Tensor
+
+
+def autocast_inputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs in autocast's dtype where it is on; gradients flow back through the casts."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,104 @@
+"""What the public operators refuse, with the offending shape or value in the message."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: hidden must be (N, D) and weight (V, D) with the same D, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{op}: hidden and weight must have one dtype of float32, bfloat16, float16 or "
+            f"float64, got {hidden.dtype} and {weight.dtype} (autocast casts both)"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{op}: labels must be ({hidden.shape[0]},), one a row of hidden, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
+    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{op}: hidden is on {hidden.device} but {name} on {tensor.device}; "
+                f"move {name} with {name}.to({str(hidden.device)!r})"
+            )
+    _check_labels(op, labels, weight.shape[0])
+
+
+def _check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
+    inside = ((labels >= 0) & (labels < vocabulary)).all()
+    if labels.device.type == "cuda":
+        # no host synchronisation: the device raises when it gets there
+        torch._assert_async(inside, f"{op}: a label is outside [0, {vocabulary})")
+        return
+    if labels.device.type == "cpu" and not bool(inside):
+        row = int(((labels < 0) | (labels >= vocabulary)).nonzero()[0])
+        raise ValueError(
+            f"{op}: labels[{row}] = {int(labels[row])} is outside the vocabulary [0, {vocabulary}); "
+            "drop ignored positions such as -100 before the call"
+        )
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        raise ValueError(f"{op}: cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
+        raise ValueError(
+            f"{op}: hidden is on {device} but cu_seqlens on {cu_seqlens.device}; "
+            f"move it to {device} or the CPU"
+        )
+    well_formed = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.device.type == "cuda":
+        torch._assert_async(well_formed, f"{op}: cu_seqlens must rise from 0 to {rows}")
+    elif cu_seqlens.device.type == "cpu" and not bool(well_formed):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to the {rows} rows of hidden, "
+            f"got {_preview(cu_seqlens)}"
+        )
+
+
+def check_ref_log_probs(
+    op: str, loss: object, ref_log_probs: Tensor | None, sequences: int, rows: int, device: torch.device
+) -> None:
+    reference = getattr(loss, "reference", None)
+    name = type(loss).__name__
+    if reference is None:
+        return
+    if ref_log_probs is None:
+        raise ValueError(f"{op}: {name} compares with a reference: pass ref_log_probs")
+    expected = sequences if reference == "sequence" else rows
+    if ref_log_probs.shape != (expected,):
+        raise ValueError(
+            f"{op}: {name} needs ref_log_probs of shape ({expected},), one a {reference}, "
+            f"got {tuple(ref_log_probs.shape)}"
+        )
+    if ref_log_probs.device != device:
+        raise ValueError(
+            f"{op}: hidden is on {device} but ref_log_probs on {ref_log_probs.device}"
+        )
+
+
+def _preview(values: Tensor, most: int = 8) -> str:
+    shown = ", ".join(str(int(v)) for v in values[:most])
+    return f"[{shown}{', …' if len(values) > most else ''}]"

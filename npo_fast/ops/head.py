@@ -1,0 +1,134 @@
+"""The LM head, a chunk of rows at a time: the three GEMMs and the row kernels around them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import npo_fast.kernels  # noqa: F401  (declares the operators)
+
+CHUNK_BYTES = 96 << 20  # logits alive at a time
+UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
+
+
+@dataclass(frozen=True)
+class Head:
+    """``z = logit_scale * softcap(weight @ h + bias)`` and what has to be known to evaluate it."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """CPUs multiply fp32 faster than bf16 or fp16, and a wide chunk costs no accuracy."""
+        dtype = self.weight.dtype
+        return dtype if self.weight.is_cuda else torch.promote_types(dtype, torch.float32)
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def chunk_rows(self) -> int:
+        """Rows whose logits fit ``CHUNK_BYTES``, at least one."""
+        row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
+        return max(1, CHUNK_BYTES // max(1, row_bytes))
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (R, D) -> (R, V) raw, before softcap and scale
+        hidden = hidden.to(self.logits_dtype)
+        logits = hidden.new_empty(hidden.shape[0], self.weight.shape[0])
+        for columns, weight in self._weight_tiles():
+            if self.bias is None:
+                torch.mm(hidden, weight.t(), out=logits[:, columns])
+            else:
+                bias = self.bias[columns].to(hidden.dtype)
+                torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
+        return logits
+
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (R, D), (R,) -> (R,)
+        logits = self.logits(hidden)
+        target = self._target_logits(hidden, labels)
+        log_probs, _ = torch.ops.npo_fast.row_log_probs(
+            logits, labels, target, self.softcap, self.logit_scale
+        )
+        return log_probs
+
+    def log_probs_and_gradient(
+        self, hidden: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (R,) log-probs and (R, V) their gradient in the raw logits
+        logits = self.logits(hidden)
+        target = self._target_logits(hidden, labels)
+        log_probs, _ = torch.ops.npo_fast.row_log_probs_(
+            logits, labels, target, self.softcap, self.logit_scale
+        )
+        return log_probs, logits
+
+    def hidden_gradient(self, logits_gradient: Tensor) -> Tensor:  # (R, V) -> (R, D)
+        tiles = self._weight_tiles()
+        columns, weight = next(tiles)
+        out = torch.mm(logits_gradient[:, columns], weight)
+        for columns, weight in tiles:
+            out.addmm_(logits_gradient[:, columns], weight)
+        return out
+
+    def _target_logits(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
+        """Raw target logits from an fp32 dot, where the chunk itself is rounded to half."""
+        if self.logits_dtype == self.wide_dtype:
+            return None
+        target = (hidden.to(self.wide_dtype) * self.weight[labels].to(self.wide_dtype)).sum(-1)
+        return target if self.bias is None else target + self.bias[labels].to(self.wide_dtype)
+
+    def _weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in ``logits_dtype``: itself, or one converted slice of rows after another."""
+        vocabulary, width = self.weight.shape
+        if self.weight.dtype == self.logits_dtype:
+            yield slice(0, vocabulary), self.weight
+            return
+        step = max(1, UPCAST_BYTES // (width * self.logits_dtype.itemsize))
+        for first in range(0, vocabulary, step):
+            columns = slice(first, min(first + step, vocabulary))
+            yield columns, self.weight[columns].to(self.logits_dtype)
+
+
+class HeadGradients:
+    """Gradients of hidden, weight and bias, summed over chunks in a fixed order."""
+
+    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
+        self.head = head
+        weight, bias = head.weight, head.bias
+        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.weight = weight.new_zeros(weight.shape, dtype=head.wide_dtype) if needs[1] else None
+        self.bias = None
+        if bias is not None and needs[2]:
+            self.bias = bias.new_zeros(bias.shape, dtype=head.wide_dtype)
+
+    def add(
+        self,
+        rows: slice,
+        hidden: Tensor,  # (R, D) the rows of this chunk
+        logits_gradient: Tensor,  # (R, V) d log_prob / d logits
+        g: Tensor,  # (R,) d loss / d log_prob
+    ) -> None:
+        """``d_hidden = g * (G W)`` and ``d_weight += G^T (g * hidden)``: g never meets width V."""
+        g = g.unsqueeze(1)
+        if self.hidden is not None:
+            self.hidden[rows] = self.head.hidden_gradient(logits_gradient) * g
+        if self.weight is not None:
+            scaled = (hidden * g).to(logits_gradient.dtype)
+            if logits_gradient.dtype == self.weight.dtype:
+                self.weight.addmm_(logits_gradient.t(), scaled)
+            else:
+                self.weight += torch.mm(logits_gradient.t(), scaled, out_dtype=self.weight.dtype)
+        if self.bias is not None:
+            self.bias += torch.mv(logits_gradient.t().to(g.dtype), g.squeeze(1))
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients in the dtypes of their parameters."""
+        weight, bias = self.weight, self.bias
+        return (
+            self.hidden,
+            None if weight is None else weight.to(self.head.weight.dtype),
+            None if bias is None or self.head.bias is None else bias.to(self.head.bias.dtype),
+        )

@@ -1,0 +1,98 @@
+"""Log-probabilities of labels under a linear head, without the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from npo_fast.ops.autocast import autocast_inputs
+from npo_fast.ops.checks import check_head
+from npo_fast.ops.head import Head, HeadGradients
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+) -> Tensor:  # (N,)
+    """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the backward
+    pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing V-wide.
+
+    Args:
+        hidden: rows that predict a label, (N, D), fp32, bf16, fp16 or fp64.
+        weight: the head, (V, D), in the dtype of ``hidden``.
+        labels: the token each row predicts, (N,), int64 or int32, in [0, V): already shifted.
+        bias: (V,) or None.
+        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
+        logit_scale: factor on the (capped) logits.
+        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold.
+
+    Returns:
+        (N,) in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or labels that do not fit together.
+    """
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
+    head = Head(weight, bias, softcap, logit_scale)
+    step = resolve_chunk_rows("linear_log_probs", head, chunk_rows)
+    return _LinearLogProbs.apply(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
+
+
+def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
+    if chunk_rows is None:
+        return head.chunk_rows()
+    if chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
+    return chunk_rows
+
+
+def blocks(rows: slice, step: int) -> list[slice]:
+    """``rows`` cut into slices of at most ``step``."""
+    return [slice(at, min(at + step, rows.stop)) for at in range(rows.start, rows.stop, step)]
+
+
+def forward_log_probs(head: Head, hidden: Tensor, labels: Tensor, step: int) -> Tensor:  # (N,)
+    """The forward pass alone, a chunk of rows at a time."""
+    out = hidden.new_empty(hidden.shape[:1], dtype=head.wide_dtype)
+    for rows in blocks(slice(0, len(hidden)), step):
+        out[rows] = head.log_probs(hidden[rows], labels[rows])
+    return out
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        step: int,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.settings = softcap, logit_scale, step
+        return forward_log_probs(Head(weight, bias, softcap, logit_scale), hidden, labels, step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        softcap, logit_scale, step = ctx.settings
+        head = Head(weight, bias, softcap, logit_scale)
+        gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
+        for rows in blocks(slice(0, len(hidden)), step):
+            _, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows])
+            gradients.add(rows, hidden[rows], logits_gradient, g[rows])
+        return *gradients.finish(), None, None, None, None

@@ -1,0 +1,207 @@
+"""Any loss of sequence log-probabilities with all its gradients, in one pass over the head."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from npo_fast.ops.autocast import autocast_inputs
+from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
+from npo_fast.ops.head import Head, HeadGradients
+from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chunk_rows
+from npo_fast.ops.segments import segment_sum
+
+Reduction = Literal["mean", "token_mean", "sum"]
+
+
+class SequenceLoss(Protocol):
+    """What ``linear_sequence_loss`` asks of a loss: one value a sequence from its token log-probs.
+
+    ``reference`` says what ``ref_log_probs`` holds: one value a "sequence", one a "token", or
+    nothing (None). ``group`` consecutive sequences may depend on each other (pairs: 2; the whole
+    batch: 0) and are never split between chunks.
+    """
+
+    reference: ClassVar[Literal["sequence", "token"] | None]
+    group: ClassVar[int]
+
+    def __call__(
+        self,
+        log_probs: Tensor,  # (n,) token log-probs of whole sequences
+        cu_seqlens: Tensor,  # (s + 1,) where the sequences begin and end
+        ref_log_probs: Tensor | None,  # (s,), (n,) or None
+    ) -> Tensor: ...  # (s,)
+
+
+def linear_sequence_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    loss: SequenceLoss,
+    *,
+    ref_log_probs: Tensor | None = None,  # (S,), or (N,) where the loss wants one a token
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: Reduction = "mean",
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+    """Loss of whole sequences straight from hidden states and the LM head.
+
+        z_n = logit_scale * softcap(W h_n + b),    l_n = z_n[y_n] - logsumexp(z_n)
+        loss = reduce_i L(l_n of sequence i, reference of sequence i)
+
+    The forward pass computes the gradients too: chunks hold whole sequences, so each chunk's
+    logits are made once, turned into their gradient in place and used up (6NDV flops, the three
+    GEMMs that any method needs). A sequence longer than a chunk pays one more forward GEMM.
+
+    Args:
+        hidden: rows that predict a label, (N, D), fp32, bf16, fp16 or fp64; prompt and padding
+            rows are left out by the caller.
+        weight: the head, (V, D), in the dtype of ``hidden``. Frozen: its GEMM is not done.
+        labels: the token each row predicts, (N,), int64 or int32, in [0, V): already shifted.
+        cu_seqlens: (S + 1,), int32 or int64: sequence i is rows ``cu_seqlens[i]`` to
+            ``cu_seqlens[i + 1]``. On the CPU it costs a GPU caller no synchronisation.
+        loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
+        ref_log_probs: log-probs under the reference model, one a sequence (or one a token).
+        bias: (V,) or None.
+        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
+        logit_scale: factor on the (capped) logits.
+        reduction: "mean" over sequences, "token_mean" (sum / number of tokens), "sum".
+        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold.
+
+    Returns:
+        The scalar loss, differentiable once in hidden, weight and bias, and the detached
+        log-probs of the sequences, (S,); both fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
+            unknown reduction, or a missing reference.
+
+    Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
+    """
+    op = "linear_sequence_loss"
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    check_head(op, hidden, weight, labels, bias, softcap)
+    check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
+    sequences = len(cu_seqlens) - 1
+    check_ref_log_probs(op, loss, ref_log_probs, sequences, len(hidden), hidden.device)
+    if reduction not in ("mean", "token_mean", "sum"):
+        raise ValueError(
+            f"{op}: reduction must be 'mean', 'token_mean' or 'sum', got {reduction!r}"
+        )
+    if loss.group > 1 and sequences % loss.group:
+        raise ValueError(
+            f"{op}: {type(loss).__name__} takes sequences in groups of {loss.group}, got {sequences}"
+        )
+    count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
+    step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
+    ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
+    return _LinearSequenceLoss.apply(
+        hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
+        loss, softcap, logit_scale, 1.0 / max(count, 1), step,
+    )  # fmt: skip
+
+
+class _LinearSequenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor,
+        ref_log_probs: Tensor | None,
+        loss: SequenceLoss,
+        softcap: float | None,
+        logit_scale: float,
+        scale: float,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        head = Head(weight, bias, softcap, logit_scale)
+        needs = ctx.needs_input_grad[:3]
+        if not any(needs):
+            log_probs = forward_log_probs(head, hidden, labels, step)
+            values = loss(log_probs, cu_seqlens, ref_log_probs)
+            return values.sum() * scale, segment_sum(log_probs, cu_seqlens)
+
+        gradients = HeadGradients(head, hidden, needs)
+        total = hidden.new_zeros((), dtype=head.wide_dtype)
+        sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
+        for chunk in _chunks(cu_seqlens, loss, len(hidden), step):
+            rows, sequences, offsets = chunk
+            one_pass = rows.stop - rows.start <= step
+            if one_pass:
+                log_probs, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows])
+            else:  # the weight g needs the whole group: its log-probs first, its gradient after
+                log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
+            ref = _part(ref_log_probs, loss, rows, sequences)
+            value, g = _value_and_weight(loss, log_probs, offsets, ref)
+            total += value
+            sequence_log_probs[sequences] = segment_sum(log_probs, offsets)
+            g = g * scale
+            if one_pass:
+                gradients.add(rows, hidden[rows], logits_gradient, g)
+                continue
+            for block in blocks(rows, step):
+                _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block])
+                within = slice(block.start - rows.start, block.stop - rows.start)
+                gradients.add(block, hidden[block], logits_gradient, g[within])
+        ctx.gradients = gradients.finish()
+        ctx.mark_non_differentiable(sequence_log_probs)
+        return total * scale, sequence_log_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_sequence_loss: its gradients were used up by an earlier backward; "
+                "call it again instead of retain_graph=True"
+            )
+        # scaled in place and let go: autograd then keeps these buffers instead of copies
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if one is None else one.mul_(upstream) for one in gradients]
+        return *scaled, None, None, None, None, None, None, None, None
+
+
+def _chunks(
+    cu_seqlens: Tensor, loss: SequenceLoss, rows: int, step: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Whole groups of sequences, as many as fit ``step`` rows: (rows, sequences, offsets)."""
+    sequences = len(cu_seqlens) - 1
+    group = loss.group or max(sequences, 1)
+    if rows <= step or group >= sequences:  # one chunk: nothing to read back from a GPU
+        yield slice(0, rows), slice(0, sequences), cu_seqlens
+        return
+    bounds = cu_seqlens.tolist()
+    first = 0
+    while first < sequences:
+        last = first + group
+        while last < sequences and bounds[last + group] - bounds[first] <= step:
+            last += group
+        offsets = cu_seqlens[first : last + 1] - bounds[first]
+        yield slice(bounds[first], bounds[last]), slice(first, last), offsets
+        first = last
+
+
+def _part(
+    ref_log_probs: Tensor | None, loss: SequenceLoss, rows: slice, sequences: slice
+) -> Tensor | None:
+    if ref_log_probs is None:
+        return None
+    return ref_log_probs[sequences if loss.reference == "sequence" else rows]
+
+
+def _value_and_weight(
+    loss: SequenceLoss, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
+) -> tuple[Tensor, Tensor]:  # scalar, (n,): the summed loss and g = d loss / d log_probs
+    with torch.enable_grad():
+        log_probs = log_probs.detach().requires_grad_()
+        value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
+        (g,) = torch.autograd.grad(value, log_probs)
+    return value.detach(), g

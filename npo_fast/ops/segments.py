@@ -1,0 +1,13 @@
+"""Sums over sequences that lie end to end."""
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(
+    values: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,)
+    """``out[i] = sum(values[cu_seqlens[i]:cu_seqlens[i + 1]])``; an empty sequence sums to 0."""
+    offsets = cu_seqlens.to(values.device, torch.int64)
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
