@@ -79,7 +79,12 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.devic
 
 
 def check_ref_log_probs(
-    op: str, loss: object, ref_log_probs: Tensor | None, sequences: int, rows: int, device: torch.device
+    op: str,
+    loss: object,
+    ref_log_probs: Tensor | None,
+    sequences: int,
+    rows: int,
+    device: torch.device,
 ) -> None:
     reference = getattr(loss, "reference", None)
     name = type(loss).__name__
@@ -94,9 +99,7 @@ def check_ref_log_probs(
             f"got {tuple(ref_log_probs.shape)}"
         )
     if ref_log_probs.device != device:
-        raise ValueError(
-            f"{op}: hidden is on {device} but ref_log_probs on {ref_log_probs.device}"
-        )
+        raise ValueError(f"{op}: hidden is on {device} but ref_log_probs on {ref_log_probs.device}")
 
 
 def _preview(values: Tensor, most: int = 8) -> str:
