@@ -8,13 +8,13 @@ few lines of its formula. Smaller is better for the optimiser: minimising a forg
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.ops import linear_sequence_loss, segment_sum
+from npo_fast.ops import Reference, linear_sequence_loss, segment_sum
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class GA:
     of the NPO paper); with ``"mean"`` the limit of NPO as beta -> 0, up to a constant.
     """
 
-    reference: ClassVar[None] = None
+    reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
 
     def __call__(
@@ -41,7 +41,7 @@ class NLL:
     With ``reduction="token_mean"`` the loss that Hugging Face models report.
     """
 
-    reference: ClassVar[None] = None
+    reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
 
     def __call__(
@@ -59,7 +59,7 @@ class NPO:
     """
 
     beta: float = 0.1
-    reference: ClassVar[Literal["sequence"]] = "sequence"
+    reference: ClassVar[Reference] = "sequence"
     group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -68,6 +68,7 @@ class NPO:
     def __call__(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
     ) -> Tensor:
+        assert ref_log_probs is not None
         r = segment_sum(log_probs, cu_seqlens) - ref_log_probs
         return -(2 / self.beta) * F.logsigmoid(-self.beta * r)
 
@@ -81,7 +82,7 @@ class SimNPO:
 
     beta: float = 2.5
     delta: float = 0.0
-    reference: ClassVar[None] = None
+    reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

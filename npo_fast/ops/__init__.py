@@ -1,7 +1,19 @@
 """Linear layer and loss in one: from hidden states and the LM head, never holding the logits."""
 
 from npo_fast.ops.linear_log_probs import linear_log_probs
-from npo_fast.ops.linear_sequence_loss import SequenceLoss, linear_sequence_loss
+from npo_fast.ops.linear_sequence_loss import (
+    Reduction,
+    Reference,
+    SequenceLoss,
+    linear_sequence_loss,
+)
 from npo_fast.ops.segments import segment_sum
 
-__all__ = ["SequenceLoss", "linear_log_probs", "linear_sequence_loss", "segment_sum"]
+__all__ = [
+    "Reduction",
+    "Reference",
+    "SequenceLoss",
+    "linear_log_probs",
+    "linear_sequence_loss",
+    "segment_sum",
+]

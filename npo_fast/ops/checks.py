@@ -53,8 +53,8 @@ def _check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
     if labels.device.type == "cpu" and not bool(inside):
         row = int(((labels < 0) | (labels >= vocabulary)).nonzero()[0])
         raise ValueError(
-            f"{op}: labels[{row}] = {int(labels[row])} is outside the vocabulary [0, {vocabulary}); "
-            "drop ignored positions such as -100 before the call"
+            f"{op}: labels[{row}] = {int(labels[row])} is outside the vocabulary "
+            f"[0, {vocabulary}); drop ignored positions such as -100 before the call"
         )
 
 

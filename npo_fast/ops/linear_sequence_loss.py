@@ -14,6 +14,7 @@ from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chu
 from npo_fast.ops.segments import segment_sum
 
 Reduction = Literal["mean", "token_mean", "sum"]
+Reference = Literal["sequence", "token"] | None
 
 
 class SequenceLoss(Protocol):
@@ -24,7 +25,7 @@ class SequenceLoss(Protocol):
     batch: 0) and are never split between chunks.
     """
 
-    reference: ClassVar[Literal["sequence", "token"] | None]
+    reference: ClassVar[Reference]
     group: ClassVar[int]
 
     def __call__(
@@ -95,7 +96,8 @@ def linear_sequence_loss(
         )
     if loss.group > 1 and sequences % loss.group:
         raise ValueError(
-            f"{op}: {type(loss).__name__} takes sequences in groups of {loss.group}, got {sequences}"
+            f"{op}: {type(loss).__name__} takes sequences in groups of {loss.group}, "
+            f"got {sequences}"
         )
     count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
