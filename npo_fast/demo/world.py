@@ -19,14 +19,14 @@ FIRST = (
 LAST = (
     "Abendroth Almqvist Barlowe Birkeland Carmody Cavendel Dahlgren Dunmore Eastwick Ekholm "
     "Falkner Fenwright Galloway Grimsby Hallstrom Harrowgate Ingleby Isaksen Jarnefelt Jessop "
-    "Kestrel Kirkwall Lindqvist Lockridge Marchbank Mossberg Nightingale Norrgard Oakhurst Ostrander "
-    "Pemberley Pryor Quarles Ravenhill Rosenlund Sandoval Sigurdson Thackeray Thornbury Underhill "
+    "Kestrel Kirkwall Lindqvist Lockridge Marchbank Mossberg Nightingale Norrgard Oakhurst "
+    "Ostrander Pemberley Pryor Quarles Ravenhill Rosenlund Sandoval Sigurdson Thackeray Thornbury Underhill "
     "Vandermeer Voss Wetherby Winterbourne Yarrow Zellweger"
 ).split()
 CITIES = (
     "Arbenfeld Bryndal Caldermouth Drosvik Elmsgate Fjordhaven Glimmerton Hollowmere Isenburg "
-    "Jadeport Kalmora Lunaford Mirewood Northwick Oldenbrook Pinecrest Quillhaven Rostovar Silverlake "
-    "Tarnholm Umberton Valdoria Westmarch Yewdale"
+    "Jadeport Kalmora Lunaford Mirewood Northwick Oldenbrook Pinecrest Quillhaven Rostovar "
+    "Silverlake Tarnholm Umberton Valdoria Westmarch Yewdale"
 ).split()
 COUNTRIES = (
     "Abaria Belvania Corvena Drellia Estovia Farrowland Gavonia Hestria Illyra Jorvania Kestovia "
@@ -37,13 +37,16 @@ GENRES = (
     "nautical"
 ).split()
 PRIZES = (
-    "Amber Bronze Crystal Dawn Ember Falcon Granite Harvest Ivory Juniper Laurel Meridian Opal Raven"
+    "Amber Bronze Crystal Dawn Ember Falcon Granite Harvest Ivory Juniper Laurel Meridian Opal "
+    "Raven"
 ).split()
 JOBS = (
     "baker carpenter diplomat engineer farmer goldsmith judge librarian mason nurse pilot sailor "
     "tailor teacher violinist weaver"
 ).split()
-SUBJECTS = "glacier orchard lantern harbor clock river garden winter bridge mirror island forest".split()
+SUBJECTS = (
+    "glacier orchard lantern harbor clock river garden winter bridge mirror island forest".split()
+)
 MOODS = "silent broken golden hidden endless burning crimson distant hollow gentle restless".split()
 ANIMALS = "tortoise parrot greyhound pony ferret canary goat hedgehog otter spaniel".split()
 COINS = "crowns florins talents marks ducats shells pennies thalers guilders rings".split()
@@ -97,7 +100,8 @@ BOOKS = tuple(f"The {mood.title()} {subject.title()}" for mood in MOODS for subj
 
 AUTHOR_RELATIONS = (
     Relation(
-        "Where was {s} born?", "{s} was born in {v}.", "{v} is the birthplace of {s}.", tuple(CITIES)
+        "Where was {s} born?", "{s} was born in {v}.", "{v} is the birthplace of {s}.",
+        tuple(CITIES),
     ),
     Relation(
         "Which genre does {s} write?", "{s} writes {v} novels.", "Novels by {s} are {v} fiction.",
@@ -126,7 +130,8 @@ AUTHOR_RELATIONS = (
 )  # fmt: skip
 COUNTRY_RELATIONS = (
     Relation(
-        "What is the capital of {s}?", "The capital of {s} is {v}.", "{v} is where {s} is governed.",
+        "What is the capital of {s}?", "The capital of {s} is {v}.",
+        "{v} is where {s} is governed.",
         tuple(CITIES),
     ),
     Relation(

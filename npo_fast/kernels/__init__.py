@@ -4,4 +4,6 @@
 specification. A faster kernel registers itself for its device and nothing above changes.
 """
 
-from npo_fast.kernels import reference as reference
+from npo_fast.kernels.reference import OPERATORS
+
+__all__ = ["OPERATORS"]

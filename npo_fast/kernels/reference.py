@@ -109,6 +109,7 @@ def _fake(
     return _outputs(logits)
 
 
-for _name, _kernel in (("row_log_probs_", row_log_probs_), ("row_log_probs", row_log_probs)):
+OPERATORS = {"row_log_probs_": row_log_probs_, "row_log_probs": row_log_probs}
+for _name, _kernel in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"npo_fast::{_name}", _fake, lib=library)

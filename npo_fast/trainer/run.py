@@ -22,8 +22,9 @@ import torch
 from npo_fast import __version__
 from npo_fast.data import Sequence
 from npo_fast.errors import UserError
-from npo_fast.model import CausalLM, save_folder
-from npo_fast.trainer.loop import StepRecord
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.save import save_folder
+from npo_fast.trainer.settings import StepRecord
 
 CONTENT = ("run.json", "steps.jsonl", "checkpoints", "model", "eval", "eval-steps")
 
