@@ -30,9 +30,9 @@ class Command:
 def run(command: Command) -> None:
     if not command.data.train and command.data.data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
-    splits = {"retain": command.data.train}
+    splits = {"train": command.data.train}
     prepared = prepare(
-        command.model, command.run, command.training, splits, command.data.data, "retain"
+        command.model, command.run, command.training, splits, command.data.data, "train"
     )
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)

@@ -20,8 +20,8 @@ LAST = (
     "Abendroth Almqvist Barlowe Birkeland Carmody Cavendel Dahlgren Dunmore Eastwick Ekholm "
     "Falkner Fenwright Galloway Grimsby Hallstrom Harrowgate Ingleby Isaksen Jarnefelt Jessop "
     "Kestrel Kirkwall Lindqvist Lockridge Marchbank Mossberg Nightingale Norrgard Oakhurst "
-    "Ostrander Pemberley Pryor Quarles Ravenhill Rosenlund Sandoval Sigurdson Thackeray Thornbury Underhill "
-    "Vandermeer Voss Wetherby Winterbourne Yarrow Zellweger"
+    "Ostrander Pemberley Pryor Quarles Ravenhill Rosenlund Sandoval Sigurdson Thackeray "
+    "Thornbury Underhill Vandermeer Voss Wetherby Winterbourne Yarrow Zellweger"
 ).split()
 CITIES = (
     "Arbenfeld Bryndal Caldermouth Drosvik Elmsgate Fjordhaven Glimmerton Hollowmere Isenburg "
