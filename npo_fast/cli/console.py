@@ -27,7 +27,7 @@ def follow(records: Iterable[StepRecord], what: str) -> Iterator[StepRecord]:
     try:
         for record in records:
             if bar is None:
-                bar = tqdm(total=record.steps, desc=what, unit="step", dynamic_ncols=True)
+                bar = _bar(record.steps, what, "step")
             terms = {name: f"{value:.3g}" for name, value in record.terms.items()}
             bar.set_postfix({**terms, "grad": f"{record.grad_norm:.2g}"}, refresh=False)
             bar.update()
@@ -47,7 +47,7 @@ def progress(what: str) -> Iterator[Any]:
             for bar in bars.values():
                 bar.close()
             name = part.replace("eval_", "").replace(".json", "").replace("_wo_options", "")
-            bars[part] = tqdm(total=total, desc=f"{what} {name}", unit="", dynamic_ncols=True)
+            bars[part] = _bar(total, f"{what} {name}", "")
         bars[part].update(done - bars[part].n)
 
     try:
@@ -55,6 +55,11 @@ def progress(what: str) -> Iterator[Any]:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def _bar(total: int, what: str, unit: str) -> "tqdm[Any]":
+    pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause)
 
 
 def table(rows: Iterable[Iterable[str]], header: Iterable[str]) -> str:

@@ -38,12 +38,11 @@ def row_log_probs_(
     log_probs, lse = _outputs(logits)
     for rows in _slabs(logits):
         z, slope = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        z = z * logit_scale
-        lse[rows] = z.logsumexp(dim=-1)
-        column = labels[rows].unsqueeze(1)
-        log_probs[rows] = z.gather(1, column).squeeze(1) - lse[rows]
-        grad = z.sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+        shifted, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
+        grad = shifted.exp_()
+        grad.div_(grad.sum(dim=-1, keepdim=True)).neg_()
         # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
+        column = labels[rows].unsqueeze(1)
         grad.scatter_(1, column, -torch.expm1(log_probs[rows]).unsqueeze(1))
         if slope is not None:
             grad.mul_(slope)
@@ -61,9 +60,7 @@ def row_log_probs(
     log_probs, lse = _outputs(logits)
     for rows in _slabs(logits):
         z, _ = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        z = z * logit_scale
-        lse[rows] = z.logsumexp(dim=-1)
-        log_probs[rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1) - lse[rows]
+        _, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
     return log_probs, lse
 
 
@@ -78,6 +75,15 @@ def _activate(
         return raw, None
     tanh = (raw / softcap).tanh_()
     return tanh * softcap, 1 - tanh.square()
+
+
+def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``z - max(z)``, the log-probs of the labels and the logsumexp, each rounded once or twice."""
+    top = z.amax(dim=-1, keepdim=True)
+    shifted = z - top
+    log_sum = shifted.exp().sum(dim=-1).log_()
+    log_probs = shifted.gather(1, labels.unsqueeze(1)).squeeze(1) - log_sum
+    return shifted, log_probs, top.squeeze(1) + log_sum
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

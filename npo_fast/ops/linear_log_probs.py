@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from npo_fast.ops.autocast import autocast_inputs
+from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head
 from npo_fast.ops.head import Head, HeadGradients
 
@@ -45,7 +45,10 @@ def linear_log_probs(
     check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
     head = Head(weight, bias, softcap, logit_scale)
     step = resolve_chunk_rows("linear_log_probs", head, chunk_rows)
-    return _LinearLogProbs.apply(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
+    with no_autocast(hidden):
+        return _LinearLogProbs.apply(
+            hidden, weight, bias, labels.long(), softcap, logit_scale, step
+        )
 
 
 def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
