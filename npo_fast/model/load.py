@@ -80,6 +80,9 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **arguments: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         return auto.from_pretrained(**arguments)
     except ImportError as error:
