@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from npo_fast.demo.lab import train_tokenizer
 from tests.conftest import tiny_model
 
@@ -15,6 +17,7 @@ FACTS = [
 def save_tiny_model(folder: Path) -> Path:
     texts = [f"Question: {fact['question']}\nAnswer: {fact['answer']}" for fact in FACTS]
     tokenizer = train_tokenizer(texts)
+    torch.manual_seed(0)
     model = tiny_model("Llama", vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
