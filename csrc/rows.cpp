@@ -16,18 +16,22 @@ namespace {
 constexpr int64_t BLOCK = 1024;  // logits whose z waits in L1 between their max and their sum
 constexpr int UNROLL = 2;        // accumulators a loop: hide latency, yet fit the registers
 
-// a -> z and, for the gradient, d z / d a
+template <class F>
+struct Activated {
+  Vector<F> z, slope;  // slope = d z / d a
+};
+
+// a -> z; where the slope is not read, the compiler drops it
 template <class F, bool capped>
 struct Activation {
   F softcap, scale;
 
   explicit Activation(const Rows& rows) : softcap(F(rows.softcap)), scale(F(rows.logit_scale)) {}
 
-  Vector<F> z(Vector<F> raw) const {
-    return capped ? tanh(raw / softcap) * softcap * scale : raw * scale;
-  }
-  Vector<F> slope(Vector<F> raw) const {
-    return capped ? tanh_slope<F>(raw / softcap) * scale : broadcast(scale);
+  Activated<F> operator()(Vector<F> raw) const {
+    if (!capped) return {raw * scale, broadcast(scale)};
+    const auto t = tanh(raw / softcap);
+    return {t.value * softcap * scale, t.slope * scale};
   }
 };
 
@@ -83,9 +87,9 @@ void add(LogSumExp& total, const T* logits, int64_t count, Activation<Wide<T>, c
     const int64_t padded = (n + step - 1) / step * step;
     int64_t at = 0;
     for (; at + lanes<F> <= n; at += lanes<F>) {
-      store(z + at, activation.z(load(logits + first + at)));
+      store(z + at, activation(load(logits + first + at)).z);
     }
-    if (at < n) store(z + at, activation.z(load_first(logits + first + at, n - at)));
+    if (at < n) store(z + at, activation(load_first(logits + first + at, n - at)).z);
     for (at = n; at < padded; ++at) z[at] = -INFINITY;
 
     const double most = largest(z, padded);
@@ -102,7 +106,8 @@ void write_gradient(T* logits, int64_t count, Activation<Wide<T>, capped> activa
                     Wide<T> shift, Wide<T> share) {
   using F = Wide<T>;
   const auto gradient = [&](Vector<F> raw) {
-    return exp(activation.z(raw) - shift) * -share * activation.slope(raw);
+    const auto [z, slope] = activation(raw);
+    return exp(z - shift) * -share * slope;
   };
   int64_t at = 0;
   for (; at + lanes<F> <= count; at += lanes<F>) store(logits + at, gradient(load(logits + at)));
@@ -121,11 +126,11 @@ void one_row(const Rows& rows, int64_t row) {
   LogSumExp others;
   add(others, logits, label, activation);
   add(others, logits + label + 1, rows.vocabulary - label - 1, activation);
-  const Vector<F> target = rows.target_logits
-                               ? broadcast(static_cast<const F*>(rows.target_logits)[row])
-                               : load_first(logits + label, 1);
+  const Activated<F> target =
+      activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
+                                    : load_first(logits + label, 1));
 
-  const double z = activation.z(target)[0];
+  const double z = target.z[0];
   const double rest = others.value();
   const double high = rest > z ? rest : z;
   const double low = rest > z ? z : rest;
@@ -138,8 +143,7 @@ void one_row(const Rows& rows, int64_t row) {
 
   const double shift = others.shift();
   write_gradient(logits, rows.vocabulary, activation, F(shift), F(::exp(shift - lse)));
-  const Vector<F> at_label = F(-::expm1(log_prob)) * activation.slope(target);
-  store_first(logits + label, at_label, 1);
+  store_first(logits + label, F(-::expm1(log_prob)) * target.slope, 1);
 }
 
 template <class T>
