@@ -9,7 +9,7 @@ from torch import Tensor
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 
 CHUNK_BYTES = 96 << 20  # logits alive at a time where gradients are wanted
-FORWARD_BYTES = 32 << 20  # and where not: one GEMM a chunk is content with fewer rows
+FORWARD_BYTES = 48 << 20  # and where not: fewer rows cost the GEMM more, for packing W again
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
 
 

@@ -35,7 +35,7 @@ def linear_log_probs(
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
         chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold
-            (32 MiB in the forward pass).
+            (48 MiB in the forward pass).
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
