@@ -102,6 +102,9 @@ def linear_sequence_loss(
     count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
+    if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(
             hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
@@ -153,8 +156,11 @@ class _LinearSequenceLoss(torch.autograd.Function):
             _, _, gradients = _loss_and_gradients(
                 head, hidden, labels, cu_seqlens, ref_log_probs, loss, scale, step, needs
             )
-        scaled = [None if one is None else one.mul_(upstream) for one in gradients]
-        return *scaled, None, None, None, None, None, None, None, None
+        if upstream.is_cuda or upstream != 1:  # a GPU would have to be waited for to tell
+            for one in gradients:
+                if one is not None:
+                    one.mul_(upstream)
+        return *gradients, None, None, None, None, None, None, None, None
 
 
 def _loss_and_gradients(
@@ -170,12 +176,15 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The one pass: loss, sequence log-probs, and gradients of hidden, weight and bias."""
     gradients = HeadGradients(head, hidden, needs)
+    buffer = head.buffer(min(step, len(hidden)))
     total = hidden.new_zeros((), dtype=head.wide_dtype)
     sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
     for rows, sequences, offsets in _chunks(cu_seqlens, loss, len(hidden), step):
         one_pass = rows.stop - rows.start <= step
         if one_pass:
-            log_probs, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows])
+            log_probs, logits_gradient = head.log_probs_and_gradient(
+                hidden[rows], labels[rows], buffer
+            )
         else:  # the weight g needs the whole group: its log-probs first, its gradient after
             log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
         ref = _part(ref_log_probs, loss, rows, sequences)
@@ -187,7 +196,7 @@ def _loss_and_gradients(
             gradients.add(rows, hidden[rows], logits_gradient, g)
             continue
         for block in blocks(rows, step):
-            _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block])
+            _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block], buffer)
             within = slice(block.start - rows.start, block.stop - rows.start)
             gradients.add(block, hidden[block], logits_gradient, g[within])
     return total * scale, sequence_log_probs, gradients.finish()
