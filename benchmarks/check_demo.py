@@ -1,6 +1,6 @@
 """The paper's effect in results of ``npo-fast demo --json``: exits with 1 where it is absent.
 
-    python benchmarks/check_demo.py RESULT.json [RESULT.json ...]
+python benchmarks/check_demo.py RESULT.json [RESULT.json ...]
 """
 
 import json

@@ -156,7 +156,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
             _, _, gradients = _loss_and_gradients(
                 head, hidden, labels, cu_seqlens, ref_log_probs, loss, scale, step, needs
             )
-        if upstream.is_cuda or upstream != 1:  # a GPU would have to be waited for to tell
+        if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
             for one in gradients:
                 if one is not None:
                     one.mul_(upstream)
