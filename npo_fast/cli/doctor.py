@@ -12,6 +12,7 @@ import torch
 import npo_fast.kernels
 from npo_fast.cli.console import show, table
 from npo_fast.cli.settings import Common
+from npo_fast.kernels import cpu
 
 PACKAGES = (
     "torch", "triton", "transformers", "datasets", "safetensors", "numpy", "scipy", "rouge-score",
@@ -61,6 +62,7 @@ def examine() -> dict[str, Any]:
         },
         "kernels": kernels(),
         "compiler": shutil.which("c++") or shutil.which("g++"),
+        "cpu_library": None if (library := cpu.library_path()) is None else str(library),
         "missing": missing,
     }
 
@@ -79,7 +81,7 @@ def kernels() -> dict[str, dict[str, str]]:
 
 
 def report(found: dict[str, Any]) -> str:
-    cpu = found["cpu"]
+    processor = found["cpu"]
     lines = [
         "Versions",
         *(f"  {name:<14}{value or 'not installed'}" for name, value in found["versions"].items()),
@@ -87,7 +89,7 @@ def report(found: dict[str, Any]) -> str:
         "",
         "Devices",
         *(f"  {device}" for device in found["devices"]),
-        f"  {cpu['threads']} threads on {cpu['cores']} cores, {cpu['instructions']}",
+        "  {threads} threads on {cores} cores, {instructions}".format(**processor),
         f"  compiler: {found['compiler'] or 'none'}",
         "",
         "Kernels",
@@ -96,6 +98,12 @@ def report(found: dict[str, Any]) -> str:
             ("  operator", "cpu", "cuda"),
         ),
     ]
+    if found["cpu_library"] is None:
+        lines += [
+            "",
+            "C++ kernels are not built. With PyTorch and a C++ compiler installed:",
+            "  pip install --force-reinstall --no-deps npo-fast   (in a checkout: .)",
+        ]
     if found["missing"]:
         lines += ["", "Not installed (only needed for what stands beside it)"]
         lines += [f"  {n:<14}{m['for']}: {m['get']}" for n, m in found["missing"].items()]

@@ -10,7 +10,7 @@ from npo_fast.cli.training import ModelOptions
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
-from npo_fast.metrics import load_result, save_result, summary
+from npo_fast.metrics import AGGREGATED, load_result, save_result, summary
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class DataOptions:
     """Log of the model trained without the forget set: forget quality compares with it."""
     output: Path | None = None
     """Folder for TOFU's log files."""
+    overwrite: Annotated[bool, Toggle] = False
+    """Replace the logs that are in the output folder."""
     no_utility: Annotated[bool, Toggle] = False
     """Leave out real authors and world facts."""
 
@@ -50,6 +52,8 @@ class Command:
 
 def run(command: Command) -> None:
     data = command.data
+    if data.output is not None and (data.output / AGGREGATED).exists() and not data.overwrite:
+        raise UserError(f"{data.output} holds logs; name another --output or add --overwrite")
     retrained = None if data.retrained is None else load_result(data.retrained)
     if data.log is not None:
         result = dict(load_result(data.log))

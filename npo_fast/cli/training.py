@@ -122,6 +122,18 @@ def prepare(
     return Prepared(template, sources, truncated, steps)
 
 
+def check_vocabulary(lm: "CausalLM", sources: Mapping[str, list[Sequence]]) -> None:
+    """A tokenizer of another model makes token ids that this one has no row for."""
+    rows = lm.vocabulary
+    for source, sequences in sources.items():
+        for sequence in sequences:
+            if (largest := max(sequence.input_ids)) >= rows:
+                raise UserError(
+                    f"{source} record {sequence.index + 1} has the token id {largest}, outside the "
+                    f"model's vocabulary of {rows}: model and tokenizer do not belong together"
+                )
+
+
 def run_training(
     command: Any,
     verb: str,
@@ -137,6 +149,7 @@ def run_training(
     from npo_fast.trainer.loop import train
     from npo_fast.trainer.run import Run
 
+    check_vocabulary(lm, prepared.sources)
     facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
     run = Run(run_options.output, run_options.overwrite, {**facts, "attention": lm.attention})
     tokenizer = prepared.template.tokenizer
@@ -151,7 +164,8 @@ def run_training(
     except NonFiniteError as error:
         kept = "no step was taken, so there is nothing to keep"
         if last is not None:
-            kept = f"that model is in {run.checkpoint(lm, tokenizer, last.step)}"
+            folder = run.checkpoint(lm, tokenizer, last.step, keep_older=True)
+            kept = f"that model is in {folder}, earlier checkpoints beside it"
         run.finish("stopped", error=str(error))
         raise NonFiniteError(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except BaseException as error:

@@ -53,6 +53,12 @@ class CausalLM:
         return self.head.weight.dtype
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that the model can read and predict."""
+        embedding = self.model.get_input_embeddings().weight
+        return min(self.head.weight.shape[0], embedding.shape[0])
+
+    @property
     def head_arguments(self) -> dict[str, Any]:
         """``weight``, ``bias``, ``softcap`` and ``logit_scale`` as the operators take them."""
         return {
@@ -150,10 +156,7 @@ class CausalLM:
 
     @torch.no_grad()
     def _probe(self) -> None:
-        vocabulary = min(
-            self.head.weight.shape[0], self.model.get_input_embeddings().weight.shape[0]
-        )
-        tokens = [int(token) for token in torch.linspace(1, vocabulary - 1, 19)]
+        tokens = [int(token) for token in torch.linspace(1, self.vocabulary - 1, 19)]
         sequences = [Sequence(tuple(tokens[:7]), 1, 0), Sequence(tuple(tokens[7:]), 1, 1)]
         (batch,) = (one.to(self.device) for one in pack(sequences, max_tokens=len(tokens)))
         singles = [one.to(self.device) for one in _one_by_one(batch)]

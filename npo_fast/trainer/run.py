@@ -55,12 +55,13 @@ class Run:
         self._steps.write(json.dumps(asdict(record)) + "\n")
         self._steps.flush()
 
-    def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep: int = 1) -> Path:
-        """Model and tokenizer after ``step``; then removes all but the newest ``keep``."""
+    def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep_older: bool = False) -> Path:
+        """Model and tokenizer after ``step``; once it is complete, older ones go."""
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
         save_model(lm, tokenizer, folder)
-        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        for old in sorted(folder.parent.glob("step-*")):
+            if old != folder and not keep_older:
+                shutil.rmtree(old)
         return folder
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
