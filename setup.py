@@ -78,9 +78,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
-        except Exception as error:
+        except Exception:
             if ext.optional:  # setuptools goes on without it
-                say(f"{error}; the compiler's message is above")
+                say("the compiler's message is above; cure it, then install npo-fast again")
             raise
 
     def _build(self, ext: Extension) -> None:
