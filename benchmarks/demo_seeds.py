@@ -2,8 +2,8 @@
 
     python benchmarks/demo_seeds.py --seeds 0 1 2
 
-Writes ``benchmarks/results/demo_seeds.json`` and exits with 1 where a seed misses the paper's effect
-(``check_demo.py`` says what that is).
+Writes ``benchmarks/results/demo_seeds.json`` and exits with 1 where a seed misses the paper's
+effect (``check_demo.py`` says what that is).
 """
 
 import argparse
