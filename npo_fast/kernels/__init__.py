@@ -4,4 +4,9 @@
 specification. A faster kernel registers itself for its device and nothing above changes.
 """
 
+from importlib.util import find_spec
+
 from npo_fast.kernels import reference as reference
+
+if find_spec("triton") is not None:
+    from npo_fast.kernels.triton import registration as registration

@@ -1,6 +1,6 @@
-"""The row operators and their plain PyTorch kernels: the specification of every faster kernel.
+"""The operators and their plain PyTorch kernels: the specification of every faster kernel.
 
-Both operators see one chunk of raw logits ``a = W h + b`` (before softcap and scale) and compute
+The row operators see one chunk of raw logits ``a = W h + b`` (before softcap and scale) and compute
 
     z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
     log_prob_n = z_n[y_n] - logsumexp(z_n)
@@ -10,9 +10,11 @@ Both operators see one chunk of raw logits ``a = W h + b`` (before softcap and s
     d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
+``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
@@ -25,6 +27,10 @@ library.define(
 library.define(
     "row_log_probs(Tensor logits, Tensor labels, Tensor? target_logits, "
     "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+)
+library.define(
+    "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
+    "-> (Tensor values, Tensor sequence_log_probs, Tensor g)"
 )
 
 
@@ -65,6 +71,26 @@ def row_log_probs(
         lse[rows] = z.logsumexp(dim=-1)
         log_probs[rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1) - lse[rows]
     return log_probs, lse
+
+
+def npo_head(
+    log_probs: Tensor,  # (N,) token log-probs of whole sequences, fp32 or fp64
+    cu_seqlens: Tensor,  # (S + 1,) where the sequences begin and end, on any device
+    ref_log_probs: Tensor,  # (S,)
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # values (S,), sequence_log_probs (S,), g (N,)
+    """``l_i``, ``L_i = -(2 / beta) logsigmoid(-beta r_i)``, ``g_n = 2 sigmoid(beta r_i)``.
+
+    ``r_i = l_i - ref_i``; ``g_n`` is ``dL_i / dl_i`` at every token n of sequence i.
+    """
+    offsets = cu_seqlens.to(log_probs.device, torch.int64)
+    sequence_log_probs = torch.segment_reduce(
+        log_probs, "sum", offsets=offsets, initial=0, unsafe=True
+    )
+    x = beta * (sequence_log_probs - ref_log_probs.to(log_probs.dtype))
+    values = -(2 / beta) * F.logsigmoid(-x)
+    g = (2 * torch.sigmoid(x)).repeat_interleave(offsets.diff(), output_size=len(log_probs))
+    return values, sequence_log_probs, g
 
 
 def _activate(
@@ -112,3 +138,14 @@ def _fake(
 for _name, _kernel in (("row_log_probs_", row_log_probs_), ("row_log_probs", row_log_probs)):
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"npo_fast::{_name}", _fake, lib=library)
+
+
+def _npo_head_fake(
+    log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = log_probs.new_empty(cu_seqlens.shape[0] - 1)
+    return values, torch.empty_like(values), torch.empty_like(log_probs)
+
+
+library.impl("npo_head", npo_head, "CompositeExplicitAutograd")
+torch.library.register_fake("npo_fast::npo_head", _npo_head_fake, lib=library)
