@@ -1,0 +1,7 @@
+"""Records from TOFU, JSONL files or the hub, tokenised once and packed without padding."""
+
+from npo_fast.data.packing import PackedBatch, pack
+from npo_fast.data.records import Record, load_records
+from npo_fast.data.template import Sequence, Template
+
+__all__ = ["PackedBatch", "Record", "Sequence", "Template", "load_records", "pack"]

@@ -1,0 +1,81 @@
+"""Sequences of any length end to end in one row: no padding, and only answer tokens as labels."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from npo_fast.data.template import Sequence
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """S sequences in T tokens, N of which predict an answer token. The label shift is done here."""
+
+    input_ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,) restart at every sequence
+    cu_seqlens: Tensor  # (S + 1,) int32, tokens: what attention needs
+    rows: Tensor  # (N,) positions whose hidden state predicts an answer token
+    labels: Tensor  # (N,) the tokens they predict
+    answer_cu_seqlens: Tensor  # (S + 1,) int32, rows: what the loss needs; stays on the CPU
+    lengths: tuple[int, ...]  # S, tokens of each sequence
+    indices: tuple[int, ...]  # S, row of each sequence in its split
+
+    @property
+    def sequences(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """On ``device``, but for ``answer_cu_seqlens``: the host reads it without synchronising."""
+        moved = ("input_ids", "position_ids", "cu_seqlens", "rows", "labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
+
+
+def pack(
+    sequences: Iterable[Sequence], max_tokens: int, max_sequences: int | None = None
+) -> Iterator[PackedBatch]:
+    """Batches of whole sequences with at most ``max_tokens`` tokens, in the order given.
+
+    A longer sequence gets a batch of its own. Within a batch, sequences of one length stand
+    together, which lets attention take them as one block.
+    """
+    batch: list[Sequence] = []
+    tokens = 0
+    for sequence in sequences:
+        length = len(sequence.input_ids)
+        full = max_sequences is not None and len(batch) >= max_sequences
+        if batch and (full or tokens + length > max_tokens):
+            yield _collate(batch)
+            batch, tokens = [], 0
+        batch.append(sequence)
+        tokens += length
+    if batch:
+        yield _collate(batch)
+
+
+def _collate(sequences: list[Sequence]) -> PackedBatch:
+    sequences = sorted(sequences, key=lambda s: len(s.input_ids))
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    rows: list[int] = []
+    labels: list[int] = []
+    cu_seqlens, answer_cu_seqlens = [0], [0]
+    for sequence in sequences:
+        start, ids = len(input_ids), sequence.input_ids
+        input_ids += ids
+        position_ids += range(len(ids))
+        rows += range(start + sequence.prompt_length - 1, start + len(ids) - 1)
+        labels += ids[sequence.prompt_length :]
+        cu_seqlens.append(len(input_ids))
+        answer_cu_seqlens.append(len(rows))
+    return PackedBatch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        rows=torch.tensor(rows),
+        labels=torch.tensor(labels),
+        answer_cu_seqlens=torch.tensor(answer_cu_seqlens, dtype=torch.int32),
+        lengths=tuple(len(sequence.input_ids) for sequence in sequences),
+        indices=tuple(sequence.index for sequence in sequences),
+    )

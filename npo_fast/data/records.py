@@ -1,0 +1,186 @@
+"""Question-answer records from a file, a folder or a hub dataset.
+
+Three forms of a record are understood: ``{"question", "answer"}`` (TOFU, with the optional
+``paraphrased_answer`` and ``perturbed_answer`` that the truth ratio needs), ``{"prompt",
+"completion"}`` and ``{"messages": [{"role", "content"}, ...]}`` whose last message is the answer.
+Files hold one JSON object a line, or one JSON array.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npo_fast.errors import UserError
+
+FORMS = '"question"/"answer", "prompt"/"completion" or "messages"'
+SUFFIXES = (".json", ".jsonl")
+_SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d*):(?P<last>-?\d*)\]$")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing to learn, keep or forget, and what its evaluation needs."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content) up to the answer; the last is a user's
+    answer: str
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1][1]
+
+
+def load_records(name: str, data: str | None = None) -> list[Record]:
+    """Records of one split.
+
+    Args:
+        name: a file, or the name of a split of ``data``; either may end in a slice such as
+            ``forget05[:160]`` or ``mine.jsonl[-40:]``.
+        data: a folder with ``<name>.json`` or ``.jsonl``, a file, or a hub dataset such as
+            ``locuslab/TOFU`` (a configuration of that name, else a split).
+
+    Raises:
+        UserError: no such file or split (the message lists those there are), an empty file, or a
+            record without one of the three forms (the message names file and line).
+    """
+    base, part = _parse_slice(name)
+    rows, source = _read(base, data)
+    if not rows:
+        raise UserError(
+            f"{source} is empty: it holds no record; give a file with one record a line"
+        )
+    records = [parse_record(row, f"{source}, record {i + 1}") for i, row in enumerate(rows)][part]
+    if not records:
+        raise UserError(f"{name!r} selects no record: {source} holds {len(rows)}")
+    return records
+
+
+def parse_record(row: Any, where: str) -> Record:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if "messages" in row:
+        return _from_messages(row, where)
+    for prompt_key, answer_key in (("question", "answer"), ("prompt", "completion")):
+        if prompt_key in row or answer_key in row:
+            prompt, answer = _text(row, prompt_key, where), _text(row, answer_key, where)
+            paraphrase = row.get("paraphrased_answer")
+            perturbed = row.get("perturbed_answer") or ()
+            if isinstance(perturbed, str):
+                perturbed = (perturbed,)
+            return Record((("user", prompt),), answer, paraphrase, tuple(perturbed))
+    raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
+
+
+def _from_messages(row: dict[str, Any], where: str) -> Record:
+    messages = row["messages"]
+    try:
+        turns = tuple((m["role"], m["content"]) for m in messages)
+    except (TypeError, KeyError) as error:
+        raise UserError(f'{where}: "messages" must be a list of {{"role", "content"}}') from error
+    if len(turns) < 2 or turns[-1][0] != "assistant" or turns[-2][0] != "user":
+        raise UserError(
+            f"{where}: \"messages\" must end with a user's and then an assistant's message, "
+            f"got roles {[role for role, _ in turns]}"
+        )
+    _text({"content": turns[-1][1]}, "content", where)
+    return Record(turns[:-1], turns[-1][1])
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise UserError(
+            f'{where}: the key "{key}" is missing, found {sorted(row)}; expected {FORMS}'
+        )
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'{where}: "{key}" must be a text that is not empty, got {value!r}')
+    return value
+
+
+def _parse_slice(name: str) -> tuple[str, slice]:
+    match = _SLICE.match(name)
+    if not match:
+        return name, slice(None)
+    first, last = match["first"], match["last"]
+    return match["name"], slice(int(first) if first else None, int(last) if last else None)
+
+
+def _read(name: str, data: str | None) -> tuple[list[Any], str]:
+    """Rows and a name for messages. A split of ``data`` wins over a file of the same name."""
+    if data is not None:
+        path = Path(data)
+        if path.is_dir():
+            return _read_folder(path, name)
+        if path.is_file():
+            if name in ("", "train", str(path)):
+                return _read_file(path), str(path)
+            if not Path(name).is_file():
+                raise UserError(
+                    f"{data} is a file and has no split {name!r}; name the files themselves, "
+                    "or a folder that holds them"
+                )
+        elif path.suffix in SUFFIXES or data.startswith((".", "/", "~")):
+            raise UserError(f"no file or folder {data!r}")
+        elif not Path(name).is_file():
+            return _read_hub(data, name), f"{data}/{name}"
+    path = Path(name)
+    if path.is_file():
+        return _read_file(path), str(path)
+    if data is None and not path.suffix:
+        raise UserError(f"no file {name!r}; to use it as a split, say which data with --data")
+    raise UserError(f"no file {name!r}")
+
+
+def _read_folder(folder: Path, name: str) -> tuple[list[Any], str]:
+    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+        if path.is_file():
+            return _read_file(path), str(path)
+    if Path(name).is_file():
+        return _read_file(Path(name)), name
+    splits = sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES)
+    raise UserError(
+        f"unknown split {name!r}: {folder} has {', '.join(splits) or 'no .json or .jsonl file'}"
+    )
+
+
+def _read_file(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            return list(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+    return rows
+
+
+def _read_hub(data: str, name: str) -> list[Any]:
+    import datasets  # a second to import, and files need none of it
+
+    try:
+        configurations = datasets.get_dataset_config_names(data)
+        if name in configurations:
+            return datasets.load_dataset(data, name, split="train").to_list()
+        return datasets.load_dataset(data, split=name).to_list()
+    except ValueError as error:
+        raise UserError(
+            f"dataset {data!r} has no configuration or split {name!r}: {error}"
+        ) from error
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"cannot load dataset {data!r}: {error}\n"
+            "If it is meant as a folder, check the path; without a network, pass a folder"
+        ) from error

@@ -1,0 +1,194 @@
+"""TOFU's measures: per-example records in, numbers out. Only numpy and scipy.
+
+A *log* is what one evaluation of one data set gives: a dict of lists, one entry an example, with
+``avg_gt_loss``, ``avg_paraphrased_loss`` (mean loss a token), ``average_perturb_loss`` (a list of
+them an example) and ``rougeL_recall``. Published logs hold lists or index-keyed objects; both are
+read. A *result* is a dict of four logs, keyed by TOFU's file names. Source: arXiv 2401.06121,
+section 2.2, and the code published with it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import hmean, ks_2samp
+
+from npo_fast.errors import UserError
+
+RETAIN = "eval_log.json"
+FORGET = "eval_log_forget.json"
+REAL_AUTHORS = "eval_real_author_wo_options.json"
+WORLD_FACTS = "eval_real_world_wo_options.json"
+AGGREGATED = "eval_log_aggregated.json"
+UTILITY_SETS = {"retain": RETAIN, "real authors": REAL_AUTHORS, "world facts": WORLD_FACTS}
+
+Log = Mapping[str, Any]
+Result = Mapping[str, Log]
+Array = NDArray[np.float64]
+
+
+def probability(log: Log, options: bool = False) -> Array:
+    """``P(answer | question)^(1 / tokens)``; with ``options`` normalised over the wrong answers."""
+    truth = np.exp(-column(log, "avg_gt_loss"))
+    if not options:
+        return truth
+    wrong = np.exp(-column(log, "average_perturb_loss"))
+    whole = truth + wrong.sum(axis=-1)
+    return np.divide(truth, whole, out=np.zeros_like(truth), where=whole > 0)
+
+
+def truth_ratio(log: Log) -> Array:
+    """``P(wrong) / P(paraphrased answer)``, each to the power 1 / tokens.
+
+    The mean over wrong answers is the geometric one, exp of the mean loss, as in every published
+    number. Near 0 where the model knows the answer, around 1 where it cannot tell.
+    """
+    wrong = column(log, "average_perturb_loss").mean(axis=-1)
+    with np.errstate(over="ignore"):
+        return np.exp(column(log, "avg_paraphrased_loss") - wrong)
+
+
+def rouge_l_recall(log: Log) -> Array:
+    """ROUGE-L recall of the greedy answer against the true one."""
+    return column(log, "rougeL_recall")
+
+
+def utility_terms(result: Result) -> dict[str, float]:
+    """The nine means whose harmonic mean is the model utility, by "<set> <measure>"."""
+    terms = {}
+    for name, file in UTILITY_SETS.items():
+        log = _log(result, file)
+        terms[f"{name} probability"] = probability(log, options=file != RETAIN).mean()
+        terms[f"{name} ROUGE-L"] = rouge_l_recall(log).mean()
+        terms[f"{name} truth ratio"] = np.maximum(0, 1 - truth_ratio(log)).mean()
+    return {name: float(value) for name, value in terms.items()}
+
+
+def model_utility(result: Result) -> float:
+    """Harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors, world facts.
+
+    The truth ratio enters as ``max(0, 1 - ratio)``. 0 when any of the nine is 0.
+    """
+    terms = list(utility_terms(result).values())
+    return float(hmean(terms)) if min(terms) > 0 else 0.0
+
+
+def forget_quality(unlearned: Result, retrained: Result) -> float:
+    """p-value of a two-sample Kolmogorov-Smirnov test between truth ratios on the forget set.
+
+    Of the unlearned model and of one retrained without the forget set; above 0.05 the two cannot
+    be told apart.
+
+    Raises:
+        UserError: the two logs hold another number of examples.
+    """
+    ours, theirs = (truth_ratio(_log(result, FORGET)) for result in (unlearned, retrained))
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"the unlearned log has {len(ours)} forget items and the retrained log {len(theirs)}: "
+            "evaluate both on the same items, for example --forget 'forget10[:300]'"
+        )
+    return float(ks_2samp(ours, theirs).pvalue)
+
+
+def forget_truth_ratio(result: Result) -> float:
+    """Mean of ``min(ratio, 1 / ratio)`` on the forget set: near 1 where nothing is known."""
+    ratio = truth_ratio(_log(result, FORGET))
+    with np.errstate(divide="ignore"):
+        return float(np.minimum(ratio, 1 / ratio).mean())
+
+
+def summary(result: Result, retrained: Result | None = None) -> dict[str, float]:
+    """Every number that a result allows: utility, its terms, the forget set, forget quality."""
+    numbers: dict[str, float] = {}
+    if all(file in result and _complete(result[file]) for file in UTILITY_SETS.values()):
+        numbers["model utility"] = model_utility(result)
+        numbers |= utility_terms(result)
+    elif RETAIN in result:
+        numbers |= _partial("retain", result[RETAIN])
+    if FORGET in result:
+        numbers |= _partial("forget", result[FORGET])
+        if _complete(result[FORGET]):
+            numbers["forget truth ratio"] = forget_truth_ratio(result)
+            if retrained is not None:
+                numbers["forget quality"] = forget_quality(result, retrained)
+    return numbers
+
+
+def column(log: Log, name: str) -> Array:
+    """One quantity in the order of the examples, from a list or an index-keyed object."""
+    if name not in log:
+        raise UserError(f"the log has no {name!r}: it holds {', '.join(sorted(log)) or 'nothing'}")
+    values = log[name]
+    if isinstance(values, Mapping):
+        values = [values[key] for key in sorted(values, key=int)]
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name!r} is not one number (or equal list) an example: {error}"
+        ) from error
+    if not len(array):
+        raise UserError(f"{name!r} is empty: the log holds no example")
+    if np.isnan(array).any():
+        example = int(np.argwhere(np.isnan(array))[0][0])
+        raise UserError(f"{name!r} is NaN at example {example}")
+    return array
+
+
+def load_result(path: str | Path) -> dict[str, Log]:
+    """A result from a folder of TOFU's files, an aggregated file, or a run folder of npo-fast."""
+    path = Path(path)
+    if path.is_dir():
+        for folder in (path, path / "eval"):
+            aggregated = folder / AGGREGATED
+            if aggregated.is_file():
+                return load_result(aggregated)
+            files = [folder / name for name in (*UTILITY_SETS.values(), FORGET)]
+            if any(file.is_file() for file in files):
+                return {file.name: _read(file) for file in files if file.is_file()}
+        raise UserError(f"{path} holds no evaluation log such as {AGGREGATED} or {FORGET}")
+    if not path.is_file():
+        raise UserError(f"no evaluation log {str(path)!r}")
+    content = _read(path)
+    if "avg_gt_loss" in content:  # a single log
+        return {path.name if path.name in (*UTILITY_SETS.values(), FORGET) else FORGET: content}
+    return content
+
+
+def save_result(result: Result, folder: Path) -> None:
+    """TOFU's four files and the aggregated one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, log in {**result, AGGREGATED: result}.items():
+        (folder / name).write_text(json.dumps(log, ensure_ascii=False), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a JSON evaluation log: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not an evaluation log: expected a JSON object")
+    return content
+
+
+def _log(result: Result, file: str) -> Log:
+    if file not in result:
+        raise UserError(f"no {file} among the logs: {', '.join(sorted(result)) or 'none'}")
+    return result[file]
+
+
+def _complete(log: Log) -> bool:
+    """Whether wrong answers and generations were there to measure."""
+    return all(k in log for k in ("avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall"))
+
+
+def _partial(name: str, log: Log) -> dict[str, float]:
+    numbers = {f"{name} probability": float(probability(log).mean())}
+    if "rougeL_recall" in log:
+        numbers[f"{name} ROUGE-L"] = float(rouge_l_recall(log).mean())
+    return numbers

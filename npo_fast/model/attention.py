@@ -1,0 +1,86 @@
+"""Causal attention within the sequences of a pack, for machines without FlashAttention.
+
+Registered with transformers as ``npo_fast_packed``. Each sequence attends to itself alone, so the
+cost is that of the sequences and no mask over the whole pack exists; neighbours of one length go
+through scaled dot-product attention as one block.
+"""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "npo_fast_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, heads, T, head_dim)
+    key: Tensor,  # (1, key_value_heads, T, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    sequence_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (1, T, heads, head_dim)
+    """``softmax(softcap(scaling * Q K^T) + causal) V`` within each of ``sequence_lengths``."""
+    for unsupported in ("s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise NotImplementedError(f"{NAME}: {unsupported} is not supported")
+    tokens = query.shape[2]
+    lengths = sequence_lengths if sequence_lengths is not None else (tokens,)
+    assert query.shape[0] == 1, tuple(query.shape)
+    assert sum(lengths) == tokens, (lengths, tokens)
+    out, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(tuple(run))
+        stop = start + count * length
+        q, k, v = (_as_block(x[0, :, start:stop], count, length) for x in (query, key, value))
+        out.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))
+        start = stop
+    return torch.cat(out).unsqueeze(0), None
+
+
+def _as_block(states: Tensor, count: int, length: int) -> Tensor:
+    """(heads, count * length, dim) -> (count, heads, length, dim)"""
+    return states.unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _attend(
+    query: Tensor,  # (count, heads, length, dim)
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:  # (count * length, heads, dim)
+    length = query.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    mask = None
+    if softcap is not None or (window is not None and length > window):
+        position = torch.arange(length, device=query.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < (window or length))
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling
+        )
+    else:  # SDPA has no softcap
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+        scores = scores.masked_fill(~mask, -torch.inf)  # type: ignore[operator]
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        out = F.dropout(weights, dropout) @ value
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,229 @@
+"""A causal language model as what the loss needs: hidden states of packed tokens, and a head."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from npo_fast.data import PackedBatch
+from npo_fast.data.packing import pack
+from npo_fast.data.template import Sequence
+from npo_fast.errors import UserError
+from npo_fast.model.attention import NAME as PACKED_ATTENTION
+from npo_fast.ops import linear_log_probs
+
+PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats; half precision: 0.25
+
+
+class CausalLM:
+    """Decoder and head of a Hugging Face model.
+
+    Built with a probe: a handful of tokens through ``model(...).logits`` and through our decoder
+    and head must give the same log-probs, else the head is one we do not know and a ``UserError``
+    says so. A pack must give the same log-probs as one sequence at a time; a model that cannot
+    keep sequences of a pack apart runs them one at a time, with a warning.
+    """
+
+    def __init__(self, model: Any, attention: str = "auto", probe: bool = True) -> None:
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        if self.head is None or getattr(self.head, "weight", None) is None:
+            raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
+        text_config = model.config.get_text_config()
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+        self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
+        self.native_attention = model.config._attn_implementation or "eager"
+        self.packs = True
+        self.attention = self._choose_attention(attention)
+        if probe:
+            self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def head_arguments(self) -> dict[str, Any]:
+        """``weight``, ``bias``, ``softcap`` and ``logit_scale`` as the operators take them."""
+        return {
+            "weight": self.head.weight,
+            "bias": getattr(self.head, "bias", None),
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
+
+    def hidden(self, batch: PackedBatch) -> Tensor:  # (N, D)
+        """Last hidden states of the rows that predict an answer token."""
+        if not self.packs:
+            return torch.cat([self._last_hidden(one)[one.rows] for one in _one_by_one(batch)])
+        return self._last_hidden(batch)[batch.rows]
+
+    def log_probs(self, batch: PackedBatch) -> Tensor:  # (N,)
+        """Log-probability of every answer token."""
+        return linear_log_probs(self.hidden(batch), labels=batch.labels, **self.head_arguments)
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model with its own attention and in evaluation mode: what ``generate`` expects."""
+        was_training = self.model.training
+        self.model.eval()
+        self._set_attention(self.native_attention)
+        try:
+            yield self.model
+        finally:
+            self._set_attention(self.attention)
+            self.model.train(was_training)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, pad_id: int, eos_id: int
+    ) -> list[list[int]]:
+        """Greedy continuations of several prompts at once, up to and without ``eos_id``."""
+        width = max(len(p) for p in prompts)
+        flipped = [torch.tensor(p[::-1]) for p in prompts]
+        ids = pad_sequence(flipped, batch_first=True, padding_value=pad_id).flip(1)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        with self.generating() as model:
+            out = model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad_id,
+                eos_token_id=eos_id,
+            )
+        continuations = out[:, width:].tolist()
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in continuations]
+
+    def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
+        if self.attention == PACKED_ATTENTION:
+            boundaries: dict[str, Any] = {"sequence_lengths": batch.lengths} if self.packs else {}
+        elif self.attention.startswith("flash_attention"):
+            longest = max(batch.lengths)
+            boundaries = {
+                "cu_seq_lens_q": batch.cu_seqlens,
+                "cu_seq_lens_k": batch.cu_seqlens,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        else:  # transformers builds the mask of a pack from position ids that restart
+            boundaries = {}
+        if self.packs:
+            boundaries["position_ids"] = batch.position_ids[None]
+        out = self.decoder(input_ids=batch.input_ids[None], use_cache=False, **boundaries)
+        return out.last_hidden_state[0]
+
+    def _choose_attention(self, attention: str) -> str:
+        if attention == "auto":
+            attention = _best_attention(self.device, self.dtype)
+            if attention.startswith("flash") and not self.model._supports_flash_attn:
+                attention = PACKED_ATTENTION
+        if not self._set_attention(attention):
+            self.packs = False
+            warnings.warn(
+                f"{type(self.model).__name__} does not take attention from outside: "
+                "sequences run one at a time",
+                stacklevel=3,
+            )
+            return self.native_attention
+        return attention
+
+    def _set_attention(self, attention: str) -> bool:
+        if self.model.config._attn_implementation != attention:
+            self.model.set_attn_implementation(attention)
+        return self.model.config._attn_implementation == attention
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        vocabulary = min(
+            self.head.weight.shape[0], self.model.get_input_embeddings().weight.shape[0]
+        )
+        tokens = [int(token) for token in torch.linspace(1, vocabulary - 1, 19)]
+        sequences = [Sequence(tuple(tokens[:7]), 1, 0), Sequence(tuple(tokens[7:]), 1, 1)]
+        (batch,) = (one.to(self.device) for one in pack(sequences, max_tokens=len(tokens)))
+        singles = [one.to(self.device) for one in _one_by_one(batch)]
+        tolerance = PROBE_TOLERANCE.get(self.dtype, 0.25)
+        with self.generating() as model:
+            expected = torch.cat([_whole_log_probs(model, one) for one in singles])
+            found = torch.cat([self._head_log_probs(model, one) for one in singles])
+        gap = float((found - expected).abs().max())
+        if not gap <= tolerance:
+            raise UserError(
+                f"{type(self.model).__name__}: its logits are not what its LM head makes of the "
+                f"decoder's hidden states (log-probs differ by {gap:.3g} nats); a softcap, scale "
+                "or projection that npo_fast does not know would explain it"
+            )
+        if not self.packs:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        gap = self._packing_gap(batch, expected)
+        self.model.train(was_training)
+        if not gap <= tolerance:
+            self.packs = False
+            warnings.warn(
+                f"{type(self.model).__name__} mixes the sequences of a pack (log-probs differ by "
+                f"{gap:.3g} nats with {self.attention}): sequences run one at a time",
+                stacklevel=3,
+            )
+
+    def _packing_gap(self, batch: PackedBatch, expected: Tensor) -> float:
+        try:
+            return float((self.log_probs(batch) - expected).abs().max())
+        except TypeError:  # a decoder that does not take position_ids
+            return float("inf")
+
+    def _head_log_probs(self, model: Any, one: PackedBatch) -> Tensor:
+        hidden = self.decoder(input_ids=one.input_ids[None], use_cache=False).last_hidden_state[0]
+        return linear_log_probs(hidden[one.rows], labels=one.labels, **self.head_arguments)
+
+
+def _best_attention(device: torch.device, dtype: torch.dtype) -> str:
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return PACKED_ATTENTION
+
+
+def _whole_log_probs(model: Any, one: PackedBatch) -> Tensor:
+    logits = model(input_ids=one.input_ids[None], use_cache=False).logits[0]
+    log_probs = logits[one.rows].float().log_softmax(-1)
+    return log_probs.gather(1, one.labels[:, None]).squeeze(1)
+
+
+def _one_by_one(batch: PackedBatch) -> Iterator[PackedBatch]:
+    """Each sequence of a pack as a batch of its own, in the same order."""
+    ids = batch.input_ids.split(batch.lengths)
+    answers = batch.answer_cu_seqlens.diff().tolist()
+    labels = batch.labels.split(answers)
+    for i, length in enumerate(batch.lengths):
+        rows = torch.arange(length - 1 - answers[i], length - 1, device=batch.rows.device)
+        yield PackedBatch(
+            input_ids=ids[i],
+            position_ids=torch.arange(length, device=batch.position_ids.device),
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=batch.cu_seqlens.device),
+            rows=rows,
+            labels=labels[i],
+            answer_cu_seqlens=torch.tensor([0, answers[i]], dtype=torch.int32),
+            lengths=(length,),
+            indices=(batch.indices[i],),
+        )

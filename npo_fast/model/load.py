@@ -1,0 +1,103 @@
+"""Models and tokenizers by hub name, folder or GGUF file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npo_fast.errors import UserError
+from npo_fast.model.causal_lm import CausalLM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", attention: str = "auto"
+) -> CausalLM:
+    """A causal language model, probed and ready to train.
+
+    Args:
+        name: hub name, folder of ``save_pretrained``, a ``.gguf`` file or a folder with one.
+        dtype: "fp32", "bf16" or "fp16"; "auto" is bf16 on a GPU that has it, else fp32.
+        device: a torch device; "auto" is the GPU where there is one.
+        attention: a transformers attention implementation; "auto" is FlashAttention where it is
+            installed and the GPU has it, else scaled dot-product attention a sequence at a time.
+
+    Raises:
+        UserError: nothing there, or not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = torch.device(_default_device() if device == "auto" else device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    half = where.type == "cuda" and torch.cuda.is_bf16_supported()
+    number = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if half else torch.float32
+    source = _source(name)
+    model = _load(AutoModelForCausalLM, name, dtype=number, **source)
+    if "gguf_file" in source:
+        model = _dequantised(model)
+    return CausalLM(model.to(where), attention)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, with a padding token for generation."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, name, **_source(name))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _source(name: str) -> dict[str, str]:
+    """Where ``from_pretrained`` finds it: a hub name or folder, and a GGUF file in it."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"no GGUF file {name!r}")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(
+                f"{name!r} holds no config.json and {len(files)} GGUF files; "
+                "name a model folder or one .gguf file"
+            )
+        return {"pretrained_model_name_or_path": name, "gguf_file": files[0].name}
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"no model folder {name!r}")
+    return {"pretrained_model_name_or_path": name}
+
+
+def _load(auto: Any, name: str, **arguments: Any) -> Any:
+    try:
+        return auto.from_pretrained(**arguments)
+    except ImportError as error:
+        raise UserError(
+            f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {name!r} as a causal language model: {reason}") from error
+
+
+def _dequantised(model: Any) -> Any:
+    """The same weights in a model that transformers does not take for a quantised one.
+
+    transformers dequantises GGUF tensors on loading, yet marks the model and refuses to save it.
+    """
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    weights = model.state_dict()
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(weights)
+    plain.generation_config = model.generation_config
+    return plain

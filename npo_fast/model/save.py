@@ -1,0 +1,41 @@
+"""Folders that are written beside and renamed: a failed save leaves the earlier one as it was."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from npo_fast.errors import UserError
+
+
+def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        write(partial)
+        _sync(partial)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or "No space left" in str(error):
+            kept = (
+                "what was there before is untouched" if folder.exists() else "nothing was written"
+            )
+            raise UserError(f"cannot save {folder}: {error}; {kept}") from error
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """On disk before the rename: a power cut leaves no complete name with half a file."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

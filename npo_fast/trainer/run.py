@@ -1,0 +1,125 @@
+"""A run folder: settings and versions, step records, checkpoints, the final model.
+
+run.json            what was asked for, with which versions, on which data, and how it ended
+steps.jsonl         one step record a line, written as it happens
+checkpoints/step-N  model and tokenizer, complete or absent
+model               the final model and tokenizer
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from npo_fast import __version__
+from npo_fast.data import Sequence
+from npo_fast.errors import UserError
+from npo_fast.model import CausalLM, save_folder
+from npo_fast.trainer.loop import StepRecord
+
+CONTENT = ("run.json", "steps.jsonl", "checkpoints", "model", "eval", "eval-steps")
+
+
+class Run:
+    """Creates the folder, refuses one that holds something else, and keeps it consistent."""
+
+    def __init__(self, folder: Path, overwrite: bool, facts: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the folder holds another run and ``overwrite`` is false, or holds files
+                that are not a run's.
+        """
+        check_output(folder, overwrite)
+        for name in CONTENT:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.facts = {"status": "running", "started": _now(), "versions": versions(), **facts}
+        self._write_facts()
+        self._steps: TextIO = (folder / "steps.jsonl").open("w", encoding="utf-8")
+
+    def log(self, record: StepRecord) -> None:
+        self._steps.write(json.dumps(asdict(record)) + "\n")
+        self._steps.flush()
+
+    def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep: int = 1) -> Path:
+        """Model and tokenizer after ``step``; then removes all but the newest ``keep``."""
+        folder = self.folder / "checkpoints" / f"step-{step:06d}"
+        save_model(lm, tokenizer, folder)
+        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+        return folder
+
+    def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
+        folder = self.folder / "model"
+        save_model(lm, tokenizer, folder)
+        return folder
+
+    def finish(self, status: str = "finished", **facts: Any) -> None:
+        self._steps.close()
+        self.facts |= {"status": status, "ended": _now(), **facts}
+        self._write_facts()
+
+    def _write_facts(self) -> None:
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(self.facts, indent=2, default=str), encoding="utf-8")
+        partial.replace(self.folder / "run.json")
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds another run, or anything that is not a run."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output {folder} is a file; name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "run.json").exists():
+        raise UserError(f"the output {folder} holds files that are not a run; name another folder")
+    if not overwrite:
+        raise UserError(
+            f"the output {folder} holds another run; name another folder or add --overwrite"
+        )
+
+
+def save_model(lm: CausalLM, tokenizer: Any, folder: Path) -> None:
+    def write(where: Path) -> None:
+        with lm.generating() as model:  # its own attention, not ours, goes into config.json
+            model.save_pretrained(where, safe_serialization=True)
+        tokenizer.save_pretrained(where)
+
+    save_folder(folder, write)
+
+
+def data_fingerprint(sequences: list[Sequence]) -> str:
+    """SHA-256 over the token ids and where each answer begins."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(f"{sequence.prompt_length}:{sequence.input_ids}".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a number."""
+    found = {"npo_fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton", "safetensors", "numpy", "scipy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
