@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from npo_fast import NPO, segment_sum
 from npo_fast.kernels import reference
 from npo_fast.kernels.triton.config import RowConfig
 from npo_fast.kernels.triton.npo_head import npo_head
@@ -156,6 +157,17 @@ def test_npo_head_at_forgotten_and_memorised_sequences(r):
     exact = reference.npo_head(log_probs.double(), cu_seqlens, ref.double(), 0.1)
     for one, want in zip(got, exact, strict=True):
         torch.testing.assert_close(one.double(), want, rtol=2e-5, atol=1e-37)
+
+
+def test_npo_value_and_weight_equal_what_autograd_finds():
+    log_probs = -torch.rand(7, dtype=torch.float64) * 9
+    cu_seqlens, ref = torch.tensor([0, 3, 3, 7]), torch.tensor([-9.0, -1.0, -30.0]).double()
+    values, sequence_log_probs, g = NPO(0.3).value_and_weight(log_probs, cu_seqlens, ref)
+    leaf = log_probs.clone().requires_grad_()
+    want = NPO(0.3)(leaf, cu_seqlens, ref)
+    torch.testing.assert_close(values, want)
+    torch.testing.assert_close(sequence_log_probs, segment_sum(log_probs, cu_seqlens))
+    torch.testing.assert_close(g, torch.autograd.grad(want.sum(), leaf)[0])
 
 
 def test_two_runs_are_bit_identical():
