@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from npo_fast.kernels.triton import config
 from npo_fast.kernels.triton.config import TileConfig, splits_that_fill
 from npo_fast.kernels.triton.linear_backward import linear_backward
 from npo_fast.kernels.triton.linear_forward import linear_forward
@@ -163,3 +164,13 @@ def test_splits_fill_the_gpu(row_blocks):
     splits = splits_that_fill(row_blocks, 132)
     programs = row_blocks * splits
     assert programs / (-(-programs // 132) * 132) > 0.9
+
+
+def test_autotune_keeps_the_fastest_configuration(monkeypatch):
+    monkeypatch.setattr(config, "_tuned", {})
+    monkeypatch.setattr(config, "current_target", lambda: "sm_90")
+    monkeypatch.setattr("triton.testing.do_bench", lambda launch: launch())
+    candidates = config.TILES["sm_90"]["linear_forward"]
+    assert config.tile_config("linear_forward", torch.bfloat16) == candidates[0]
+    config.autotune("linear_forward", lambda tile: -candidates.index(tile))
+    assert config.tile_config("linear_forward", torch.bfloat16) == candidates[-1]

@@ -40,9 +40,13 @@ class RowConfig:
     """How one program takes a row of logits."""
 
     block: int  # columns a step of a row that is longer than on_chip_columns
-    on_chip_columns: int  # rows up to here stay in registers between their two passes
+    on_chip_columns: int  # rows up to here stay in registers, with softcap up to half of it
     columns_per_warp: int
     max_warps: int
+
+    def on_chip(self, vocabulary: int, capped: bool) -> bool:
+        """Softcap holds the slope of every column as well."""
+        return vocabulary <= (self.on_chip_columns // 2 if capped else self.on_chip_columns)
 
     def warps(self, block: int) -> int:
         return min(self.max_warps, max(1, block // self.columns_per_warp))
@@ -58,38 +62,51 @@ ROW = MappingProxyType(
 )
 
 # fp32 operands multiply without tensor cores: any small tile does
-FP32_TILE = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+FP32_TILE = TileConfig(64, 64, 16, num_warps=4, num_stages=2)
 
-# The first of each is the default, the others are what ``autotune`` tries. sm_80 keeps below the
-# 99 KiB of its consumer siblings sm_86 and sm_89. A 128x256 tile spills on sm_80 and sm_100.
 _T = TileConfig
+_SM80 = _T(128, 128, 64, 8, 3)  # below the 99 KiB that the consumer siblings sm_86 and sm_89 have
+_SM90_WIDE, _SM90_SQUARE = _T(128, 256, 64, 8, 3), _T(128, 128, 64, 8, 4)
+_SM100 = _T(128, 128, 64, 8, 4)  # 128x256 spills here, as it does on sm_80
+_GFX942 = _T(128, 128, 64, 8, 2)
+
+# The first of each is the default, the others are what ``autotune`` tries.
 TILES: Mapping[str, Mapping[str, tuple[TileConfig, ...]]] = MappingProxyType(
     {
         "sm_80": {
-            "linear_forward": (_T(128, 128, 64, 8, 3), _T(128, 128, 32, 8, 4)),
-            "logits_gradient": (_T(128, 128, 64, 8, 3), _T(128, 128, 32, 8, 4)),
-            "hidden_gradient": (_T(128, 128, 64, 8, 3), _T(128, 128, 32, 8, 4)),
-            "weight_gradient": (_T(128, 128, 64, 8, 3), _T(128, 128, 32, 8, 4)),
+            "linear_forward": (_SM80,),
+            "logits_gradient": (_SM80,),
+            "hidden_gradient": (_SM80,),
+            "weight_gradient": (_SM80,),
         },
         "sm_90": {
-            "linear_forward": (_T(128, 256, 64, 8, 3), _T(128, 128, 64, 8, 4)),
-            "logits_gradient": (_T(128, 256, 64, 8, 3), _T(128, 128, 64, 8, 4)),
-            # fp32 sums pass through shared memory, which at block_k 64 costs a few spills
-            "hidden_gradient": (_T(128, 256, 32, 8, 4), _T(128, 128, 64, 8, 4)),
-            "weight_gradient": (_T(128, 256, 64, 8, 3), _T(128, 128, 64, 8, 4)),
+            "linear_forward": (_SM90_WIDE, _SM90_SQUARE),
+            "logits_gradient": (_SM90_WIDE, _SM90_SQUARE),
+            # its fp32 sums pass through shared memory, which spills a little at block_k 64
+            "hidden_gradient": (_T(128, 256, 32, 8, 4), _SM90_SQUARE),
+            "weight_gradient": (_SM90_WIDE, _SM90_SQUARE),
         },
         "sm_100": {
-            "linear_forward": (_T(128, 128, 64, 8, 4),),
-            "logits_gradient": (_T(128, 128, 64, 8, 4),),
-            "hidden_gradient": (_T(128, 128, 64, 8, 4),),
-            "weight_gradient": (_T(128, 128, 64, 8, 4),),
+            "linear_forward": (_SM100,),
+            "logits_gradient": (_SM100,),
+            "hidden_gradient": (_SM100,),
+            "weight_gradient": (_SM100,),
         },
         "gfx942": {
-            "linear_forward": (_T(128, 128, 64, 8, 2), _T(256, 128, 64, 8, 2)),
-            "logits_gradient": (_T(128, 128, 64, 8, 2), _T(256, 128, 64, 8, 2)),
-            "hidden_gradient": (_T(128, 128, 64, 8, 2),),
-            "weight_gradient": (_T(128, 128, 64, 8, 2),),
+            "linear_forward": (_GFX942,),
+            "logits_gradient": (_GFX942,),
+            "hidden_gradient": (_GFX942,),
+            "weight_gradient": (_GFX942,),
         },
+    }
+)
+
+# tanh takes registers that these tiles do not have left
+CAPPED_TILES: Mapping[tuple[str, str], TileConfig] = MappingProxyType(
+    {
+        ("sm_90", "linear_forward"): _SM90_SQUARE,
+        ("sm_90", "logits_gradient"): _SM90_SQUARE,
+        ("sm_100", "linear_forward"): _T(128, 64, 64, 8, 4),
     }
 )
 
@@ -102,10 +119,13 @@ def row_config() -> RowConfig:
     return ROW[current_target()]
 
 
-def tile_config(kernel: str, dtype: torch.dtype) -> TileConfig:
+def tile_config(kernel: str, dtype: torch.dtype, capped: bool = False) -> TileConfig:
     if dtype == torch.float32:
         return FP32_TILE
-    return _tuned.get(kernel) or TILES[current_target()][kernel][0]
+    target = current_target()
+    if capped and (target, kernel) in CAPPED_TILES:
+        return CAPPED_TILES[target, kernel]
+    return _tuned.get(kernel) or TILES[target][kernel][0]
 
 
 def autotune(kernel: str, launch: Callable[[TileConfig], object]) -> TileConfig:

@@ -77,7 +77,7 @@ def linear_forward(
         empty = hidden.new_empty(0, dtype=torch.float32)
         return empty, empty.clone()
     assert hidden.stride(1) == weight.stride(1) == 1, (hidden.stride(), weight.stride())
-    config = config or tile_config("linear_forward", hidden.dtype)
+    config = config or tile_config("linear_forward", hidden.dtype, softcap is not None)
     row_blocks = triton.cdiv(rows, config.block_m)
     tiles = triton.cdiv(vocabulary, config.block_n)
     splits = splits or splits_that_fill(row_blocks, processors(hidden.device))

@@ -4,8 +4,8 @@
 
 recomputed from hidden, weight and the logsumexp of the forward pass, in the dtype of hidden.
 Not allocated: anything wider than the chunk. Rows and columns that pad the chunk to whole tiles
-are written as zeros, so that the two GEMMs that follow need no masks. ``keep`` tells them which
-tiles hold anything above ``skip_below``.
+are written as zeros, so that the two GEMMs that follow need no masks. ``keep`` marks
+the tiles that hold anything above ``skip_below``.
 """
 
 import triton
@@ -56,7 +56,7 @@ def logits_gradient_kernel(
 
 def logits_gradient(
     gradient: Tensor,  # (N padded, C padded) in whole tiles: written
-    keep: Tensor | None,  # (row blocks * column blocks,) int8: written; None keeps every tile
+    keep: Tensor | None,  # (row blocks, column blocks) int8: written; None keeps every tile
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)

@@ -55,7 +55,7 @@ def row_log_probs_kernel(
         target = tl.load(target_logits + n).to(tl.float32)
     else:
         target = tl.load(row + label).to(tl.float32)
-    target_z, _ = activate(target, softcap, logit_scale, SOFTCAP)
+    target_z = activate(target, softcap, logit_scale, SOFTCAP)[0]
     lanes = tl.arange(0, BLOCK)
 
     if ON_CHIP:
@@ -113,7 +113,7 @@ def row_log_probs(
     if rows == 0:
         return log_probs, lse
     config = config or row_config()
-    on_chip = in_place and vocabulary <= config.on_chip_columns
+    on_chip = in_place and config.on_chip(vocabulary, softcap is not None)
     block = triton.next_power_of_2(vocabulary) if on_chip else config.block
     row_log_probs_kernel[(rows,)](
         logits, labels.contiguous(), _contiguous(target_logits), log_probs, lse,
