@@ -72,6 +72,11 @@ class NPO:
         r = segment_sum(log_probs, cu_seqlens) - ref_log_probs
         return -(2 / self.beta) * F.logsigmoid(-self.beta * r)
 
+    def value_and_weight(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.npo_fast.npo_head(log_probs, cu_seqlens, ref_log_probs, self.beta)
+
 
 @dataclass(frozen=True)
 class SimNPO:

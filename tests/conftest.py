@@ -1,6 +1,7 @@
 """Small random models of many families, and benchmark data where it lies beside the checkout."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,29 @@ import transformers
 SHARED = Path(os.environ.get("NPO_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 VOCABULARY = 97
 
+if not torch.cuda.is_available():
+    # before the first import of Triton: its kernels run on the CPU, in the interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``new_empty`` and ``empty_like`` return NaN: an element that no kernel writes shows."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: object, **kwargs: object) -> torch.Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
 def _shared(name: str) -> Path:

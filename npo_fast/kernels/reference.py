@@ -1,6 +1,6 @@
-"""The row operators and their plain PyTorch kernels: the specification of every faster kernel.
+"""The operators and their plain PyTorch kernels: the specification of every faster kernel.
 
-Both operators see one chunk of raw logits ``a = W h + b`` (before softcap and scale) and compute
+The row operators see one chunk of raw logits ``a = W h + b`` (before softcap and scale) and compute
 
     z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
     log_prob_n = z_n[y_n] - logsumexp(z_n)
@@ -10,9 +10,14 @@ Both operators see one chunk of raw logits ``a = W h + b`` (before softcap and s
     d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
+``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
@@ -25,6 +30,10 @@ library.define(
 library.define(
     "row_log_probs(Tensor logits, Tensor labels, Tensor? target_logits, "
     "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+)
+library.define(
+    "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
+    "-> (Tensor values, Tensor sequence_log_probs, Tensor g)"
 )
 
 
@@ -62,6 +71,38 @@ def row_log_probs(
         z, _ = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
         _, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
     return log_probs, lse
+
+
+def npo_head(
+    log_probs: Tensor,  # (N,) token log-probs of whole sequences, fp32 or fp64
+    cu_seqlens: Tensor,  # (S + 1,) where the sequences begin and end, on any device
+    ref_log_probs: Tensor,  # (S,)
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # values (S,), sequence_log_probs (S,), g (N,)
+    """``l_i``, ``L_i = -(2 / beta) logsigmoid(-beta r_i)``, ``g_n = 2 sigmoid(beta r_i)``.
+
+    ``r_i = l_i - ref_i``; ``g_n`` is ``dL_i / dl_i`` at every token n of sequence i.
+    """
+    sequence_log_probs = segment_sum(log_probs, cu_seqlens)
+    x = beta * (sequence_log_probs - ref_log_probs.to(log_probs.dtype))
+    values = -(2 / beta) * F.logsigmoid(-x)
+    g = (2 * torch.sigmoid(x)).repeat_interleave(
+        cu_seqlens.diff().to(log_probs.device), output_size=len(log_probs)
+    )
+    return values, sequence_log_probs, g
+
+
+def segment_sum(
+    values: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,)
+    """``out[i] = sum(values[cu_seqlens[i]:cu_seqlens[i + 1]])``; an empty sequence sums to 0.
+
+    Summed in fp64: one number a row costs nothing, and beta times its error goes into every g.
+    """
+    offsets = cu_seqlens.to(values.device, torch.int64)
+    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
+    return sums.to(values.dtype)
 
 
 def _activate(
@@ -115,7 +156,19 @@ def _fake(
     return _outputs(logits)
 
 
-OPERATORS = {"row_log_probs_": row_log_probs_, "row_log_probs": row_log_probs}
-for _name, _kernel in OPERATORS.items():
+def _npo_head_fake(
+    log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = log_probs.new_empty(cu_seqlens.shape[0] - 1)
+    return values, torch.empty_like(values), torch.empty_like(log_probs)
+
+
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    # name: (kernel, what it returns without computing)
+    "row_log_probs_": (row_log_probs_, _fake),
+    "row_log_probs": (row_log_probs, _fake),
+    "npo_head": (npo_head, _npo_head_fake),
+}
+for _name, (_kernel, _returns) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"npo_fast::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"npo_fast::{_name}", _returns, lib=library)

@@ -1,5 +1,6 @@
 """Linear layer and loss in one: from hidden states and the LM head, never holding the logits."""
 
+from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.linear_log_probs import linear_log_probs
 from npo_fast.ops.linear_sequence_loss import (
     Reduction,
@@ -7,7 +8,6 @@ from npo_fast.ops.linear_sequence_loss import (
     SequenceLoss,
     linear_sequence_loss,
 )
-from npo_fast.ops.segments import segment_sum
 
 __all__ = [
     "Reduction",

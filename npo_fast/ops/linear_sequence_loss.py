@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
 from npo_fast.ops.head import Head, HeadGradients
 from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chunk_rows
-from npo_fast.ops.segments import segment_sum
 
 Reduction = Literal["mean", "token_mean", "sum"]
 Reference = Literal["sequence", "token"] | None
@@ -23,6 +23,10 @@ class SequenceLoss(Protocol):
     ``reference`` says what ``ref_log_probs`` holds: one value a "sequence", one a "token", or
     nothing (None). ``group`` consecutive sequences may depend on each other (pairs: 2; the whole
     batch: 0) and are never split between chunks.
+
+    A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
+    values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
+    autograd differentiates ``__call__``. Who overrides one overrides both.
     """
 
     reference: ClassVar[Reference]
@@ -188,9 +192,8 @@ def _loss_and_gradients(
         else:  # the weight g needs the whole group: its log-probs first, its gradient after
             log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
         ref = _part(ref_log_probs, loss, rows, sequences)
-        value, g = _value_and_weight(loss, log_probs, offsets, ref)
+        value, sequence_log_probs[sequences], g = _evaluate(loss, log_probs, offsets, ref)
         total += value
-        sequence_log_probs[sequences] = segment_sum(log_probs, offsets)
         g = g * scale
         if one_pass:
             gradients.add(rows, hidden[rows], logits_gradient, g)
@@ -230,11 +233,15 @@ def _part(
     return ref_log_probs[sequences if loss.reference == "sequence" else rows]
 
 
-def _value_and_weight(
+def _evaluate(
     loss: SequenceLoss, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
-) -> tuple[Tensor, Tensor]:  # scalar, (n,): the summed loss and g = d loss / d log_probs
+) -> tuple[Tensor, Tensor, Tensor]:  # summed loss, (s,) log-probs, (n,) g = d loss / d log_probs
+    in_one = getattr(loss, "value_and_weight", None)
+    if in_one is not None:
+        values, sequence_log_probs, g = in_one(log_probs, cu_seqlens, ref_log_probs)
+        return values.sum(), sequence_log_probs, g
     with torch.enable_grad():
         log_probs = log_probs.detach().requires_grad_()
         value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
         (g,) = torch.autograd.grad(value, log_probs)
-    return value.detach(), g
+    return value.detach(), segment_sum(log_probs.detach(), cu_seqlens), g

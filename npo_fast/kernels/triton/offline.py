@@ -1,0 +1,186 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads what came out.
+
+``inspect()`` gives one ``Record`` a kernel, configuration and target: registers, spills, shared
+memory, tensor-core instructions and 16-byte loads, counted in the machine code by the tools that
+come with Triton; and the time below which no H100 can be. ``python -m`` this module prints JSON.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from npo_fast.kernels.triton.config import TARGETS
+from npo_fast.kernels.triton.variants import Variant, variants
+
+H100_FLOPS = 990e12  # dense bf16
+H100_BYTES_PER_S = 3.35e12
+
+
+@dataclass(frozen=True)
+class Target:
+    gpu: GPUTarget
+    shared_limit_bytes: int
+    tensor_core: str  # its instruction, as a pattern
+    wide_load: str  # 16 bytes a lane, or a bulk copy
+
+
+_NVIDIA_LOAD = r"LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG"
+TARGETS_OFFLINE = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, "HMMA", _NVIDIA_LOAD),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, "HGMMA", _NVIDIA_LOAD),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, "UTCHMMA", _NVIDIA_LOAD),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma", r"(?:global|buffer)_load_dwordx4"
+    ),
+}
+
+# by the name of a kernel's argument; other arguments are 32-bit integers that 16 divides
+TYPES = {
+    "logits": "*bf16", "hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "gradient": "*bf16",
+    "d_weight": "*bf16", "d_hidden": "*fp32", "labels": "*i64", "cu_seqlens": "*i32",
+    "target_logits": "*fp32", "log_probs": "*fp32", "lse": "*fp32", "lses": "*fp32",
+    "split_lse": "*fp32", "split_target": "*fp32", "ref_log_probs": "*fp32", "values": "*fp32",
+    "sequence_log_probs": "*fp32", "weights": "*fp32", "g": "*fp32", "keep": "*i8",
+    "kept": "*i32", "kept_count": "*i32", "softcap": "fp32", "logit_scale": "fp32",
+    "skip_below": "fp32", "beta": "fp32",
+}  # fmt: skip
+NOT_DIVISIBLE = ("tiles_per_split",)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compiled kernel."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    target: str
+    config: str
+    registers: int
+    spill_bytes: int  # NVIDIA: stack; AMD: private segment and spilled registers
+    shared_bytes: int
+    shared_limit_bytes: int
+    is_gemm: bool
+    tensor_core_instructions: int
+    wide_loads: int  # 16-byte load instructions
+    h100_floor_ms: float | None  # from flops and bytes; None where the problem does not meet it
+
+
+def inspect(targets: Iterable[str] = TARGETS) -> Iterator[Record]:
+    """Compiles every shipped variant for ``targets``, one after another."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET")
+    for target in targets:
+        for variant in variants(target):
+            yield _record(variant)
+
+
+def table(records: Iterable[Record]) -> list[dict[str, str | int | float]]:
+    """Rows for people: one a record, with units in the column names."""
+    return [
+        {
+            "kernel": f"{one.kernel} ({one.variant}, {one.dtype})",
+            "target": one.target,
+            "config": one.config,
+            "registers": one.registers,
+            "spill_bytes": one.spill_bytes,
+            "shared_kib": round(one.shared_bytes / 1024, 1),
+            "shared_limit_kib": one.shared_limit_bytes // 1024,
+            "tensor_core": one.tensor_core_instructions,
+            "loads_16_bytes": one.wide_loads,
+            "h100_floor_ms": "" if one.h100_floor_ms is None else round(one.h100_floor_ms, 3),
+        }
+        for one in records
+    ]
+
+
+def h100_floor_ms(flops: float, moved_bytes: float) -> float:
+    """The larger of the time to compute and the time to move the bytes."""
+    return 1e3 * max(flops / H100_FLOPS, moved_bytes / H100_BYTES_PER_S)
+
+
+def _record(variant: Variant) -> Record:
+    target = TARGETS_OFFLINE[variant.target]
+    compiled = triton.compile(
+        _source(variant), target=target.gpu, options={**variant.options, "enable_fp_fusion": True}
+    )
+    if target.gpu.backend == "cuda":
+        registers, spill_bytes, code = _read_cubin(compiled.asm["cubin"])
+    else:
+        registers, spill_bytes, code = _read_amdgcn(compiled.asm["amdgcn"])
+    floor = None
+    if variant.moved_bytes is not None:
+        floor = h100_floor_ms(variant.flops, variant.moved_bytes)
+    return Record(
+        kernel=variant.kernel,
+        variant=variant.name,
+        dtype=variant.dtype,
+        target=variant.target,
+        config=variant.config,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit_bytes=target.shared_limit_bytes,
+        is_gemm=variant.is_gemm,
+        tensor_core_instructions=len(re.findall(rf"\b{target.tensor_core}", code)),
+        wide_loads=len(re.findall(target.wide_load, code)),
+        h100_floor_ms=floor,
+    )
+
+
+def _source(variant: Variant) -> ASTSource:
+    """The kernel with the argument types and alignment of a launch at ordinary sizes."""
+    hip = TARGETS_OFFLINE[variant.target].gpu.backend == "hip"
+    signature, attributes = {}, {}
+    for at, name in enumerate(variant.function.arg_names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            continue
+        kind = TYPES.get(name, "i32").replace("bf16", variant.dtype)
+        signature[name] = kind
+        pointer = kind.startswith("*")
+        if (pointer or kind == "i32") and name not in NOT_DIVISIBLE:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+            if pointer and hip:  # tensors below 2 GiB: lets AMD use buffer instructions
+                attributes[(at,)].append(["tt.pointer_range", 32])
+    return ASTSource(variant.function, signature, variant.constants, attributes)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack and the disassembly."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2]), code
+
+
+def _read_amdgcn(assembly: str) -> tuple[int, int, str]:
+    """Vector registers, bytes of private memory with spilled registers, and the assembly."""
+
+    def metadata(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        assert found is not None, key
+        return int(found[1])
+
+    spilled = 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count"))
+    return metadata("vgpr_count"), metadata("private_segment_fixed_size") + spilled, assembly
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(record) for record in inspect()], indent=1))

@@ -1,0 +1,176 @@
+"""The Triton linear kernels, forward and backward, against fp64 and against plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from npo_fast.kernels.triton import config
+from npo_fast.kernels.triton.config import TileConfig, splits_that_fill
+from npo_fast.kernels.triton.linear_backward import linear_backward
+from npo_fast.kernels.triton.linear_forward import linear_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = TileConfig(32, 64, 32, num_warps=4, num_stages=2)
+CONFIGS = (SMALL, TileConfig(32, 32, 32, 4, 2), TileConfig(64, 32, 16, 4, 2))
+SHAPES = [(5, 13, 1), (33, 48, 1000), (17, 20, 131), (1, 8, 64)]
+HEADS = {
+    "plain": {"softcap": None, "logit_scale": 1.0},
+    "capped": {"softcap": 4.0, "logit_scale": 0.7, "with_bias": True},
+}
+
+
+def case(rows, width, vocabulary, dtype, with_bias=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    bias = randn(vocabulary) if with_bias else None
+    labels = torch.randint(vocabulary, (rows,), generator=generator).to(DEVICE)
+    g = torch.randn(rows, generator=generator).to(DEVICE)
+    return randn(rows, width), randn(vocabulary, width) * 0.5, labels, bias, g
+
+
+def pytorch(hidden, weight, labels, bias, g, softcap, logit_scale, dtype):
+    """Log-probs and gradients as plain PyTorch computes them in ``dtype``."""
+    leaves = [
+        None if one is None else one.to(dtype).requires_grad_() for one in (hidden, weight, bias)
+    ]
+    raw = F.linear(leaves[0], leaves[1], leaves[2])
+    z = raw.to(torch.promote_types(dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_probs = (z * logit_scale).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    grads = torch.autograd.grad(log_probs, [x for x in leaves if x is not None], g.to(log_probs))
+    return log_probs.detach(), *grads, *([None] if bias is None else [])
+
+
+def kernels(hidden, weight, labels, bias, g, softcap, logit_scale, **options):
+    log_probs, lse = linear_forward(
+        hidden, weight, labels, bias, softcap, logit_scale, config=SMALL, splits=3
+    )
+    grads = linear_backward(
+        g, hidden, weight, labels, bias, log_probs, lse, softcap, logit_scale,
+        columns=256, configs=CONFIGS, **options,
+    )  # fmt: skip
+    return log_probs, *grads
+
+
+def assert_as_exact(got, framework, exact):
+    error = (got.double() - exact).abs().max().item()
+    allowed = 2 * (framework.double() - exact).abs().max().item()
+    truncated = got.dtype == torch.bfloat16 and DEVICE == "cpu"
+    eps = torch.finfo(torch.bfloat16 if truncated else torch.float32).eps
+    # four ulps: PyTorch is at times exact by chance where the shapes are tiny
+    assert error <= allowed + 4 * eps * exact.abs().max().item()
+
+
+@pytest.fixture(autouse=True)
+def _poison(poison_new_tensors):
+    """Every output and workspace starts as NaN."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_kernels_are_as_exact_as_pytorch(shape, head, dtype):
+    tensors = case(*shape, dtype, head.get("with_bias", False))
+    settings = head["softcap"], head["logit_scale"]
+    got = kernels(*tensors, *settings)
+    framework = pytorch(*tensors, *settings, dtype)
+    exact = pytorch(*tensors, *settings, torch.float64)
+    assert got[0].dtype == torch.float32
+    for one, plain, want in zip(got, framework, exact, strict=True):
+        if want is not None:
+            assert_as_exact(one, plain, want)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 1000])
+def test_splitting_the_vocabulary_changes_nothing_but_rounding(splits):
+    hidden, weight, labels, _, _ = case(17, 20, 331, torch.float32)
+    settings = None, 1.0
+    got = linear_forward(hidden, weight, labels, None, *settings, config=SMALL, splits=splits)
+    one = linear_forward(hidden, weight, labels, None, *settings, config=SMALL, splits=1)
+    for split, whole in zip(got, one, strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_memorised_and_saturated_rows_stay_finite_and_exact():
+    hidden, weight, labels, _, g = case(9, 16, 150, torch.float32)
+    hidden[:4] = weight[labels[:4]] * 40  # memorised: p is 1 in fp32
+    hidden[4] *= 1e3  # saturated, most likely at another token
+    weight[7] *= 50
+    got = kernels(hidden, weight, labels, None, g, None, 1.0)
+    exact = pytorch(hidden, weight, labels, None, g, None, 1.0, torch.float64)
+    framework = pytorch(hidden, weight, labels, None, g, None, 1.0, torch.float32)
+    for one, plain, want in zip(got[:3], framework[:3], exact[:3], strict=True):
+        assert one.isfinite().all()
+        assert_as_exact(one, plain, want)
+
+
+def test_two_runs_are_bit_identical():
+    tensors = case(17, 20, 131, torch.bfloat16)
+    runs = [kernels(*tensors, None, 1.0) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*(r[:3] for r in runs), strict=True))
+
+
+def test_frozen_weight_or_hidden_gets_no_gradient():
+    hidden, weight, labels, _, g = case(5, 8, 70, torch.float32)
+    both = kernels(hidden, weight, labels, None, g, None, 1.0)
+    frozen = kernels(hidden, weight, labels, None, g, None, 1.0, needs=(True, False, False))
+    assert frozen[2] is None
+    assert torch.equal(frozen[1], both[1])
+    frozen = kernels(hidden, weight, labels, None, g, None, 1.0, needs=(False, True, False))
+    assert frozen[1] is None
+    assert torch.equal(frozen[2], both[2])
+
+
+def test_skipping_leaves_out_only_what_is_below_the_threshold():
+    hidden, weight, labels, _, g = case(64, 16, 300, torch.float32)
+    g[32:] = 0.0  # a forgotten sequence: a row block without gradient
+    weight[64:128] = -weight[labels[:32]].repeat(2, 1) * 0.1
+    exact = kernels(hidden, weight, labels, None, g, None, 1.0)
+    skipped = kernels(hidden, weight, labels, None, g, None, 1.0, skip_below=1e-4)
+    for one, want in zip(skipped[1:3], exact[1:3], strict=True):
+        # 300 columns or 64 rows of G below 1e-4 each, times an operand of at most 5
+        assert (one - want).abs().max() < 300 * 1e-4 * 5
+    everything = kernels(hidden, weight, labels, None, g, None, 1.0, skip_below=1e9)
+    assert everything[1].count_nonzero() == everything[2].count_nonzero() == 0
+    zero_rows = kernels(hidden, weight, labels, None, g, None, 1.0, skip_below=1e-30)
+    assert all(torch.equal(a, b) for a, b in zip(zero_rows[1:3], exact[1:3], strict=True))
+
+
+def test_no_rows_give_zero_gradients():
+    hidden, weight, labels, bias, g = case(0, 8, 10, torch.float32, with_bias=True)
+    log_probs, d_hidden, d_weight, d_bias = kernels(hidden, weight, labels, bias, g, None, 1.0)
+    assert log_probs.shape == (0,)
+    assert d_hidden.shape == (0, 8)
+    assert d_weight.count_nonzero() == d_bias.count_nonzero() == 0
+
+
+def test_rows_of_a_wider_buffer_need_no_copy():
+    hidden, weight, labels, _, g = case(6, 16, 40, torch.float32)
+    wide = torch.full((6, 24), 3.0, device=DEVICE)
+    wide[:, :16] = hidden
+    want = kernels(hidden, weight, labels, None, g, None, 1.0)
+    got = kernels(wide[:, :16], weight, labels, None, g, None, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(got[:3], want[:3], strict=True))
+
+
+@pytest.mark.parametrize("row_blocks", [1, 5, 16, 32, 100, 512])
+def test_splits_fill_the_gpu(row_blocks):
+    splits = splits_that_fill(row_blocks, 132)
+    programs = row_blocks * splits
+    assert programs / (-(-programs // 132) * 132) > 0.9
+
+
+def test_autotune_keeps_the_fastest_configuration(monkeypatch):
+    monkeypatch.setattr(config, "_tuned", {})
+    monkeypatch.setattr(config, "current_target", lambda: "sm_90")
+    monkeypatch.setattr("triton.testing.do_bench", lambda launch: launch())
+    candidates = config.TILES["sm_90"]["linear_forward"]
+    assert config.tile_config("linear_forward", torch.bfloat16) == candidates[0]
+    config.autotune("linear_forward", lambda tile: -candidates.index(tile))
+    assert config.tile_config("linear_forward", torch.bfloat16) == candidates[-1]
