@@ -44,9 +44,10 @@ def plot_unlearning(
     for name, point in anchors.items():
         against.plot(point.model_utility, point.forget_quality, "k*", markersize=12)
         against.annotate(
-            name, (point.model_utility, point.forget_quality), xytext=(-6, -4),
-            textcoords="offset points", ha="right", va="center",
+            name, (point.model_utility, point.forget_quality), xytext=(0, 9),
+            textcoords="offset points", ha="center",
         )  # fmt: skip
+    against.margins(y=0.12)
     for axes in (over_time, against):
         axes.axhline(MEANINGFUL, color="grey", linestyle="--", linewidth=1)
         axes.set_yscale("log")
