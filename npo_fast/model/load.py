@@ -1,5 +1,6 @@
 """Models and tokenizers by hub name, folder or GGUF file."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,12 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **arguments: Any) -> Any:
-    from transformers.utils import logging
+    from npo_fast.model.progress import no_progress_bars
 
-    logging.disable_progress_bar()
+    local = Path(arguments["pretrained_model_name_or_path"]).exists()
     try:
-        return auto.from_pretrained(**arguments)
+        with no_progress_bars() if local else nullcontext():
+            return auto.from_pretrained(**arguments)
     except ImportError as error:
         raise UserError(
             f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"

@@ -23,6 +23,7 @@ from npo_fast import __version__
 from npo_fast.data import Sequence
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import save_folder
 from npo_fast.trainer.settings import StepRecord
 
@@ -96,7 +97,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def save_model(lm: CausalLM, tokenizer: Any, folder: Path) -> None:
     def write(where: Path) -> None:
-        with lm.generating() as model:  # its own attention, not ours, goes into config.json
+        with (
+            no_progress_bars(),
+            lm.generating() as model,
+        ):  # its own attention, not ours, goes into config.json
             model.save_pretrained(where, safe_serialization=True)
         tokenizer.save_pretrained(where)
 
