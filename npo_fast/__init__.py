@@ -2,7 +2,7 @@
 
 from npo_fast._version import __version__
 from npo_fast.losses import GA, NLL, NPO, SimNPO, npo_loss
-from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
+from npo_fast.ops import SequenceLoss, Skipped, linear_log_probs, linear_sequence_loss, segment_sum
 
 __all__ = [
     "GA",
@@ -10,6 +10,7 @@ __all__ = [
     "NPO",
     "SequenceLoss",
     "SimNPO",
+    "Skipped",
     "__version__",
     "linear_log_probs",
     "linear_sequence_loss",

@@ -348,3 +348,60 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
         chunk_rows=30, **tensors,
     )[0].backward()  # fmt: skip
     assert largest == 30 * 500
+
+
+def half_forgotten(rows: int = 60) -> dict[str, object]:
+    """Sure tokens beside unsure ones, and every second sequence far below its reference."""
+    tensors = inputs(rows, 16, 90, torch.float64, bias=True)
+    labels = torch.randint(0, 90, (rows,))
+    with torch.no_grad():
+        tensors["hidden"][::3] += 3 * tensors["weight"][labels[::3]]
+    ref = torch.tensor([0.0, -2000.0] * 3, dtype=torch.float64)
+    cu_seqlens = torch.arange(0, rows + 1, rows // 6, dtype=torch.int32)
+    return {**tensors, "labels": labels, "cu_seqlens": cu_seqlens, "ref_log_probs": ref}
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 25, 7])
+def test_skipping_is_exact_at_zero_and_bounded_above(chunk_rows):
+    case = half_forgotten()
+    tensors = {name: case[name] for name in ("hidden", "weight", "bias")}
+
+    def run(**options):
+        value, log_probs = linear_sequence_loss(
+            loss=NPO(0.1), chunk_rows=chunk_rows, **case, **options
+        )
+        return value, log_probs, gradients(value, tensors)
+
+    exact = run()
+    same = run(skip_below=0.0)
+    assert all(torch.equal(exact[2][name], same[2][name]) for name in tensors)
+
+    skipped = npo_fast.Skipped()
+    value, log_probs, found = run(skip_below=1e-3, skipped=skipped)
+    assert torch.equal(value, exact[0])
+    assert torch.equal(log_probs, exact[1])
+    assert skipped.rows == 60
+    assert 0.2 < skipped.share < 1
+    error = float((found["weight"] - exact[2]["weight"]).norm())
+    assert 0 < error <= skipped.weight_error * (1 + 1e-9)
+    assert float((found["bias"] - exact[2]["bias"]).abs().sum()) <= skipped.logits_error * (
+        1 + 1e-9
+    )
+    assert relative(found["hidden"], exact[2]["hidden"]) < 1e-2
+
+
+def test_a_nan_row_is_never_skipped():
+    case = half_forgotten()
+    hidden = case["hidden"].detach().clone()
+    hidden[0] = torch.nan
+    case["hidden"] = hidden.requires_grad_()
+    value, _ = linear_sequence_loss(loss=NPO(0.1), skip_below=0.5, **case)
+    (found,) = torch.autograd.grad(value, case["weight"])
+    assert found.isnan().any()
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, float("nan")])
+def test_a_share_to_skip_that_makes_no_sense_is_refused(bad):
+    case = half_forgotten()
+    with pytest.raises(ValueError, match="skip_below must be in"):
+        linear_sequence_loss(loss=NPO(0.1), skip_below=bad, **case)

@@ -8,11 +8,13 @@ from npo_fast.ops.linear_sequence_loss import (
     SequenceLoss,
     linear_sequence_loss,
 )
+from npo_fast.ops.skipping import Skipped
 
 __all__ = [
     "Reduction",
     "Reference",
     "SequenceLoss",
+    "Skipped",
     "linear_log_probs",
     "linear_sequence_loss",
     "segment_sum",

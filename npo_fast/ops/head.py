@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
+from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
 CHUNK_BYTES = 96 << 20  # logits alive at a time where gradients are wanted
 FORWARD_BYTES = 48 << 20  # and where not: fewer rows cost the GEMM more, for packing W again
@@ -107,8 +108,16 @@ class Head:
 class HeadGradients:
     """Gradients of hidden, weight and bias, summed over chunks in a fixed order."""
 
-    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        needs: tuple[bool, bool, bool],
+        skip_below: float = 0.0,
+        skipped: Skipped | None = None,
+    ) -> None:
         self.head = head
+        self.skip_below, self.skipped = skip_below, skipped
         weight, bias = head.weight, head.bias
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=head.wide_dtype) if needs[1] else None
@@ -121,13 +130,26 @@ class HeadGradients:
         self,
         rows: slice,
         hidden: Tensor,  # (R, D) the rows of this chunk
+        log_probs: Tensor,  # (R,)
         logits_gradient: Tensor,  # (R, V) d log_prob / d logits
         g: Tensor,  # (R,) d loss / d log_prob
     ) -> None:
         """``d_hidden = g * (G W)`` and ``d_weight += G^T (g * hidden)``: g never meets width V."""
+        kept = None
+        if self.skip_below > 0:
+            scale = self.head.logit_scale
+            kept = rows_that_matter(hidden, log_probs, g, scale, self.skip_below, self.skipped)
+        if kept is not None:
+            logits_gradient = compact_(logits_gradient, kept)
+            hidden, g = hidden[kept], g[kept]
         g = g.unsqueeze(1)
         if self.hidden is not None:
-            self.hidden[rows] = self.head.hidden_gradient(logits_gradient) * g
+            d_hidden = self.head.hidden_gradient(logits_gradient) * g
+            if kept is None:
+                self.hidden[rows] = d_hidden
+            else:
+                self.hidden[rows] = 0
+                self.hidden[rows].index_copy_(0, kept, d_hidden.to(self.hidden.dtype))
         if self.weight is not None:
             scaled = (hidden * g).to(logits_gradient.dtype)
             if logits_gradient.dtype == self.weight.dtype:

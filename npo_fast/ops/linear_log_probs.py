@@ -104,6 +104,8 @@ class _LinearLogProbs(torch.autograd.Function):
         gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
         buffer = head.buffer(min(step, len(hidden)))
         for rows in blocks(slice(0, len(hidden)), step):
-            _, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows], buffer)
-            gradients.add(rows, hidden[rows], logits_gradient, g[rows])
+            log_probs, logits_gradient = head.log_probs_and_gradient(
+                hidden[rows], labels[rows], buffer
+            )
+            gradients.add(rows, hidden[rows], log_probs, logits_gradient, g[rows])
         return *gradients.finish(), None, None, None, None

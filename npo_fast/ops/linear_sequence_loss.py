@@ -12,6 +12,7 @@ from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
 from npo_fast.ops.head import Head, HeadGradients
 from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chunk_rows
+from npo_fast.ops.skipping import Skipped
 
 Reduction = Literal["mean", "token_mean", "sum"]
 Reference = Literal["sequence", "token"] | None
@@ -53,6 +54,8 @@ def linear_sequence_loss(
     logit_scale: float = 1.0,
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
+    skip_below: float = 0.0,
+    skipped: Skipped | None = None,
 ) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     """Loss of whole sequences straight from hidden states and the LM head.
 
@@ -77,6 +80,10 @@ def linear_sequence_loss(
         logit_scale: factor on the (capped) logits.
         reduction: "mean" over sequences, "token_mean" (sum / number of tokens), "sum".
         chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold.
+        skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
+            in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
+            bound. Costs a GPU caller one synchronisation a chunk.
+        skipped: filled with the share of rows left out and the bounds on the error.
 
     Returns:
         The scalar loss, differentiable once in hidden, weight and bias, and the detached
@@ -103,6 +110,8 @@ def linear_sequence_loss(
             f"{op}: {type(loss).__name__} takes sequences in groups of {loss.group}, "
             f"got {sequences}"
         )
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
     count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
@@ -112,7 +121,7 @@ def linear_sequence_loss(
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(
             hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
-            loss, softcap, logit_scale, 1.0 / max(count, 1), step,
+            loss, softcap, logit_scale, 1.0 / max(count, 1), step, skip_below, skipped,
         )  # fmt: skip
 
 
@@ -131,14 +140,26 @@ class _LinearSequenceLoss(torch.autograd.Function):
         logit_scale: float,
         scale: float,
         step: int,
+        skip_below: float,
+        skipped: Skipped | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, ref_log_probs)
-        ctx.settings = loss, softcap, logit_scale, scale, step
+        ctx.settings = loss, softcap, logit_scale, scale, step, skip_below
         head = Head(weight, bias, softcap, logit_scale)
         needs = ctx.needs_input_grad[:3]
         if any(needs):
             value, sequence_log_probs, ctx.gradients = _loss_and_gradients(
-                head, hidden, labels, cu_seqlens, ref_log_probs, loss, scale, step, needs
+                head,
+                hidden,
+                labels,
+                cu_seqlens,
+                ref_log_probs,
+                loss,
+                scale,
+                step,
+                needs,
+                skip_below,
+                skipped,
             )
         else:
             log_probs = forward_log_probs(head, hidden, labels, step)
@@ -154,17 +175,27 @@ class _LinearSequenceLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
             hidden, weight, bias, labels, cu_seqlens, ref_log_probs = ctx.saved_tensors
-            loss, softcap, logit_scale, scale, step = ctx.settings
+            loss, softcap, logit_scale, scale, step, skip_below = ctx.settings
             head = Head(weight, bias, softcap, logit_scale)
             needs = ctx.needs_input_grad[:3]
             _, _, gradients = _loss_and_gradients(
-                head, hidden, labels, cu_seqlens, ref_log_probs, loss, scale, step, needs
+                head,
+                hidden,
+                labels,
+                cu_seqlens,
+                ref_log_probs,
+                loss,
+                scale,
+                step,
+                needs,
+                skip_below,
+                None,
             )
         if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
             for one in gradients:
                 if one is not None:
                     one.mul_(upstream)
-        return *gradients, None, None, None, None, None, None, None, None
+        return *gradients, *([None] * 10)
 
 
 def _loss_and_gradients(
@@ -177,9 +208,11 @@ def _loss_and_gradients(
     scale: float,
     step: int,
     needs: tuple[bool, bool, bool],
+    skip_below: float,
+    skipped: Skipped | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The one pass: loss, sequence log-probs, and gradients of hidden, weight and bias."""
-    gradients = HeadGradients(head, hidden, needs)
+    gradients = HeadGradients(head, hidden, needs, skip_below, skipped)
     buffer = head.buffer(min(step, len(hidden)))
     total = hidden.new_zeros((), dtype=head.wide_dtype)
     sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
@@ -196,12 +229,12 @@ def _loss_and_gradients(
         total += value
         g = g * scale
         if one_pass:
-            gradients.add(rows, hidden[rows], logits_gradient, g)
+            gradients.add(rows, hidden[rows], log_probs, logits_gradient, g)
             continue
         for block in blocks(rows, step):
             _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block], buffer)
-            within = slice(block.start - rows.start, block.stop - rows.start)
-            gradients.add(block, hidden[block], logits_gradient, g[within])
+            at = slice(block.start - rows.start, block.stop - rows.start)
+            gradients.add(block, hidden[block], log_probs[at], logits_gradient, g[at])
     return total * scale, sequence_log_probs, gradients.finish()
 
 
