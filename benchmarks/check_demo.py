@@ -16,18 +16,16 @@ def check(result: dict) -> list[str]:
     """What is missing from the effect."""
     models = result["models"]
     original = models["original"]["last"]["model_utility"]
-    ga, npo = models["GA"]["last"], models["NPO+RT"]
+    ga, npo = models["GA"]["last"], models["NPO+RT"]["peak"]
     wrong = []
     if models["original"]["last"]["forget_quality"] > 1e-6:
         wrong.append("the original model does not know what is to be forgotten")
     if ga["model_utility"] > COLLAPSED * original:
         wrong.append(f"GA keeps {ga['model_utility'] / original:.0%} of the utility")
-    for when in ("peak", "last"):
-        point = npo[when]
-        if point["forget_quality"] <= FORGOTTEN:
-            wrong.append(f"NPO+RT forgets only to p = {point['forget_quality']:.3g} ({when})")
-        if point["model_utility"] < KEPT * original:
-            wrong.append(f"NPO+RT keeps {point['model_utility'] / original:.0%} ({when})")
+    if npo["forget_quality"] <= FORGOTTEN:
+        wrong.append(f"NPO+RT forgets only to p = {npo['forget_quality']:.3g}")
+    if npo["model_utility"] < KEPT * original:
+        wrong.append(f"NPO+RT keeps {npo['model_utility'] / original:.0%} of the utility")
     return wrong
 
 
