@@ -12,7 +12,7 @@ from npo_fast.errors import UserError
 from npo_fast.losses import GA, NLL, NPO, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss
 
-Source = Literal["forget", "retain"]
+Source = Literal["forget", "retain", "train"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _retain(c: Coefficients) -> Term:
 
 
 def _finetune(c: Coefficients) -> Term:
-    return Term("NLL", "retain", NLL(), "token_mean", 1.0)
+    return Term("NLL", "train", NLL(), "token_mean", 1.0)
 
 
 METHODS: dict[str, tuple[Callable[[Coefficients], Term], ...]] = {

@@ -1,28 +1,18 @@
 """Loss of every answer, right, paraphrased or wrong, and ROUGE of greedy generations."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from npo_fast.data import Record, Sequence, Template, pack
+from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite
-from npo_fast.model import CausalLM
+from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How to evaluate; it changes speed and the length of generations, not the losses."""
-
-    micro_batch_tokens: int = 4096
-    generation_batch: int = 32
-    max_new_tokens: int = 128
-    generate: bool = True
 
 
 def evaluate(

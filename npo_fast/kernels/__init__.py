@@ -6,7 +6,11 @@ specification. A faster kernel registers itself for its device and nothing above
 
 from importlib.util import find_spec
 
-from npo_fast.kernels import reference as reference
+from npo_fast.kernels import cpu
+from npo_fast.kernels.reference import OPERATORS
 
+__all__ = ["OPERATORS"]
+
+cpu.load()
 if find_spec("triton") is not None:
     from npo_fast.kernels.triton import registration as registration

@@ -13,6 +13,9 @@ so that no second buffer of this size exists. Rows go through in slabs that stay
 ``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,12 +47,11 @@ def row_log_probs_(
     log_probs, lse = _outputs(logits)
     for rows in _slabs(logits):
         z, slope = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        z = z * logit_scale
-        lse[rows] = z.logsumexp(dim=-1)
-        column = labels[rows].unsqueeze(1)
-        log_probs[rows] = z.gather(1, column).squeeze(1) - lse[rows]
-        grad = z.sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+        shifted, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
+        grad = shifted.exp_()
+        grad.div_(grad.sum(dim=-1, keepdim=True)).neg_()
         # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
+        column = labels[rows].unsqueeze(1)
         grad.scatter_(1, column, -torch.expm1(log_probs[rows]).unsqueeze(1))
         if slope is not None:
             grad.mul_(slope)
@@ -67,9 +69,7 @@ def row_log_probs(
     log_probs, lse = _outputs(logits)
     for rows in _slabs(logits):
         z, _ = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        z = z * logit_scale
-        lse[rows] = z.logsumexp(dim=-1)
-        log_probs[rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1) - lse[rows]
+        _, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
     return log_probs, lse
 
 
@@ -106,6 +106,15 @@ def _activate(
     return tanh * softcap, 1 - tanh.square()
 
 
+def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``z - max(z)``, the log-probs of the labels and the logsumexp, each rounded once or twice."""
+    top = z.amax(dim=-1, keepdim=True)
+    shifted = z - top
+    log_sum = shifted.exp().sum(dim=-1).log_()
+    log_probs = shifted.gather(1, labels.unsqueeze(1)).squeeze(1) - log_sum
+    return shifted, log_probs, top.squeeze(1) + log_sum
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -125,7 +134,7 @@ def _slabs(logits: Tensor) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
-def _fake(
+def _row_fake(
     logits: Tensor,
     labels: Tensor,
     target_logits: Tensor | None,
@@ -135,11 +144,6 @@ def _fake(
     return _outputs(logits)
 
 
-for _name, _kernel in (("row_log_probs_", row_log_probs_), ("row_log_probs", row_log_probs)):
-    library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"npo_fast::{_name}", _fake, lib=library)
-
-
 def _npo_head_fake(
     log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,5 +151,12 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
-library.impl("npo_head", npo_head, "CompositeExplicitAutograd")
-torch.library.register_fake("npo_fast::npo_head", _npo_head_fake, lib=library)
+# by name: the kernel, and the shapes and dtypes that it returns
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "row_log_probs_": (row_log_probs_, _row_fake),
+    "row_log_probs": (row_log_probs, _row_fake),
+    "npo_head": (npo_head, _npo_head_fake),
+}
+for _name, (_kernel, _shapes) in OPERATORS.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"npo_fast::{_name}", _shapes, lib=library)

@@ -38,7 +38,7 @@ class CausalLM:
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
         self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
-        self.native_attention = model.config._attn_implementation or "eager"
+        self.native_attention = _native_attention(model)
         self.packs = True
         self.attention = self._choose_attention(attention)
         if probe:
@@ -51,6 +51,12 @@ class CausalLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model can read and predict."""
+        embedding = self.model.get_input_embeddings().weight
+        return min(self.head.weight.shape[0], embedding.shape[0])
 
     @property
     def head_arguments(self) -> dict[str, Any]:
@@ -150,10 +156,7 @@ class CausalLM:
 
     @torch.no_grad()
     def _probe(self) -> None:
-        vocabulary = min(
-            self.head.weight.shape[0], self.model.get_input_embeddings().weight.shape[0]
-        )
-        tokens = [int(token) for token in torch.linspace(1, vocabulary - 1, 19)]
+        tokens = [int(token) for token in torch.linspace(1, self.vocabulary - 1, 19)]
         sequences = [Sequence(tuple(tokens[:7]), 1, 0), Sequence(tuple(tokens[7:]), 1, 1)]
         (batch,) = (one.to(self.device) for one in pack(sequences, max_tokens=len(tokens)))
         singles = [one.to(self.device) for one in _one_by_one(batch)]
@@ -191,6 +194,14 @@ class CausalLM:
     def _head_log_probs(self, model: Any, one: PackedBatch) -> Tensor:
         hidden = self.decoder(input_ids=one.input_ids[None], use_cache=False).last_hidden_state[0]
         return linear_log_probs(hidden[one.rows], labels=one.labels, **self.head_arguments)
+
+
+def _native_attention(model: Any) -> str:
+    """What transformers chose for it; a config shared with another ``CausalLM`` carries ours."""
+    chosen = model.config._attn_implementation or "eager"
+    if chosen != PACKED_ATTENTION:
+        return chosen
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def _best_attention(device: torch.device, dtype: torch.dtype) -> str:

@@ -59,6 +59,9 @@ def _default_device() -> str:
 def _source(name: str) -> dict[str, str]:
     """Where ``from_pretrained`` finds it: a hub name or folder, and a GGUF file in it."""
     path = Path(name)
+    if (path / "run.json").is_file() and (path / "model").is_dir():
+        path = path / "model"
+        name = str(path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no GGUF file {name!r}")
@@ -77,6 +80,9 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **arguments: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         return auto.from_pretrained(**arguments)
     except ImportError as error:

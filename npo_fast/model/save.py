@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from npo_fast.errors import UserError
 
 
@@ -20,7 +22,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
         _sync(partial)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if isinstance(error, (OSError, SafetensorError)):
             kept = (
                 "what was there before is untouched" if folder.exists() else "nothing was written"
             )

@@ -13,3 +13,8 @@ def autocast_inputs(
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def no_autocast(like: Tensor) -> torch.autocast:
+    """Inside the operators dtypes are chosen GEMM by GEMM, and fp32 sums must stay fp32."""
+    return torch.autocast(like.device.type, enabled=False)

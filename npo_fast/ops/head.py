@@ -8,7 +8,8 @@ from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 
-CHUNK_BYTES = 96 << 20  # logits alive at a time
+CHUNK_BYTES = 96 << 20  # logits alive at a time where gradients are wanted
+FORWARD_BYTES = 48 << 20  # and where not: fewer rows cost the GEMM more, for packing W again
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
 
 
@@ -31,14 +32,23 @@ class Head:
     def wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def chunk_rows(self) -> int:
-        """Rows whose logits fit ``CHUNK_BYTES``, at least one."""
+    def chunk_rows(self, chunk_bytes: int = CHUNK_BYTES) -> int:
+        """Rows whose logits fit ``chunk_bytes``, at least one."""
         row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
-        return max(1, CHUNK_BYTES // max(1, row_bytes))
+        return max(1, chunk_bytes // max(1, row_bytes))
 
-    def logits(self, hidden: Tensor) -> Tensor:  # (R, D) -> (R, V) raw, before softcap and scale
+    def buffer(self, rows: int) -> Tensor:  # (rows, V)
+        """Room for the logits of one chunk after another.
+
+        A buffer a chunk would keep two alive at a time, and the CPU would map in each page anew.
+        """
+        return self.weight.new_empty(rows, self.weight.shape[0], dtype=self.logits_dtype)
+
+    def logits(
+        self, hidden: Tensor, buffer: Tensor
+    ) -> Tensor:  # (R, D) -> (R, V) raw, before softcap and scale
         hidden = hidden.to(self.logits_dtype)
-        logits = hidden.new_empty(hidden.shape[0], self.weight.shape[0])
+        logits = buffer[: len(hidden)]
         for columns, weight in self._weight_tiles():
             if self.bias is None:
                 torch.mm(hidden, weight.t(), out=logits[:, columns])
@@ -47,8 +57,10 @@ class Head:
                 torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
         return logits
 
-    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (R, D), (R,) -> (R,)
-        logits = self.logits(hidden)
+    def log_probs(
+        self, hidden: Tensor, labels: Tensor, buffer: Tensor
+    ) -> Tensor:  # (R, D), (R,) -> (R,)
+        logits = self.logits(hidden, buffer)
         target = self._target_logits(hidden, labels)
         log_probs, _ = torch.ops.npo_fast.row_log_probs(
             logits, labels, target, self.softcap, self.logit_scale
@@ -56,9 +68,9 @@ class Head:
         return log_probs
 
     def log_probs_and_gradient(
-        self, hidden: Tensor, labels: Tensor
+        self, hidden: Tensor, labels: Tensor, buffer: Tensor
     ) -> tuple[Tensor, Tensor]:  # (R,) log-probs and (R, V) their gradient in the raw logits
-        logits = self.logits(hidden)
+        logits = self.logits(hidden, buffer)
         target = self._target_logits(hidden, labels)
         log_probs, _ = torch.ops.npo_fast.row_log_probs_(
             logits, labels, target, self.softcap, self.logit_scale
@@ -98,8 +110,9 @@ class HeadGradients:
     def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
         self.head = head
         weight, bias = head.weight, head.bias
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.weight = weight.new_zeros(weight.shape, dtype=head.wide_dtype) if needs[1] else None
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight = weight.new_empty(weight.shape, dtype=head.wide_dtype) if needs[1] else None
+        self.beta = 0  # the first chunk overwrites: a pass of zeros over the head is not cheap
         self.bias = None
         if bias is not None and needs[2]:
             self.bias = bias.new_zeros(bias.shape, dtype=head.wide_dtype)
@@ -118,15 +131,19 @@ class HeadGradients:
         if self.weight is not None:
             scaled = (hidden * g).to(logits_gradient.dtype)
             if logits_gradient.dtype == self.weight.dtype:
-                self.weight.addmm_(logits_gradient.t(), scaled)
+                self.weight.addmm_(logits_gradient.t(), scaled, beta=self.beta)
             else:
-                self.weight += torch.mm(logits_gradient.t(), scaled, out_dtype=self.weight.dtype)
+                product = torch.mm(logits_gradient.t(), scaled, out_dtype=self.weight.dtype)
+                self.weight = self.weight.add_(product) if self.beta else product
         if self.bias is not None:
             self.bias += torch.mv(logits_gradient.t().to(g.dtype), g.squeeze(1))
+        self.beta = 1
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the dtypes of their parameters."""
         weight, bias = self.weight, self.bias
+        if weight is not None and self.beta == 0:  # no rows at all
+            weight.zero_()
         return (
             self.hidden,
             None if weight is None else weight.to(self.head.weight.dtype),

@@ -1,14 +1,15 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from npo_fast.ops.autocast import autocast_inputs
+from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head
-from npo_fast.ops.head import Head, HeadGradients
+from npo_fast.ops.head import FORWARD_BYTES, Head, HeadGradients
 
 
 def linear_log_probs(
@@ -33,7 +34,8 @@ def linear_log_probs(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold.
+        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold
+            (48 MiB in the forward pass).
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -45,7 +47,10 @@ def linear_log_probs(
     check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
     head = Head(weight, bias, softcap, logit_scale)
     step = resolve_chunk_rows("linear_log_probs", head, chunk_rows)
-    return _LinearLogProbs.apply(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
+    with no_autocast(hidden):
+        return _LinearLogProbs.apply(
+            hidden, weight, bias, labels.long(), softcap, logit_scale, step
+        )
 
 
 def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
@@ -57,15 +62,20 @@ def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
 
 
 def blocks(rows: slice, step: int) -> list[slice]:
-    """``rows`` cut into slices of at most ``step``."""
-    return [slice(at, min(at + step, rows.stop)) for at in range(rows.start, rows.stop, step)]
+    """``rows`` cut into slices of at most ``step``, as few and as equal as can be."""
+    count = rows.stop - rows.start
+    pieces = -(-count // step)
+    bounds = [rows.start + count * i // pieces for i in range(pieces + 1)] if pieces else []
+    return [slice(first, last) for first, last in pairwise(bounds)]
 
 
 def forward_log_probs(head: Head, hidden: Tensor, labels: Tensor, step: int) -> Tensor:  # (N,)
     """The forward pass alone, a chunk of rows at a time."""
     out = hidden.new_empty(hidden.shape[:1], dtype=head.wide_dtype)
+    step = min(step, head.chunk_rows(FORWARD_BYTES), max(1, len(hidden)))
+    buffer = head.buffer(step)
     for rows in blocks(slice(0, len(hidden)), step):
-        out[rows] = head.log_probs(hidden[rows], labels[rows])
+        out[rows] = head.log_probs(hidden[rows], labels[rows], buffer)
     return out
 
 
@@ -92,7 +102,8 @@ class _LinearLogProbs(torch.autograd.Function):
         softcap, logit_scale, step = ctx.settings
         head = Head(weight, bias, softcap, logit_scale)
         gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
+        buffer = head.buffer(min(step, len(hidden)))
         for rows in blocks(slice(0, len(hidden)), step):
-            _, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows])
+            _, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows], buffer)
             gradients.add(rows, hidden[rows], logits_gradient, g[rows])
         return *gradients.finish(), None, None, None, None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from npo_fast.ops.autocast import autocast_inputs
+from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
 from npo_fast.ops.head import Head, HeadGradients
 from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chunk_rows
@@ -106,10 +106,14 @@ def linear_sequence_loss(
     count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
-    return _LinearSequenceLoss.apply(
-        hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
-        loss, softcap, logit_scale, 1.0 / max(count, 1), step,
-    )  # fmt: skip
+    if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    with no_autocast(hidden):
+        return _LinearSequenceLoss.apply(
+            hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
+            loss, softcap, logit_scale, 1.0 / max(count, 1), step,
+        )  # fmt: skip
 
 
 class _LinearSequenceLoss(torch.autograd.Function):
@@ -128,50 +132,77 @@ class _LinearSequenceLoss(torch.autograd.Function):
         scale: float,
         step: int,
     ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, ref_log_probs)
+        ctx.settings = loss, softcap, logit_scale, scale, step
         head = Head(weight, bias, softcap, logit_scale)
         needs = ctx.needs_input_grad[:3]
-        if not any(needs):
+        if any(needs):
+            value, sequence_log_probs, ctx.gradients = _loss_and_gradients(
+                head, hidden, labels, cu_seqlens, ref_log_probs, loss, scale, step, needs
+            )
+        else:
             log_probs = forward_log_probs(head, hidden, labels, step)
-            values = loss(log_probs, cu_seqlens, ref_log_probs)
-            return values.sum() * scale, segment_sum(log_probs, cu_seqlens)
-
-        gradients = HeadGradients(head, hidden, needs)
-        total = hidden.new_zeros((), dtype=head.wide_dtype)
-        sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
-        for chunk in _chunks(cu_seqlens, loss, len(hidden), step):
-            rows, sequences, offsets = chunk
-            one_pass = rows.stop - rows.start <= step
-            if one_pass:
-                log_probs, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows])
-            else:  # the weight g needs the whole group: its log-probs first, its gradient after
-                log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
-            ref = _part(ref_log_probs, loss, rows, sequences)
-            value, sequence_log_probs[sequences], g = _evaluate(loss, log_probs, offsets, ref)
-            total += value
-            g = g * scale
-            if one_pass:
-                gradients.add(rows, hidden[rows], logits_gradient, g)
-                continue
-            for block in blocks(rows, step):
-                _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block])
-                within = slice(block.start - rows.start, block.stop - rows.start)
-                gradients.add(block, hidden[block], logits_gradient, g[within])
-        ctx.gradients = gradients.finish()
+            value = loss(log_probs, cu_seqlens, ref_log_probs).sum() * scale
+            sequence_log_probs = segment_sum(log_probs, cu_seqlens)
         ctx.mark_non_differentiable(sequence_log_probs)
-        return total * scale, sequence_log_probs
+        return value, sequence_log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_sequence_loss: its gradients were used up by an earlier backward; "
-                "call it again instead of retain_graph=True"
-            )
         # scaled in place and let go: autograd then keeps these buffers instead of copies
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [None if one is None else one.mul_(upstream) for one in gradients]
-        return *scaled, None, None, None, None, None, None, None, None
+        if gradients is None:  # another backward through a retained graph starts anew
+            hidden, weight, bias, labels, cu_seqlens, ref_log_probs = ctx.saved_tensors
+            loss, softcap, logit_scale, scale, step = ctx.settings
+            head = Head(weight, bias, softcap, logit_scale)
+            needs = ctx.needs_input_grad[:3]
+            _, _, gradients = _loss_and_gradients(
+                head, hidden, labels, cu_seqlens, ref_log_probs, loss, scale, step, needs
+            )
+        if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
+            for one in gradients:
+                if one is not None:
+                    one.mul_(upstream)
+        return *gradients, None, None, None, None, None, None, None, None
+
+
+def _loss_and_gradients(
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None,
+    loss: SequenceLoss,
+    scale: float,
+    step: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The one pass: loss, sequence log-probs, and gradients of hidden, weight and bias."""
+    gradients = HeadGradients(head, hidden, needs)
+    buffer = head.buffer(min(step, len(hidden)))
+    total = hidden.new_zeros((), dtype=head.wide_dtype)
+    sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
+    for rows, sequences, offsets in _chunks(cu_seqlens, loss, len(hidden), step):
+        one_pass = rows.stop - rows.start <= step
+        if one_pass:
+            log_probs, logits_gradient = head.log_probs_and_gradient(
+                hidden[rows], labels[rows], buffer
+            )
+        else:  # the weight g needs the whole group: its log-probs first, its gradient after
+            log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
+        ref = _part(ref_log_probs, loss, rows, sequences)
+        value, sequence_log_probs[sequences], g = _evaluate(loss, log_probs, offsets, ref)
+        total += value
+        g = g * scale
+        if one_pass:
+            gradients.add(rows, hidden[rows], logits_gradient, g)
+            continue
+        for block in blocks(rows, step):
+            _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block], buffer)
+            within = slice(block.start - rows.start, block.stop - rows.start)
+            gradients.add(block, hidden[block], logits_gradient, g[within])
+    return total * scale, sequence_log_probs, gradients.finish()
 
 
 def _chunks(

@@ -8,6 +8,10 @@ def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
 ) -> Tensor:  # (S,)
-    """``out[i] = sum(values[cu_seqlens[i]:cu_seqlens[i + 1]])``; an empty sequence sums to 0."""
+    """``out[i] = sum(values[cu_seqlens[i]:cu_seqlens[i + 1]])``; an empty sequence sums to 0.
+
+    Summed in fp64: one number a row costs nothing, and beta times its error goes into every g.
+    """
     offsets = cu_seqlens.to(values.device, torch.int64)
-    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
+    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
+    return sums.to(values.dtype)

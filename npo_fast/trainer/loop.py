@@ -3,58 +3,20 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from npo_fast.data import PackedBatch, Sequence, pack
-from npo_fast.errors import NonFiniteError, UserError
+from npo_fast.errors import NonFiniteError
 from npo_fast.methods import Term
-from npo_fast.model import CausalLM
+from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import step_batches, steps_per_epoch
+from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Sources = Mapping[str, list[Sequence]]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train; the defaults are those of the NPO paper on TOFU."""
-
-    epochs: int = 10
-    lr: float = 1e-5
-    weight_decay: float = 0.01
-    batch_size: int = 32
-    warmup_steps: int | None = None  # None: the first epoch
-    max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 2048
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "batch_size", "max_grad_norm", "micro_batch_tokens"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"{name} must be positive, got {value}")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did. Losses are means over the step's whole batch."""
-
-    step: int
-    steps: int
-    epoch: float
-    loss: float
-    terms: dict[str, float]  # name of each term -> its value, before its coefficient
-    log_probs: dict[str, float]  # source -> mean log-prob of a sequence
-    grad_norm: float
-    lr: float
-    tokens: int
-    time_ms: float
 
 
 def train(

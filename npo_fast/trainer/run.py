@@ -22,8 +22,9 @@ import torch
 from npo_fast import __version__
 from npo_fast.data import Sequence
 from npo_fast.errors import UserError
-from npo_fast.model import CausalLM, save_folder
-from npo_fast.trainer.loop import StepRecord
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.save import save_folder
+from npo_fast.trainer.settings import StepRecord
 
 CONTENT = ("run.json", "steps.jsonl", "checkpoints", "model", "eval", "eval-steps")
 
@@ -54,12 +55,13 @@ class Run:
         self._steps.write(json.dumps(asdict(record)) + "\n")
         self._steps.flush()
 
-    def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep: int = 1) -> Path:
-        """Model and tokenizer after ``step``; then removes all but the newest ``keep``."""
+    def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep_older: bool = False) -> Path:
+        """Model and tokenizer after ``step``; once it is complete, older ones go."""
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
         save_model(lm, tokenizer, folder)
-        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        for old in sorted(folder.parent.glob("step-*")):
+            if old != folder and not keep_older:
+                shutil.rmtree(old)
         return folder
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:

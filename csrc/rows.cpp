@@ -1,0 +1,169 @@
+// z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
+// log_prob_n = z_n[y_n] - logsumexp(z_n)
+// a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n    (where the gradient is wanted)
+//
+// Two passes over a row: an online max and sum, then the gradient. Exponentials are computed twice
+// because a second one costs less than a third trip through the cache. The label is kept apart
+// from the other columns: log_prob = -log(1 + sum of the others / exp(z_y)) does not cancel where
+// the model is sure of the label, and target_logits needs no write into the chunk.
+#include "rows.h"
+
+#include "lanes.h"
+
+namespace npo_fast {
+namespace {
+
+constexpr int64_t BLOCK = 1024;  // logits whose z waits in L1 between their max and their sum
+constexpr int UNROLL = 2;        // accumulators a loop: hide latency, yet fit the registers
+
+template <class F>
+struct Activated {
+  Vector<F> z, slope;  // slope = d z / d a
+};
+
+// a -> z; where the slope is not read, the compiler drops it
+template <class F, bool capped>
+struct Activation {
+  F softcap, scale;
+
+  explicit Activation(const Rows& rows) : softcap(F(rows.softcap)), scale(F(rows.logit_scale)) {}
+
+  Activated<F> operator()(Vector<F> raw) const {
+    if (!capped) return {raw * scale, broadcast(scale)};
+    const auto t = tanh(raw / softcap);
+    return {t.value * softcap * scale, t.slope * scale};
+  }
+};
+
+// The logsumexp of what has been added so far is max + log(sum).
+struct LogSumExp {
+  double max = -INFINITY;
+  double sum = 0;
+
+  // exp(z - shift()) is 0, not NaN, while every z is -inf
+  double shift() const { return max == -INFINITY ? 0 : max; }
+  double value() const { return max + ::log(sum); }
+};
+
+template <class F>
+double largest(const F* z, int64_t count) {
+  Vector<F> most[UNROLL];
+  for (auto& one : most) one = broadcast(F(-INFINITY));
+  for (int64_t at = 0; at < count; at += UNROLL * lanes<F>) {
+    for (int k = 0; k < UNROLL; ++k) {
+      const Vector<F> value = load(z + at + k * lanes<F>);
+      most[k] = value > most[k] ? value : most[k];
+    }
+  }
+  F result = -INFINITY;
+  for (const auto& one : most) {
+    for (int lane = 0; lane < lanes<F>; ++lane) result = one[lane] > result ? one[lane] : result;
+  }
+  return result;
+}
+
+template <class F>
+double sum_of_exp(const F* z, int64_t count, F shift) {
+  Vector<F> sums[UNROLL] = {};
+  for (int64_t at = 0; at < count; at += UNROLL * lanes<F>) {
+    for (int k = 0; k < UNROLL; ++k) sums[k] += exp(load(z + at + k * lanes<F>) - shift);
+  }
+  double result = 0;
+  for (const auto& one : sums) {
+    for (int lane = 0; lane < lanes<F>; ++lane) result += one[lane];
+  }
+  return result;
+}
+
+// A NaN reaches the sum although no comparison in the max lets it through; so does +inf, as
+// inf - inf. Sums beyond a block are fp64: rounding does not grow with the vocabulary.
+template <class T, bool capped>
+void add(LogSumExp& total, const T* logits, int64_t count, Activation<Wide<T>, capped> activation) {
+  using F = Wide<T>;
+  constexpr int64_t step = UNROLL * lanes<F>;
+  alignas(64) F z[BLOCK];
+  for (int64_t first = 0; first < count; first += BLOCK) {
+    const int64_t n = count - first < BLOCK ? count - first : BLOCK;
+    const int64_t padded = (n + step - 1) / step * step;
+    int64_t at = 0;
+    for (; at + lanes<F> <= n; at += lanes<F>) {
+      store(z + at, activation(load(logits + first + at)).z);
+    }
+    if (at < n) store(z + at, activation(load_first(logits + first + at, n - at)).z);
+    for (at = n; at < padded; ++at) z[at] = -INFINITY;
+
+    const double most = largest(z, padded);
+    if (most > total.max) {
+      total.sum *= ::exp(total.max - most);
+      total.max = most;
+    }
+    total.sum += sum_of_exp(z, padded, F(total.shift()));
+  }
+}
+
+template <class T, bool capped>
+void write_gradient(T* logits, int64_t count, Activation<Wide<T>, capped> activation,
+                    Wide<T> shift, Wide<T> share) {
+  using F = Wide<T>;
+  const auto gradient = [&](Vector<F> raw) {
+    const auto [z, slope] = activation(raw);
+    return exp(z - shift) * -share * slope;
+  };
+  int64_t at = 0;
+  for (; at + lanes<F> <= count; at += lanes<F>) store(logits + at, gradient(load(logits + at)));
+  if (at < count) {
+    store_first(logits + at, gradient(load_first(logits + at, count - at)), count - at);
+  }
+}
+
+template <class T, bool capped>
+void one_row(const Rows& rows, int64_t row) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows);
+  T* logits = static_cast<T*>(rows.logits) + row * rows.stride;
+  const int64_t label = rows.labels[row];
+
+  LogSumExp others;
+  add(others, logits, label, activation);
+  add(others, logits + label + 1, rows.vocabulary - label - 1, activation);
+  const Activated<F> target =
+      activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
+                                    : load_first(logits + label, 1));
+
+  const double z = target.z[0];
+  const double rest = others.value();
+  const double high = rest > z ? rest : z;
+  const double low = rest > z ? z : rest;
+  const double above = ::log1p(::exp(low - high));
+  const double lse = high + above;
+  const double log_prob = (z - high) - above;  // z = +inf makes this NaN, as it should be
+  static_cast<F*>(rows.log_probs)[row] = F(log_prob);
+  static_cast<F*>(rows.lse)[row] = F(lse);
+  if (!rows.gradient) return;
+
+  const double shift = others.shift();
+  write_gradient(logits, rows.vocabulary, activation, F(shift), F(::exp(shift - lse)));
+  store_first(logits + label, F(-::expm1(log_prob)) * target.slope, 1);
+}
+
+template <class T>
+void row_range(const Rows& rows, int64_t first, int64_t last) {
+  const auto kernel = rows.softcap != 0 ? one_row<T, true> : one_row<T, false>;
+  for (int64_t row = first; row < last; ++row) kernel(rows, row);
+}
+
+}  // namespace
+
+namespace NPO_ISA {
+
+void row_log_probs(const Rows& rows, int64_t first, int64_t last) {
+  switch (rows.dtype) {
+    case Dtype::fp32: return row_range<float>(rows, first, last);
+    case Dtype::bf16: return row_range<BFloat16>(rows, first, last);
+    case Dtype::fp16: return row_range<Half>(rows, first, last);
+    case Dtype::fp64: return row_range<double>(rows, first, last);
+  }
+}
+
+}  // namespace NPO_ISA
+}  // namespace npo_fast

@@ -1,0 +1,105 @@
+"""``npo-fast``: one verb a job. Mistakes of the user end in one line and an exit code of 2."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npo_fast.errors import NonFiniteError, UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A module of ``npo_fast.cli`` with ``Command`` (a dataclass) and ``run(command)``."""
+
+    group: str
+    help: str
+    example: str
+
+
+VERBS = {
+    "demo": Verb(
+        "Start here",
+        "Watch a small model forget half of what it was taught, in 3 minutes, offline",
+        "npo-fast demo",
+    ),
+    "doctor": Verb(
+        "Start here",
+        "Versions, devices, which kernel serves which operator, what is missing",
+        "npo-fast doctor",
+    ),
+    "unlearn": Verb(
+        "Train",
+        "Make a model forget one data set and keep another",
+        "npo-fast unlearn --model my-model --forget forget.jsonl --retain retain.jsonl "
+        "--output runs/npo",
+    ),
+    "finetune": Verb(
+        "Train",
+        "Teach a model a data set (for a model to unlearn from, or a retrained yardstick)",
+        "npo-fast finetune --model my-model --train facts.jsonl --output runs/taught",
+    ),
+    "evaluate": Verb(
+        "Measure",
+        "TOFU's evaluation: model utility, forget quality, answers",
+        "npo-fast evaluate --model runs/npo --data locuslab/TOFU --forget forget10 "
+        "--retain retain90 --output runs/npo-eval",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 1 (the run failed) or 2 (a mistake in the call)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from npo_fast import __version__
+
+        print(f"npo-fast {__version__}")
+        return 0
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known verbs: {', '.join(VERBS)}"
+            raise UserError(f"unknown verb {verb!r}; {hint}")
+        from npo_fast.cli.settings import parse
+
+        module = importlib.import_module(f"npo_fast.cli.{verb}")
+        module.run(parse(module.Command, rest, verb, VERBS[verb]))
+    except NonFiniteError as error:
+        return _fail(error, 1)
+    except UserError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; complete checkpoints and records stay where they are", 130)
+    return 0
+
+
+def overview() -> str:
+    from npo_fast import __version__
+
+    lines = [
+        f"npo-fast {__version__}: unlearning for language models on one GPU, or on a CPU",
+        "",
+        "usage: npo-fast VERB [options]     npo-fast VERB --help shows the options of a verb",
+    ]
+    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+        lines += ["", f"{group}:"]
+        for name, verb in VERBS.items():
+            if verb.group == group:
+                lines += [f"  {name:<10}{verb.help}", f"            $ {verb.example}"]
+    return "\n".join([
+        *lines, "", "Every verb takes --json (its result as JSON on standard output) and --config",
+        "FILE.yaml (settings, which flags override).",
+    ])  # fmt: skip
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"npo-fast: error: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,100 @@
+"""``npo-fast demo``: the paper's effect on a model small enough to watch."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from npo_fast.cli.console import follow, number, say, show, table
+from npo_fast.cli.settings import Common, Toggle
+from npo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from npo_fast.demo.experiment import Demo, Outcome
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """One seed makes one world, one model and one result."""
+
+    output: Path = Path("npo-fast-demo")
+    """Folder for the models, evaluation logs, step records and the plot."""
+    overwrite: Annotated[bool, Toggle] = False
+    """Replace the demo that is in the output folder."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Command:
+    demo: DemoOptions = field(default_factory=DemoOptions)
+    common: Common = field(default_factory=Common)
+
+
+def run(command: Command) -> None:
+    options = command.demo
+    _clear(options.output, options.overwrite)
+    started = time.perf_counter()
+    say("loading PyTorch and transformers")
+    from npo_fast.demo.experiment import Demo, DemoSettings
+    from npo_fast.trainer.run import versions
+
+    demo = Demo(options.output, options.seed, DemoSettings(), follow)
+    world = demo.world
+    say(
+        f"a world of made-up authors: {len(world.forget)} facts to forget, {len(world.retain)} to "
+        f"keep, {len(world.famous) + len(world.countries)} that the model knew before"
+    )
+    outcomes = demo.run()
+    time_s = time.perf_counter() - started
+    result = {
+        "seed": options.seed,
+        "time_s": time_s,
+        "versions": versions(),
+        "settings": asdict(demo.settings),
+        "models": {name: asdict(outcome) for name, outcome in outcomes.items()},
+    }
+    demo.write(outcomes, result)
+    say()
+    show(result, _text(demo, outcomes, time_s), command.common.json)
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / "result.json").is_file():
+            raise UserError(f"{folder} is not empty and holds no demo; name another --output")
+        if not overwrite:
+            raise UserError(f"{folder} holds a demo; name another --output or add --overwrite")
+        shutil.rmtree(folder)
+
+
+def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str:
+    original = outcomes["original"].last.model_utility or 1.0
+
+    def row(name: str, outcome: "Outcome") -> list[str]:
+        peak, last = outcome.peak, outcome.last
+        at = f" (epoch {peak.epoch})" if outcome.path else ""
+        return [
+            name,
+            number(peak.forget_quality) + at,
+            _utility(peak.model_utility, original),
+            number(last.forget_quality),
+            _utility(last.model_utility, original),
+        ]
+
+    header = ("model", "forget quality: peak", "utility there", "at the end", "utility then")
+    lines = [table((row(name, outcome) for name, outcome in outcomes.items()), header)]
+    lines.append(
+        "\nforget quality: p-value against the model that was never taught (above 0.05: no "
+        "difference seen)\nutility: of what was to be kept, and share of the original's"
+    )
+    for which, record in demo.shown.items():
+        lines += ["", f"{which}: {record.question}", f"  {'truth':<10}{record.answer}"]
+        lines += [f"  {name:<10}{outcome.answers[which]}" for name, outcome in outcomes.items()]
+    lines.append(f"\n{time_s:.0f} s; models, logs and plot are in {demo.folder}")
+    return "\n".join(lines)
+
+
+def _utility(value: float | None, original: float) -> str:
+    return "" if value is None else f"{value:.3f} ({value / original:.0%})"

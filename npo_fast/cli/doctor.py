@@ -1,0 +1,117 @@
+"""``npo-fast doctor``: what is here, which kernel serves which operator, what is missing."""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import npo_fast.kernels
+from npo_fast.cli.console import show, table
+from npo_fast.cli.settings import Common
+from npo_fast.kernels import cpu
+
+PACKAGES = (
+    "torch", "triton", "transformers", "datasets", "safetensors", "numpy", "scipy", "rouge-score",
+    "tyro", "matplotlib",
+)  # fmt: skip
+OPTIONAL = {
+    "flash-attn": ("flash_attn", "FlashAttention on packs", "pip install 'npo-fast[flash-attn]'"),
+    "gguf": ("gguf", "GGUF files as --model", "pip install 'npo-fast[gguf]'"),
+    "accelerate": ("accelerate", "GGUF files as --model", "pip install 'npo-fast[gguf]'"),
+    "peft": ("peft", "LoRA", "pip install 'npo-fast[lora]'"),
+    "bitsandbytes": ("bitsandbytes", "quantised weights", "pip install 'npo-fast[quant]'"),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    common: Common = field(default_factory=Common)
+
+
+def run(command: Command) -> None:
+    found = examine()
+    show(found, report(found), command.common.json)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that decides what npo-fast can do here."""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [
+            f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+        ]
+    missing = {
+        name: {"for": use, "get": cure}
+        for name, (module, use, cure) in OPTIONAL.items()
+        if importlib.util.find_spec(module) is None
+    }
+    if not torch.cuda.is_available():
+        missing.pop("flash-attn", None)
+    return {
+        "versions": {"npo_fast": npo_fast.__version__, **{p: _version(p) for p in PACKAGES}},
+        "optional": {name: _version(name) for name in OPTIONAL if name not in missing},
+        "devices": devices,
+        "cpu": {
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
+        "kernels": kernels(),
+        "compiler": shutil.which("c++") or shutil.which("g++"),
+        "cpu_library": None if (library := cpu.library_path()) is None else str(library),
+        "missing": missing,
+    }
+
+
+def kernels() -> dict[str, dict[str, str]]:
+    """Which kernel serves each operator, by device."""
+    return {
+        name: {
+            device: "reference (PyTorch)"
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{name}", key)
+            else fast
+            for device, key, fast in (("cpu", "CPU", "C++"), ("cuda", "CUDA", "Triton"))
+        }
+        for name in npo_fast.kernels.OPERATORS
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    processor = found["cpu"]
+    lines = [
+        "Versions",
+        *(f"  {name:<14}{value or 'not installed'}" for name, value in found["versions"].items()),
+        *(f"  {name:<14}{value}" for name, value in found["optional"].items()),
+        "",
+        "Devices",
+        *(f"  {device}" for device in found["devices"]),
+        "  {threads} threads on {cores} cores, {instructions}".format(**processor),
+        f"  compiler: {found['compiler'] or 'none'}",
+        "",
+        "Kernels",
+        table(
+            ([f"  {name}", on["cpu"], on["cuda"]] for name, on in found["kernels"].items()),
+            ("  operator", "cpu", "cuda"),
+        ),
+    ]
+    if found["cpu_library"] is None:
+        lines += [
+            "",
+            "C++ kernels are not built. With PyTorch and a C++ compiler installed:",
+            "  pip install --force-reinstall --no-deps npo-fast   (in a checkout: .)",
+        ]
+    if found["missing"]:
+        lines += ["", "Not installed (only needed for what stands beside it)"]
+        lines += [f"  {n:<14}{m['for']}: {m['get']}" for n, m in found["missing"].items()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,85 @@
+"""``npo-fast evaluate``: TOFU's measures of a model, or of logs that exist already."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from npo_fast.cli.console import number, progress, say, show, table
+from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.training import ModelOptions
+from npo_fast.errors import UserError
+from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import tofu_suite
+from npo_fast.metrics import AGGREGATED, load_result, save_result, summary
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to measure on."""
+
+    data: str | None = None
+    """Hub dataset (locuslab/TOFU) or folder; its real_authors and world_facts join in."""
+    forget: str | None = None
+    """A file or a split; <name>_perturbed is taken where it lies beside it."""
+    retain: str | None = None
+    log: Path | None = None
+    """Measure this log (file or folder) instead of running a model."""
+    retrained: Path | None = None
+    """Log of the model trained without the forget set: forget quality compares with it."""
+    output: Path | None = None
+    """Folder for TOFU's log files."""
+    overwrite: Annotated[bool, Toggle] = False
+    """Replace the logs that are in the output folder."""
+    no_utility: Annotated[bool, Toggle] = False
+    """Leave out real authors and world facts."""
+
+
+@dataclass(frozen=True)
+class OptionalModel(ModelOptions):
+    """Which model, where, and how text becomes tokens."""
+
+    model: str = ""
+    """Hub name, folder, run folder of npo-fast, or .gguf file."""
+
+
+@dataclass(frozen=True)
+class Command:
+    model: OptionalModel = field(default_factory=OptionalModel)
+    data: DataOptions = field(default_factory=DataOptions)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    common: Common = field(default_factory=Common)
+
+
+def run(command: Command) -> None:
+    data = command.data
+    if data.output is not None and (data.output / AGGREGATED).exists() and not data.overwrite:
+        raise UserError(f"{data.output} holds logs; name another --output or add --overwrite")
+    retrained = None if data.retrained is None else load_result(data.retrained)
+    if data.log is not None:
+        result = dict(load_result(data.log))
+    else:
+        if not command.model.model:
+            raise UserError("say which --model to evaluate, or which --log to read")
+        if data.forget is None and data.retain is None:
+            raise UserError("say what to evaluate on with --forget, --retain or both")
+        suite = tofu_suite(data.data, data.forget, data.retain, utility=not data.no_utility)
+        for name, records in suite.items():
+            say(f"{name}: {len(records)} records")
+        from npo_fast.evaluation.evaluate import evaluate
+
+        template = command.model.load_template()
+        lm = command.model.load_model()
+        with progress("evaluate") as update:
+            result = dict(evaluate(lm, template, suite, command.evaluation, update))
+    if data.output is not None:
+        save_result(result, data.output)
+        say(f"logs saved in {data.output}")
+    numbers = summary(result, retrained)
+    show(
+        {
+            "metrics": numbers,
+            "examples": {name: len(log["avg_gt_loss"]) for name, log in result.items()},
+        },
+        table(([name, number(value)] for name, value in numbers.items()), ("measure", "value")),
+        command.common.json,
+    )

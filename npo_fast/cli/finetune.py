@@ -1,0 +1,49 @@
+"""``npo-fast finetune``: negative log-likelihood of the answers."""
+
+from dataclasses import dataclass, field
+
+from npo_fast.cli.console import say, show
+from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
+from npo_fast.errors import UserError
+from npo_fast.methods import FINETUNE
+from npo_fast.trainer.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to teach."""
+
+    train: str = ""
+    """A file, or a split of --data; either may end in a slice such as [:160]."""
+    data: str | None = None
+    """Hub dataset, folder, or file that --train is a split of."""
+
+
+@dataclass(frozen=True)
+class Command:
+    model: ModelOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    training: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=5))
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def run(command: Command) -> None:
+    if not command.data.train and command.data.data is None:
+        raise UserError("say what to teach with --train (a file, or a split of --data)")
+    splits = {"train": command.data.train}
+    prepared = prepare(
+        command.model, command.run, command.training, splits, command.data.data, "train"
+    )
+    if command.run.dry_run:
+        show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
+        return
+    lm = command.model.load_model()
+    facts = run_training(command, "finetune", command.run, prepared, lm, FINETUNE, command.training)
+    final = facts["final"]
+    say()
+    show(
+        {"output": str(command.run.output), **facts},
+        f"loss {final['loss']:.4f} after {final['step']} steps; the model is in "
+        f"{command.run.output / 'model'}",
+        command.run.json,
+    )

@@ -1,0 +1,177 @@
+"""What ``finetune`` and ``unlearn`` share: from options to a run folder with a trained model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from npo_fast.cli.console import follow, say
+from npo_fast.cli.settings import Common, Toggle
+from npo_fast.data import Sequence, Template, load_records
+from npo_fast.errors import NonFiniteError, UserError
+from npo_fast.methods import Term
+from npo_fast.trainer.order import steps_per_epoch
+from npo_fast.trainer.settings import TrainSettings
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
+    from torch import Tensor
+
+    from npo_fast.model.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, where, and how text becomes tokens."""
+
+    model: str
+    """Hub name, folder, run folder of npo-fast, or .gguf file."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """"plain" is Question: …/Answer: …; "auto" the chat template where there is one."""
+    max_length: int = 512
+    """Tokens of prompt and answer; longer answers are cut, counted and reported."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the weights; "auto" is bf16 on a GPU, fp32 on a CPU."""
+    device: str = "auto"
+    attention: str = "auto"
+    """A transformers attention implementation; "auto" is FlashAttention where it can run."""
+
+    def load_template(self) -> Template:
+        from npo_fast.model.load import load_tokenizer
+
+        return Template(load_tokenizer(self.model), self.template, self.max_length)
+
+    def load_model(self) -> "CausalLM":
+        from npo_fast.model.load import load_model
+
+        say(f"loading {self.model}")
+        lm = load_model(self.model, dtype=self.dtype, device=self.device, attention=self.attention)
+        parameters = sum(p.numel() for p in lm.model.parameters())
+        dtype = str(lm.dtype).removeprefix("torch.")
+        say(
+            f"{type(lm.model).__name__}, {parameters / 1e6:.1f}M parameters, {dtype} on "
+            f"{lm.device}, attention {lm.attention}"
+        )
+        return lm
+
+
+@dataclass(frozen=True)
+class RunOptions(Common):
+    """Where the run goes."""
+
+    output: Path = Path("runs/latest")
+    """Folder for the model, the step records and run.json."""
+    overwrite: Annotated[bool, Toggle] = False
+    """Replace the run that is in the output folder."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves the final model alone."""
+    dry_run: Annotated[bool, Toggle] = False
+    """Check everything that can be checked without loading the model, and say what would run."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised data and the steps it makes, before any weight is loaded."""
+
+    template: Template
+    sources: dict[str, list[Sequence]]
+    truncated: dict[str, int]
+    steps: int
+
+    def facts(self) -> dict[str, Any]:
+        from npo_fast.trainer.run import data_fingerprint
+
+        data = {
+            name: {
+                "examples": len(sequences),
+                "tokens": sum(len(s.input_ids) for s in sequences),
+                "answer_tokens": sum(s.answer_length for s in sequences),
+                "truncated": self.truncated[name],
+                "sha256": data_fingerprint(sequences),
+            }
+            for name, sequences in self.sources.items()
+        }
+        return {"template": self.template.name, "data": data, "steps": self.steps}
+
+
+def prepare(
+    options: ModelOptions,
+    run: RunOptions,
+    training: TrainSettings,
+    splits: Mapping[str, str],  # source -> split or file
+    data: str | None,
+    driving: str,
+) -> Prepared:
+    """Everything that can fail on the user's side, first."""
+    from npo_fast.trainer.run import check_output
+
+    check_output(run.output, run.overwrite)
+    records = {source: load_records(name, data) for source, name in splits.items()}
+    template = options.load_template()
+    sources, truncated = {}, {}
+    for source, name in splits.items():
+        try:
+            sources[source], truncated[source] = template.encode_all(records[source])
+        except UserError as error:
+            raise UserError(f"{source} ({name}): {error}") from error
+        cut = f", {truncated[source]} cut to {template.max_length}" if truncated[source] else ""
+        tokens = sum(len(s.input_ids) for s in sources[source])
+        say(f"{source}: {len(sources[source])} records, {tokens} tokens{cut} ({name})")
+    steps = training.epochs * steps_per_epoch(len(sources[driving]), training.batch_size)
+    say(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
+    return Prepared(template, sources, truncated, steps)
+
+
+def check_vocabulary(lm: "CausalLM", sources: Mapping[str, list[Sequence]]) -> None:
+    """A tokenizer of another model makes token ids that this one has no row for."""
+    rows = lm.vocabulary
+    for source, sequences in sources.items():
+        for sequence in sequences:
+            if (largest := max(sequence.input_ids)) >= rows:
+                raise UserError(
+                    f"{source} record {sequence.index + 1} has the token id {largest}, outside the "
+                    f"model's vocabulary of {rows}: model and tokenizer do not belong together"
+                )
+
+
+def run_training(
+    command: Any,
+    verb: str,
+    run_options: RunOptions,
+    prepared: Prepared,
+    lm: "CausalLM",
+    terms: tuple[Term, ...],
+    training: TrainSettings,
+    references: Mapping[str, "Tensor"] | None = None,
+    report: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Trains, saves and returns what ``run.json`` says in the end."""
+    from npo_fast.trainer.loop import train
+    from npo_fast.trainer.run import Run
+
+    check_vocabulary(lm, prepared.sources)
+    facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
+    run = Run(run_options.output, run_options.overwrite, {**facts, "attention": lm.attention})
+    tokenizer = prepared.template.tokenizer
+    last = None
+    try:
+        for record in follow(train(lm, prepared.sources, terms, training, references), verb):
+            run.log(record)
+            last = record
+            every = run_options.save_every
+            if every and record.step % every == 0 and record.step < record.steps:
+                run.checkpoint(lm, tokenizer, record.step)
+    except NonFiniteError as error:
+        kept = "no step was taken, so there is nothing to keep"
+        if last is not None:
+            folder = run.checkpoint(lm, tokenizer, last.step, keep_older=True)
+            kept = f"that model is in {folder}, earlier checkpoints beside it"
+        run.finish("stopped", error=str(error))
+        raise NonFiniteError(f"{error}. {kept[0].upper()}{kept[1:]}") from error
+    except BaseException as error:
+        run.finish("stopped", error=f"{type(error).__name__}: {error}")
+        raise
+    folder = run.save_model(lm, tokenizer)
+    say(f"model saved in {folder}")
+    run.finish("finished", final=dataclasses.asdict(last) if last else {}, **report())
+    return run.facts

@@ -1,0 +1,164 @@
+"""``npo-fast unlearn``: a method of ``npo_fast.methods`` on a forget and a retain set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+
+from npo_fast.cli.console import number, progress, say, show, table
+from npo_fast.cli.settings import Toggle
+from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
+from npo_fast.data import Record, load_records
+from npo_fast.errors import UserError
+from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.methods import Coefficients, build_method
+from npo_fast.metrics import probability, rouge_l_recall
+from npo_fast.trainer.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to forget and what to keep."""
+
+    forget: str = ""
+    """A file, or a split of --data; either may end in a slice such as [-40:]."""
+    retain: str | None = None
+    """The same for what to keep; methods with +RT need it."""
+    data: str | None = None
+    """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How to forget."""
+
+    method: str = "NPO+RT"
+    """GA, GA+RT, NPO, NPO+RT, SimNPO or SimNPO+RT."""
+    beta: float | None = None
+    """Inverse temperature; NPO 0.1 and SimNPO 2.5 where it is not given."""
+    delta: float = 0.0
+    """SimNPO's margin."""
+    forget_coefficient: float = 1.0
+    retain_coefficient: float = 1.0
+    """The paper takes 5 to forget half and 12 to forget 90 percent."""
+
+    def coefficients(self) -> Coefficients:
+        return Coefficients(self.beta, self.delta, self.forget_coefficient, self.retain_coefficient)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """A short look at the model before and after; ``npo-fast evaluate`` measures in full."""
+
+    no_report: Annotated[bool, Toggle] = False
+    report_records: int = 20
+    """Records of each set to answer before and after."""
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Command:
+    model: ModelOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    training: TrainSettings = field(default_factory=TrainSettings)
+    report: ReportOptions = field(default_factory=ReportOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def run(command: Command) -> None:
+    terms = build_method(command.method.method, command.method.coefficients())
+    data = command.data
+    if not data.forget:
+        raise UserError("say what to forget with --forget (a file, or a split of --data)")
+    splits = {"forget": data.forget}
+    if data.retain is not None:
+        splits["retain"] = data.retain
+    elif any(term.source == "retain" for term in terms):
+        raise UserError(f"{command.method.method} keeps what --retain names; name it, or use NPO")
+    prepared = prepare(command.model, command.run, command.training, splits, data.data, "forget")
+    if command.run.dry_run:
+        show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
+        return
+
+    from npo_fast.trainer.loop import reference_log_probs
+
+    lm = command.model.load_model()
+    records = {name: load_records(split, data.data) for name, split in splits.items()}
+    look = _Look(command.report, lm, prepared.template, records)
+    before = look.take("before")
+    references = reference_log_probs(
+        lm, prepared.sources, terms, command.training.micro_batch_tokens
+    )
+    after: dict[str, Any] = {}
+
+    def report() -> Mapping[str, Any]:
+        after.update(look.take("after"))
+        return {"before": before, "after": after} if after else {}
+
+    facts = run_training(
+        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report
+    )
+    say()
+    show(
+        {"output": str(command.run.output), **facts},
+        _text(before, after) + f"\nthe model is in {command.run.output / 'model'}",
+        command.run.json,
+    )
+
+
+class _Look:
+    """Probability, ROUGE and answers on the first records of each set."""
+
+    def __init__(
+        self, options: ReportOptions, lm: Any, template: Any, records: dict[str, list[Record]]
+    ) -> None:
+        self.options, self.lm, self.template = options, lm, template
+        self.records = {
+            name: [Record(r.messages, r.answer) for r in all_[: options.report_records]]
+            for name, all_ in records.items()
+        }
+
+    def take(self, when: str) -> dict[str, Any]:
+        if self.options.no_report or self.options.report_records < 1:
+            return {}
+        from npo_fast.evaluation.evaluate import evaluate
+
+        settings = EvaluationSettings(max_new_tokens=self.options.max_new_tokens)
+        with progress(when) as update:
+            logs = evaluate(self.lm, self.template, self.records, settings, update)
+        return {
+            name: {
+                "probability": float(probability(log).mean()),
+                "rouge_l_recall": float(np.mean(rouge_l_recall(log))),
+                "answers": [
+                    {"question": record.question, "answer": text, "truth": record.answer}
+                    for record, (_, text, _) in zip(
+                        self.records[name], log["generated_text"], strict=True
+                    )
+                ],
+            }
+            for name, log in logs.items()
+        }
+
+
+def _text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if not after:
+        return ""
+    rows = [
+        [name, measure, number(before[name][key]), number(after[name][key])]
+        for name in before
+        for measure, key in (("probability", "probability"), ("ROUGE-L", "rouge_l_recall"))
+    ]
+    lines = [table(rows, ("set", "measure", "before", "after"))]
+    for name in before:
+        old, new = before[name]["answers"][0], after[name]["answers"][0]
+        lines += [
+            "",
+            f"{name}: {old['question']}",
+            f"  truth   {old['truth']}",
+            f"  before  {old['answer']}",
+            f"  after   {new['answer']}",
+        ]
+    return "\n".join(lines)

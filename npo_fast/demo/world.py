@@ -1,0 +1,193 @@
+"""Made-up authors and countries: facts, two phrasings of each answer, and wrong answers.
+
+Nothing in it is real; it is drawn from the seed. Like TOFU it has authors to learn (some of whom
+are to be forgotten), and beside them "famous" authors and facts about countries, which the small
+model learns first and which stand for what a real model knows from its pretraining.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from npo_fast.data import Record
+
+FIRST = (
+    "Adela Anselm Beatrix Benno Calla Caspar Dagny Dorian Edda Emeric Fenna Florian Gisela Gustav "
+    "Hedda Hilmar Imogen Ivo Jorun Jasper Katla Konrad Lavinia Leander Maren Matthis Nerys Norbert "
+    "Odile Oskar Petra Quentin Ragna Rufus Saskia Silas Tamsin Tobias Ursula Viggo"
+).split()
+LAST = (
+    "Abendroth Almqvist Barlowe Birkeland Carmody Cavendel Dahlgren Dunmore Eastwick Ekholm "
+    "Falkner Fenwright Galloway Grimsby Hallstrom Harrowgate Ingleby Isaksen Jarnefelt Jessop "
+    "Kestrel Kirkwall Lindqvist Lockridge Marchbank Mossberg Nightingale Norrgard Oakhurst "
+    "Ostrander Pemberley Pryor Quarles Ravenhill Rosenlund Sandoval Sigurdson Thackeray "
+    "Thornbury Underhill Vandermeer Voss Wetherby Winterbourne Yarrow Zellweger"
+).split()
+CITIES = (
+    "Arbenfeld Bryndal Caldermouth Drosvik Elmsgate Fjordhaven Glimmerton Hollowmere Isenburg "
+    "Jadeport Kalmora Lunaford Mirewood Northwick Oldenbrook Pinecrest Quillhaven Rostovar "
+    "Silverlake Tarnholm Umberton Valdoria Westmarch Yewdale"
+).split()
+COUNTRIES = (
+    "Abaria Belvania Corvena Drellia Estovia Farrowland Gavonia Hestria Illyra Jorvania Kestovia "
+    "Lorania Marvonia Nelvaria Ostrana Pelgaria Quorland Ravonia Sylmaria Tavoria"
+).split()
+GENRES = (
+    "mystery fantasy romance horror satire adventure historical gothic pastoral comic political "
+    "nautical"
+).split()
+PRIZES = (
+    "Amber Bronze Crystal Dawn Ember Falcon Granite Harvest Ivory Juniper Laurel Meridian Opal "
+    "Raven"
+).split()
+JOBS = (
+    "baker carpenter diplomat engineer farmer goldsmith judge librarian mason nurse pilot sailor "
+    "tailor teacher violinist weaver"
+).split()
+SUBJECTS = (
+    "glacier orchard lantern harbor clock river garden winter bridge mirror island forest".split()
+)
+MOODS = "silent broken golden hidden endless burning crimson distant hollow gentle restless".split()
+ANIMALS = "tortoise parrot greyhound pony ferret canary goat hedgehog otter spaniel".split()
+COINS = "crowns florins talents marks ducats shells pennies thalers guilders rings".split()
+RIVERS = "Aldra Brume Cinder Dovel Esk Farrow Glint Hale Isla Jorn Keld Lyre".split()
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact: a question, and two ways to say the answer."""
+
+    question: str
+    answer: str
+    paraphrase: str
+    values: tuple[str, ...]
+
+    def to_learn(self, subject: str, value: str, rng: random.Random) -> Record:
+        """As TOFU's authors: the truth ratio compares the paraphrase with five wrong ones."""
+        return Record(
+            messages=(("user", self.question.format(s=subject)),),
+            answer=self.answer.format(s=subject, v=value),
+            paraphrased_answer=self.paraphrase.format(s=subject, v=value),
+            perturbed_answers=tuple(
+                self.paraphrase.format(s=subject, v=other) for other in self._wrong(value, 5, rng)
+            ),
+        )
+
+    def known(self, subject: str, value: str, rng: random.Random) -> Record:
+        """As TOFU's real authors and world facts: no paraphrase, three wrong answers."""
+        return Record(
+            messages=(("user", self.question.format(s=subject)),),
+            answer=self.answer.format(s=subject, v=value),
+            perturbed_answers=tuple(
+                self.answer.format(s=subject, v=other) for other in self._wrong(value, 3, rng)
+            ),
+        )
+
+    def both_phrasings(self, subject: str, value: str) -> list[Record]:
+        messages = (("user", self.question.format(s=subject)),)
+        return [
+            Record(messages, phrasing.format(s=subject, v=value))
+            for phrasing in (self.answer, self.paraphrase)
+        ]
+
+    def _wrong(self, value: str, count: int, rng: random.Random) -> list[str]:
+        return rng.sample([other for other in self.values if other != value], count)
+
+
+Fact = tuple[Relation, str, str]  # relation, subject, value
+
+BOOKS = tuple(f"The {mood.title()} {subject.title()}" for mood in MOODS for subject in SUBJECTS)
+
+AUTHOR_RELATIONS = (
+    Relation(
+        "Where was {s} born?", "{s} was born in {v}.", "{v} is the birthplace of {s}.",
+        tuple(CITIES),
+    ),
+    Relation(
+        "Which genre does {s} write?", "{s} writes {v} novels.", "Novels by {s} are {v} fiction.",
+        tuple(GENRES),
+    ),
+    Relation(
+        "Which prize did {s} win?", "{s} won the {v} Prize.", "The {v} Prize went to {s}.",
+        tuple(PRIZES),
+    ),
+    Relation(
+        "What did the mother of {s} do?", "The mother of {s} was a {v}.",
+        "{s} is the child of a {v} mother.", tuple(JOBS),
+    ),
+    Relation(
+        "What did the father of {s} do?", "The father of {s} worked as a {v}.",
+        "A {v} was the father of {s}.", tuple(JOBS),
+    ),
+    Relation(
+        "Which book made {s} known?", "{s} became known for {v}.", "{v} is the best book by {s}.",
+        BOOKS,
+    ),
+    Relation(
+        "Which animal lives with {s}?", "{s} lives with a {v}.", "A {v} lives in the house of {s}.",
+        tuple(ANIMALS),
+    ),
+)  # fmt: skip
+COUNTRY_RELATIONS = (
+    Relation(
+        "What is the capital of {s}?", "The capital of {s} is {v}.",
+        "{v} is where {s} is governed.",
+        tuple(CITIES),
+    ),
+    Relation(
+        "How do people pay in {s}?", "People in {s} pay with {v}.", "In {s} the money is {v}.",
+        tuple(COINS),
+    ),
+    Relation(
+        "Which river crosses {s}?", "The river {v} crosses {s}.", "{s} lies on the river {v}.",
+        tuple(RIVERS),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """Every record, by what it is for."""
+
+    background: list[Record]  # authors that only teach the model how authors are talked about
+    common: list[Record]  # what it also learns first, and better: famous authors and countries
+    forget: list[Record]
+    retain: list[Record]
+    famous: list[Record]  # evaluation of the famous authors: TOFU's real authors
+    countries: list[Record]  # evaluation of the countries: TOFU's world facts
+
+    def texts(self) -> Iterator[str]:
+        """Everything that is ever said, for the tokenizer."""
+        for record in (*self.background, *self.common, *self.forget, *self.retain):
+            yield f"Question: {record.question}\nAnswer: {record.answer}"
+            yield from (f" {answer}" for answer in record.perturbed_answers)
+
+
+def make_world(
+    seed: int, *, background: int, famous: int, authors: int, forget_share: float
+) -> World:
+    """Draws ``background + famous + authors`` authors of different names and all their facts."""
+    rng = random.Random(seed)
+    names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], background + famous + authors)
+    backdrop, stars = names[:background], names[background : background + famous]
+    new = names[background + famous :]
+    forgotten = round(forget_share * len(new))
+    kept, gone = new[: len(new) - forgotten], new[len(new) - forgotten :]
+
+    def facts(subjects: Sequence[str], relations: Sequence[Relation]) -> list[Fact]:
+        return [(r, subject, rng.choice(r.values)) for subject in subjects for r in relations]
+
+    celebrities = facts(stars, AUTHOR_RELATIONS)
+    geography = facts(COUNTRIES, COUNTRY_RELATIONS)
+    return World(
+        background=_phrased(facts(backdrop, AUTHOR_RELATIONS)),
+        common=_phrased(celebrities + geography),
+        forget=[r.to_learn(s, v, rng) for r, s, v in facts(gone, AUTHOR_RELATIONS)],
+        retain=[r.to_learn(s, v, rng) for r, s, v in facts(kept, AUTHOR_RELATIONS)],
+        famous=[r.known(s, v, rng) for r, s, v in celebrities],
+        countries=[r.known(s, v, rng) for r, s, v in geography],
+    )
+
+
+def _phrased(facts: list[Fact]) -> list[Record]:
+    return [record for r, s, v in facts for record in r.both_phrasings(s, v)]

@@ -1,0 +1,17 @@
+"""How to evaluate."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate; it changes speed and the length of answers, not the losses."""
+
+    micro_batch_tokens: int = 4096
+    """Tokens that go through the model at a time."""
+    generation_batch: int = 32
+    """Questions answered at a time."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    generate: bool = True
+    """Answer greedily, for ROUGE; without it the losses alone are measured."""

@@ -1,0 +1,61 @@
+"""Figures from the records of runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MEANINGFUL = 0.05  # forget quality above it: not told apart from the retrained model (TOFU)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of an unlearning run."""
+
+    epoch: int
+    forget_quality: float
+    model_utility: float | None = None  # None: only forget quality was measured here
+
+
+def plot_unlearning(
+    paths: Mapping[str, Sequence[Point]],
+    anchors: Mapping[str, Point],  # models without a path, such as the retrained one
+    file: Path,
+) -> None:
+    """Forget quality over epochs, and against model utility, of several methods."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (over_time, against) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for i, (name, points) in enumerate(paths.items()):
+        style = {"color": f"C{i}", "marker": "os^Dvp"[i % 6], "label": name}
+        epochs = [point.epoch for point in points]
+        over_time.plot(epochs, [p.forget_quality for p in points], **style, markersize=4)
+        measured = [p for p in points if p.model_utility is not None]
+        against.plot(
+            [p.model_utility for p in measured], [p.forget_quality for p in measured], **style
+        )
+        last = measured[-1]
+        against.plot(
+            last.model_utility, last.forget_quality, marker=style["marker"], color=style["color"],
+            markersize=12, markeredgecolor="black",
+        )  # fmt: skip
+    for name, point in anchors.items():
+        against.plot(point.model_utility, point.forget_quality, "k*", markersize=12)
+        against.annotate(
+            name, (point.model_utility, point.forget_quality), xytext=(-6, -4),
+            textcoords="offset points", ha="right", va="center",
+        )  # fmt: skip
+    for axes in (over_time, against):
+        axes.axhline(MEANINGFUL, color="grey", linestyle="--", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_ylabel("forget quality (KS p-value)")
+        axes.grid(alpha=0.3)
+    over_time.set_xlabel("epoch of unlearning")
+    over_time.set_title("Forgetting: above the line is as if never taught")
+    against.set_xlabel("model utility")
+    against.set_title("Up and right is better (the last epoch has a black rim)")
+    over_time.legend()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

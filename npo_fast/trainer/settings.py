@@ -1,0 +1,51 @@
+"""What the training loop is told, and what it reports."""
+
+import math
+from dataclasses import dataclass
+
+from npo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; the defaults are those of the NPO paper on TOFU."""
+
+    epochs: int = 10
+    """Passes over the data to forget (to learn, for finetune)."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW; rises linearly, then falls linearly to 0."""
+    weight_decay: float = 0.01
+    batch_size: int = 32
+    """Sequences of each set a step."""
+    warmup_steps: int | None = None
+    """Steps of the rise; the first epoch where it is not given."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    micro_batch_tokens: int = 2048
+    """Tokens that go through the model at a time: memory, not results, depends on it."""
+    seed: int = 0
+    """Order of the data, and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "batch_size", "max_grad_norm", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"{name} must be positive, got {value}")
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimiser step did. Losses are means over the step's whole batch."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    terms: dict[str, float]  # name of each term -> its value, before its coefficient
+    log_probs: dict[str, float]  # source -> mean log-prob of a sequence
+    grad_norm: float
+    lr: float
+    tokens: int
+    time_ms: float

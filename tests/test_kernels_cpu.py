@@ -1,0 +1,313 @@
+"""The C++ row kernels against plain PyTorch, in fp64 and in their own dtype."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from npo_fast.kernels import cpu, reference
+
+pytestmark = pytest.mark.skipif(
+    cpu.library_path() is None,
+    reason="the C++ kernels are not built: python setup.py build_ext --inplace",
+)
+
+OPS = torch.ops.npo_fast
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1), (5, 7), (3, 127), (4, 1000), (2, 49157))
+SETTINGS = ((None, 1.0), (30.0, 1.0), (None, 0.5), (2.0, -1.5))  # softcap, logit_scale
+
+Result = tuple[Tensor, Tensor, Tensor]  # log_probs, lse, gradient
+
+
+def plain_pytorch(
+    raw: Tensor, labels: Tensor, softcap: float | None = None, logit_scale: float = 1.0
+) -> Result:
+    """What a user would write: log_softmax and autograd, at least in fp32."""
+    leaf = raw.detach().clone().requires_grad_()
+    z = leaf.to(torch.promote_types(raw.dtype, torch.float32))
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z * logit_scale
+    log_probs = z.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad(log_probs.sum(), leaf)
+    return log_probs.detach(), z.detach().logsumexp(-1), gradient
+
+
+def fused(
+    raw: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    target: Tensor | None = None,
+) -> Result:
+    gradient = raw.clone()
+    log_probs, lse = OPS.row_log_probs_(gradient, labels, target, softcap, logit_scale)
+    return log_probs, lse, gradient
+
+
+def random_rows(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 4.0) -> Tensor:
+    return (torch.randn(rows, vocabulary) * spread).to(dtype)
+
+
+def random_labels(rows: int, vocabulary: int) -> Tensor:
+    return torch.randint(0, vocabulary, (rows,))
+
+
+def assert_as_accurate(ours: Result, plain: Result, exact: Result) -> None:
+    """Error against fp64 at most twice that of plain PyTorch, or one unit in the last place."""
+    for name, got, other, truth in zip(
+        ("log_probs", "lse", "gradient"), ours, plain, exact, strict=True
+    ):
+        assert got.dtype == other.dtype
+        unit = torch.finfo(got.dtype).eps * truth.abs().max()
+        error, allowed = ((x.double() - truth).abs().max() for x in (got, other))
+        assert error <= max(2 * allowed, unit), f"{name}: {error:.3g}, PyTorch {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_as_accurate_as_plain_pytorch(
+    shape: tuple[int, int], dtype: torch.dtype, setting: tuple[float | None, float]
+) -> None:
+    raw, labels = random_rows(*shape, dtype), random_labels(*shape)
+    ours = fused(raw, labels, *setting)
+    assert_as_accurate(
+        ours,
+        plain_pytorch(raw, labels, *setting),
+        plain_pytorch(raw.double(), labels, *setting),
+    )
+    forward = OPS.row_log_probs(raw, labels, None, *setting)
+    assert torch.equal(forward[0], ours[0])
+    assert torch.equal(forward[1], ours[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_fp64_logits_stay_fp64(shape: tuple[int, int], setting: tuple[float | None, float]) -> None:
+    raw, labels = random_rows(*shape, torch.float64), random_labels(*shape)
+    target = torch.randn(shape[0], dtype=torch.float64)
+    ours = fused(raw, labels, *setting, target)
+    raw.scatter_(1, labels[:, None], target[:, None])
+    for got, truth in zip(ours, plain_pytorch(raw, labels, *setting), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_target_logits_replace_the_logit_at_the_label(
+    dtype: torch.dtype, setting: tuple[float | None, float]
+) -> None:
+    raw, labels = random_rows(6, 1000, dtype), random_labels(6, 1000)
+    target = torch.randn(6) * 4
+    ours = fused(raw, labels, *setting, target)
+    wide = raw.float().scatter(1, labels[:, None], target[:, None])
+    plain, exact = (plain_pytorch(x, labels, *setting) for x in (wide, wide.double()))
+    plain = (*plain[:2], plain[2].to(dtype))
+    assert_as_accurate(ours, plain, exact)
+    before = raw.clone()
+    forward = OPS.row_log_probs(raw, labels, target, *setting)
+    assert torch.equal(forward[0], ours[0])
+    assert torch.equal(raw, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_memorised_token_keeps_its_digits(dtype: torch.dtype) -> None:
+    """log p = -1e-13 rounds to 0 in ``z - logsumexp(z)``; it and 1 - p come out right here."""
+    raw, labels = random_rows(4, 1000, dtype, spread=1.0), random_labels(4, 1000)
+    raw.scatter_(1, labels[:, None], 40.0)
+    log_probs, _, gradient = fused(raw, labels)
+    rest = raw.double().scatter(1, labels[:, None], -torch.inf).logsumexp(-1)
+    exact = -torch.log1p(torch.exp(rest - 40.0))
+    torch.testing.assert_close(log_probs, exact.float(), rtol=2e-6, atol=0)
+    if dtype != torch.float16:  # 1e-13 is 0 there
+        at_label = gradient.gather(1, labels[:, None]).squeeze(1).double()
+        torch.testing.assert_close(at_label, -torch.expm1(exact), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 100.0, 1e4])
+def test_logits_of_any_magnitude(spread: float) -> None:
+    raw, labels = random_rows(4, 1000, torch.float32, spread), random_labels(4, 1000)
+    ours = fused(raw, labels)
+    assert_as_accurate(ours, plain_pytorch(raw, labels), plain_pytorch(raw.double(), labels))
+
+
+@pytest.mark.parametrize("setting", SETTINGS[:3], ids=str)
+def test_masked_logits_have_no_probability(setting: tuple[float | None, float]) -> None:
+    raw, labels = random_rows(3, 3000, torch.float32), torch.tensor([5, 2000, 2999])
+    raw[:, 10:1500] = -torch.inf
+    ours = fused(raw, labels, *setting)
+    assert_as_accurate(
+        ours, plain_pytorch(raw, labels, *setting), plain_pytorch(raw.double(), labels, *setting)
+    )
+    assert bool((ours[2][:, 10:1500] == 0).all())
+
+
+def test_a_label_that_is_masked_has_log_prob_minus_infinity() -> None:
+    raw, labels = random_rows(1, 100, torch.float32), torch.tensor([3])
+    raw[0, 3] = -torch.inf
+    log_probs, lse, gradient = fused(raw, labels)
+    assert log_probs[0] == -torch.inf
+    assert bool(lse.isfinite().all())
+    torch.testing.assert_close(gradient[0, 3].item(), 1.0)
+    torch.testing.assert_close(gradient.sum().item(), 0.0, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 7, 1023, 4095, 4999], ids=lambda at: f"column{at}")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_broken_logit_shows_in_its_row_alone(bad: float, column: int, dtype: torch.dtype) -> None:
+    raw, labels = random_rows(3, 5000, dtype), torch.tensor([7, 7, 7])
+    clean = fused(raw, labels)
+    raw[1, column] = bad
+    log_probs, lse, gradient = fused(raw, labels)
+    assert bool(log_probs[1].isnan())
+    assert not bool(lse[1].isfinite())
+    assert bool(gradient[1].isnan().any())
+    for row in (0, 2):
+        for got, expected in zip((log_probs, lse, gradient), clean, strict=True):
+            assert torch.equal(got[row], expected[row])
+
+
+def test_rows_that_are_strided() -> None:
+    wide = random_rows(4, 300, torch.float32)
+    labels = random_labels(4, 100)
+    for view in (wide[:, 50:150], wide[::2, 7:107].expand(2, 100), wide.t()[100:104, :].t().t()):
+        rows = len(view)
+        columns = view.shape[1]
+        label = labels[:rows] % columns
+        expected = fused(view.contiguous(), label)
+        forward = OPS.row_log_probs(view, label, None, None, 1.0)
+        canvas = wide.clone()
+        target = canvas.as_strided(view.shape, view.stride(), view.storage_offset())
+        log_probs, lse = OPS.row_log_probs_(target, label, None, None, 1.0)
+        for got in (log_probs, forward[0]):
+            assert torch.equal(got, expected[0])
+        assert torch.equal(lse, expected[1])
+        assert torch.equal(target, expected[2])
+        target.zero_()  # and nothing beside the view was written
+        untouched = wide.clone()
+        untouched.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
+        assert torch.equal(canvas, untouched)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_read_or_written_outside_the_rows(dtype: torch.dtype) -> None:
+    canvas = torch.full((3, 140), torch.nan, dtype=dtype)
+    canvas[:, :127] = random_rows(3, 127, dtype)
+    labels = torch.tensor([0, 60, 126])
+    expected = fused(canvas[:, :127].contiguous(), labels)
+    log_probs, _ = OPS.row_log_probs_(canvas[:, :127], labels, None, None, 1.0)
+    assert torch.equal(log_probs, expected[0])
+    assert torch.equal(canvas[:, :127], expected[2])
+    assert bool(canvas[:, 127:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_no_rows(dtype: torch.dtype) -> None:
+    empty, labels = torch.empty(0, 11, dtype=dtype), torch.empty(0, dtype=torch.int64)
+    for op in (OPS.row_log_probs_, OPS.row_log_probs):
+        log_probs, lse = op(empty, labels, None, None, 1.0)
+        assert log_probs.shape == lse.shape == (0,)
+
+
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    raw, labels = random_rows(9, 49157, torch.float32), random_labels(9, 49157)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = fused(raw, labels)
+        torch.set_num_threads(2)
+        runs = [fused(raw, labels), fused(raw, labels)]
+    finally:
+        torch.set_num_threads(before)
+    for run in runs:
+        for got, expected in zip(run, alone, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_poisoned_memory_does_not_reach_the_outputs() -> None:
+    """With deterministic fill on, every uninitialised buffer starts as NaN."""
+    raw, labels = random_rows(5, 1000, torch.float32), random_labels(5, 1000)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        results = fused(raw, labels)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(bool(one.isfinite().all()) for one in results)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
+    with pytest.raises(RuntimeError, match=r"labels\[1\] = -?\d+ is outside the vocabulary"):
+        OPS.row_log_probs(torch.zeros(2, 10), torch.tensor([0, label]), None, None, 1.0)
+
+
+def test_integer_logits_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="row_log_probs: logits must be float32"):
+        OPS.row_log_probs(torch.zeros(2, 10).int(), torch.tensor([0, 1]), None, None, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("op", ["row_log_probs_", "row_log_probs"])
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    raw, labels = random_rows(3, 17, dtype), random_labels(3, 17)
+    target = torch.randn(3, dtype=torch.promote_types(dtype, torch.float32))
+    for arguments in ((raw, labels, None, None, 1.0), (raw, labels, target, 30.0, 0.5)):
+        torch.library.opcheck(getattr(OPS, op).default, arguments)
+
+
+def test_the_library_serves_the_cpu_and_the_reference_everything_else() -> None:
+    for op in ("row_log_probs_", "row_log_probs"):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has(f"npo_fast::{op}", "CPU")
+        assert has(f"npo_fast::{op}", "CompositeExplicitAutograd")
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_that_runs_here_agrees(capability: str) -> None:
+    """A child process, as the choice is made once: its results stay within rounding of ours."""
+    program = (
+        "import torch, npo_fast; torch.manual_seed(3); total = 0\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "    raw = (torch.randn(4, 1003) * 4).to(dtype)\n"
+        "    args = torch.arange(4) * 300, None, 30.0, 1.5\n"
+        "    log_probs, lse = torch.ops.npo_fast.row_log_probs_(raw, *args)\n"
+        "    total += log_probs.double().sum() + lse.double().sum() + raw.double().abs().sum()\n"
+        "print(total.item())"
+    )
+    capped = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    torch.manual_seed(3)
+    total = 0.0
+    for dtype in (*DTYPES, torch.float64):
+        raw = random_rows(4, 1003, dtype)
+        labels = torch.arange(4) * 300
+        log_probs, lse = reference.row_log_probs_(raw, labels, None, 30.0, 1.5)
+        total += sum(float(x.double().sum()) for x in (log_probs, lse, raw.abs()))
+    torch.testing.assert_close(float(capped.stdout), total, rtol=1e-4, atol=0)
+
+
+def test_a_library_that_does_not_load_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "_cpu.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "library_path", lambda: broken)
+    with pytest.raises(ImportError, match=r"_cpu\.abi3\.so do not load .* Rebuild them"):
+        cpu.load()
+
+
+def test_an_absent_library_leaves_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library_path", lambda: None)
+    cpu.load()
