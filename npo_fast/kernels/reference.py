@@ -146,7 +146,7 @@ def _slabs(logits: Tensor) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
-def _fake(
+def _row_fake(
     logits: Tensor,
     labels: Tensor,
     target_logits: Tensor | None,
@@ -163,12 +163,12 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
+# by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    # name: (kernel, what it returns without computing)
-    "row_log_probs_": (row_log_probs_, _fake),
-    "row_log_probs": (row_log_probs, _fake),
+    "row_log_probs_": (row_log_probs_, _row_fake),
+    "row_log_probs": (row_log_probs, _row_fake),
     "npo_head": (npo_head, _npo_head_fake),
 }
-for _name, (_kernel, _returns) in OPERATORS.items():
+for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"npo_fast::{_name}", _returns, lib=library)
+    torch.library.register_fake(f"npo_fast::{_name}", _shapes, lib=library)

@@ -28,10 +28,11 @@ def npo_head_kernel(
     end = tl.load(cu_seqlens + i + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
 
-    sums = tl.zeros((BLOCK,), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float64)  # as the reference: beta times its error is in every g
     for start in range(begin, end, BLOCK):
-        sums += tl.load(log_probs + start + lanes, mask=start + lanes < end, other=0.0)
-    sequence = tl.sum(sums)
+        tokens = tl.load(log_probs + start + lanes, mask=start + lanes < end, other=0.0)
+        sums += tokens.to(tl.float64)
+    sequence = tl.sum(sums).to(tl.float32)
     x = beta * (sequence - tl.load(ref_log_probs + i).to(tl.float32))
     tl.store(values + i, 2.0 / beta * softplus(x))
     tl.store(sequence_log_probs + i, sequence)

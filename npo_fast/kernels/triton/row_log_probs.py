@@ -36,10 +36,18 @@ def _block_logits(
 
 
 @triton.jit
-def _block_gradient(z, slope, columns, label, log_prob, peak, log_total):
+def _store_row(log_probs, lses, n, target_z, peak, total):
+    log_prob = (target_z - peak) - tl.log(total)  # nearly equal numbers first: exact
+    tl.store(log_probs + n, log_prob)
+    tl.store(lses + n, peak + tl.log(total))
+    return log_prob
+
+
+@triton.jit
+def _block_gradient(exps, slope, columns, label, log_prob, total):
     # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
     at_label = columns == label
-    return tl.where(at_label, one_minus_exp(log_prob), -tl.exp((z - peak) - log_total)) * slope
+    return tl.where(at_label, one_minus_exp(log_prob), -exps / total) * slope
 
 
 @triton.jit
@@ -64,10 +72,10 @@ def row_log_probs_kernel(
             HAS_TARGET, SOFTCAP, "evict_first",
         )  # fmt: skip
         peak = tl.max(z)
-        log_total = tl.log(tl.sum(tl.exp(z - peak)))
-        # the peak goes first: subtracting the rounded logsumexp would cost a digit
-        log_prob = (target_z - peak) - log_total
-        gradient = _block_gradient(z, slope, lanes, label, log_prob, peak, log_total)
+        exps = tl.exp(z - peak)
+        total = tl.sum(exps)
+        log_prob = _store_row(log_probs, lses, n, target_z, peak, total)
+        gradient = _block_gradient(exps, slope, lanes, label, log_prob, total)
         tl.store(row + lanes, gradient.to(logits.dtype.element_ty), mask=lanes < vocabulary)
     else:
         # a running (peak, total) a lane: nothing crosses lanes before the row ends
@@ -80,8 +88,8 @@ def row_log_probs_kernel(
             )  # fmt: skip
             peaks, totals = online_add(peaks, totals, z)
         peak = tl.max(peaks)
-        log_total = tl.log(tl.sum(totals * tl.exp(peaks - peak)))
-        log_prob = (target_z - peak) - log_total
+        total = tl.sum(totals * tl.exp(peaks - peak))
+        log_prob = _store_row(log_probs, lses, n, target_z, peak, total)
         if IN_PLACE:
             last = (vocabulary - 1) // BLOCK * BLOCK
             for back in range(0, vocabulary, BLOCK):
@@ -90,11 +98,10 @@ def row_log_probs_kernel(
                     row, columns, vocabulary, label, target, softcap, logit_scale,
                     HAS_TARGET, SOFTCAP, "evict_first",
                 )  # fmt: skip
-                gradient = _block_gradient(z, slope, columns, label, log_prob, peak, log_total)
+                exps = tl.exp(z - peak)
+                gradient = _block_gradient(exps, slope, columns, label, log_prob, total)
                 inside = columns < vocabulary
                 tl.store(row + columns, gradient.to(logits.dtype.element_ty), mask=inside)
-    tl.store(log_probs + n, log_prob)
-    tl.store(lses + n, peak + log_total)
 
 
 def row_log_probs(
