@@ -53,7 +53,7 @@ def examine() -> dict[str, Any]:
         missing.pop("flash-attn", None)
     return {
         "versions": {"npo_fast": npo_fast.__version__, **{p: _version(p) for p in PACKAGES}},
-        "optional": {name: _version(name) for name in OPTIONAL if name not in missing},
+        "optional": {name: found for name in OPTIONAL if (found := _version(name)) is not None},
         "devices": devices,
         "cpu": {
             "threads": torch.get_num_threads(),
