@@ -104,7 +104,7 @@ def test_the_truth_is_autograd_in_fp64(kind, head):
 
 def test_inputs_are_what_their_kind_says():
     log_probs = {kind: Truth(make_inputs(SHAPE, kind, CPU)).log_probs for kind in KINDS}
-    assert log_probs["memorised"].min() > -0.1
+    assert log_probs["memorised"].median() > -0.01
     assert log_probs["random"].mean() < -5
     forgotten = make_inputs(SHAPE, "forgotten", CPU)
     sequences = torch.zeros(5, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def bench(
     device: torch.device,
     say: Callable[[str], None],
 ) -> Result:
-    """Every candidate that is right, on every kind of inputs."""
+    """Every candidate that is right, on every kind of inputs; options are chosen on the first."""
     rows: list[Row] = []
     gemms_ms: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -85,8 +86,8 @@ def bench(
     for kind in kinds:
         say(f"{shape.name}, {kind}: checking against fp64")
         inputs = make_inputs(shape, kind, device)
-        right = _right_ones(candidates, inputs, refused)
-        chosen = _fastest_options(right, inputs, device)
+        right = _right_ones(candidates, inputs, kind, refused)
+        candidates = chosen = _fastest_options(right, inputs, device)  # one option for all kinds
         say(f"{shape.name}, {kind}: timing {', '.join(c.key for c in chosen)}")
         timed = _time(chosen, inputs, rounds, device)
         three, first = timed.get("three GEMMs"), timed.get("first GEMM")
@@ -119,7 +120,7 @@ def bench(
 
 
 def _right_ones(
-    candidates: Sequence[Candidate], inputs: Inputs, refused: dict[str, str]
+    candidates: Sequence[Candidate], inputs: Inputs, kind: Kind, refused: dict[str, str]
 ) -> dict[Candidate, Errors]:
     """Those whose results are correct; the others go to ``refused``."""
     truth = Truth(inputs)
@@ -131,12 +132,13 @@ def _right_ones(
         try:
             right[candidate] = check(candidate, inputs, truth)
         except WrongResultError as error:
-            refused[candidate.key] = str(error)
+            refused[candidate.key] = f"{kind} inputs: {error}"
         except Exception as error:  # somebody else's code, any way it fails: say so and go on
             if candidate.peer == OURS:
                 raise
             lines = str(error).strip().splitlines()
-            refused[candidate.key] = f"failed: {type(error).__name__}: {lines[0] if lines else ''}"
+            first = lines[0] if lines else "no message"
+            refused[candidate.key] = f"{kind} inputs: {type(error).__name__}: {first}"
     return right
 
 
@@ -164,8 +166,8 @@ def _time(
         calls["three GEMMs"], calls["first GEMM"] = bare_gemms(inputs)
         calls["three GEMMs"]()  # its buffers are touched for the first time here
     for candidate in chosen:
-        calls[f"{candidate.key} train"] = lambda c=candidate: train(c, inputs)
-        calls[f"{candidate.key} forward"] = lambda c=candidate: forward(c, inputs)
+        calls[f"{candidate.key} train"] = partial(train, candidate, inputs)
+        calls[f"{candidate.key} forward"] = partial(forward, candidate, inputs)
     return interleaved(calls, rounds, device)
 
 

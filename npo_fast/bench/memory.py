@@ -21,7 +21,6 @@ from npo_fast.bench.candidates import Candidate, one
 from npo_fast.bench.inputs import Inputs, Shape, make_inputs
 
 MIB = 1 << 20
-WARM_UP = {"rows": 8, "vocabulary": 512, "sequences": 2}
 
 
 class MemoryUnknownError(Exception):
@@ -87,7 +86,7 @@ def _measure(request: dict) -> dict[str, float]:
     device = torch.device(request["device"])
     shape = Shape(**request["shape"])
     candidate = one(request["candidate"], device)
-    small = make_inputs(replace(shape, **WARM_UP), "random", device)
+    small = make_inputs(replace(shape, rows=8, vocabulary=512, sequences=2), "random", device)
     train(candidate, small)  # libraries, threads and compiled code are not the call's memory
     forward(candidate, small)
     inputs = make_inputs(shape, "random", device)
