@@ -108,10 +108,9 @@ def _torch_linear_cross_entropy(device: torch.device) -> list[Candidate]:
 
         return Candidate("torch-lce", "NLL", run, option)
 
-    sizes = (128, 256, 512)
+    sizes = (128, 512)
     return [
         with_options("auto"),
-        with_options("aspect_ratio", chunking_method="aspect_ratio"),
         *(with_options(f"rows={n}", chunking_method=None, batch_chunk_size=n) for n in sizes),
     ]
 
@@ -129,7 +128,7 @@ def _trl(device: torch.device) -> list[Candidate]:
 
         return Candidate("trl", "NPO", run, f"columns={columns}")
 
-    return [with_columns(columns) for columns in (2048, 8192, 32768)]
+    return [with_columns(columns) for columns in (8192, 32768)]  # its trainers: 32768
 
 
 def _cut_cross_entropy(device: torch.device) -> list[Candidate]:
@@ -174,7 +173,7 @@ def _liger(device: torch.device) -> list[Candidate]:
 
         return Candidate("liger", "NPO", run_npo, f"GRPO log-probs, columns={columns}")
 
-    return [with_columns(columns) for columns in (2048, 8192)]
+    return [with_columns(columns) for columns in (4096, 16384)]  # its default: 4096
 
 
 def _module(name: str, package: str) -> ModuleType:

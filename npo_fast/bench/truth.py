@@ -69,9 +69,8 @@ class Truth:
             p = (hidden[self.rows] @ slab.T - lse[self.rows, None]).exp()
             self.row_gradients -= p @ slab
         p = (hidden @ weight[self.columns].double().T - lse[:, None]).exp()
-        self.column_gradients = (
-            inputs.labels[:, None] == self.columns
-        ).double() - p  # (N, columns)
+        at_label = inputs.labels[:, None] == self.columns
+        self.column_gradients = at_label.double() - p  # (N, columns)
 
     def errors(self, head: str, loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> Errors:
         """How far one result is off."""
