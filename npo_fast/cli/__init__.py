@@ -46,6 +46,11 @@ VERBS = {
         "npo-fast evaluate --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--retain retain90 --output runs/npo-eval",
     ),
+    "bench": Verb(
+        "Measure",
+        "Time and memory of the losses beside their peers (loss), or the GPU kernels (kernels)",
+        "npo-fast bench loss",
+    ),
 }
 
 

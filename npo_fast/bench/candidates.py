@@ -1,0 +1,195 @@
+"""Who computes the loss: this package, plain PyTorch, and each peer as its users would call it.
+
+A peer takes part with NPO where it hands out token log-probs, else with the NLL that it has: both
+need the same three GEMMs. Peers are imported here and nowhere else, and only when they are asked
+for; one that is not there leaves the reason.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npo_fast import NLL, linear_sequence_loss, npo_loss
+from npo_fast.bench.inputs import BETA, Inputs
+from npo_fast.bench.truth import npo
+from npo_fast.errors import UserError
+
+OURS = "npo_fast"
+
+
+class UnavailableError(Exception):
+    """A peer that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to the loss; of several options of one peer the fastest is reported."""
+
+    peer: str
+    loss: str  # NPO or NLL
+    run: Callable[[Inputs], Tensor]  # a scalar, differentiable in hidden and weight
+    option: str = ""
+    whole_logits: bool = False
+
+    @property
+    def key(self) -> str:
+        return " ".join(part for part in (self.peer, self.loss, self.option) if part)
+
+
+def find(
+    device: torch.device, peers: Iterable[str] | None = None
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The candidates of the named peers (None: all) after our own, and why others are missing."""
+    names = list(_PEERS) if peers is None else list(peers)
+    found, missing = _ours(), {}
+    for name in names:
+        if name not in _PEERS:
+            raise UserError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
+        try:
+            found += _PEERS[name](device)
+        except (UnavailableError, ImportError) as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def one(key: str, device: torch.device) -> Candidate:
+    """The candidate with this ``key``."""
+    peers = [name for name in _PEERS if key.startswith(f"{name} ")]
+    return next(c for c in find(device, peers)[0] if c.key == key)
+
+
+def _ours() -> list[Candidate]:
+    def run_npo(inputs: Inputs) -> Tensor:
+        return npo_loss(
+            inputs.hidden, inputs.weight, inputs.labels, inputs.cu_seqlens,
+            inputs.ref_log_probs, BETA,
+        )  # fmt: skip
+
+    def run_nll(inputs: Inputs) -> Tensor:
+        return linear_sequence_loss(
+            inputs.hidden, inputs.weight, inputs.labels, inputs.cu_seqlens, NLL(),
+            reduction="token_mean",
+        )[0]  # fmt: skip
+
+    return [Candidate(OURS, "NPO", run_npo), Candidate(OURS, "NLL", run_nll)]
+
+
+def _plain(device: torch.device) -> list[Candidate]:
+    def run_npo(inputs: Inputs) -> Tensor:
+        logits = inputs.hidden @ inputs.weight.T
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        return npo(log_probs.gather(1, inputs.labels[:, None]).squeeze(1), inputs)
+
+    def run_nll(inputs: Inputs) -> Tensor:
+        return F.cross_entropy((inputs.hidden @ inputs.weight.T).float(), inputs.labels)
+
+    return [
+        Candidate("plain", "NPO", run_npo, whole_logits=True),
+        Candidate("plain", "NLL", run_nll, whole_logits=True),
+    ]
+
+
+def _torch_linear_cross_entropy(device: torch.device) -> list[Candidate]:
+    function: Any = getattr(F, "linear_cross_entropy", None)
+    make_options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or make_options is None:
+        raise UnavailableError(f"torch {torch.__version__} has no linear_cross_entropy")
+
+    def with_options(option: str, **settings: object) -> Candidate:
+        def run(inputs: Inputs) -> Tensor:
+            options = make_options(**settings)
+            return function(inputs.hidden, inputs.weight, inputs.labels, options=options)
+
+        return Candidate("torch-lce", "NLL", run, option)
+
+    sizes = (128, 512)
+    return [
+        with_options("auto"),
+        *(with_options(f"rows={n}", chunking_method=None, batch_chunk_size=n) for n in sizes),
+    ]
+
+
+def _trl(device: torch.device) -> list[Candidate]:
+    function = _module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
+    _module("trl.trainer.utils", "trl")  # its backward pass needs it: import before the clock runs
+
+    def with_columns(columns: int) -> Candidate:
+        def run(inputs: Inputs) -> Tensor:
+            log_probs = function.apply(
+                inputs.hidden, inputs.weight, None, inputs.labels, 1.0, columns, None, 1.0, ()
+            )[0]
+            return npo(log_probs, inputs)
+
+        return Candidate("trl", "NPO", run, f"columns={columns}")
+
+    return [with_columns(columns) for columns in (8192, 32768)]  # its trainers: 32768
+
+
+def _cut_cross_entropy(device: torch.device) -> list[Candidate]:
+    function = _module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    implementations = ["torch_compile", *(["cce"] if device.type == "cuda" else [])]
+
+    def with_implementation(name: str) -> Candidate:
+        def run(inputs: Inputs) -> Tensor:
+            losses = function(
+                inputs.hidden, inputs.weight, inputs.labels, reduction="none", impl=name
+            )
+            return npo(-losses.float(), inputs)
+
+        return Candidate("cce", "NPO", run, name, whole_logits=name == "torch_compile")
+
+    return [with_implementation(name) for name in implementations]
+
+
+def _liger(device: torch.device) -> list[Candidate]:
+    """On a GPU its Triton kernel; elsewhere the chunked log-probs inside its GRPO loss."""
+    if device.type == "cuda":
+        fused = _module("liger_kernel.transformers.functional", "liger-kernel")
+
+        def run_nll(inputs: Inputs) -> Tensor:
+            result = fused.liger_fused_linear_cross_entropy(
+                inputs.hidden, inputs.weight, inputs.labels
+            )
+            return result[0] if isinstance(result, tuple) else result
+
+        return [Candidate("liger", "NLL", run_nll, "fused linear CE")]
+    module = _module("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel")
+    function = getattr(module, "_ChunkedSelectiveLogProbFunction", None)
+    if function is None:
+        raise UnavailableError("this liger-kernel has no chunked log-probs that run on a CPU")
+
+    def with_columns(columns: int) -> Candidate:
+        def run_npo(inputs: Inputs) -> Tensor:
+            log_probs = function.apply(
+                inputs.hidden, inputs.weight, inputs.labels, None, 1.0, columns
+            )
+            return npo(log_probs, inputs)
+
+        return Candidate("liger", "NPO", run_npo, f"GRPO log-probs, columns={columns}")
+
+    return [with_columns(columns) for columns in (4096, 16384)]  # its default: 4096
+
+
+def _module(name: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        top = name.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise UnavailableError(f"not installed (pip install {package})") from error
+        raise UnavailableError(f"{package} does not import: {error}") from error
+
+
+_PEERS: Mapping[str, Callable[[torch.device], list[Candidate]]] = {
+    "plain": _plain,
+    "torch-lce": _torch_linear_cross_entropy,
+    "trl": _trl,
+    "cce": _cut_cross_entropy,
+    "liger": _liger,
+}

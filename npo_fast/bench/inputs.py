@@ -1,0 +1,109 @@
+"""Problems to time: a head, rows that predict labels, and how far the model already is.
+
+random      logits without structure, r_i near 0: the first step
+memorised   log-probs near 0: most of the gradient is rounding if it is computed carelessly
+forgotten   log-probs far below the reference: every loss weight is nearly 0
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from npo_fast import linear_log_probs
+from npo_fast.errors import UserError
+from npo_fast.ops import segment_sum
+
+Kind = Literal["random", "memorised", "forgotten"]
+Dtype = Literal["float32", "bfloat16"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of one problem."""
+
+    name: str
+    rows: int  # N, tokens that carry a loss
+    width: int  # D
+    vocabulary: int  # V
+    sequences: int  # S
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("rows", "width", "vocabulary", "sequences"):
+            if getattr(self, field) < 1:
+                raise UserError(f"--{field} must be at least 1, got {getattr(self, field)}")
+        if self.sequences > self.rows:
+            raise UserError(f"--sequences {self.sequences} is more than --rows {self.rows}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.rows * self.vocabulary * self.torch_dtype.itemsize
+
+    @property
+    def gradients_bytes(self) -> int:
+        """Of hidden and weight: what a training step returns."""
+        return (self.rows + self.vocabulary) * self.width * self.torch_dtype.itemsize
+
+    @property
+    def gemm_flops(self) -> float:
+        """Of one GEMM; a loss with gradients takes three."""
+        return 2.0 * self.rows * self.width * self.vocabulary
+
+
+SHAPES = (
+    Shape("small-lm", rows=2048, width=576, vocabulary=49152, sequences=32),
+    Shape("llama", rows=512, width=2048, vocabulary=128256, sequences=8),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a loss is called with."""
+
+    shape: Shape
+    hidden: Tensor  # (N, D), wants a gradient
+    weight: Tensor  # (V, D), wants a gradient
+    labels: Tensor  # (N,)
+    cu_seqlens: Tensor  # (S + 1,) int32
+    sequence_of: Tensor  # (N,) the sequence of each row
+    ref_log_probs: Tensor  # (S,) fp32
+
+
+def make_inputs(shape: Shape, kind: Kind, device: torch.device, seed: int = 0) -> Inputs:
+    random = torch.Generator(device).manual_seed(seed)
+    options = {"dtype": shape.torch_dtype, "device": device}
+    weight = torch.empty(shape.vocabulary, shape.width, **options)  # type: ignore[call-overload]
+    weight.normal_(std=shape.width**-0.5, generator=random)
+    hidden = torch.empty(shape.rows, shape.width, **options)  # type: ignore[call-overload]
+    hidden.normal_(generator=random)
+    labels = torch.randint(shape.vocabulary, (shape.rows,), generator=random, device=device)
+    if kind == "memorised":  # a head row times itself is about 1: the label leads by 10
+        hidden.mul_(0.1).add_(weight[labels], alpha=math.log(shape.vocabulary) + 10)
+    cu_seqlens = _cu_seqlens(shape, random, device)
+    lengths = cu_seqlens.diff()
+    sequence_of = torch.arange(shape.sequences, device=device).repeat_interleave(lengths)
+    own = segment_sum(linear_log_probs(hidden, weight, labels), cu_seqlens)
+    noise = torch.empty_like(own).normal_(generator=random)
+    ref = own + (30 / BETA if kind == "forgotten" else noise)
+    return Inputs(
+        shape, hidden.requires_grad_(), weight.requires_grad_(), labels, cu_seqlens,
+        sequence_of, ref,
+    )  # fmt: skip
+
+
+def _cu_seqlens(shape: Shape, random: torch.Generator, device: torch.device) -> Tensor:
+    """Offsets of sequences between half and one and a half times the mean length."""
+    shares = 0.5 + torch.rand(shape.sequences, generator=random, device=device)
+    spare = shape.rows - shape.sequences  # one token each comes first
+    ends = (shares.cumsum(0) / shares.sum() * spare).round().long()
+    ends += torch.arange(1, shape.sequences + 1, device=device)
+    return torch.cat([ends.new_zeros(1), ends]).int()

@@ -1,0 +1,67 @@
+"""Times of several calls in turn: what slows the machine for a while then slows all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from npo_fast.bench.inputs import Inputs
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one call over the rounds."""
+
+    times_ms: list[float]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.times_ms)
+
+    def ratio_to(self, other: "Times") -> float:
+        """Median over the rounds of the ratio within a round."""
+        pairs = zip(self.times_ms, other.times_ms, strict=True)
+        return statistics.median(mine / its for mine, its in pairs)
+
+
+def time_ms(call: Call, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, Times]:
+    """``rounds`` times of every call, round by round; each has to have run before."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(time_ms(call, device))
+    return {name: Times(found) for name, found in times.items()}
+
+
+def bare_gemms(inputs: Inputs) -> tuple[Call, Call]:
+    """The three GEMMs that every method needs, into existing buffers; and the first alone."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    logits = hidden.new_empty(len(hidden), len(weight))
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def first() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+
+    def three() -> None:
+        first()
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.T, hidden, out=d_weight)
+
+    return three, first
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,232 @@
+"""``npo-fast bench``: what the losses and the kernels cost here, beside what else there is."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from npo_fast.cli.console import say, show, table
+from npo_fast.cli.settings import Common, Toggle
+from npo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from npo_fast.bench.inputs import Shape
+    from npo_fast.bench.loss import Result
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure, at which size, beside whom."""
+
+    what: tyro.conf.Positional[Literal["loss", "kernels"]]
+    """loss: time and memory beside peers; kernels: what the Triton kernels compile to."""
+    rows: int | None = None
+    """Tokens that carry a loss (N). Any of the sizes replaces the two default shapes."""
+    width: int | None = None
+    """Width of the hidden states (D)."""
+    vocabulary: int | None = None
+    """Size of the vocabulary (V)."""
+    sequences: int | None = None
+    """How many sequences the rows make up."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    inputs: str = "random,memorised,forgotten"
+    """What the model knows of the labels, separated by commas."""
+    rounds: int = 5
+    """How often each candidate is timed, in turn; medians are reported."""
+    peers: str = "all"
+    """all, none, or some of plain,torch-lce,trl,cce,liger."""
+    scaling: Annotated[bool, Toggle] = False
+    """Ours and plain PyTorch over growing rows and vocabularies (up to --rows, --vocabulary)."""
+    output: Path | None = None
+    """JSON file for the result; with --scaling the plot lies beside it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    bench: BenchOptions
+    common: Common = field(default_factory=Common)
+
+
+def run(command: Command) -> None:
+    options = command.bench
+    if options.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {options.rounds}")
+    if options.what == "kernels":
+        result, text = _kernels()
+    elif options.scaling:
+        result, text = _scaling(options)
+    else:
+        result, text = _loss(options)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result, text, command.common.json)
+    if result.get("ours_refused"):
+        raise SystemExit(1)
+
+
+def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
+    say("loading PyTorch and the peers")
+    from npo_fast.bench.candidates import find
+    from npo_fast.bench.loss import bench
+    from npo_fast.bench.provenance import provenance
+
+    device = _device()
+    kinds = _kinds(options.inputs)
+    shapes = _shapes(options)
+    candidates, missing = find(device, _names(options.peers))
+    for name, why in missing.items():
+        say(f"{name} is left out: {why}")
+    results = [bench(one, candidates, kinds, options.rounds, device, say) for one in shapes]
+    record = {
+        "what": "loss",
+        "provenance": provenance(),
+        "rounds": options.rounds,
+        "missing_peers": missing,
+        "ours_refused": any(one.ours_refused for one in results),
+        "results": [one.record() for one in results],
+    }
+    return record, "\n\n".join(_loss_text(one) for one in results)
+
+
+def _loss_text(result: "Result") -> str:
+    shape = result.shape
+    lines = [
+        f"{shape.name}: N={shape.rows} D={shape.width} V={shape.vocabulary}, {shape.sequences} "
+        f"sequences, {shape.dtype}; three bare GEMMs: "
+        + ", ".join(f"{ms:.4g} ms ({kind})" for kind, ms in result.gemms_ms.items())
+    ]
+    cells = [
+        [
+            row.inputs, row.peer, row.loss, row.option, _number(row.train_ms),
+            _number(row.train_ratio, "x"), _number(row.train_peak_mib), _number(row.forward_ms),
+            _number(row.forward_ratio, "x"), _number(row.forward_peak_mib),
+            f"{max(asdict(row.errors).values()):.0e}",
+        ]
+        for row in result.rows
+    ]  # fmt: skip
+    header = ("inputs", "who", "loss", "option", "train ms", "of 3 GEMMs", "peak MiB",
+              "forward ms", "of 1 GEMM", "peak MiB", "error")  # fmt: skip
+    lines.append(table(cells, header))
+    lines += [f"not timed: {name}: {why}" for name, why in result.refused.items()]
+    lines.append("peak: beyond inputs and gradients; error: the largest relative one against fp64")
+    return "\n".join(lines)
+
+
+def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
+    say("loading PyTorch")
+    from npo_fast.bench import scaling
+    from npo_fast.bench.provenance import provenance
+
+    points = scaling.scaling(
+        options.width or 576,
+        options.rows or scaling.MOST_ROWS,
+        options.vocabulary or scaling.MOST_VOCABULARY,
+        options.rounds,
+        _device(),
+        say,
+    )
+    file = (options.output or Path("bench_scaling.json")).with_suffix(".png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scaling.plot(points, file)
+    say(f"plot: {file}")
+    cells = (
+        [one.axis, str(one.rows), str(one.vocabulary), one.peer, _number(one.train_ms),
+         _number(one.train_peak_mib)]
+        for one in points
+    )  # fmt: skip
+    text = table(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
+    record = {
+        "what": "scaling",
+        "provenance": provenance(),
+        "rounds": options.rounds,
+        "points": [asdict(one) for one in points],
+    }
+    return record, text
+
+
+def _kernels() -> tuple[dict[str, Any], str]:
+    try:
+        import triton
+    except ImportError as error:
+        raise UserError("bench kernels needs Triton (pip install triton; Linux)") from error
+    from npo_fast.bench import kernels
+    from npo_fast.bench.provenance import provenance
+
+    record: dict[str, Any] = {"what": "kernels", "provenance": provenance()}
+    device = _device()
+    if device.type == "cuda":
+        say("timing the kernels")
+        measured = [asdict(one) for one in kernels.measure(device)]
+        return {**record, "measured": measured}, _dict_table(measured)
+    if triton.knobs.runtime.interpret:
+        raise UserError("bench kernels compiles kernels: unset TRITON_INTERPRET")
+    from npo_fast.kernels.triton.offline import inspect
+    from npo_fast.kernels.triton.offline import table as rows
+
+    say("no GPU: compiling every kernel for every target, about a minute")
+    records = list(inspect())
+    predicted = kernels.predict(records)
+    text = "\n".join(
+        [
+            _dict_table(rows(records)),
+            f"\nH100 floors at N={kernels.N} D={kernels.D} V={kernels.V} bf16:",
+            *(f"  {name.removesuffix('_ms').replace('_', ' '):<40}{ms:.2f} ms"
+              for name, ms in predicted.items()),
+        ]
+    )  # fmt: skip
+    kernel_records = [asdict(one) for one in records]
+    return {**record, "kernels": kernel_records, "h100_floors": predicted}, text
+
+
+def _dict_table(rows: Iterable[Mapping[str, object]]) -> str:
+    found = list(rows)
+    return table(([str(cell) for cell in row.values()] for row in found), found[0])
+
+
+def _device() -> "torch.device":
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _shapes(options: BenchOptions) -> "list[Shape]":
+    from dataclasses import replace
+
+    from npo_fast.bench.inputs import SHAPES
+
+    sizes = {
+        name: size
+        for name in ("rows", "width", "vocabulary", "sequences")
+        if (size := getattr(options, name)) is not None
+    }
+    if sizes:
+        if "rows" in sizes and "sequences" not in sizes:
+            sizes["sequences"] = max(1, sizes["rows"] // 64)
+        return [replace(SHAPES[0], name="custom", dtype=options.dtype, **sizes)]
+    return [replace(shape, dtype=options.dtype) for shape in SHAPES]
+
+
+def _kinds(text: str) -> list[Any]:
+    from npo_fast.bench.inputs import KINDS
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in KINDS:
+            raise UserError(f"--inputs: unknown {name!r}; known: {', '.join(KINDS)}")
+    return names
+
+
+def _names(peers: str) -> list[str] | None:
+    if peers in ("all", "none"):
+        return None if peers == "all" else []
+    return [name.strip() for name in peers.split(",")]
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.3g}{unit}" if value < 100 else f"{value:.0f}{unit}"
