@@ -2,12 +2,24 @@
 
 from npo_fast._version import __version__
 from npo_fast.losses import GA, NLL, NPO, SimNPO, npo_loss
+from npo_fast.modules import (
+    FusedLinearGALoss,
+    FusedLinearNLLLoss,
+    FusedLinearNPOLoss,
+    FusedLinearSequenceLoss,
+    FusedLinearSimNPOLoss,
+)
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
 
 __all__ = [
     "GA",
     "NLL",
     "NPO",
+    "FusedLinearGALoss",
+    "FusedLinearNLLLoss",
+    "FusedLinearNPOLoss",
+    "FusedLinearSequenceLoss",
+    "FusedLinearSimNPOLoss",
     "SequenceLoss",
     "SimNPO",
     "__version__",

@@ -82,13 +82,23 @@ class CausalLM:
     def generating(self) -> Iterator[Any]:
         """The model with its own attention and in evaluation mode: what ``generate`` expects."""
         was_training = self.model.training
+        attention = self.model.config._attn_implementation
         self.model.eval()
         self._set_attention(self.native_attention)
         try:
             yield self.model
         finally:
-            self._set_attention(self.attention)
+            self._set_attention(attention)
             self.model.train(was_training)
+
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Packs go through the model inside; afterwards it has its own attention again."""
+        self._set_attention(self.attention)
+        try:
+            yield
+        finally:
+            self._set_attention(self.native_attention)
 
     @torch.no_grad()
     def generate(

@@ -68,7 +68,7 @@ def train(
             counts = _counts(sequences)
             log_probs[source] = 0.0
             for micro in pack(sequences, settings.micro_batch_tokens):
-                loss, found, sequence_log_probs = _micro_step(lm, micro, own, counts, references)
+                loss, found, sequence_log_probs = micro_step(lm, micro, own, counts, references)
                 loss.backward()
                 for name, value in found.items():
                     values[name] = values[name] + value
@@ -97,7 +97,7 @@ def train(
         yield StepRecord(**{**vars(record), "time_ms": elapsed})
 
 
-def _micro_step(
+def micro_step(
     lm: CausalLM,
     micro: PackedBatch,
     terms: list[Term],

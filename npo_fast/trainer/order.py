@@ -23,7 +23,7 @@ def step_batches(
     }
     examples = sources[driving]
     for epoch in range(epochs):
-        order = _permutation(len(examples), f"{seed}/{driving}/{epoch}")
+        order = permutation(len(examples), f"{seed}/{driving}/{epoch}")
         for first in range(0, len(examples), batch_size):
             batch = {driving: [examples[i] for i in order[first : first + batch_size]]}
             for name, stream in others.items():
@@ -34,11 +34,11 @@ def step_batches(
 def _endless(sequences: list[Sequence], key: str) -> Iterator[Sequence]:
     round_ = 0
     while True:
-        for i in _permutation(len(sequences), f"{key}/{round_}"):
+        for i in permutation(len(sequences), f"{key}/{round_}"):
             yield sequences[i]
         round_ += 1
 
 
-def _permutation(length: int, key: str) -> list[int]:
+def permutation(length: int, key: str) -> list[int]:
     seed = int.from_bytes(key.encode(), "little") % (2**63 - 25)
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()

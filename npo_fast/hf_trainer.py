@@ -1,0 +1,186 @@
+"""Unlearning under ``transformers.Trainer``: its optimisers, logging, checkpoints and hub upload.
+
+    trainer = UnlearningTrainer(model, args, UnlearningDataset(forget, retain), method="NPO+RT")
+    trainer.train()
+
+Losses, methods and packing are those of ``npo_fast.trainer``; only the loop is another's. One
+process and one device: with DDP, FSDP, DeepSpeed, ``DataParallel`` or ``torch_compile`` the decoder
+would run outside the wrapper that they put around the model, and ``train`` says so.
+"""
+
+import copy
+import sys
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from npo_fast.data import PackedBatch, Sequence, pack
+from npo_fast.errors import UserError
+from npo_fast.methods import Coefficients, build_method
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.trainer.loop import micro_step, reference_log_probs
+from npo_fast.trainer.order import permutation
+
+if find_spec("accelerate") is None:
+    raise ImportError(
+        "npo_fast.hf_trainer needs accelerate, as transformers.Trainer does: "
+        "pip install 'npo-fast[hf-trainer]'"
+    )
+
+REFERENCE_TOKENS = 2048  # a batch of the reference pass
+
+
+class UnlearningDataset(torch.utils.data.Dataset[dict[str, Sequence]]):
+    """Every forget sequence once an epoch, each with a retain sequence: ``{"forget", "retain"}``.
+
+    The retain partners change from epoch to epoch (``Trainer`` calls ``set_epoch``); none is seen
+    again before all were. The order is a function of the seed. Sequences are renumbered: ``index``
+    is their place in the lists given.
+
+    Args:
+        forget: what to forget, tokenised (``npo_fast.data.Template`` makes such sequences).
+        retain: what to keep; empty for a method without a retain term.
+    """
+
+    def __init__(self, forget: Items[Sequence], retain: Items[Sequence] = (), seed: int = 0):
+        if not forget:
+            raise UserError("UnlearningDataset: forget is empty; there is nothing to forget")
+        self.sources = {
+            name: [replace(sequence, index=i) for i, sequence in enumerate(sequences)]
+            for name, sequences in (("forget", forget), ("retain", retain))
+        }
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the retain partners of this epoch."""
+        count, retain = len(self), len(self.sources["retain"])
+        self._partners: list[int] = []
+        if not retain:
+            return
+        first = epoch * count
+        for round_ in range(first // retain, (first + count - 1) // retain + 1):
+            self._partners += permutation(retain, f"{self.seed}/retain/{round_}")
+        self._partners = self._partners[first % retain :][:count]
+
+    def __len__(self) -> int:
+        return len(self.sources["forget"])
+
+    def __getitem__(self, i: int) -> dict[str, Sequence]:
+        item = {"forget": self.sources["forget"][i]}
+        if self._partners:
+            item["retain"] = self.sources["retain"][self._partners[i]]
+        return item
+
+
+class UnlearningCollator:
+    """One ``PackedBatch`` a source: ``{"forget": …, "retain": …}``, no padding.
+
+    accelerate moves a batch with its own ``to``, which leaves on the host what the host reads.
+    """
+
+    def __call__(self, items: list[dict[str, Sequence]]) -> dict[str, PackedBatch]:
+        return {
+            source: next(pack((item[source] for item in items), max_tokens=sys.maxsize))
+            for source in items[0]
+        }
+
+
+class UnlearningTrainer(Trainer):
+    """``transformers.Trainer`` that minimises ``sum(coefficient * term)`` of an unlearning method.
+
+    The reference is the model as it is handed over: one log-prob a sequence is computed here, kept
+    as ``references``, and no second model stays in memory. To resume, hand over the same starting
+    model (or the ``references`` of the first run) and call ``train(resume_from_checkpoint=…)``.
+
+    A device batch has ``per_device_train_batch_size`` forget sequences and as many to retain. With
+    gradient accumulation the losses of the device batches are averaged: exactly the loss of the
+    whole batch for a mean over sequences (NPO, SimNPO) and batches of one size; a token mean (GA,
+    the retain term) weights each device batch alike, whatever its number of tokens.
+
+    Logs carry each term's value and the mean log-prob of a sequence in the latest device batch.
+
+    Args:
+        method, coefficients: as in ``npo_fast.methods.build_method``.
+        references: ``references`` of an earlier run on this dataset.
+        attention: as in ``CausalLM``; outside ``train`` the model has its own.
+        options: of ``transformers.Trainer``, such as ``callbacks`` and ``processing_class``.
+
+    Raises:
+        UserError: an unknown method, no retain data for a method that needs it, an evaluation set
+            (``npo_fast.evaluation`` measures forgetting), a model whose head is not understood or,
+            in ``train``, one wrapped for several devices.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: UnlearningDataset,
+        *,
+        method: str = "NPO+RT",
+        coefficients: Coefficients | None = None,
+        references: Mapping[str, Tensor] | None = None,
+        attention: str = "auto",
+        **options: Any,
+    ) -> None:
+        self.terms = build_method(method, coefficients)
+        for source in {term.source for term in self.terms}:
+            if not train_dataset.sources[source]:
+                raise UserError(f"method {method} needs {source} data; the dataset has none")
+        if options.get("eval_dataset") is not None:
+            raise UserError("UnlearningTrainer takes no eval_dataset; see npo_fast.evaluation")
+        args = copy.copy(args)
+        args.remove_unused_columns = False  # the model's forward knows neither forget nor retain
+        super().__init__(model, args, UnlearningCollator(), train_dataset=train_dataset, **options)
+        self.model_accepts_loss_kwargs = False  # so Trainer divides by the accumulation steps
+        self.lm = CausalLM(self.model, attention)
+        with self.lm.packing(), self.accelerator.autocast():
+            self.references = references or reference_log_probs(
+                self.lm, train_dataset.sources, self.terms, REFERENCE_TOKENS
+            )
+        self._latest: dict[str, Tensor] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.lm.packing():
+            return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, PackedBatch],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if model is not self.lm.model:
+            raise UserError(
+                f"UnlearningTrainer runs on one device, and the model is wrapped as "
+                f"{type(model).__name__}: start one process, with one visible GPU and without "
+                "FSDP, DeepSpeed or torch_compile"
+            )
+        total = torch.zeros((), device=self.lm.device)
+        with self.accelerator.autocast():  # Trainer's own is around model.forward alone
+            for source, batch in inputs.items():
+                own = [term for term in self.terms if term.source == source]
+                if not own:
+                    continue
+                counts = {"mean": batch.sequences, "token_mean": len(batch.labels), "sum": 1}
+                loss, values, log_probs = micro_step(self.lm, batch, own, counts, self.references)
+                total = total + loss
+                self._latest |= {**values, f"{source} log-prob": log_probs.mean()}
+        return (total, {}) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: float(value) for name, value in self._latest.items()}}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with self.lm.generating():  # its own attention, not ours, goes into config.json
+            super()._save(output_dir, state_dict)

@@ -1,0 +1,140 @@
+"""The fused losses as ``nn.Module``s with the call of other fused linear preference losses.
+
+    loss = FusedLinearNPOLoss(beta=0.1)(lin_weight, hidden, target, bias, ref_log_probs)
+
+A target is *already shifted*: ``target[b, t]`` is the token that ``hidden[b, t]`` predicts, so a
+batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from npo_fast.losses import GA, NLL, NPO, SimNPO
+from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
+from npo_fast.ops.checks import check_cu_seqlens
+
+
+class FusedLinearSequenceLoss(nn.Module):
+    """``reduce_i L(log-probs of sequence i)`` for any ``SequenceLoss``, from hidden states.
+
+    The rows that carry no label leave before the head sees them: prompts and padding cost nothing.
+    Selecting them makes a GPU report its row count, one synchronisation a call; a batch of more
+    than one chunk has a second, for the boundaries of its sequences.
+
+    Args:
+        loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
+        softcap, logit_scale, reduction, chunk_rows: as in ``linear_sequence_loss``.
+        ignore_index: the target of a position without a label.
+    """
+
+    def __init__(
+        self,
+        loss: SequenceLoss,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss = loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.reduction: Reduction = reduction
+        self.ignore_index = ignore_index
+        self.chunk_rows = chunk_rows
+
+    def forward(
+        self,
+        lin_weight: Tensor,  # (V, D)
+        hidden: Tensor,  # (B, T, D) or (N, D)
+        target: Tensor,  # (B, T) or (N,)
+        bias: Tensor | None = None,  # (V,)
+        ref_log_probs: Tensor | None = None,  # (B,) or (S,)
+        *,
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+    ) -> Tensor:  # scalar
+        """The loss; differentiable in ``hidden``, ``lin_weight`` and ``bias``.
+
+        Args:
+            lin_weight: the LM head, in the dtype of ``hidden``; frozen, its GEMM is not done.
+            hidden: a padded batch (B, T, D), one sequence a row, or S sequences end to end (N, D).
+            target: shifted labels with ``ignore_index`` where there is none. A sequence without
+                any label has log-prob 0: no gradient, and its constant in the mean.
+            ref_log_probs: log-prob of each sequence's labels under the reference model, where the
+                loss compares with one.
+            cu_seqlens: for flat input: sequence i is rows ``cu_seqlens[i]`` to
+                ``cu_seqlens[i + 1]`` of ``hidden``, rows without a label included.
+
+        Raises:
+            ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, or a
+                missing reference; the message names the shape.
+        """
+        op = type(self).__name__
+        if hidden.dim() not in (2, 3) or target.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"{op}: hidden must be (B, T, D) with target (B, T), or (N, D) with target (N,), "
+                f"got {tuple(hidden.shape)} and {tuple(target.shape)}"
+            )
+        if (hidden.dim() == 2) != (cu_seqlens is not None):
+            raise ValueError(
+                f"{op}: cu_seqlens belongs to flat (N, D) hidden states and to no other, got "
+                f"hidden {tuple(hidden.shape)} and cu_seqlens "
+                f"{None if cu_seqlens is None else tuple(cu_seqlens.shape)}"
+            )
+        keep = target != self.ignore_index
+        kept_before = F.pad(keep.flatten().cumsum(0), (1, 0))  # (rows + 1,)
+        if cu_seqlens is None:
+            batch, length = target.shape
+            cu_seqlens = torch.arange(batch + 1, device=target.device) * length
+        else:
+            check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
+        loss, _ = linear_sequence_loss(
+            hidden[keep],
+            lin_weight,
+            target[keep],
+            kept_before[cu_seqlens.to(target.device)],
+            self.loss,
+            ref_log_probs=ref_log_probs,
+            bias=bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            reduction=self.reduction,
+            chunk_rows=self.chunk_rows,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"{self.loss}, reduction={self.reduction!r}"
+
+
+class FusedLinearNPOLoss(FusedLinearSequenceLoss):
+    """``mean_i -(2 / beta) * logsigmoid(-beta * (l_i - ref_i))``; needs ``ref_log_probs``."""
+
+    def __init__(self, beta: float = 0.1, **options: Any) -> None:
+        super().__init__(NPO(beta), **options)
+
+
+class FusedLinearSimNPOLoss(FusedLinearSequenceLoss):
+    """``mean_i -(2 / beta) * logsigmoid(beta * (-l_i / |y_i| - delta))``"""
+
+    def __init__(self, beta: float = 2.5, delta: float = 0.0, **options: Any) -> None:
+        super().__init__(SimNPO(beta, delta), **options)
+
+
+class FusedLinearGALoss(FusedLinearSequenceLoss):
+    """``mean_i l_i``; with ``reduction="token_mean"`` the negated cross-entropy."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(GA(), **options)
+
+
+class FusedLinearNLLLoss(FusedLinearSequenceLoss):
+    """``mean_i -l_i``; with ``reduction="token_mean"`` the cross-entropy of Hugging Face."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(NLL(), **options)
