@@ -154,7 +154,7 @@ class UnlearningTrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, PackedBatch],
+        inputs: dict[str, Any],  # source -> PackedBatch
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
