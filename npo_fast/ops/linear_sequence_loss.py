@@ -26,7 +26,7 @@ class SequenceLoss(Protocol):
 
     A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
     values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
-    autograd differentiates ``__call__``. Who overrides one overrides both.
+    ``torch.func.grad`` differentiates ``__call__``. Who overrides one overrides both.
     """
 
     reference: ClassVar[Reference]
@@ -249,11 +249,13 @@ def _evaluate(
     if in_one is not None:
         values, sequence_log_probs, g = in_one(log_probs, cu_seqlens, ref_log_probs)
         return values.sum(), sequence_log_probs, g
-    with torch.enable_grad():
-        log_probs = log_probs.detach().requires_grad_()
-        value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
-        (g,) = torch.autograd.grad(value, log_probs)
-    return value.detach(), segment_sum(log_probs.detach(), cu_seqlens), g
+
+    def total(log_probs: Tensor) -> Tensor:
+        return loss(log_probs, cu_seqlens, ref_log_probs).sum()
+
+    # not autograd.grad: there is no tape below autograd, where the operator for graphs runs
+    g, value = torch.func.grad_and_value(total)(log_probs)
+    return value, segment_sum(log_probs, cu_seqlens), g
 
 
 # Under torch.compile: one opaque operator, whose backward scales the gradients of its forward.
