@@ -26,7 +26,7 @@ class SequenceLoss(Protocol):
 
     A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
     values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
-    ``torch.func.grad`` differentiates ``__call__``. Who overrides one overrides both.
+    autograd differentiates ``__call__``. Who overrides one overrides both.
     """
 
     reference: ClassVar[Reference]
@@ -86,11 +86,18 @@ def linear_sequence_loss(
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
 
-    ``torch.compile`` takes the call into its graph as one operator, without a break.
+    ``torch.compile`` takes a loss with ``value_and_weight`` (NPO) into its graph as one operator;
+    the loss must be hashable, and labels and offsets are checked when the graph runs. Any other
+    loss runs between two graphs: autograd, which differentiates it, cannot run in an operator.
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
     op = "linear_sequence_loss"
+    if torch.compiler.is_compiling() and not hasattr(loss, "value_and_weight"):
+        return _between_graphs(
+            hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
+            softcap=softcap, logit_scale=logit_scale, reduction=reduction, chunk_rows=chunk_rows,
+        )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(op, hidden, weight, labels, bias, softcap)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
@@ -250,13 +257,14 @@ def _evaluate(
         values, sequence_log_probs, g = in_one(log_probs, cu_seqlens, ref_log_probs)
         return values.sum(), sequence_log_probs, g
 
-    def total(log_probs: Tensor) -> Tensor:
-        return loss(log_probs, cu_seqlens, ref_log_probs).sum()
+    with torch.enable_grad():
+        log_probs = log_probs.detach().requires_grad_()
+        value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
+        (g,) = torch.autograd.grad(value, log_probs)
+    return value.detach(), segment_sum(log_probs.detach(), cu_seqlens), g
 
-    # not autograd.grad: there is no tape below autograd, where the operator for graphs runs
-    g, value = torch.func.grad_and_value(total)(log_probs)
-    return value, segment_sum(log_probs, cu_seqlens), g
 
+_between_graphs = torch.compiler.disable(linear_sequence_loss)
 
 # Under torch.compile: one opaque operator, whose backward scales the gradients of its forward.
 # An operator takes numbers and tensors alone, so a loss goes in as its number in this table.
