@@ -7,7 +7,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from npo_fast import GA, NPO, FusedLinearNPOLoss, SimNPO, linear_sequence_loss, segment_sum
+from npo_fast import (
+    GA,
+    NPO,
+    FusedLinearNPOLoss,
+    SimNPO,
+    linear_log_probs,
+    linear_sequence_loss,
+    segment_sum,
+)
 
 ROWS, D, V = 9, 6, 11
 CU = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -72,6 +80,24 @@ def test_a_compiled_step_gives_the_numbers_of_eager(loss, options, frozen):
 def test_only_a_loss_that_autograd_differentiates_breaks_the_graph(loss, breaks):
     report = torch._dynamo.explain(step(*setting()))(torch.randn(ROWS, 8), loss)
     assert report.graph_break_count == breaks
+
+
+def test_linear_log_probs_runs_between_two_graphs():
+    body, head, labels = setting()
+
+    def function(x):
+        return linear_log_probs(body(x), head.weight, labels, bias=head.bias).exp().sum()
+
+    x = torch.randn(ROWS, 8)
+    eager, compiled = (f(x) for f in (function, torch.compile(function, backend="aot_eager")))
+    torch.testing.assert_close(compiled, eager)
+    for g, h in zip(
+        torch.autograd.grad(compiled, body.parameters()),
+        torch.autograd.grad(eager, body.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, h)
+    assert torch._dynamo.explain(function)(x).graph_break_count == 1
 
 
 def test_another_beta_is_another_graph():
