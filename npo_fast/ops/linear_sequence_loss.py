@@ -256,7 +256,6 @@ def _evaluate(
     if in_one is not None:
         values, sequence_log_probs, g = in_one(log_probs, cu_seqlens, ref_log_probs)
         return values.sum(), sequence_log_probs, g
-
     with torch.enable_grad():
         log_probs = log_probs.detach().requires_grad_()
         value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
