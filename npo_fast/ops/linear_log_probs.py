@@ -43,6 +43,11 @@ def linear_log_probs(
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
+    if torch.compiler.is_compiling():
+        return _between_graphs(
+            hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale,
+            chunk_rows=chunk_rows,
+        )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
     head = Head(weight, bias, softcap, logit_scale)
@@ -51,6 +56,10 @@ def linear_log_probs(
         return _LinearLogProbs.apply(
             hidden, weight, bias, labels.long(), softcap, logit_scale, step
         )
+
+
+# labels are checked and chunks made on the host, where torch.compile cannot follow
+_between_graphs = torch.compiler.disable(linear_log_probs)
 
 
 def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:

@@ -93,9 +93,20 @@ def linear_sequence_loss(
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
 
+    ``torch.compile`` takes a loss with ``value_and_weight`` (NPO) into its graph as one operator;
+    the loss must be hashable, and labels and offsets are checked when the graph runs. Any other
+    loss, or ``skip_below``, runs between two graphs: autograd cannot run in an operator.
+
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
     op = "linear_sequence_loss"
+    in_graph = hasattr(loss, "value_and_weight") and skip_below == 0
+    if torch.compiler.is_compiling() and not in_graph:
+        return _between_graphs(
+            hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
+            softcap=softcap, logit_scale=logit_scale, reduction=reduction, chunk_rows=chunk_rows,
+            skip_below=skip_below, skipped=skipped,
+        )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(op, hidden, weight, labels, bias, softcap)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
@@ -118,6 +129,13 @@ def linear_sequence_loss(
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
+    if torch.compiler.is_compiling():
+        needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        value, sequence_log_probs, *_ = torch.ops.npo_fast.linear_sequence_loss(
+            hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
+            _loss_number(loss), softcap, logit_scale, max(count, 1), step, needs,
+        )  # fmt: skip
+        return value, sequence_log_probs.detach()
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(
             hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
@@ -278,3 +296,76 @@ def _evaluate(
         value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
         (g,) = torch.autograd.grad(value, log_probs)
     return value.detach(), segment_sum(log_probs.detach(), cu_seqlens), g
+
+
+_between_graphs = torch.compiler.disable(linear_sequence_loss)
+
+# Under torch.compile: one opaque operator, whose backward scales the gradients of its forward.
+# An operator takes numbers and tensors alone, so a loss goes in as its number in this table.
+_numbered: dict[SequenceLoss, int] = {}
+
+
+@torch.compiler.assume_constant_result
+def _loss_number(loss: SequenceLoss) -> int:
+    return _numbered.setdefault(loss, len(_numbered))
+
+
+@torch.library.custom_op("npo_fast::linear_sequence_loss", mutates_args=())
+def _operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None,
+    loss: int,
+    softcap: float | None,
+    logit_scale: float,
+    count: int,  # what the sum over sequences is divided by
+    step: int,
+    needs: list[bool],  # whether hidden, weight and bias want a gradient
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # loss, (S,), gradients (empty: not wanted)
+    op, head = "linear_sequence_loss", Head(weight, bias, softcap, logit_scale)
+    check_head(op, hidden, weight, labels, bias, softcap)
+    check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
+    loss_object = list(_numbered)[loss]
+    with no_autocast(hidden):
+        value, sequence_log_probs, gradients = _loss_and_gradients(
+            head, hidden, labels, cu_seqlens, ref_log_probs, loss_object, 1 / count, step,
+            (needs[0], needs[1], needs[2]), 0.0, None,
+        )  # fmt: skip
+    grad_hidden, grad_weight, grad_bias = (
+        hidden.new_empty(0) if gradient is None else gradient for gradient in gradients
+    )
+    return value, sequence_log_probs, grad_hidden, grad_weight, grad_bias
+
+
+@_operator.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None, loss: int, softcap: float | None, logit_scale: float,
+    count: int, step: int, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    value = hidden.new_empty((), dtype=Head(weight).wide_dtype)
+    gradients = (
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
+    )
+    return value, value.new_empty(cu_seqlens.shape[0] - 1), *gradients
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.needs = inputs[-1]
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (
+        gradient * upstream if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *gradients, *[None] * 9
+
+
+_operator.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -1,0 +1,167 @@
+"""torch.compile takes the fused NPO loss into its graph and gives the numbers of eager PyTorch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from npo_fast import (
+    GA,
+    NPO,
+    FusedLinearNPOLoss,
+    SimNPO,
+    linear_log_probs,
+    linear_sequence_loss,
+    segment_sum,
+)
+
+ROWS, D, V = 9, 6, 11
+CU = torch.tensor([0, 4, 9], dtype=torch.int32)
+REF = torch.tensor([-5.0, -7.0])
+
+
+@dataclass(frozen=True)
+class Squared:
+    """A loss of the user's own."""
+
+    power: float = 2.0
+    reference: ClassVar = None
+    group: ClassVar[int] = 1
+
+    def __call__(self, log_probs, cu_seqlens, ref_log_probs=None):
+        return segment_sum(log_probs, cu_seqlens).abs() ** self.power
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+
+
+def setting(frozen: bool = False) -> tuple[torch.nn.Linear, torch.nn.Linear, torch.Tensor]:
+    body, head = torch.nn.Linear(8, D), torch.nn.Linear(D, V)
+    head.requires_grad_(not frozen)
+    return body, head, torch.randint(0, V, (ROWS,))
+
+
+def step(body, head, labels, **options) -> Callable:
+    def function(x, loss, ref=REF):
+        value, log_probs = linear_sequence_loss(
+            body(x), head.weight, labels, CU, loss, ref_log_probs=ref, bias=head.bias, **options
+        )
+        return 3 * value, log_probs
+
+    return function
+
+
+def run(function, x, loss, parameters):
+    value, log_probs = function(x, loss)
+    assert not log_probs.requires_grad
+    return value, log_probs, *torch.autograd.grad(value, parameters)
+
+
+@pytest.mark.parametrize("loss", [NPO(0.3), SimNPO(), Squared()], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"chunk_rows": 3, "softcap": 2.0, "reduction": "sum"}])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_step_gives_the_numbers_of_eager(loss, options, frozen):
+    body, head, labels = setting(frozen)
+    function = step(body, head, labels, **options)
+    parameters = [*body.parameters(), *(() if frozen else head.parameters())]
+    x = torch.randn(ROWS, 8)
+    eager = run(function, x, loss, parameters)
+    one_graph = isinstance(loss, NPO)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=one_graph)
+    for found, expected in zip(run(compiled, x, loss, parameters), eager, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("loss", "breaks"), [(NPO(0.1), 0), (GA(), 1), (Squared(), 1)], ids=repr)
+def test_only_a_loss_that_autograd_differentiates_breaks_the_graph(loss, breaks):
+    report = torch._dynamo.explain(step(*setting()))(torch.randn(ROWS, 8), loss)
+    assert report.graph_break_count == breaks
+
+
+def test_linear_log_probs_runs_between_two_graphs():
+    body, head, labels = setting()
+
+    def function(x):
+        return linear_log_probs(body(x), head.weight, labels, bias=head.bias).exp().sum()
+
+    x = torch.randn(ROWS, 8)
+    eager, compiled = (f(x) for f in (function, torch.compile(function, backend="aot_eager")))
+    torch.testing.assert_close(compiled, eager)
+    for g, h in zip(
+        torch.autograd.grad(compiled, body.parameters()),
+        torch.autograd.grad(eager, body.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, h)
+    assert torch._dynamo.explain(function)(x).graph_break_count == 1
+
+
+def test_another_beta_is_another_graph():
+    function = step(*setting())
+    compiled = torch.compile(function, backend="aot_eager")
+    x = torch.randn(ROWS, 8)
+    for loss in (NPO(0.1), NPO(2.0), SimNPO(2.0), NPO(0.1)):
+        torch.testing.assert_close(compiled(x, loss), function(x, loss))
+
+
+def test_a_forward_pass_without_gradients_compiles_too():
+    function = step(*setting())
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    x = torch.randn(ROWS, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, NPO(0.1)), function(x, NPO(0.1)))
+
+
+def test_shapes_may_change_between_calls():
+    head = torch.nn.Linear(D, V)
+
+    def function(hidden, labels, cu_seqlens):
+        return linear_sequence_loss(
+            hidden, head.weight, labels, cu_seqlens, NPO(), ref_log_probs=REF
+        )[0]
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 8, 13):
+        inputs = torch.randn(rows, D), torch.randint(0, V, (rows,)), torch.tensor([0, 2, rows])
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+def test_autocast_in_the_graph_is_autocast_outside():
+    function = step(*setting())
+    x = torch.randn(ROWS, 8)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x, NPO(0.1)), function(x, NPO(0.1)))
+
+
+def test_a_label_outside_the_vocabulary_is_refused_when_the_graph_runs():
+    body, head, labels = setting()
+    labels[2] = V
+    compiled = torch.compile(step(body, head, labels), backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=r"labels\[2\] = 11 is outside the vocabulary"):
+        compiled(torch.randn(ROWS, 8), NPO(0.1))
+
+
+def test_the_module_compiles_with_a_break_where_it_drops_rows():
+    module, weight = FusedLinearNPOLoss(), torch.randn(V, D)
+    hidden, target = torch.randn(2, 5, D), torch.randint(0, V, (2, 5))
+    target[0, :2] = -100
+    compiled = torch.compile(module, backend="aot_eager")
+    found = compiled(weight, hidden, target, ref_log_probs=REF)
+    torch.testing.assert_close(found, module(weight, hidden, target, ref_log_probs=REF))
+
+
+def test_the_operator_keeps_the_rules_of_torch_library():
+    from npo_fast.ops.linear_sequence_loss import _loss_number
+
+    hidden, weight, bias = (torch.randn(*shape) for shape in ((ROWS, D), (V, D), (V,)))
+    arguments = [t.requires_grad_() for t in (hidden, weight, bias)]
+    labels = torch.randint(0, V, (ROWS,))
+    torch.library.opcheck(
+        torch.ops.npo_fast.linear_sequence_loss.default,
+        (*arguments, labels, CU, REF, _loss_number(NPO(0.3)), None, 1.0, 2, 4, [True, True, True]),
+    )
