@@ -82,10 +82,11 @@ def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
     candidates, missing = find(device, _names(options.peers))
     for name, why in missing.items():
         say(f"{name} is left out: {why}")
+    origin = provenance()  # now: a commit made meanwhile is not what runs
     results = [bench(one, candidates, kinds, options.rounds, device, say) for one in shapes]
     record = {
         "what": "loss",
-        "provenance": provenance(),
+        "provenance": origin,
         "rounds": options.rounds,
         "missing_peers": missing,
         "ours_refused": any(one.ours_refused for one in results),
@@ -123,6 +124,7 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
     from npo_fast.bench import scaling
     from npo_fast.bench.provenance import provenance
 
+    origin = provenance()
     points = scaling.scaling(
         options.width or 576,
         options.rows or scaling.MOST_ROWS,
@@ -143,7 +145,7 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
     text = table(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
     record = {
         "what": "scaling",
-        "provenance": provenance(),
+        "provenance": origin,
         "rounds": options.rounds,
         "points": [asdict(one) for one in points],
     }
