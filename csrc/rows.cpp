@@ -1,12 +1,14 @@
 // z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
 // log_prob_n = z_n[y_n] - logsumexp(z_n)
-// a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n    (where the gradient is wanted)
+// a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 //
 // Two passes over a row: an online max and sum, then the gradient. Exponentials are computed twice
 // because a second one costs less than a third trip through the cache. The label is kept apart
 // from the other columns: log_prob = -log(1 + sum of the others / exp(z_y)) does not cancel where
 // the model is sure of the label, and target_logits needs no write into the chunk.
 #include "rows.h"
+
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -44,6 +46,9 @@ struct LogSumExp {
   double shift() const { return max == -INFINITY ? 0 : max; }
   double value() const { return max + ::log(sum); }
 };
+
+double higher(double a, double b) { return a > b ? a : b; }
+double lower(double a, double b) { return a > b ? b : a; }
 
 template <class F>
 double largest(const F* z, int64_t count) {
@@ -117,7 +122,7 @@ void write_gradient(T* logits, int64_t count, Activation<Wide<T>, capped> activa
 }
 
 template <class T, bool capped>
-void one_row(const Rows& rows, int64_t row) {
+void row_log_probs(const WholeRows& rows, int64_t row) {
   using F = Wide<T>;
   const Activation<F, capped> activation(rows);
   T* logits = static_cast<T*>(rows.logits) + row * rows.stride;
@@ -125,45 +130,76 @@ void one_row(const Rows& rows, int64_t row) {
 
   LogSumExp others;
   add(others, logits, label, activation);
-  add(others, logits + label + 1, rows.vocabulary - label - 1, activation);
+  add(others, logits + label + 1, rows.columns - label - 1, activation);
   const Activated<F> target =
       activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
                                     : load_first(logits + label, 1));
 
   const double z = target.z[0];
   const double rest = others.value();
-  const double high = rest > z ? rest : z;
-  const double low = rest > z ? z : rest;
-  const double above = ::log1p(::exp(low - high));
-  const double lse = high + above;
-  const double log_prob = (z - high) - above;  // z = +inf makes this NaN, as it should be
+  const double above = ::log1p(::exp(lower(rest, z) - higher(rest, z)));
+  const double lse = higher(rest, z) + above;
+  const double log_prob = (z - higher(rest, z)) - above;  // NaN for z = +inf, as it should be
   static_cast<F*>(rows.log_probs)[row] = F(log_prob);
   static_cast<F*>(rows.lse)[row] = F(lse);
-  if (!rows.gradient) return;
 
   const double shift = others.shift();
-  write_gradient(logits, rows.vocabulary, activation, F(shift), F(::exp(shift - lse)));
+  write_gradient(logits, rows.columns, activation, F(shift), F(::exp(shift - lse)));
   store_first(logits + label, F(-::expm1(log_prob)) * target.slope, 1);
 }
 
-template <class T>
-void row_range(const Rows& rows, int64_t first, int64_t last) {
-  const auto kernel = rows.softcap != 0 ? one_row<T, true> : one_row<T, false>;
-  for (int64_t row = first; row < last; ++row) kernel(rows, row);
+template <class T, bool capped>
+void tile_log_probs(const TileRows& rows, int64_t row) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows);
+  const T* logits = static_cast<const T*>(rows.logits) + row * rows.stride;
+  const int64_t label = rows.labels[row];
+
+  LogSumExp others;
+  if (label < 0 || label >= rows.columns) {
+    add(others, logits, rows.columns, activation);
+  } else {
+    add(others, logits, label, activation);
+    add(others, logits + label + 1, rows.columns - label - 1, activation);
+    rows.target[row] = activation(load_first(logits + label, 1)).z[0];
+  }
+  const double before = rows.others[row], tile = others.value();
+  const double high = higher(before, tile);
+  if (high != -INFINITY) {
+    rows.others[row] = high + ::log1p(::exp(lower(before, tile) - high));
+  }
+}
+
+// kernel(zero of the dtype, whether there is a softcap), with both known to the compiler
+template <class Kernel>
+void specialised(const Rows& rows, Kernel kernel) {
+  const auto for_dtype = [&](auto zero) {
+    rows.softcap != 0 ? kernel(zero, std::true_type{}) : kernel(zero, std::false_type{});
+  };
+  switch (rows.dtype) {
+    case Dtype::fp32: return for_dtype(float{});
+    case Dtype::bf16: return for_dtype(BFloat16{});
+    case Dtype::fp16: return for_dtype(Half{});
+    case Dtype::fp64: return for_dtype(double{});
+  }
+}
+
+void all_row_log_probs(const WholeRows& rows, int64_t first, int64_t last) {
+  specialised(rows, [&](auto zero, auto capped) {
+    for (int64_t row = first; row < last; ++row) row_log_probs<decltype(zero), capped>(rows, row);
+  });
+}
+
+void all_tile_log_probs(const TileRows& rows, int64_t first, int64_t last) {
+  specialised(rows, [&](auto zero, auto capped) {
+    for (int64_t row = first; row < last; ++row) tile_log_probs<decltype(zero), capped>(rows, row);
+  });
 }
 
 }  // namespace
 
 namespace NPO_ISA {
-
-void row_log_probs(const Rows& rows, int64_t first, int64_t last) {
-  switch (rows.dtype) {
-    case Dtype::fp32: return row_range<float>(rows, first, last);
-    case Dtype::bf16: return row_range<BFloat16>(rows, first, last);
-    case Dtype::fp16: return row_range<Half>(rows, first, last);
-    case Dtype::fp64: return row_range<double>(rows, first, last);
-  }
+extern const RowKernels kernels = {all_row_log_probs, all_tile_log_probs};
 }
 
-}  // namespace NPO_ISA
 }  // namespace npo_fast

@@ -283,9 +283,8 @@ def test_npo_loss_is_the_mean_npo_loss():
     )
 
 
-@pytest.mark.parametrize("name", ["row_log_probs", "row_log_probs_"])
-def test_the_row_operators_keep_their_contract(name):
-    op = getattr(torch.ops.npo_fast, name)
+def test_the_row_operator_keeps_its_contract():
+    op = torch.ops.npo_fast.row_log_probs_
     logits, labels = torch.randn(6, 17), torch.randint(0, 17, (6,))
     torch.library.opcheck(op, (logits, labels, None, None, 1.0))
     torch.library.opcheck(op, (logits, labels, torch.randn(6), 3.0, 0.5))

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
+TILE_BYTES = 32 << 20  # of logits that linear_log_probs has at a time
+TILE_ROWS = 2048
 
 library = torch.library.Library("npo_fast", "DEF")
 library.define(
@@ -28,8 +30,12 @@ library.define(
     "float? softcap, float logit_scale) -> (Tensor, Tensor)"
 )
 library.define(
-    "row_log_probs(Tensor logits, Tensor labels, Tensor? target_logits, "
-    "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+    "tile_log_probs_(Tensor logits, Tensor labels, float? softcap, float logit_scale, "
+    "Tensor(a!) others, Tensor(b!) target) -> ()"
+)
+library.define(
+    "linear_log_probs(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, "
+    "float? softcap, float logit_scale) -> (Tensor log_probs, Tensor lse)"
 )
 library.define(
     "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
@@ -59,17 +65,66 @@ def row_log_probs_(
     return log_probs, lse
 
 
-def row_log_probs(
-    logits: Tensor,  # (R, V) raw logits, left alone
-    labels: Tensor,  # (R,)
-    target_logits: Tensor | None,  # (R,)
+def tile_log_probs_(
+    logits: Tensor,  # (R, C) raw logits of a slice of the vocabulary, left alone
+    labels: Tensor,  # (R,) int64, counted from the first column of the slice; may lie outside
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    log_probs, lse = _outputs(logits)
+    others: Tensor,  # (R,) fp64 logsumexp of the columns so far without the label; -inf at first
+    target: Tensor,  # (R,) fp64 z at the label, written by the slice that has it
+) -> None:
+    """One slice of the vocabulary after another into the log-probs of whole rows.
+
+    The label stays apart so that ``log_prob = -log(1 + exp(others - target))`` does not cancel
+    where the model is sure of it.
+    """
     for rows in _slabs(logits):
-        z, _ = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        _, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
+        z = (_activate(logits[rows], labels[rows], None, softcap)[0] * logit_scale).double()
+        mine = ((labels[rows] >= 0) & (labels[rows] < z.shape[1])).nonzero().squeeze(1)
+        column = labels[rows][mine]
+        target[rows] = target[rows].index_copy(0, mine, z[mine, column])
+        z[mine, column] = -torch.inf
+        others[rows] = torch.logaddexp(others[rows], z.logsumexp(dim=1))
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) int64 in [0, V)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,): fp32, or fp64 for fp64 inputs
+    """Log-probs of the labels under a linear head, a tile of the logits at a time.
+
+    Tiles are many rows high and a slice of the vocabulary wide, since BLAS repacks its slice of
+    the weight for every block of rows.
+    """
+    wide = _wide(weight.dtype)
+    log_probs = hidden.new_empty(len(hidden), dtype=wide)
+    lse = torch.empty_like(log_probs)
+    vocabulary, width = weight.shape
+    for first in range(0, len(hidden), TILE_ROWS):
+        rows = slice(first, min(first + TILE_ROWS, len(hidden)))
+        block = hidden[rows].to(wide)
+        converted = 0 if weight.dtype == wide else width
+        columns = max(64, TILE_BYTES // (wide.itemsize * (len(block) + converted)))
+        tile = block.new_empty(len(block), min(columns, vocabulary))
+        others = block.new_full((len(block),), -torch.inf, dtype=torch.float64)
+        target = torch.full_like(others, torch.nan)  # where no slice has the label
+        for left in range(0, vocabulary, columns):
+            part = weight[left : left + columns].to(wide)
+            logits = tile[:, : len(part)]
+            if bias is None:
+                torch.mm(block, part.t(), out=logits)
+            else:
+                torch.addmm(bias[left : left + columns].to(wide), block, part.t(), out=logits)
+            torch.ops.npo_fast.tile_log_probs_(
+                logits, labels[rows] - left, softcap, logit_scale, others, target
+            )
+        high, low = torch.maximum(others, target), torch.minimum(others, target)
+        above = torch.log1p(torch.exp(low - high))
+        log_probs[rows], lse[rows] = (target - high) - above, high + above
     return log_probs, lse
 
 
@@ -163,10 +218,33 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
+def _tile_fake(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    others: Tensor,
+    target: Tensor,
+) -> None:
+    return None
+
+
+def _linear_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(hidden)
+
+
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
-    "row_log_probs": (row_log_probs, _row_fake),
+    "tile_log_probs_": (tile_log_probs_, _tile_fake),
+    "linear_log_probs": (linear_log_probs, _linear_fake),
     "npo_head": (npo_head, _npo_head_fake),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():

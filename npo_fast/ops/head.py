@@ -9,8 +9,7 @@ from torch import Tensor
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
-CHUNK_BYTES = 96 << 20  # logits alive at a time where gradients are wanted
-FORWARD_BYTES = 48 << 20  # and where not: fewer rows cost the GEMM more, for packing W again
+CHUNK_BYTES = 96 << 20  # logits alive at a time
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
 
 
@@ -33,10 +32,10 @@ class Head:
     def wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def chunk_rows(self, chunk_bytes: int = CHUNK_BYTES) -> int:
-        """Rows whose logits fit ``chunk_bytes``, at least one."""
+    def chunk_rows(self) -> int:
+        """Rows whose logits fit ``CHUNK_BYTES``, at least one."""
         row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
-        return max(1, chunk_bytes // max(1, row_bytes))
+        return max(1, CHUNK_BYTES // max(1, row_bytes))
 
     def buffer(self, rows: int) -> Tensor:  # (rows, V)
         """Room for the logits of one chunk after another.
@@ -58,13 +57,9 @@ class Head:
                 torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
         return logits
 
-    def log_probs(
-        self, hidden: Tensor, labels: Tensor, buffer: Tensor
-    ) -> Tensor:  # (R, D), (R,) -> (R,)
-        logits = self.logits(hidden, buffer)
-        target = self._target_logits(hidden, labels)
-        log_probs, _ = torch.ops.npo_fast.row_log_probs(
-            logits, labels, target, self.softcap, self.logit_scale
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
+        log_probs, _ = torch.ops.npo_fast.linear_log_probs(
+            hidden, self.weight, labels, self.bias, self.softcap, self.logit_scale
         )
         return log_probs
 

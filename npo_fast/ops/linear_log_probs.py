@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head
-from npo_fast.ops.head import FORWARD_BYTES, Head, HeadGradients
+from npo_fast.ops.head import Head, HeadGradients
 
 
 def linear_log_probs(
@@ -34,8 +34,8 @@ def linear_log_probs(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold
-            (48 MiB in the forward pass).
+        chunk_rows: rows whose logits are alive at a time in the backward pass; None takes what
+            96 MiB hold. The forward pass has tiles of 32 MiB.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -78,16 +78,6 @@ def blocks(rows: slice, step: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
-def forward_log_probs(head: Head, hidden: Tensor, labels: Tensor, step: int) -> Tensor:  # (N,)
-    """The forward pass alone, a chunk of rows at a time."""
-    out = hidden.new_empty(hidden.shape[:1], dtype=head.wide_dtype)
-    step = min(step, head.chunk_rows(FORWARD_BYTES), max(1, len(hidden)))
-    buffer = head.buffer(step)
-    for rows in blocks(slice(0, len(hidden)), step):
-        out[rows] = head.log_probs(hidden[rows], labels[rows], buffer)
-    return out
-
-
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -102,7 +92,7 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.settings = softcap, logit_scale, step
-        return forward_log_probs(Head(weight, bias, softcap, logit_scale), hidden, labels, step)
+        return Head(weight, bias, softcap, logit_scale).log_probs(hidden, labels)
 
     @staticmethod
     @once_differentiable

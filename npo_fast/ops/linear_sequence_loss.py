@@ -11,7 +11,7 @@ from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
 from npo_fast.ops.head import Head, HeadGradients
-from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chunk_rows
+from npo_fast.ops.linear_log_probs import blocks, resolve_chunk_rows
 from npo_fast.ops.skipping import Skipped
 
 Reduction = Literal["mean", "token_mean", "sum"]
@@ -180,7 +180,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
                 skipped,
             )
         else:
-            log_probs = forward_log_probs(head, hidden, labels, step)
+            log_probs = head.log_probs(hidden, labels)
             value = loss(log_probs, cu_seqlens, ref_log_probs).sum() * scale
             sequence_log_probs = segment_sum(log_probs, cu_seqlens)
         ctx.mark_non_differentiable(sequence_log_probs)
@@ -241,7 +241,7 @@ def _loss_and_gradients(
                 hidden[rows], labels[rows], buffer
             )
         else:  # the weight g needs the whole group: its log-probs first, its gradient after
-            log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
+            log_probs = head.log_probs(hidden[rows], labels[rows])
         ref = _part(ref_log_probs, loss, rows, sequences)
         value, sequence_log_probs[sequences], g = _evaluate(loss, log_probs, offsets, ref)
         total += value

@@ -26,21 +26,6 @@ def row_log_probs_(
         return launch(logits, labels, target_logits, softcap, logit_scale, in_place=True)
 
 
-def row_log_probs(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    if not _triton_serves(logits):
-        return reference.row_log_probs(logits, labels, target_logits, softcap, logit_scale)
-    from npo_fast.kernels.triton.row_log_probs import row_log_probs as launch
-
-    with torch.cuda.device_of(logits):
-        return launch(logits, labels, target_logits, softcap, logit_scale, in_place=False)
-
-
 def npo_head(
     log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,5 +42,5 @@ def _triton_serves(logits: Tensor) -> bool:
     return logits.dtype != torch.float64 and logits.stride(-1) == 1
 
 
-for _kernel in (row_log_probs_, row_log_probs, npo_head):
+for _kernel in (row_log_probs_, npo_head):
     reference.library.impl(_kernel.__name__, _kernel, KEY)
