@@ -11,9 +11,13 @@ The row operators see one chunk of raw logits ``a = W h + b`` (before softcap an
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
 ``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
+
+``linear_log_probs`` and its backward operator start from hidden states instead. All rows go through
+a slice of the vocabulary at a time, so nothing V-wide exists; the backward operator makes each
+slice of logits again from the logsumexp.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
+TILE_BYTES = 16 << 20  # of logits, all rows times a slice of the vocabulary
+LEAST_COLUMNS = 256  # below, the GEMMs of a slice cost more than they compute
 
 library = torch.library.Library("npo_fast", "DEF")
 library.define(
@@ -34,6 +40,15 @@ library.define(
 library.define(
     "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
     "-> (Tensor values, Tensor sequence_log_probs, Tensor g)"
+)
+library.define(
+    "linear_log_probs(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, "
+    "float? softcap, float logit_scale) -> (Tensor log_probs, Tensor lse)"
+)
+library.define(
+    "linear_log_probs_backward(Tensor g, Tensor hidden, Tensor weight, Tensor labels, "
+    "Tensor? bias, Tensor log_probs, Tensor lse, float? softcap, float logit_scale, "
+    "bool[3] needs) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -92,6 +107,58 @@ def npo_head(
     return values, sequence_log_probs, g
 
 
+def linear_log_probs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) int64 in [0, V)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,): fp32, or fp64 for fp64 inputs
+    lse = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=_wide(hidden.dtype))
+    target = torch.zeros_like(lse)
+    for first, z, _ in _column_tiles(hidden, weight, bias, softcap):
+        z = z * logit_scale
+        lse = torch.logaddexp(lse, z.logsumexp(dim=-1))
+        column, inside = _column_of(labels, first, z.shape[1])
+        target = torch.where(inside, z.gather(1, column).squeeze(1), target)
+    return target - lse, lse
+
+
+def linear_log_probs_backward(
+    g: Tensor,  # (N,) d loss / d log_prob
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    log_probs: Tensor,  # (N,) of the forward operator
+    lse: Tensor,  # (N,) of the forward operator
+    softcap: float | None,
+    logit_scale: float,
+    needs: Sequence[bool],  # hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:  # in the dtypes of hidden, weight, bias; empty: not wanted
+    d_hidden, d_weight, d_bias = _gradients(hidden, weight, bias, needs)
+    total = torch.zeros_like(d_hidden, dtype=lse.dtype)
+    wide_hidden = hidden.to(lse.dtype)
+    row_scale = (g * logit_scale).to(lse.dtype).unsqueeze(1)
+    at_label = -torch.expm1(log_probs).unsqueeze(1)  # onehot - softmax cancels at a sure token
+    for first, z, slope in _column_tiles(hidden, weight, bias, softcap):
+        columns = slice(first, first + z.shape[1])
+        gradient = z.mul_(logit_scale).sub_(lse.unsqueeze(1)).exp_().neg_()
+        column, inside = _column_of(labels, first, z.shape[1])
+        own = torch.where(inside.unsqueeze(1), at_label, gradient.gather(1, column))
+        gradient.scatter_(1, column, own).mul_(row_scale)
+        if slope is not None:
+            gradient.mul_(slope)
+        if needs[0]:
+            total.addmm_(gradient, weight[columns].to(lse.dtype))
+        if needs[1]:
+            d_weight[columns] = (gradient.t() @ wide_hidden).to(weight.dtype)
+        if needs[2] and bias is not None:
+            d_bias[columns] = gradient.sum(dim=0).to(bias.dtype)
+    return total.to(hidden.dtype), d_weight, d_bias
+
+
 def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
@@ -146,6 +213,41 @@ def _slabs(logits: Tensor) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
+def _column_tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """First column, softcapped logits (N, C) before the scale, and the slope of the softcap."""
+    hidden = hidden.to(_wide(hidden.dtype))
+    step = max(LEAST_COLUMNS, TILE_BYTES // (hidden.dtype.itemsize * max(1, len(hidden))))
+    for first in range(0, len(weight), step):
+        raw = hidden @ weight[first : first + step].to(hidden.dtype).t()
+        if bias is not None:
+            raw += bias[first : first + step]
+        if softcap is None:
+            yield first, raw, None
+        else:
+            tanh = (raw / softcap).tanh_()
+            yield first, tanh * softcap, 1 - tanh.square()
+
+
+def _column_of(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """The label's column in a slice of the vocabulary, (N, 1), and whether it is in there, (N,)."""
+    column = labels - first
+    inside = (column >= 0) & (column < count)
+    return column.clamp(0, count - 1).unsqueeze(1), inside
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of hidden, weight and bias; empty where one is not wanted."""
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else 0),
+    )
+
+
 def _row_fake(
     logits: Tensor,
     labels: Tensor,
@@ -163,11 +265,23 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
+def _linear_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(hidden)
+
+
+def _linear_backward_fake(
+    g: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(hidden, weight, bias, rest[-1])
+
+
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
     "row_log_probs": (row_log_probs, _row_fake),
     "npo_head": (npo_head, _npo_head_fake),
+    "linear_log_probs": (linear_log_probs, _linear_fake),
+    "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
