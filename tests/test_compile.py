@@ -62,7 +62,9 @@ def run(function, x, loss, parameters):
 
 
 @pytest.mark.parametrize("loss", [NPO(0.3), SimNPO(), Squared()], ids=repr)
-@pytest.mark.parametrize("options", [{}, {"chunk_rows": 3, "softcap": 2.0, "reduction": "sum"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_rows": 3, "softcap": 2.0, "reduction": "sum"}, {"chunk_rows": 0}]
+)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_compiled_step_gives_the_numbers_of_eager(loss, options, frozen):
     body, head, labels = setting(frozen)
@@ -82,22 +84,28 @@ def test_only_a_loss_that_autograd_differentiates_breaks_the_graph(loss, breaks)
     assert report.graph_break_count == breaks
 
 
-def test_linear_log_probs_runs_between_two_graphs():
+@pytest.mark.parametrize("chunk_rows", [None, 0, 4])
+def test_linear_log_probs_is_part_of_the_graph(chunk_rows):
     body, head, labels = setting()
 
     def function(x):
-        return linear_log_probs(body(x), head.weight, labels, bias=head.bias).exp().sum()
+        return (
+            linear_log_probs(body(x), head.weight, labels, bias=head.bias, chunk_rows=chunk_rows)
+            .exp()
+            .sum()
+        )
 
     x = torch.randn(ROWS, 8)
-    eager, compiled = (f(x) for f in (function, torch.compile(function, backend="aot_eager")))
+    eager = function(x)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, eager)
+    parameters = [*body.parameters(), *head.parameters()]
     for g, h in zip(
-        torch.autograd.grad(compiled, body.parameters()),
-        torch.autograd.grad(eager, body.parameters()),
+        torch.autograd.grad(compiled, parameters),
+        torch.autograd.grad(eager, parameters),
         strict=True,
     ):
         torch.testing.assert_close(g, h)
-    assert torch._dynamo.explain(function)(x).graph_break_count == 1
 
 
 def test_another_beta_is_another_graph():
@@ -156,12 +164,22 @@ def test_the_module_compiles_with_a_break_where_it_drops_rows():
 
 
 def test_the_operator_keeps_the_rules_of_torch_library():
-    from npo_fast.ops.linear_sequence_loss import _loss_number
+    from npo_fast.ops.compiled import loss_number
 
     hidden, weight, bias = (torch.randn(*shape) for shape in ((ROWS, D), (V, D), (V,)))
     arguments = [t.requires_grad_() for t in (hidden, weight, bias)]
     labels = torch.randint(0, V, (ROWS,))
     torch.library.opcheck(
         torch.ops.npo_fast.linear_sequence_loss.default,
-        (*arguments, labels, CU, REF, _loss_number(NPO(0.3)), None, 1.0, 2, 4, [True, True, True]),
+        (*arguments, labels, CU, REF, loss_number(NPO(0.3)), None, 1.0, 2, 4, [True, True, True]),
+    )
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 4])
+def test_the_operators_of_linear_log_probs_keep_the_rules(chunk_rows):
+    hidden, weight, bias = (torch.randn(*shape) for shape in ((ROWS, D), (V, D), (V,)))
+    arguments = [t.requires_grad_() for t in (hidden, weight, bias)]
+    labels = torch.randint(0, V, (ROWS,))
+    torch.library.opcheck(
+        torch.ops.npo_fast.log_probs_of_rows.default, (*arguments, labels, 2.0, 1.0, chunk_rows)
     )

@@ -57,7 +57,7 @@ def gradients(value: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
-@pytest.mark.parametrize("chunk_rows", [None, 1, 5, 8, 36])
+@pytest.mark.parametrize("chunk_rows", [None, 0, 1, 5, 8, 36])
 @pytest.mark.parametrize(("softcap", "logit_scale", "bias"), HEADS)
 def test_loss_and_gradients_are_those_of_plain_pytorch(
     loss, chunk_rows, softcap, logit_scale, bias
@@ -115,7 +115,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, softcap, logit_scal
         assert found <= max(2 * bound, torch.finfo(dtype).eps), name
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 1, 7])
+@pytest.mark.parametrize("chunk_rows", [None, 0, 1, 7])
 def test_log_probs_take_any_upstream_gradient(chunk_rows):
     tensors = inputs(23, 11, 301, torch.float64, bias=True)
     labels, upstream = torch.randint(0, 301, (23,)), torch.randn(23, dtype=torch.float64)
@@ -305,7 +305,7 @@ MISFITS = {
     "no reference": ({"ref_log_probs": None}, "pass ref_log_probs"),
     "long reference": ({"ref_log_probs": torch.zeros(3)}, r"shape \(2,\)"),
     "unknown reduction": ({"reduction": "avg"}, "'avg'"),
-    "no rows a chunk": ({"chunk_rows": 0}, "got 0"),
+    "no rows a chunk": ({"chunk_rows": -1}, "got -1"),
     "wrong bias": ({"bias": torch.zeros(4)}, r"bias must be \(11,\)"),
     "negative softcap": ({"softcap": -1.0}, "-1.0"),
     "other device": ({"labels": torch.zeros(8, device="meta").long()}, "labels on meta"),
@@ -341,6 +341,7 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", watch)
+    monkeypatch.setattr(reference, "TILE_BYTES", 30 * 500)
     tensors = inputs(300, 8, 500, torch.float32)
     npo_fast.linear_sequence_loss(
         labels=torch.zeros(300).long(), cu_seqlens=torch.tensor([0, 20, 300]), loss=GA(),
@@ -404,3 +405,8 @@ def test_a_share_to_skip_that_makes_no_sense_is_refused(bad):
     case = half_forgotten()
     with pytest.raises(ValueError, match="skip_below must be in"):
         linear_sequence_loss(loss=NPO(0.1), skip_below=bad, **case)
+
+
+def test_skipping_rows_needs_a_chunk_to_skip_them_in():
+    with pytest.raises(ValueError, match="chunk_rows=0 makes none"):
+        linear_sequence_loss(loss=NPO(0.1), skip_below=0.1, chunk_rows=0, **half_forgotten())

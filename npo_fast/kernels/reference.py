@@ -11,9 +11,13 @@ The row operators see one chunk of raw logits ``a = W h + b`` (before softcap an
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
 ``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
+
+``linear_log_probs`` and its backward operator start from hidden states instead. All rows go through
+a slice of the vocabulary at a time, so nothing V-wide exists; the backward operator makes each
+slice of logits again from the logsumexp.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
-TILE_BYTES = 32 << 20  # of logits that linear_log_probs has at a time
+TILE_BYTES = 32 << 20  # of logits: many rows times a slice of the vocabulary
 TILE_ROWS = 2048
+LEAST_COLUMNS = 64  # below, the GEMM of a slice costs more than it computes
 
 library = torch.library.Library("npo_fast", "DEF")
 library.define(
@@ -34,12 +39,17 @@ library.define(
     "Tensor(a!) others, Tensor(b!) target) -> ()"
 )
 library.define(
+    "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
+    "-> (Tensor values, Tensor sequence_log_probs, Tensor g)"
+)
+library.define(
     "linear_log_probs(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, "
     "float? softcap, float logit_scale) -> (Tensor log_probs, Tensor lse)"
 )
 library.define(
-    "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
-    "-> (Tensor values, Tensor sequence_log_probs, Tensor g)"
+    "linear_log_probs_backward(Tensor g, Tensor hidden, Tensor weight, Tensor labels, "
+    "Tensor? bias, Tensor log_probs, Tensor lse, float? softcap, float logit_scale, "
+    "bool[3] needs) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -87,47 +97,6 @@ def tile_log_probs_(
         others[rows] = torch.logaddexp(others[rows], z.logsumexp(dim=1))
 
 
-def linear_log_probs(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (N,) int64 in [0, V)
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,): fp32, or fp64 for fp64 inputs
-    """Log-probs of the labels under a linear head, a tile of the logits at a time.
-
-    Tiles are many rows high and a slice of the vocabulary wide, since BLAS repacks its slice of
-    the weight for every block of rows.
-    """
-    wide = _wide(weight.dtype)
-    log_probs = hidden.new_empty(len(hidden), dtype=wide)
-    lse = torch.empty_like(log_probs)
-    vocabulary, width = weight.shape
-    for first in range(0, len(hidden), TILE_ROWS):
-        rows = slice(first, min(first + TILE_ROWS, len(hidden)))
-        block = hidden[rows].to(wide)
-        converted = 0 if weight.dtype == wide else width
-        columns = max(64, TILE_BYTES // (wide.itemsize * (len(block) + converted)))
-        tile = block.new_empty(len(block), min(columns, vocabulary))
-        others = block.new_full((len(block),), -torch.inf, dtype=torch.float64)
-        target = torch.full_like(others, torch.nan)  # where no slice has the label
-        for left in range(0, vocabulary, columns):
-            part = weight[left : left + columns].to(wide)
-            logits = tile[:, : len(part)]
-            if bias is None:
-                torch.mm(block, part.t(), out=logits)
-            else:
-                torch.addmm(bias[left : left + columns].to(wide), block, part.t(), out=logits)
-            torch.ops.npo_fast.tile_log_probs_(
-                logits, labels[rows] - left, softcap, logit_scale, others, target
-            )
-        high, low = torch.maximum(others, target), torch.minimum(others, target)
-        above = torch.log1p(torch.exp(low - high))
-        log_probs[rows], lse[rows] = (target - high) - above, high + above
-    return log_probs, lse
-
-
 def npo_head(
     log_probs: Tensor,  # (N,) token log-probs of whole sequences, fp32 or fp64
     cu_seqlens: Tensor,  # (S + 1,) where the sequences begin and end, on any device
@@ -145,6 +114,66 @@ def npo_head(
         cu_seqlens.diff().to(log_probs.device), output_size=len(log_probs)
     )
     return values, sequence_log_probs, g
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) int64 in [0, V)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,): fp32, or fp64 for fp64 inputs
+    log_probs, lse = _outputs(hidden)
+    for rows in _row_tiles(hidden):
+        others = lse.new_full((rows.stop - rows.start,), -torch.inf, dtype=torch.float64)
+        target = torch.full_like(others, torch.nan)
+        for columns, logits in _column_tiles(hidden[rows], weight, bias):
+            torch.ops.npo_fast.tile_log_probs_(
+                logits, labels[rows] - columns.start, softcap, logit_scale, others, target
+            )
+        high, low = torch.maximum(others, target), torch.minimum(others, target)
+        above = torch.log1p(torch.exp(low - high))
+        log_probs[rows], lse[rows] = (target - high) - above, high + above
+    return log_probs, lse
+
+
+def linear_log_probs_backward(
+    g: Tensor,  # (N,) d loss / d log_prob
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    log_probs: Tensor,  # (N,) of the forward operator
+    lse: Tensor,  # (N,) of the forward operator
+    softcap: float | None,
+    logit_scale: float,
+    needs: Sequence[bool],  # hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:  # in the dtypes of hidden, weight, bias; empty: not wanted
+    wide = _wide(hidden.dtype)
+    d_hidden, d_weight, d_bias = (
+        torch.zeros_like(one, dtype=wide) for one in _gradients(hidden, weight, bias, needs)
+    )
+    at_label = -torch.expm1(log_probs)  # onehot - softmax cancels at a sure token
+    for rows in _row_tiles(hidden):
+        block = hidden[rows].to(wide)
+        row_scale = (g[rows] * logit_scale).to(wide).unsqueeze(1)
+        for columns, logits in _column_tiles(block, weight, bias):
+            column = labels[rows] - columns.start
+            z, slope = _activate(logits, column, None, softcap)
+            gradient = (z * logit_scale).sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+            mine = ((column >= 0) & (column < z.shape[1])).nonzero().squeeze(1)
+            gradient[mine, column[mine]] = at_label[rows][mine]
+            gradient.mul_(row_scale)
+            if slope is not None:
+                gradient.mul_(slope)
+            if needs[0]:
+                d_hidden[rows].addmm_(gradient, weight[columns].to(wide))
+            if needs[1]:
+                d_weight[columns].addmm_(gradient.t(), block)
+            if needs[2] and bias is not None:
+                d_bias[columns] += gradient.sum(dim=0)
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(hidden.dtype)
 
 
 def segment_sum(
@@ -201,6 +230,44 @@ def _slabs(logits: Tensor) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
+def _row_tiles(hidden: Tensor) -> list[slice]:
+    """Many rows at a time: BLAS packs a slice of the weight anew for every block of rows."""
+    rows = len(hidden)
+    return [slice(at, min(at + TILE_ROWS, rows)) for at in range(0, rows, TILE_ROWS)]
+
+
+def _column_tiles(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:  # columns, their raw logits (R, C) until the next ones
+    wide = _wide(weight.dtype)
+    vocabulary, width = weight.shape
+    hidden = hidden.to(wide)
+    converted = 0 if weight.dtype == wide else width  # the slice of the weight in fp32 counts
+    step = max(LEAST_COLUMNS, TILE_BYTES // (wide.itemsize * (max(1, len(hidden)) + converted)))
+    tile = hidden.new_empty(len(hidden), min(step, vocabulary))
+    for first in range(0, vocabulary, step):
+        columns = slice(first, min(first + step, vocabulary))
+        part, logits = weight[columns].to(wide), tile[:, : columns.stop - first]
+        if bias is None:
+            torch.mm(hidden, part.t(), out=logits)
+        else:
+            torch.addmm(bias[columns].to(wide), hidden, part.t(), out=logits)
+        yield columns, logits
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of hidden, weight and bias; empty where one is not wanted."""
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else 0),
+    )
+
+
 def _row_fake(
     logits: Tensor,
     labels: Tensor,
@@ -218,34 +285,27 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
-def _tile_fake(
-    logits: Tensor,
-    labels: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    others: Tensor,
-    target: Tensor,
-) -> None:
+def _tile_fake(logits: Tensor, *_: Any) -> None:
     return None
 
 
-def _linear_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _linear_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(hidden)
+
+
+def _linear_backward_fake(
+    g: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(hidden, weight, bias, rest[-1])
 
 
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
     "tile_log_probs_": (tile_log_probs_, _tile_fake),
-    "linear_log_probs": (linear_log_probs, _linear_fake),
     "npo_head": (npo_head, _npo_head_fake),
+    "linear_log_probs": (linear_log_probs, _linear_fake),
+    "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

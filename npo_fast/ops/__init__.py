@@ -2,12 +2,8 @@
 
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.linear_log_probs import linear_log_probs
-from npo_fast.ops.linear_sequence_loss import (
-    Reduction,
-    Reference,
-    SequenceLoss,
-    linear_sequence_loss,
-)
+from npo_fast.ops.linear_sequence_loss import Reduction, linear_sequence_loss
+from npo_fast.ops.one_pass import Reference, SequenceLoss
 from npo_fast.ops.skipping import Skipped
 
 __all__ = [

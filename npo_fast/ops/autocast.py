@@ -1,5 +1,7 @@
 """Autocast for the fused operators: they take part like ``torch.nn.functional.linear``."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,16 @@ def autocast_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inputs in autocast's dtype where it is on; gradients flow back through the casts."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    if not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Inside the operators dtypes are chosen GEMM by GEMM, and fp32 sums must stay fp32."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()

@@ -41,11 +41,10 @@ def check_head(
                 f"{op}: hidden is on {hidden.device} but {name} on {tensor.device}; "
                 f"move {name} with {name}.to({str(hidden.device)!r})"
             )
-    if not torch.compiler.is_compiling():  # a graph looks at values when it runs
-        _check_labels(op, labels, weight.shape[0])
 
 
-def _check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
+def check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
+    """Looks at values, so ``torch.compile`` meets it inside an operator only."""
     inside = ((labels >= 0) & (labels < vocabulary)).all()
     if labels.device.type == "cuda":
         # no host synchronisation: the device raises when it gets there
@@ -57,6 +56,11 @@ def _check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
             f"{op}: labels[{row}] = {int(labels[row])} is outside the vocabulary "
             f"[0, {vocabulary}); drop ignored positions such as -100 before the call"
         )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: no tensor can be read, and host values are frozen."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
@@ -71,6 +75,11 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.devic
         )
     if torch.compiler.is_compiling():  # a graph looks at values when it runs
         return
+    if cu_seqlens.is_cpu and capturing(device):
+        raise ValueError(
+            f"{op}: a CUDA graph would replay the cu_seqlens of its capture; keep them in a tensor "
+            f"on {device}"
+        )
     well_formed = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & (cu_seqlens.diff() >= 0).all()
     if cu_seqlens.device.type == "cuda":
         torch._assert_async(well_formed, f"{op}: cu_seqlens must rise from 0 to {rows}")

@@ -10,6 +10,11 @@ import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
 CHUNK_BYTES = 96 << 20  # logits alive at a time
+# Rows of a chunk, by bytes a logit, below which a GPU does better without logits. A chunk reads
+# and writes the fp32 gradient of the head, R / 4 flops a byte, where an H100 does 300 in half
+# precision and 20 in fp32; so at these counts GEMM 3 alone takes longer than the tile kernels'
+# whole pass with its fourth GEMM.
+LEAST_ROWS = {2: 128, 4: 16}
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
 
 
@@ -26,7 +31,7 @@ class Head:
     def logits_dtype(self) -> torch.dtype:
         """CPUs multiply fp32 faster than bf16 or fp16, and a wide chunk costs no accuracy."""
         dtype = self.weight.dtype
-        return dtype if self.weight.is_cuda else torch.promote_types(dtype, torch.float32)
+        return torch.promote_types(dtype, torch.float32) if self.weight.is_cpu else dtype
 
     @property
     def wide_dtype(self) -> torch.dtype:

@@ -1,15 +1,15 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head
-from npo_fast.ops.head import Head, HeadGradients
+from npo_fast.ops.checks import check_head, check_labels
+from npo_fast.ops.head import LEAST_ROWS, Head, HeadGradients
 
 
 def linear_log_probs(
@@ -26,6 +26,7 @@ def linear_log_probs(
 
     Differentiable in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the backward
     pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing V-wide.
+    ``torch.compile`` takes it into its graph and checks the labels when the graph runs.
 
     Args:
         hidden: rows that predict a label, (N, D), fp32, bf16, fp16 or fp64.
@@ -35,7 +36,7 @@ def linear_log_probs(
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
         chunk_rows: rows whose logits are alive at a time in the backward pass; None takes what
-            96 MiB hold. The forward pass has tiles of 32 MiB.
+            96 MiB hold, 0 makes none. The forward pass never has more than a tile of 32 MiB.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -43,30 +44,23 @@ def linear_log_probs(
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
-    if torch.compiler.is_compiling():
-        return _between_graphs(
-            hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale,
-            chunk_rows=chunk_rows,
-        )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
-    head = Head(weight, bias, softcap, logit_scale)
-    step = resolve_chunk_rows("linear_log_probs", head, chunk_rows)
-    with no_autocast(hidden):
-        return _LinearLogProbs.apply(
-            hidden, weight, bias, labels.long(), softcap, logit_scale, step
-        )
-
-
-# labels are checked and chunks made on the host, where torch.compile cannot follow
-_between_graphs = torch.compiler.disable(linear_log_probs)
+    step = resolve_chunk_rows("linear_log_probs", Head(weight, bias), chunk_rows)
+    log_probs, _ = _forward(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
+    return log_probs
 
 
 def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
+    """Rows a chunk; 0 for the operators that make no logits."""
     if chunk_rows is None:
-        return head.chunk_rows()
-    if chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
+        rows = head.chunk_rows()
+        tiles = not head.weight.is_cpu and rows < LEAST_ROWS.get(head.logits_dtype.itemsize, 0)
+        return 0 if tiles else rows
+    if chunk_rows < 0:
+        raise ValueError(
+            f"{op}: chunk_rows must be at least 1, 0 for no logits, or None, got {chunk_rows}"
+        )
     return chunk_rows
 
 
@@ -78,33 +72,85 @@ def blocks(rows: slice, step: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
-class _LinearLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        softcap: float | None,
-        logit_scale: float,
-        step: int,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.settings = softcap, logit_scale, step
-        return Head(weight, bias, softcap, logit_scale).log_probs(hidden, labels)
+@torch.library.custom_op("npo_fast::log_probs_of_rows", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
+    check_labels("linear_log_probs", labels, len(weight))
+    with no_autocast(hidden):
+        log_probs, lse = torch.ops.npo_fast.linear_log_probs(
+            hidden, weight, labels, bias, softcap, logit_scale
+        )
+    return log_probs, lse if chunk_rows == 0 else lse.new_empty(0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        softcap, logit_scale, step = ctx.settings
-        head = Head(weight, bias, softcap, logit_scale)
-        gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
-        buffer = head.buffer(min(step, len(hidden)))
-        for rows in blocks(slice(0, len(hidden)), step):
-            log_probs, logits_gradient = head.log_probs_and_gradient(
-                hidden[rows], labels[rows], buffer
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    log_probs = hidden.new_empty(hidden.shape[:1], dtype=Head(weight).wide_dtype)
+    return log_probs, log_probs.new_empty(0 if rest[-1] else hidden.shape[0])
+
+
+@torch.library.custom_op("npo_fast::log_probs_of_rows_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    log_probs: Tensor,
+    lse: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
+    with no_autocast(hidden):
+        if chunk_rows == 0:
+            return torch.ops.npo_fast.linear_log_probs_backward(
+                g, hidden, weight, labels, bias, log_probs, lse, softcap, logit_scale, needs
             )
-            gradients.add(rows, hidden[rows], log_probs, logits_gradient, g[rows])
-        return *gradients.finish(), None, None, None, None
+        head = Head(weight, bias, softcap, logit_scale)
+        gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]))
+        buffer = head.buffer(min(chunk_rows, len(hidden)))
+        for rows in blocks(slice(0, len(hidden)), chunk_rows):
+            found, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows], buffer)
+            gradients.add(rows, hidden[rows], found, logits_gradient, g[rows])
+    d_hidden, d_weight, d_bias = (
+        hidden.new_empty(0) if one is None else one for one in gradients.finish()
+    )
+    return d_hidden, d_weight, d_bias
+
+
+@_backward.register_fake
+def _(
+    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    return (
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else 0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, softcap, logit_scale, chunk_rows = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = softcap, logit_scale, chunk_rows
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward(g, *ctx.saved_tensors, *ctx.settings, needs)
+    wanted = (one if needed else None for one, needed in zip(gradients, needs, strict=True))
+    return *wanted, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,44 +1,21 @@
 """Any loss of sequence log-probabilities with all its gradients, in one pass over the head."""
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from npo_fast.kernels.reference import segment_sum
+from npo_fast.ops import compiled
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
-from npo_fast.ops.head import Head, HeadGradients
-from npo_fast.ops.linear_log_probs import blocks, resolve_chunk_rows
+from npo_fast.ops.checks import check_cu_seqlens, check_head, check_labels, check_ref_log_probs
+from npo_fast.ops.head import Head
+from npo_fast.ops.linear_log_probs import resolve_chunk_rows
+from npo_fast.ops.one_pass import Gradients, Plan, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
 
 Reduction = Literal["mean", "token_mean", "sum"]
-Reference = Literal["sequence", "token"] | None
-
-
-class SequenceLoss(Protocol):
-    """What ``linear_sequence_loss`` asks of a loss: one value a sequence from its token log-probs.
-
-    ``reference`` says what ``ref_log_probs`` holds: one value a "sequence", one a "token", or
-    nothing (None). ``group`` consecutive sequences may depend on each other (pairs: 2; the whole
-    batch: 0) and are never split between chunks.
-
-    A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
-    values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
-    autograd differentiates ``__call__``. Who overrides one overrides both.
-    """
-
-    reference: ClassVar[Reference]
-    group: ClassVar[int]
-
-    def __call__(
-        self,
-        log_probs: Tensor,  # (n,) token log-probs of whole sequences
-        cu_seqlens: Tensor,  # (s + 1,) where the sequences begin and end
-        ref_log_probs: Tensor | None,  # (s,), (n,) or None
-    ) -> Tensor: ...  # (s,)
 
 
 def linear_sequence_loss(
@@ -72,14 +49,17 @@ def linear_sequence_loss(
         weight: the head, (V, D), in the dtype of ``hidden``. Frozen: its GEMM is not done.
         labels: the token each row predicts, (N,), int64 or int32, in [0, V): already shifted.
         cu_seqlens: (S + 1,), int32 or int64: sequence i is rows ``cu_seqlens[i]`` to
-            ``cu_seqlens[i + 1]``. On the CPU it costs a GPU caller no synchronisation.
+            ``cu_seqlens[i + 1]``. A GPU caller keeps it on the CPU: nothing is read back, where
+            more rows than a chunk holds would cost one synchronisation. In a CUDA graph it must
+            be on the GPU, is not read, and more rows than a chunk cost one more forward GEMM.
         loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
         ref_log_probs: log-probs under the reference model, one a sequence (or one a token).
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
         reduction: "mean" over sequences, "token_mean" (sum / number of tokens), "sum".
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold.
+        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold; 0 makes
+            no logits in memory at all, for 8NDV flops.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
             bound. Costs a GPU caller one synchronisation a chunk.
@@ -124,65 +104,40 @@ def linear_sequence_loss(
     if not 0 <= skip_below < 1:
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
     count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
-    step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
+    step = resolve_chunk_rows(op, Head(weight, bias), chunk_rows)
+    if step == 0 and skip_below > 0:
+        if chunk_rows == 0:
+            raise ValueError(
+                f"{op}: skip_below={skip_below} leaves rows out of a chunk of logits, and "
+                "chunk_rows=0 makes none; drop one of the two"
+            )
+        step = Head(weight, bias).chunk_rows()
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
+    plan = Plan(loss, softcap, logit_scale, max(count, 1), step, skip_below, skipped)
+    tensors = hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs
     if torch.compiler.is_compiling():
-        needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        value, sequence_log_probs, *_ = torch.ops.npo_fast.linear_sequence_loss(
-            hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
-            _loss_number(loss), softcap, logit_scale, max(count, 1), step, needs,
-        )  # fmt: skip
-        return value, sequence_log_probs.detach()
+        return compiled.sequence_loss(plan, *tensors)
+    check_labels(op, labels, len(weight))
     with no_autocast(hidden):
-        return _LinearSequenceLoss.apply(
-            hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs,
-            loss, softcap, logit_scale, 1.0 / max(count, 1), step, skip_below, skipped,
-        )  # fmt: skip
+        return _LinearSequenceLoss.apply(plan, *tensors)
+
+
+# the loss is differentiated, or rows are chosen, on the host, where torch.compile cannot follow
+_between_graphs = torch.compiler.disable(linear_sequence_loss)
 
 
 class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        cu_seqlens: Tensor,
-        ref_log_probs: Tensor | None,
-        loss: SequenceLoss,
-        softcap: float | None,
-        logit_scale: float,
-        scale: float,
-        step: int,
-        skip_below: float,
-        skipped: Skipped | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, ref_log_probs)
-        ctx.settings = loss, softcap, logit_scale, scale, step, skip_below
-        head = Head(weight, bias, softcap, logit_scale)
-        needs = ctx.needs_input_grad[:3]
+    def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.gradients, needs = plan, None, ctx.needs_input_grad[1:4]
+        ctx.save_for_backward(*tensors)
         if any(needs):
-            value, sequence_log_probs, ctx.gradients = _loss_and_gradients(
-                head,
-                hidden,
-                labels,
-                cu_seqlens,
-                ref_log_probs,
-                loss,
-                scale,
-                step,
-                needs,
-                skip_below,
-                skipped,
-            )
+            value, sequence_log_probs, ctx.gradients = loss_and_gradients(plan, needs, *tensors)
         else:
-            log_probs = head.log_probs(hidden, labels)
-            value = loss(log_probs, cu_seqlens, ref_log_probs).sum() * scale
-            sequence_log_probs = segment_sum(log_probs, cu_seqlens)
+            value, sequence_log_probs = loss_alone(plan, *tensors)
         ctx.mark_non_differentiable(sequence_log_probs)
         return value, sequence_log_probs
 
@@ -190,182 +145,13 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # scaled in place and let go: autograd then keeps these buffers instead of copies
+        gradients: Gradients | None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
-            hidden, weight, bias, labels, cu_seqlens, ref_log_probs = ctx.saved_tensors
-            loss, softcap, logit_scale, scale, step, skip_below = ctx.settings
-            head = Head(weight, bias, softcap, logit_scale)
-            needs = ctx.needs_input_grad[:3]
-            _, _, gradients = _loss_and_gradients(
-                head,
-                hidden,
-                labels,
-                cu_seqlens,
-                ref_log_probs,
-                loss,
-                scale,
-                step,
-                needs,
-                skip_below,
-                None,
-            )
+            plan, needs = replace(ctx.plan, skipped=None), ctx.needs_input_grad[1:4]
+            _, _, gradients = loss_and_gradients(plan, needs, *ctx.saved_tensors)
         if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
             for one in gradients:
                 if one is not None:
                     one.mul_(upstream)
-        return *gradients, *([None] * 10)
-
-
-def _loss_and_gradients(
-    head: Head,
-    hidden: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None,
-    loss: SequenceLoss,
-    scale: float,
-    step: int,
-    needs: tuple[bool, bool, bool],
-    skip_below: float,
-    skipped: Skipped | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The one pass: loss, sequence log-probs, and gradients of hidden, weight and bias."""
-    gradients = HeadGradients(head, hidden, needs, skip_below, skipped)
-    buffer = head.buffer(min(step, len(hidden)))
-    total = hidden.new_zeros((), dtype=head.wide_dtype)
-    sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
-    for rows, sequences, offsets in _chunks(cu_seqlens, loss, len(hidden), step):
-        one_pass = rows.stop - rows.start <= step
-        if one_pass:
-            log_probs, logits_gradient = head.log_probs_and_gradient(
-                hidden[rows], labels[rows], buffer
-            )
-        else:  # the weight g needs the whole group: its log-probs first, its gradient after
-            log_probs = head.log_probs(hidden[rows], labels[rows])
-        ref = _part(ref_log_probs, loss, rows, sequences)
-        value, sequence_log_probs[sequences], g = _evaluate(loss, log_probs, offsets, ref)
-        total += value
-        g = g * scale
-        if one_pass:
-            gradients.add(rows, hidden[rows], log_probs, logits_gradient, g)
-            continue
-        for block in blocks(rows, step):
-            _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block], buffer)
-            at = slice(block.start - rows.start, block.stop - rows.start)
-            gradients.add(block, hidden[block], log_probs[at], logits_gradient, g[at])
-    return total * scale, sequence_log_probs, gradients.finish()
-
-
-def _chunks(
-    cu_seqlens: Tensor, loss: SequenceLoss, rows: int, step: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Whole groups of sequences, as many as fit ``step`` rows: (rows, sequences, offsets)."""
-    sequences = len(cu_seqlens) - 1
-    group = loss.group or max(sequences, 1)
-    if rows <= step or group >= sequences:  # one chunk: nothing to read back from a GPU
-        yield slice(0, rows), slice(0, sequences), cu_seqlens
-        return
-    bounds = cu_seqlens.tolist()
-    first = 0
-    while first < sequences:
-        last = first + group
-        while last < sequences and bounds[last + group] - bounds[first] <= step:
-            last += group
-        offsets = cu_seqlens[first : last + 1] - bounds[first]
-        yield slice(bounds[first], bounds[last]), slice(first, last), offsets
-        first = last
-
-
-def _part(
-    ref_log_probs: Tensor | None, loss: SequenceLoss, rows: slice, sequences: slice
-) -> Tensor | None:
-    if ref_log_probs is None:
-        return None
-    return ref_log_probs[sequences if loss.reference == "sequence" else rows]
-
-
-def _evaluate(
-    loss: SequenceLoss, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:  # summed loss, (s,) log-probs, (n,) g = d loss / d log_probs
-    in_one = getattr(loss, "value_and_weight", None)
-    if in_one is not None:
-        values, sequence_log_probs, g = in_one(log_probs, cu_seqlens, ref_log_probs)
-        return values.sum(), sequence_log_probs, g
-    with torch.enable_grad():
-        log_probs = log_probs.detach().requires_grad_()
-        value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
-        (g,) = torch.autograd.grad(value, log_probs)
-    return value.detach(), segment_sum(log_probs.detach(), cu_seqlens), g
-
-
-_between_graphs = torch.compiler.disable(linear_sequence_loss)
-
-# Under torch.compile: one opaque operator, whose backward scales the gradients of its forward.
-# An operator takes numbers and tensors alone, so a loss goes in as its number in this table.
-_numbered: dict[SequenceLoss, int] = {}
-
-
-@torch.compiler.assume_constant_result
-def _loss_number(loss: SequenceLoss) -> int:
-    return _numbered.setdefault(loss, len(_numbered))
-
-
-@torch.library.custom_op("npo_fast::linear_sequence_loss", mutates_args=())
-def _operator(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None,
-    loss: int,
-    softcap: float | None,
-    logit_scale: float,
-    count: int,  # what the sum over sequences is divided by
-    step: int,
-    needs: list[bool],  # whether hidden, weight and bias want a gradient
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # loss, (S,), gradients (empty: not wanted)
-    op, head = "linear_sequence_loss", Head(weight, bias, softcap, logit_scale)
-    check_head(op, hidden, weight, labels, bias, softcap)
-    check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
-    loss_object = list(_numbered)[loss]
-    with no_autocast(hidden):
-        value, sequence_log_probs, gradients = _loss_and_gradients(
-            head, hidden, labels, cu_seqlens, ref_log_probs, loss_object, 1 / count, step,
-            (needs[0], needs[1], needs[2]), 0.0, None,
-        )  # fmt: skip
-    grad_hidden, grad_weight, grad_bias = (
-        hidden.new_empty(0) if gradient is None else gradient for gradient in gradients
-    )
-    return value, sequence_log_probs, grad_hidden, grad_weight, grad_bias
-
-
-@_operator.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None, loss: int, softcap: float | None, logit_scale: float,
-    count: int, step: int, needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    value = hidden.new_empty((), dtype=Head(weight).wide_dtype)
-    gradients = (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
-        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
-    )
-    return value, value.new_empty(cu_seqlens.shape[0] - 1), *gradients
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.needs = inputs[-1]
-
-
-def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = (
-        gradient * upstream if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return *gradients, *[None] * 9
-
-
-_operator.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+        return None, *gradients, None, None, None

@@ -13,6 +13,8 @@ Why chunks of columns, not of rows: d_weight is then finished with its chunk, so
 Every element is added up by one program in one order: no atomics, bit-identical runs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -39,12 +41,12 @@ def linear_backward(
     lse: Tensor,  # (N,) of the forward pass
     softcap: float | None,
     logit_scale: float,
+    needs: Sequence[bool] = (True, True, True),  # hidden, weight, bias
     *,
-    needs: tuple[bool, bool, bool] = (True, True, True),  # hidden, weight, bias
     skip_below: float = 0.0,  # > 0: leave out tiles of G without an element above it
     columns: int | None = None,  # of a chunk; None chooses
     configs: tuple[TileConfig, TileConfig, TileConfig] | None = None,  # G, d_hidden, d_weight
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # d_hidden, d_weight, d_bias
+) -> tuple[Tensor, Tensor, Tensor]:  # d_hidden, d_weight, d_bias; empty: not wanted
     assert hidden.stride(1) == weight.stride(1) == 1, (hidden.stride(), weight.stride())
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
     make, to_hidden, to_weight = configs or (
@@ -52,11 +54,12 @@ def linear_backward(
         tile_config("hidden_gradient", hidden.dtype),
         tile_config("weight_gradient", hidden.dtype),
     )
-    d_hidden = hidden.new_empty(rows, width, dtype=torch.float32) if needs[0] else None
-    d_weight = torch.empty_like(weight) if needs[1] else None
-    d_bias = torch.empty_like(bias) if bias is not None and needs[2] else None
+    wants_bias = bias is not None and needs[2]
+    d_hidden = hidden.new_empty((rows, width) if needs[0] else 0, dtype=torch.float32)
+    d_weight = weight.new_empty(weight.shape if needs[1] else 0)
+    d_bias = (hidden if bias is None else bias).new_empty(vocabulary if wants_bias else 0)
     if rows == 0:
-        return _cast(d_hidden, hidden), _zero(d_weight), _zero(d_bias)
+        return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
 
     padded_rows = triton.cdiv(rows, make.block_m) * make.block_m
     chunk = columns or max(LEAST_COLUMNS, WORKSPACE_BYTES // (padded_rows * hidden.itemsize))
@@ -77,24 +80,16 @@ def linear_backward(
         )  # fmt: skip
         if keep is not None:
             in_rows, in_columns = _kept(keep), _kept(keep.t())
-        if d_hidden is not None:
+        if needs[0]:
             hidden_gradient(d_hidden, gradient, in_rows, weight, first, first > 0, to_hidden, make)
-        if d_weight is not None:
+        if needs[1]:
             weight_gradient(d_weight, gradient, in_columns, hidden, first, to_weight, make)
-        if d_bias is not None:
+        if wants_bias:
             part = d_bias[first : first + chunk]
             part.copy_(gradient.sum(dim=0, dtype=torch.float32)[: len(part)])
-    return _cast(d_hidden, hidden), d_weight, d_bias
+    return d_hidden.to(hidden.dtype), d_weight, d_bias
 
 
 def _kept(keep: Tensor) -> KeptTiles:
     kept_first = keep.argsort(dim=1, descending=True, stable=True)
     return KeptTiles(kept_first.int().contiguous(), keep.sum(dim=1, dtype=torch.int32))
-
-
-def _cast(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.to(like.dtype)
-
-
-def _zero(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.zero_()

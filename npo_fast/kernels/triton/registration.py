@@ -3,6 +3,10 @@
 Triton is imported by the first call, not by ``import npo_fast``.
 """
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,37 +14,37 @@ from npo_fast.kernels import reference
 
 KEY = "CUDA"
 
-
-def row_log_probs_(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    if not _triton_serves(logits):
-        return reference.row_log_probs_(logits, labels, target_logits, softcap, logit_scale)
-    from npo_fast.kernels.triton.row_log_probs import row_log_probs as launch
-
-    with torch.cuda.device_of(logits):
-        return launch(logits, labels, target_logits, softcap, logit_scale, in_place=True)
+# by operator: the launcher (in the module of its name) and what it is told besides
+LAUNCHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "row_log_probs_": ("row_log_probs", {"in_place": True}),
+    "npo_head": ("npo_head", {}),
+    "linear_log_probs": ("linear_forward", {}),
+    "linear_log_probs_backward": ("linear_backward", {}),
+}
 
 
-def npo_head(
-    log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if log_probs.dtype == torch.float64:
-        return reference.npo_head(log_probs, cu_seqlens, ref_log_probs, beta)
-    from npo_fast.kernels.triton.npo_head import npo_head as launch
+def kernel(operator: str) -> Callable[..., Any]:
+    """Launches Triton for what it serves and the reference for the rest."""
+    plain, _ = reference.OPERATORS[operator]
+    launcher, options = LAUNCHERS[operator]
 
-    with torch.cuda.device_of(log_probs):
-        return launch(log_probs, cu_seqlens, ref_log_probs, beta)
+    def launch(*arguments: Any) -> Any:
+        if not _triton_serves(arguments):
+            return plain(*arguments)
+        module = import_module(f"npo_fast.kernels.triton.{launcher}")
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(module, launcher)(*arguments, **options)
+
+    return launch
 
 
-def _triton_serves(logits: Tensor) -> bool:
+def _triton_serves(arguments: tuple[Any, ...]) -> bool:
     """fp64 (gradcheck) and rows that are not contiguous are not worth a kernel of their own."""
-    return logits.dtype != torch.float64 and logits.stride(-1) == 1
+    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    return tensors[0].dtype != torch.float64 and all(
+        one.stride(-1) == 1 for one in tensors if one.dim() == 2
+    )
 
 
-for _kernel in (row_log_probs_, npo_head):
-    reference.library.impl(_kernel.__name__, _kernel, KEY)
+for _operator in LAUNCHERS:
+    reference.library.impl(_operator, kernel(_operator), KEY)

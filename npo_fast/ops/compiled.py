@@ -1,0 +1,100 @@
+"""``linear_sequence_loss`` under ``torch.compile``: one opaque operator.
+
+Its forward computes the gradients, its backward scales them. An operator takes numbers and tensors
+alone, so a loss goes in as its number in a table.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npo_fast.ops.autocast import no_autocast
+from npo_fast.ops.checks import check_cu_seqlens, check_labels
+from npo_fast.ops.head import Head
+from npo_fast.ops.one_pass import Plan, SequenceLoss, loss_and_gradients
+
+_numbered: dict[SequenceLoss, int] = {}
+
+
+@torch.compiler.assume_constant_result
+def loss_number(loss: SequenceLoss) -> int:
+    return _numbered.setdefault(loss, len(_numbered))
+
+
+def sequence_loss(
+    plan: Plan,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    value, sequence_log_probs, *_ = torch.ops.npo_fast.linear_sequence_loss(
+        hidden, weight, bias, labels, cu_seqlens, ref_log_probs, loss_number(plan.loss),
+        plan.softcap, plan.logit_scale, plan.count, plan.chunk_rows, needs,
+    )  # fmt: skip
+    return value, sequence_log_probs.detach()
+
+
+@torch.library.custom_op("npo_fast::linear_sequence_loss", mutates_args=())
+def _operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None,
+    loss: int,
+    softcap: float | None,
+    logit_scale: float,
+    count: int,
+    chunk_rows: int,
+    needs: list[bool],  # whether hidden, weight and bias want a gradient
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # loss, (S,), gradients (empty: not wanted)
+    op = "linear_sequence_loss"
+    check_labels(op, labels, len(weight))
+    check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
+    plan = Plan(list(_numbered)[loss], softcap, logit_scale, count, chunk_rows)
+    with no_autocast(hidden):
+        value, sequence_log_probs, gradients = loss_and_gradients(
+            plan, (needs[0], needs[1], needs[2]),
+            hidden, weight, bias, labels, cu_seqlens, ref_log_probs,
+        )  # fmt: skip
+    grad_hidden, grad_weight, grad_bias = (
+        hidden.new_empty(0) if gradient is None else gradient for gradient in gradients
+    )
+    return value, sequence_log_probs, grad_hidden, grad_weight, grad_bias
+
+
+@_operator.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None, loss: int, softcap: float | None, logit_scale: float,
+    count: int, chunk_rows: int, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    value = hidden.new_empty((), dtype=Head(weight).wide_dtype)
+    gradients = (
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
+    )
+    return value, value.new_empty(cu_seqlens.shape[0] - 1), *gradients
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.needs = inputs[-1]
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (
+        gradient * upstream if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *gradients, *[None] * 9
+
+
+_operator.register_autograd(_scale_gradients, setup_context=_keep_gradients)
