@@ -1,4 +1,4 @@
-"""Every tuned number of the Triton kernels, a target: the one place to change them.
+"""What is known of each target, and every tuned number of the Triton kernels: the one place.
 
 Defaults are fixed, so that two runs on one GPU model agree. ``offline`` compiles all of them and
 the tests hold them to no spills and to the shared memory of the target.
@@ -12,6 +12,8 @@ from types import MappingProxyType
 import torch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+H100_FLOPS = 990e12  # dense bf16
+H100_BYTES_PER_S = 3.35e12
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ CAPPED_TILES: Mapping[tuple[str, str], TileConfig] = MappingProxyType(
 GROUP = 16  # row blocks that walk over the columns together: 16 MiB of hidden at D=4096, in L2
 
 _tuned: dict[str, TileConfig] = {}
+
+
+def h100_floor_ms(flops: float, moved_bytes: float) -> float:
+    """The larger of the time to compute and the time to move the bytes."""
+    return 1e3 * max(flops / H100_FLOPS, moved_bytes / H100_BYTES_PER_S)
 
 
 def row_config() -> RowConfig:

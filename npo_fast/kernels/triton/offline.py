@@ -17,11 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from npo_fast.kernels.triton.config import TARGETS
+from npo_fast.kernels.triton.config import TARGETS, h100_floor_ms
 from npo_fast.kernels.triton.variants import Variant, variants
-
-H100_FLOPS = 990e12  # dense bf16
-H100_BYTES_PER_S = 3.35e12
 
 
 @dataclass(frozen=True)
@@ -100,11 +97,6 @@ def table(records: Iterable[Record]) -> list[dict[str, str | int | float]]:
         }
         for one in records
     ]
-
-
-def h100_floor_ms(flops: float, moved_bytes: float) -> float:
-    """The larger of the time to compute and the time to move the bytes."""
-    return 1e3 * max(flops / H100_FLOPS, moved_bytes / H100_BYTES_PER_S)
 
 
 def _record(variant: Variant) -> Record:
