@@ -8,6 +8,7 @@ from torch import Tensor
 
 import npo_fast
 from npo_fast import GA, NLL, NPO, SimNPO, linear_log_probs, linear_sequence_loss, npo_loss
+from npo_fast.kernels import reference
 
 LOSSES = [NPO(0.1), NPO(3.0), SimNPO(2.5, 0.1), GA(), NLL()]
 BOUNDS = [0, 1, 1, 8, 9, 30, 37]  # a one-token, an empty and a long sequence
