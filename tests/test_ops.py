@@ -342,7 +342,8 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", watch)
-    monkeypatch.setattr(reference, "TILE_BYTES", 30 * 500)
+    monkeypatch.setattr(reference, "TILE_BYTES", 4 * 30 * 500)
+    monkeypatch.setattr(reference, "LEAST_COLUMNS", 8)
     tensors = inputs(300, 8, 500, torch.float32)
     npo_fast.linear_sequence_loss(
         labels=torch.zeros(300).long(), cu_seqlens=torch.tensor([0, 20, 300]), loss=GA(),
