@@ -57,7 +57,8 @@ def linear_sequence_loss(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        reduction: "mean" over sequences, "token_mean" (sum / number of tokens), "sum".
+        reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
+            (their sum / number of tokens), "sum".
         chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold; 0 makes
             no logits in memory at all, for 8NDV flops.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
@@ -73,9 +74,10 @@ def linear_sequence_loss(
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
 
-    ``torch.compile`` takes a loss with ``value_and_weight`` (NPO) into its graph as one operator;
-    the loss must be hashable, and labels and offsets are checked when the graph runs. Any other
-    loss, or ``skip_below``, runs between two graphs: autograd cannot run in an operator.
+    ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
+    graph as one operator; the loss must be hashable, and labels and offsets are checked when the
+    graph runs. Any other loss, or ``skip_below``, runs between two graphs: autograd cannot run in
+    an operator.
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
@@ -103,7 +105,8 @@ def linear_sequence_loss(
         )
     if not 0 <= skip_below < 1:
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
-    count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
+    values = sequences // max(loss.group, 1)
+    count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias), chunk_rows)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:

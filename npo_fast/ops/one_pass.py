@@ -33,10 +33,11 @@ class SequenceLoss(Protocol):
 
     ``reference`` says what ``ref_log_probs`` holds: one value a "sequence", one a "token", or
     nothing (None). ``group`` consecutive sequences may depend on each other (pairs: 2; the whole
-    batch: 0) and are never split between chunks.
+    batch: 0) and are never split between chunks; where it is 2 or more, the loss returns one value
+    a group, and "mean" is over groups.
 
     A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
-    values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
+    values, the log-probs of the sequences (s,) and its derivative (n,) at once; without it
     autograd differentiates ``__call__``. Who overrides one overrides both.
     """
 
@@ -48,7 +49,7 @@ class SequenceLoss(Protocol):
         log_probs: Tensor,  # (n,) token log-probs of whole sequences
         cu_seqlens: Tensor,  # (s + 1,) where the sequences begin and end
         ref_log_probs: Tensor | None,  # (s,), (n,) or None
-    ) -> Tensor: ...  # (s,)
+    ) -> Tensor: ...  # (s,), or (s / group,) where group is 2 or more
 
 
 @dataclass(frozen=True)
