@@ -20,20 +20,29 @@ using torch::stable::Tensor;
 constexpr int64_t GRAIN = 1 << 15;  // logits below which a second thread costs more than it saves
 
 // The widest the processor has; PyTorch's own variable ATEN_CPU_CAPABILITY caps it.
-RowKernel row_kernel() {
+const Kernels& pick_kernels() {
 #ifdef NPO_X86
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string most = cap ? cap : "avx512";
   if (most == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::row_log_probs;
+    return avx512::kernels;
   }
   if (most != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::row_log_probs;
+    return avx2::kernels;
   }
 #endif
-  return plain::row_log_probs;
+  return plain::kernels;
 }
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick_kernels();
+  return picked;
+}
+
+// Rows a thread takes at least. A row is one thread's: the result does not depend on how many
+// threads there are.
+int64_t grain(int64_t vocabulary) { return vocabulary < GRAIN ? GRAIN / (vocabulary + 1) + 1 : 1; }
 
 Dtype dtype_of(const char* op, const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -44,6 +53,9 @@ Dtype dtype_of(const char* op, const Tensor& logits) {
     default: STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16, float16 or float64");
   }
 }
+
+// Rows may be strided, columns may not: the copy is for layouts that no caller here makes.
+bool has_dense_rows(const Tensor& logits) { return logits.size(1) <= 1 || logits.stride(1) == 1; }
 
 std::tuple<Tensor, Tensor> run(const char* op, const Tensor& logits, const Tensor& labels,
                                const std::optional<Tensor>& target_logits,
@@ -67,8 +79,7 @@ std::tuple<Tensor, Tensor> run(const char* op, const Tensor& logits, const Tenso
   if (target_logits) {
     targets = torch::stable::contiguous(torch::stable::to(*target_logits, wide));
   }
-  // rows may be strided, columns may not: the copy is for layouts that no caller here makes
-  const bool dense_rows = vocabulary <= 1 || logits.stride(1) == 1;
+  const bool dense_rows = has_dense_rows(logits);
   Tensor chunk = dense_rows ? logits : torch::stable::contiguous(logits);
 
   rows.logits = chunk.data_ptr();
@@ -87,11 +98,9 @@ std::tuple<Tensor, Tensor> run(const char* op, const Tensor& logits, const Tenso
                     " is outside the vocabulary [0, ", vocabulary, ")");
   }
 
-  static const RowKernel kernel = row_kernel();
-  const int64_t grain = vocabulary < GRAIN ? GRAIN / (vocabulary + 1) + 1 : 1;
-  // a row is one thread's: the result does not depend on how many there are
   torch::stable::parallel_for(
-      0, count, grain, [&](int64_t first, int64_t last) { kernel(rows, first, last); });
+      0, count, grain(vocabulary),
+      [&](int64_t first, int64_t last) { kernels().log_probs(rows, first, last); });
   if (gradient && !dense_rows) {
     Tensor destination = logits;
     torch::stable::copy_(destination, chunk);
@@ -111,10 +120,39 @@ std::tuple<Tensor, Tensor> row_log_probs(Tensor logits, Tensor labels,
   return run("row_log_probs", logits, labels, target_logits, softcap, logit_scale, false);
 }
 
+Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, double logit_scale,
+               std::optional<double> ref_softcap, double ref_logit_scale) {
+  const char* op = "row_kl_";
+  STD_TORCH_CHECK(logits.dim() == 2 && ref_logits.dim() == 2 &&
+                      logits.size(0) == ref_logits.size(0) && logits.size(1) == ref_logits.size(1),
+                  op, ": logits and ref_logits must be (R, V) of one shape");
+  STD_TORCH_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
+                  ": logits and ref_logits must have one dtype");
+  const int64_t count = logits.size(0), vocabulary = logits.size(1);
+  const bool dense_rows = has_dense_rows(logits);
+  Tensor chunk = dense_rows ? logits : torch::stable::contiguous(logits);
+  Tensor ref = has_dense_rows(ref_logits) ? ref_logits : torch::stable::contiguous(ref_logits);
+
+  KlRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
+  Tensor kl = torch::stable::new_empty(logits, {count}, wide);
+  rows.logits = {chunk.data_ptr(), chunk.stride(0), softcap.value_or(0), logit_scale};
+  rows.ref_logits = {ref.data_ptr(), ref.stride(0), ref_softcap.value_or(0), ref_logit_scale};
+  rows.vocabulary = vocabulary;
+  rows.kl = kl.data_ptr();
+  torch::stable::parallel_for(
+      0, count, grain(vocabulary),
+      [&](int64_t first, int64_t last) { kernels().kl(rows, first, last); });
+  if (!dense_rows) torch::stable::copy_(logits, chunk);
+  return kl;
+}
+
 }  // namespace
 }  // namespace npo_fast
 
 STABLE_TORCH_LIBRARY_IMPL(npo_fast, CPU, m) {
   m.impl("row_log_probs_", TORCH_BOX(&npo_fast::row_log_probs_));
   m.impl("row_log_probs", TORCH_BOX(&npo_fast::row_log_probs));
+  m.impl("row_kl_", TORCH_BOX(&npo_fast::row_kl_));
 }

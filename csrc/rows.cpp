@@ -6,6 +6,10 @@
 // because a second one costs less than a third trip through the cache. The label is kept apart
 // from the other columns: log_prob = -log(1 + sum of the others / exp(z_y)) does not cancel where
 // the model is sure of the label, and target_logits needs no write into the chunk.
+//
+// kl_n = sum_v p_ref (exp(x) - 1 - x) with x = log p - log p_ref: no term is negative, and none
+// cancels where the model is near its reference.
+// a_n  <- (p - p_ref) * d z_n / d a_n
 #include "rows.h"
 
 #include "lanes.h"
@@ -26,7 +30,9 @@ template <class F, bool capped>
 struct Activation {
   F softcap, scale;
 
-  explicit Activation(const Rows& rows) : softcap(F(rows.softcap)), scale(F(rows.logit_scale)) {}
+  // of Rows or Logits
+  template <class Source>
+  explicit Activation(const Source& of) : softcap(F(of.softcap)), scale(F(of.logit_scale)) {}
 
   Activated<F> operator()(Vector<F> raw) const {
     if (!capped) return {raw * scale, broadcast(scale)};
@@ -152,10 +158,6 @@ void row_range(const Rows& rows, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) kernel(rows, row);
 }
 
-}  // namespace
-
-namespace NPO_ISA {
-
 void row_log_probs(const Rows& rows, int64_t first, int64_t last) {
   switch (rows.dtype) {
     case Dtype::fp32: return row_range<float>(rows, first, last);
@@ -165,5 +167,79 @@ void row_log_probs(const Rows& rows, int64_t first, int64_t last) {
   }
 }
 
-}  // namespace NPO_ISA
+template <class F>
+struct KlTerm {
+  Vector<F> value, gradient;  // gradient in the raw logit
+};
+
+template <class T, bool capped, bool ref_capped>
+void one_kl_row(const KlRows& rows, int64_t row) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows.logits);
+  const Activation<F, ref_capped> ref_activation(rows.ref_logits);
+  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
+  const T* ref_logits = static_cast<const T*>(rows.ref_logits.data) + row * rows.ref_logits.stride;
+
+  LogSumExp total, ref_total;
+  add(total, logits, rows.vocabulary, activation);
+  add(ref_total, ref_logits, rows.vocabulary, ref_activation);
+  const double lse = total.value(), ref_lse = ref_total.value();
+  const F shift = F(total.shift()), share = F(::exp(total.shift() - lse));
+  const F ref_shift = F(ref_total.shift()), ref_share = F(::exp(ref_total.shift() - ref_lse));
+  const F lse_difference = F(lse - ref_lse);
+
+  const auto term = [&](Vector<F> raw, Vector<F> ref_raw) -> KlTerm<F> {
+    const auto [z, slope] = activation(raw);
+    const Vector<F> ref_z = ref_activation(ref_raw).z;
+    const Vector<F> p = exp(z - shift) * share;
+    const Vector<F> p_ref = exp(ref_z - ref_shift) * ref_share;
+    const Vector<F> x = (z - ref_z) - lse_difference;
+    const auto near = absolute<F>(x) < F(0.34);
+    const Vector<F> tail = p_ref * exp_tail(near ? x : Vector<F>{});
+    const Vector<F> difference = near ? p_ref * x + tail : p - p_ref;
+    const Vector<F> value = near ? tail : difference - p_ref * x;
+    return {p_ref == 0 ? p : value, difference * slope};  // 0 * log 0 = 0
+  };
+  double kl = 0;
+  for (int64_t first = 0; first < rows.vocabulary; first += BLOCK) {
+    const int64_t last = rows.vocabulary - first < BLOCK ? rows.vocabulary : first + BLOCK;
+    Vector<F> sum{};
+    int64_t at = first;
+    for (; at + lanes<F> <= last; at += lanes<F>) {
+      const KlTerm<F> one = term(load(logits + at), load(ref_logits + at));
+      sum += one.value;
+      store(logits + at, one.gradient);
+    }
+    for (int lane = 0; lane < lanes<F>; ++lane) kl += sum[lane];
+    if (at == last) continue;
+    const int64_t rest = last - at;
+    const KlTerm<F> one = term(load_first(logits + at, rest), load_first(ref_logits + at, rest));
+    for (int64_t lane = 0; lane < rest; ++lane) kl += one.value[lane];
+    store_first(logits + at, one.gradient, rest);
+  }
+  static_cast<F*>(rows.kl)[row] = F(kl);
+}
+
+template <class T>
+void kl_range(const KlRows& rows, int64_t first, int64_t last) {
+  const bool capped = rows.logits.softcap != 0, ref_capped = rows.ref_logits.softcap != 0;
+  const auto kernel = capped ? (ref_capped ? one_kl_row<T, true, true> : one_kl_row<T, true, false>)
+                             : (ref_capped ? one_kl_row<T, false, true> : one_kl_row<T, false, false>);
+  for (int64_t row = first; row < last; ++row) kernel(rows, row);
+}
+
+void row_kl(const KlRows& rows, int64_t first, int64_t last) {
+  switch (rows.dtype) {
+    case Dtype::fp32: return kl_range<float>(rows, first, last);
+    case Dtype::bf16: return kl_range<BFloat16>(rows, first, last);
+    case Dtype::fp16: return kl_range<Half>(rows, first, last);
+    case Dtype::fp64: return kl_range<double>(rows, first, last);
+  }
+}
+
+}  // namespace
+
+namespace NPO_ISA {
+extern const Kernels kernels = {row_log_probs, row_kl};
+}
 }  // namespace npo_fast

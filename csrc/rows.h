@@ -22,17 +22,37 @@ struct Rows {
   bool gradient;    // also replace logits by d log_prob / d logits
 };
 
-using RowKernel = void (*)(const Rows&, int64_t first, int64_t last);
+// Raw logits of one model: V contiguous elements a row.
+struct Logits {
+  void* data;      // (R, V)
+  int64_t stride;  // elements from one row to the next
+  double softcap;  // 0: none
+  double logit_scale;
+};
+
+// Two chunks of one dtype.
+struct KlRows {
+  Dtype dtype;
+  Logits logits;      // replaced by d kl / d logits
+  Logits ref_logits;  // left alone
+  int64_t vocabulary;
+  void* kl;  // (R,) fp32, or fp64 beside fp64
+};
+
+struct Kernels {
+  void (*log_probs)(const Rows&, int64_t first, int64_t last);
+  void (*kl)(const KlRows&, int64_t first, int64_t last);
+};
 
 // rows.cpp is compiled once for each of these; register.cpp picks at run time.
 namespace plain {
-void row_log_probs(const Rows&, int64_t first, int64_t last);
+extern const Kernels kernels;
 }
 namespace avx2 {
-void row_log_probs(const Rows&, int64_t first, int64_t last);
+extern const Kernels kernels;
 }
 namespace avx512 {
-void row_log_probs(const Rows&, int64_t first, int64_t last);
+extern const Kernels kernels;
 }
 
 }  // namespace npo_fast

@@ -10,7 +10,8 @@ The row operators see one chunk of raw logits ``a = W h + b`` (before softcap an
     d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
-``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
+``npo_head`` goes on from the token log-probs to the NPO loss of the sequences. ``row_kl_`` compares
+a chunk of logits with one of a reference model, and replaces it by the gradient of that divergence.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,10 @@ library.define(
 library.define(
     "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
     "-> (Tensor values, Tensor sequence_log_probs, Tensor g)"
+)
+library.define(
+    "row_kl_(Tensor(a!) logits, Tensor ref_logits, float? softcap, float logit_scale, "
+    "float? ref_softcap, float ref_logit_scale) -> Tensor"
 )
 
 
@@ -92,6 +97,37 @@ def npo_head(
     return values, sequence_log_probs, g
 
 
+def row_kl_(
+    logits: Tensor,  # (R, V) raw logits; on return d kl / d logits
+    ref_logits: Tensor,  # (R, V) raw logits of the reference, left alone
+    softcap: float | None,
+    logit_scale: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+) -> Tensor:  # kl (R,): fp32, or fp64 for fp64 logits
+    """``KL_n = sum_v p_ref (log p_ref - log p)``, ``d KL_n / d a_n = (p - p_ref) * d z_n / d a_n``.
+
+    With ``x = log p - log p_ref`` the sum is taken over ``p_ref (exp(x) - 1 - x)``, which adds
+    ``p - p_ref`` to each term: nothing in all, but no term is negative, and a model that is near
+    its reference gets a small sum of small terms instead of a difference of large ones.
+    """
+    kl = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
+    for rows in _slabs(logits):
+        z, slope = _capped(logits[rows].to(kl.dtype), softcap)
+        ref_z, _ = _capped(ref_logits[rows].to(kl.dtype), ref_softcap)
+        z, ref_z = z * logit_scale, ref_z * ref_logit_scale
+        (p, lse), (p_ref, ref_lse) = _softmax(z), _softmax(ref_z)
+        x = (z - ref_z) - (lse - ref_lse)
+        near = x.abs() < 0.5  # elsewhere expm1 may overflow, and p - p_ref does not cancel
+        grad = torch.where(near, p_ref * torch.expm1(x), p - p_ref)
+        terms = torch.where(p_ref == 0, p, grad - p_ref * x)
+        kl[rows] = terms.clamp_(min=0).sum(dim=-1, dtype=torch.float64).to(kl.dtype)
+        if slope is not None:
+            grad.mul_(slope)
+        logits[rows] = grad.mul_(logit_scale).to(logits.dtype)
+    return kl
+
+
 def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
@@ -112,10 +148,22 @@ def _activate(
     raw = logits.to(_wide(logits.dtype))
     if target_logits is not None:
         raw = raw.scatter(1, labels.unsqueeze(1), target_logits.to(raw.dtype).unsqueeze(1))
+    return _capped(raw, softcap)
+
+
+def _capped(raw: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     if softcap is None:
         return raw, None
     tanh = (raw / softcap).tanh_()
     return tanh * softcap, 1 - tanh.square()
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the logsumexp as a column."""
+    top = z.amax(dim=-1, keepdim=True)
+    p = (z - top).exp_()
+    total = p.sum(dim=-1, keepdim=True)
+    return p.div_(total), top + total.log()
 
 
 def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,11 +211,23 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
+def _row_kl_fake(
+    logits: Tensor,
+    ref_logits: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+) -> Tensor:
+    return _outputs(logits)[0]
+
+
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
     "row_log_probs": (row_log_probs, _row_fake),
     "npo_head": (npo_head, _npo_head_fake),
+    "row_kl_": (row_kl_, _row_kl_fake),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
