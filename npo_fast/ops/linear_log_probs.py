@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head
+from npo_fast.ops.checks import check_head, check_labels
 from npo_fast.ops.head import FORWARD_BYTES, Head, HeadGradients
 
 
@@ -49,7 +49,8 @@ def linear_log_probs(
             chunk_rows=chunk_rows,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
+    check_head("linear_log_probs", hidden, weight, bias, softcap)
+    check_labels("linear_log_probs", hidden, weight, labels)
     head = Head(weight, bias, softcap, logit_scale)
     step = resolve_chunk_rows("linear_log_probs", head, chunk_rows)
     with no_autocast(hidden):

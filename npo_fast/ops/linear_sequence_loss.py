@@ -9,8 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_head, check_ref_log_probs
-from npo_fast.ops.head import Head, HeadGradients
+from npo_fast.ops.checks import (
+    check_cu_seqlens,
+    check_head,
+    check_labels,
+    check_ref_log_probs,
+)
+from npo_fast.ops.head import Head, HeadGradients, scale_
 from npo_fast.ops.linear_log_probs import blocks, forward_log_probs, resolve_chunk_rows
 from npo_fast.ops.skipping import Skipped
 
@@ -108,7 +113,8 @@ def linear_sequence_loss(
             skip_below=skip_below, skipped=skipped,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(op, hidden, weight, labels, bias, softcap)
+    check_head(op, hidden, weight, bias, softcap)
+    check_labels(op, hidden, weight, labels)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     sequences = len(cu_seqlens) - 1
     check_ref_log_probs(op, loss, ref_log_probs, sequences, len(hidden), hidden.device)
@@ -189,7 +195,6 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # scaled in place and let go: autograd then keeps these buffers instead of copies
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
             hidden, weight, bias, labels, cu_seqlens, ref_log_probs = ctx.saved_tensors
@@ -209,11 +214,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
                 skip_below,
                 None,
             )
-        if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
-            for one in gradients:
-                if one is not None:
-                    one.mul_(upstream)
-        return *gradients, *([None] * 10)
+        return *scale_(gradients, upstream), *([None] * 10)
 
 
 def _loss_and_gradients(
@@ -326,7 +327,8 @@ def _operator(
     needs: list[bool],  # whether hidden, weight and bias want a gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # loss, (S,), gradients (empty: not wanted)
     op, head = "linear_sequence_loss", Head(weight, bias, softcap, logit_scale)
-    check_head(op, hidden, weight, labels, bias, softcap)
+    check_head(op, hidden, weight, bias, softcap)
+    check_labels(op, hidden, weight, labels)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     loss_object = list(_numbered)[loss]
     with no_autocast(hidden):

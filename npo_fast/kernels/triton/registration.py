@@ -52,10 +52,27 @@ def npo_head(
         return launch(log_probs, cu_seqlens, ref_log_probs, beta)
 
 
+def row_kl_(
+    logits: Tensor,
+    ref_logits: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+) -> Tensor:
+    arguments = (logits, ref_logits, softcap, logit_scale, ref_softcap, ref_logit_scale)
+    if not (_triton_serves(logits) and _triton_serves(ref_logits)):
+        return reference.row_kl_(*arguments)
+    from npo_fast.kernels.triton.row_kl import row_kl_ as launch
+
+    with torch.cuda.device_of(logits):
+        return launch(*arguments)
+
+
 def _triton_serves(logits: Tensor) -> bool:
     """fp64 (gradcheck) and rows that are not contiguous are not worth a kernel of their own."""
     return logits.dtype != torch.float64 and logits.stride(-1) == 1
 
 
-for _kernel in (row_log_probs_, row_log_probs, npo_head):
+for _kernel in (row_log_probs_, row_log_probs, npo_head, row_kl_):
     reference.library.impl(_kernel.__name__, _kernel, KEY)
