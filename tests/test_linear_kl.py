@@ -1,5 +1,7 @@
 """KL to a reference: the row kernels and ``linear_kl`` against plain PyTorch in fp64."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,8 +64,8 @@ def test_the_row_kernel_is_as_exact_as_pytorch(kernel, setting, shape, poison_ne
         assert torch.equal(ref, before), "the reference's logits are left alone"
         for got, other, truth in zip(found, plain, exact, strict=True):
             assert got.dtype == other.dtype
-            # the interpreter of Triton truncates where a GPU rounds
-            units = 2 if kernel == "triton" and got.dtype == torch.bfloat16 else 1
+            # a lucky draw of a few roundings in fp32 is no bound; Triton's interpreter truncates
+            units = 4 if got.dtype == torch.float32 else 1 + (kernel == "triton")
             unit = units * torch.finfo(got.dtype).eps * max(1.0, float(truth.abs().max()))
             error, allowed = (float((x.double() - truth).abs().max()) for x in (got, other))
             assert error <= max(2 * allowed, unit)
@@ -107,11 +109,9 @@ def test_masked_and_far_logits(kernel):
     raw[2, 7] = -torch.inf  # the model alone: infinitely far
     raw[3], ref[3] = 0.0, 0.0
     raw[3, 0], ref[3, 1] = 200.0, 200.0  # exp(x) overflows
-    exact = plain_row_kl(raw.double(), ref.double(), SETTINGS[0])[0]
-    exact[0] = plain_row_kl(raw[:1, 90:].double(), ref[:1, 90:].double(), SETTINGS[0])[0]
-    head = torch.cat([raw[:1, :5], raw[:1, 90:]], 1).double()
-    ref_head = torch.cat([ref[:1, :5], ref[:1, 90:]], 1).double()
-    exact[0] = plain_row_kl(head, ref_head, SETTINGS[0])[0]
+    p_ref = ref.double().softmax(-1)
+    log_ratio = ref.double().log_softmax(-1) - raw.double().log_softmax(-1)
+    exact = torch.where(p_ref == 0, 0.0, p_ref * log_ratio).sum(-1)
     kl = KERNELS[kernel](raw, ref, *SETTINGS[0])
     torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-6)
     assert kl[2] == torch.inf
@@ -258,7 +258,7 @@ def test_demotion_lowers_the_label_and_keeps_the_odds_of_the_others():
     target = ref - 2.5 * F.one_hot(labels, 8)
     options = {"labels": labels, "demotion": 2.5}
     at_target = linear_kl(target.requires_grad_(), eye, ref, eye, **options)
-    assert float(at_target.abs()) < 1e-15
+    assert float(at_target.detach().abs()) < 1e-15
     assert float(linear_kl(ref, eye, ref, eye, **options)) > 1e-2
 
 
@@ -282,10 +282,10 @@ def test_no_gradient_reaches_the_reference_and_none_is_made_without_grad():
 
 def test_a_tied_reference_head_is_a_constant():
     tensors = case(ref_d=13)
-    tensors["ref_weight"] = tensors["weight"]
     detached = {**tensors, "ref_weight": tensors["weight"].detach()}
+    tied = {**tensors, "ref_weight": tensors["weight"]}
     torch.testing.assert_close(
-        gradients(linear_kl(**tensors), tensors), gradients(plain_kl(**detached), detached)
+        gradients(linear_kl(**tied), tensors), gradients(plain_kl(**detached), tensors)
     )
 
 
@@ -342,7 +342,8 @@ def test_two_chunks_of_logits_are_alive_and_no_more(monkeypatch):
         return out
 
     monkeypatch.setattr(Tensor, "new_empty", watch)
-    monkeypatch.setattr("npo_fast.ops.linear_kl.CHUNK_BYTES", 2 * 20 * 500 * 4)
+    module = sys.modules["npo_fast.ops.linear_kl"]  # its function has taken the attribute's name
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 20 * 500 * 4)
     linear_kl(**case(300, 8, 8, 500, torch.float32)).backward()
     assert max(sizes) == 20 * 500
     assert sizes.count(20 * 500) == 2

@@ -116,8 +116,8 @@ def row_kl_(
         z, slope = _capped(logits[rows].to(kl.dtype), softcap)
         ref_z, _ = _capped(ref_logits[rows].to(kl.dtype), ref_softcap)
         z, ref_z = z * logit_scale, ref_z * ref_logit_scale
-        (p, lse), (p_ref, ref_lse) = _softmax(z), _softmax(ref_z)
-        x = (z - ref_z) - (lse - ref_lse)
+        (p, top, log_sum), (p_ref, ref_top, ref_log_sum) = _softmax(z), _softmax(ref_z)
+        x = (z - ref_z) - (top - ref_top) - (log_sum - ref_log_sum)
         near = x.abs() < 0.5  # elsewhere expm1 may overflow, and p - p_ref does not cancel
         grad = torch.where(near, p_ref * torch.expm1(x), p - p_ref)
         terms = torch.where(p_ref == 0, p, grad - p_ref * x)
@@ -158,12 +158,12 @@ def _capped(raw: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     return tanh * softcap, 1 - tanh.square()
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities, and the logsumexp as a column."""
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, and the logsumexp as two columns that add up to it."""
     top = z.amax(dim=-1, keepdim=True)
     p = (z - top).exp_()
     total = p.sum(dim=-1, keepdim=True)
-    return p.div_(total), top + total.log()
+    return p.div_(total), top, total.log()
 
 
 def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

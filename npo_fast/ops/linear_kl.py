@@ -91,9 +91,7 @@ def linear_kl(
         raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
     head = Head(weight, bias, softcap, logit_scale)
-    step = head.chunk_rows(CHUNK_BYTES // 2)  # two chunks share the budget
-    if chunk_rows is not None:
-        step = resolve_chunk_rows(op, head, chunk_rows)
+    step = resolve_chunk_rows(op, head, chunk_rows, CHUNK_BYTES // 2)  # two share the budget
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_labels
-from npo_fast.ops.head import FORWARD_BYTES, Head, HeadGradients
+from npo_fast.ops.head import CHUNK_BYTES, FORWARD_BYTES, Head, HeadGradients
 
 
 def linear_log_probs(
@@ -63,9 +63,11 @@ def linear_log_probs(
 _between_graphs = torch.compiler.disable(linear_log_probs)
 
 
-def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
+def resolve_chunk_rows(
+    op: str, head: Head, chunk_rows: int | None, chunk_bytes: int = CHUNK_BYTES
+) -> int:
     if chunk_rows is None:
-        return head.chunk_rows()
+        return head.chunk_rows(chunk_bytes)
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     return chunk_rows
