@@ -33,7 +33,9 @@ def trainer(folder, method="NPO+RT", model=None, retain=6, coefficients=None, **
     return UnlearningTrainer(
         model or small_lm().model,
         arguments(folder, **changes),
-        UnlearningDataset(sequences(6, 1), sequences(retain, 2)),
+        UnlearningDataset(
+            sequences(6, 1), sequences(retain, 2), idk=sequences(6, 3), alternate=sequences(6, 4)
+        ),
         method=method,
         coefficients=coefficients,
     )
@@ -56,7 +58,7 @@ def test_npo_through_the_trainer_lowers_the_forget_log_probs(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_step_is_that_of_our_own_loop(tmp_path, method):
-    coefficients = Coefficients(retain=3.0)
+    coefficients = Coefficients(retain=3.0).for_method(method)
     one = trainer(tmp_path, method, coefficients=coefficients, max_steps=1)
     one.train()
     lm, terms, sources = small_lm(), build_method(method, coefficients), one.train_dataset.sources

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from npo_fast.cli.console import follow, say
 from npo_fast.cli.settings import Common, Toggle
-from npo_fast.data import Sequence, Template, load_records
+from npo_fast.data import Record, Sequence, Template
 from npo_fast.errors import NonFiniteError, UserError
-from npo_fast.methods import Term
-from npo_fast.trainer.order import steps_per_epoch
+from npo_fast.methods import Term, turns
+from npo_fast.trainer.order import driving_sources, steps_per_epoch
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
-    from torch import Tensor
-
     from npo_fast.model.causal_lm import CausalLM
+    from npo_fast.trainer.loop import References
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,11 @@ class RunOptions(Common):
     dry_run: Annotated[bool, Toggle] = False
     """Check everything that can be checked without loading the model, and say what would run."""
 
+    def check(self) -> None:
+        from npo_fast.trainer.run import check_output
+
+        check_output(self.output, self.overwrite)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -96,20 +100,17 @@ class Prepared:
 
 def prepare(
     options: ModelOptions,
-    run: RunOptions,
     training: TrainSettings,
-    splits: Mapping[str, str],  # source -> split or file
-    data: str | None,
-    driving: str,
+    records: Mapping[str, list[Record]],  # source -> its records
+    named: Mapping[str, str],  # source -> what the user knows it as
+    terms: tuple[Term, ...],
 ) -> Prepared:
     """Everything that can fail on the user's side, first."""
-    from npo_fast.trainer.run import check_output
-
-    check_output(run.output, run.overwrite)
-    records = {source: load_records(name, data) for source, name in splits.items()}
+    each_batch = turns(terms, training.schedule)
     template = options.load_template()
     sources, truncated = {}, {}
-    for source, name in splits.items():
+    for source in records:
+        name = named[source]
         try:
             sources[source], truncated[source] = template.encode_all(records[source])
         except UserError as error:
@@ -117,7 +118,9 @@ def prepare(
         cut = f", {truncated[source]} cut to {template.max_length}" if truncated[source] else ""
         tokens = sum(len(s.input_ids) for s in sources[source])
         say(f"{source}: {len(sources[source])} records, {tokens} tokens{cut} ({name})")
-    steps = training.epochs * steps_per_epoch(len(sources[driving]), training.batch_size)
+    (driving, *_) = driving_sources({s: sources[s] for term in terms for s in term.reads})
+    per_epoch = steps_per_epoch(len(sources[driving]), training.batch_size)
+    steps = training.epochs * per_epoch * len(each_batch)
     say(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
     return Prepared(template, sources, truncated, steps)
 
@@ -142,7 +145,7 @@ def run_training(
     lm: "CausalLM",
     terms: tuple[Term, ...],
     training: TrainSettings,
-    references: Mapping[str, "Tensor"] | None = None,
+    references: "References | None" = None,
     report: Callable[[], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Trains, saves and returns what ``run.json`` says in the end."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Toggle
 from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
-from npo_fast.data import Record, load_records
+from npo_fast.data import Record, alternated, load_records, load_refusals, refused
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.methods import Coefficients, build_method
@@ -27,6 +28,38 @@ class DataOptions:
     """The same for what to keep; methods with +RT need it."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
+    idk: Path | None = None
+    """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
+    alternate: str | None = None
+    """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+
+    def load(self) -> dict[str, list[Record]]:
+        if not self.forget:
+            raise UserError("say what to forget with --forget (a file, or a split of --data)")
+        records = {"forget": load_records(self.forget, self.data)}
+        if self.retain is not None:
+            records["retain"] = load_records(self.retain, self.data)
+        return records
+
+    def load_answers(
+        self, forget: list[Record], wanted: set[str], seed: int
+    ) -> dict[str, list[Record]]:
+        """Other answers to the forget questions, where they are ``wanted``."""
+        answers = {}
+        if "idk" in wanted:
+            answers["idk"] = refused(forget, load_refusals(self.idk, self.data), seed)
+        if "alternate" in wanted:
+            answers["alternate"] = alternated(forget, seed, self.alternate, self.data)
+        return answers
+
+    def named(self) -> dict[str, str]:
+        """What the user knows each source as."""
+        return {
+            "forget": self.forget,
+            "retain": self.retain or "",
+            "idk": str(self.idk or "refusals"),
+            "alternate": self.alternate or "alternate answers",
+        }
 
 
 @dataclass(frozen=True)
@@ -34,17 +67,29 @@ class MethodOptions:
     """How to forget."""
 
     method: str = "NPO+RT"
-    """GA, GA+RT, NPO, NPO+RT, SimNPO or SimNPO+RT."""
+    """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, each also with +RT; IDK+RT."""
     beta: float | None = None
-    """Inverse temperature; NPO 0.1 and SimNPO 2.5 where it is not given."""
-    delta: float = 0.0
-    """SimNPO's margin."""
-    forget_coefficient: float = 1.0
-    retain_coefficient: float = 1.0
-    """The paper takes 5 to forget half and 12 to forget 90 percent."""
+    """Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."""
+    delta: float | None = None
+    """SimNPO's margin; else 0."""
+    beta1: float | None = None
+    """SatImp's exponent of p; else 5."""
+    beta2: float | None = None
+    """SatImp's exponent of 1 - p; else 1."""
+    forget_coefficient: float | None = None
+    """Of the forget term; else 1."""
+    retain_coefficient: float | None = None
+    """Of the retain term; else 1. The paper takes 5 to forget half and 12 to forget 90 percent."""
 
     def coefficients(self) -> Coefficients:
-        return Coefficients(self.beta, self.delta, self.forget_coefficient, self.retain_coefficient)
+        return Coefficients(
+            beta=self.beta,
+            delta=self.delta,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            forget=self.forget_coefficient,
+            retain=self.retain_coefficient,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,15 +114,14 @@ class Command:
 
 def run(command: Command) -> None:
     terms = build_method(command.method.method, command.method.coefficients())
+    wanted: set[str] = {source for term in terms for source in term.reads}
     data = command.data
-    if not data.forget:
-        raise UserError("say what to forget with --forget (a file, or a split of --data)")
-    splits = {"forget": data.forget}
-    if data.retain is not None:
-        splits["retain"] = data.retain
-    elif any(term.source == "retain" for term in terms):
+    if data.retain is None and "retain" in wanted:
         raise UserError(f"{command.method.method} keeps what --retain names; name it, or use NPO")
-    prepared = prepare(command.model, command.run, command.training, splits, data.data, "forget")
+    command.run.check()
+    records = data.load()
+    answers = data.load_answers(records["forget"], wanted, command.training.seed)
+    prepared = prepare(command.model, command.training, {**records, **answers}, data.named(), terms)
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
         return
@@ -85,7 +129,6 @@ def run(command: Command) -> None:
     from npo_fast.trainer.loop import reference_log_probs
 
     lm = command.model.load_model()
-    records = {name: load_records(split, data.data) for name, split in splits.items()}
     look = _Look(command.report, lm, prepared.template, records)
     before = look.take("before")
     references = reference_log_probs(

@@ -28,10 +28,11 @@ class SequenceLoss(Protocol):
 
     ``reference`` says what ``ref_log_probs`` holds: one value a "sequence", one a "token", or
     nothing (None). ``group`` consecutive sequences may depend on each other (pairs: 2; the whole
-    batch: 0) and are never split between chunks.
+    batch: 0) and are never split between chunks; where it is 2 or more, the loss returns one value
+    a group, and "mean" is over groups.
 
     A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
-    values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
+    values, the log-probs of the sequences (s,) and its derivative (n,) at once; without it
     autograd differentiates ``__call__``. Who overrides one overrides both.
     """
 
@@ -43,7 +44,7 @@ class SequenceLoss(Protocol):
         log_probs: Tensor,  # (n,) token log-probs of whole sequences
         cu_seqlens: Tensor,  # (s + 1,) where the sequences begin and end
         ref_log_probs: Tensor | None,  # (s,), (n,) or None
-    ) -> Tensor: ...  # (s,)
+    ) -> Tensor: ...  # (s,), or (s / group,) where group is 2 or more
 
 
 def linear_sequence_loss(
@@ -83,7 +84,8 @@ def linear_sequence_loss(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        reduction: "mean" over sequences, "token_mean" (sum / number of tokens), "sum".
+        reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
+            (their sum / number of tokens), "sum".
         chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
@@ -98,9 +100,10 @@ def linear_sequence_loss(
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
 
-    ``torch.compile`` takes a loss with ``value_and_weight`` (NPO) into its graph as one operator;
-    the loss must be hashable, and labels and offsets are checked when the graph runs. Any other
-    loss, or ``skip_below``, runs between two graphs: autograd cannot run in an operator.
+    ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
+    graph as one operator; the loss must be hashable, and labels and offsets are checked when the
+    graph runs. Any other loss, or ``skip_below``, runs between two graphs: autograd cannot run in
+    an operator.
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
@@ -129,7 +132,8 @@ def linear_sequence_loss(
         )
     if not 0 <= skip_below < 1:
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
-    count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
+    values = sequences // max(loss.group, 1)
+    count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias, softcap, logit_scale), chunk_rows)
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
