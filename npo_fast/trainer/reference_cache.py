@@ -13,7 +13,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from npo_fast.data import Sequence, pack
 from npo_fast.errors import UserError
+from npo_fast.losses import KL
+from npo_fast.methods import Positions, Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_folder
 from npo_fast.trainer.run import data_fingerprint
@@ -30,13 +33,18 @@ FORMAT = 1
 SHARD_BYTES = 256 << 20
 INDEX, HEAD = "reference.json", "head.safetensors"
 
-Positions = Literal["answer", "all"]
-
 
 class ReferenceCache:
     """Hidden states by source and sequence, and the head, of the model that it was made with."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        device: torch.device,
+        owned: TemporaryDirectory[str] | None = None,  # goes with this object
+    ) -> None:
+        self.owned = owned
         self.positions: Positions = facts["made_from"]["positions"]
         self.device = device
         head = load_file(folder / HEAD, device=str(device))
@@ -73,10 +81,26 @@ class ReferenceCache:
         return file.get_slice("hidden")[bounds[within] : bounds[within + 1]]
 
 
+def reference_cache_for(
+    terms: tuple[Term, ...],
+    lm: CausalLM,
+    sources: Mapping[str, list[Sequence]],
+    micro_batch_tokens: int,
+    folder: Path | None = None,
+) -> ReferenceCache | None:
+    """The ``reference_cache`` that these terms need, or None."""
+    compared = [term for term in terms if isinstance(term.loss, KL)]
+    if not compared:
+        return None
+    (positions,) = {term.positions for term in compared}
+    own: dict[str, list[Sequence]] = {term.source: sources[term.source] for term in compared}
+    return reference_cache(lm, own, folder, positions, micro_batch_tokens)
+
+
 def reference_cache(
     lm: CausalLM,
     sources: Mapping[str, list[Sequence]],
-    folder: Path,
+    folder: Path | None,
     positions: Positions,
     micro_batch_tokens: int,
 ) -> ReferenceCache:
@@ -84,6 +108,7 @@ def reference_cache(
 
     Args:
         sources: tokenised data by source; a sequence is found by its place in the list.
+        folder: None makes one among the temporary files, for as long as the object lives.
         positions: the rows to keep, those that predict an "answer" token or "all" of them.
         micro_batch_tokens: tokens that go through the model at a time.
 
@@ -91,10 +116,16 @@ def reference_cache(
         UserError: the folder holds something else, or a cache that is damaged or was made from
             another model, other data or other positions; or the model's states are not finite.
     """
-    made_from = fingerprint(lm, sources, positions)
+    owned = None
+    made_from: dict[str, Any] = {"positions": positions}
+    if folder is None:
+        owned = TemporaryDirectory(prefix="npo-fast-")
+        folder = Path(owned.name, "reference")
+    else:
+        made_from = fingerprint(lm, sources, positions)
     if not folder.exists():
         save_folder(folder, lambda where: _write(lm, sources, where, made_from, micro_batch_tokens))
-    return ReferenceCache(folder, _checked_facts(folder, made_from), lm.device)
+    return ReferenceCache(folder, _checked_facts(folder, made_from), lm.device, owned)
 
 
 def fingerprint(
