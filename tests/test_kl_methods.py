@@ -104,10 +104,10 @@ def test_negative_kl_drives_the_forget_distribution_away():
     assert whole_kl(with_, start, forget) > whole_kl(without, start, forget)
 
 
-def test_undial_settles_where_its_labels_are_demoted():
-    settings = TrainSettings(epochs=25, batch_size=7, lr=1e-2)
+def test_undial_nears_a_reference_that_likes_its_labels_less():
+    settings = TrainSettings(epochs=20, batch_size=7, lr=3e-3)
     _, records = run("UNDIAL", settings, gamma=3.0)
-    assert records[-1].terms["UNDIAL"] < 0.3 * records[0].terms["UNDIAL"]
+    assert records[-1].terms["UNDIAL"] < 0.7 * records[0].terms["UNDIAL"]
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
 
 
