@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 constexpr int64_t GRAIN = 1 << 15;  // logits below which a second thread costs more than it saves
 
 // The widest the processor has; PyTorch's own variable ATEN_CPU_CAPABILITY caps it.
-const RowKernels& row_kernels() {
+const Kernels& pick_kernels() {
 #ifdef NPO_X86
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string most = cap ? cap : "avx512";
@@ -33,6 +33,11 @@ const RowKernels& row_kernels() {
   }
 #endif
   return plain::kernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick_kernels();
+  return picked;
 }
 
 Dtype dtype_of(const char* op, const Tensor& logits) {
@@ -58,17 +63,8 @@ Tensor dense_columns(const Tensor& logits) {
   return dense ? logits : torch::stable::contiguous(logits);
 }
 
-Rows rows_of(const char* op, const Tensor& logits, const Tensor& labels,
-             std::optional<double> softcap, double logit_scale) {
-  Rows rows{};
-  rows.dtype = dtype_of(op, logits);
-  rows.logits = logits.data_ptr();
-  rows.stride = logits.stride(0);
-  rows.columns = logits.size(1);
-  rows.labels = static_cast<const int64_t*>(labels.data_ptr());
-  rows.softcap = softcap.value_or(0);
-  rows.logit_scale = logit_scale;
-  return rows;
+Logits logits_of(const Tensor& logits, std::optional<double> softcap, double logit_scale) {
+  return {logits.data_ptr(), logits.stride(0), softcap.value_or(0), logit_scale};
 }
 
 // A row is one thread's: the result does not depend on how many there are.
@@ -89,7 +85,11 @@ std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
                   op, ": target_logits must be (", count, ",), one a row of logits");
   const Tensor dense_labels = torch::stable::contiguous(labels);
   Tensor chunk = dense_columns(logits);
-  WholeRows rows{rows_of(op, chunk, dense_labels, softcap, logit_scale), nullptr, nullptr, nullptr};
+  WholeRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.logits = logits_of(chunk, softcap, logit_scale);
+  rows.columns = vocabulary;
+  rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
   for (int64_t row = 0; row < count; ++row) {
     const int64_t label = rows.labels[row];
     STD_TORCH_CHECK(label >= 0 && label < vocabulary, op, ": labels[", row, "] = ", label,
@@ -106,9 +106,8 @@ std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
   }
   rows.log_probs = log_probs.data_ptr();
   rows.lse = lse.data_ptr();
-  static const auto kernel = row_kernels().row_log_probs;
-  in_parallel(kernel, rows, count);
-  if (rows.logits != logits.data_ptr()) torch::stable::copy_(logits, chunk);
+  in_parallel(kernels().row_log_probs, rows, count);
+  if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
   return {log_probs, lse};
 }
 
@@ -124,11 +123,38 @@ void tile_log_probs_(Tensor logits, Tensor labels, std::optional<double> softcap
   }
   const Tensor dense_labels = torch::stable::contiguous(labels);
   const Tensor tile = dense_columns(logits);
-  const TileRows rows{rows_of(op, tile, dense_labels, softcap, logit_scale),
-                      static_cast<double*>(others.data_ptr()),
-                      static_cast<double*>(target.data_ptr())};
-  static const auto kernel = row_kernels().tile_log_probs;
-  in_parallel(kernel, rows, count);
+  TileRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.logits = logits_of(tile, softcap, logit_scale);
+  rows.columns = tile.size(1);
+  rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
+  rows.others = static_cast<double*>(others.data_ptr());
+  rows.target = static_cast<double*>(target.data_ptr());
+  in_parallel(kernels().tile_log_probs, rows, count);
+}
+
+Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, double logit_scale,
+               std::optional<double> ref_softcap, double ref_logit_scale) {
+  const char* op = "row_kl_";
+  STD_TORCH_CHECK(logits.dim() == 2 && ref_logits.dim() == 2 &&
+                      logits.size(0) == ref_logits.size(0) && logits.size(1) == ref_logits.size(1),
+                  op, ": logits and ref_logits must be (R, V) of one shape");
+  STD_TORCH_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
+                  ": logits and ref_logits must have one dtype");
+  const int64_t count = logits.size(0);
+  Tensor chunk = dense_columns(logits);
+  const Tensor ref_chunk = dense_columns(ref_logits);
+  KlRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.logits = logits_of(chunk, softcap, logit_scale);
+  rows.columns = chunk.size(1);
+  rows.ref_logits = logits_of(ref_chunk, ref_softcap, ref_logit_scale);
+  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
+  Tensor kl = torch::stable::new_empty(logits, {count}, wide);
+  rows.kl = kl.data_ptr();
+  in_parallel(kernels().row_kl, rows, count);
+  if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
+  return kl;
 }
 
 }  // namespace
@@ -137,4 +163,5 @@ void tile_log_probs_(Tensor logits, Tensor labels, std::optional<double> softcap
 STABLE_TORCH_LIBRARY_IMPL(npo_fast, CPU, m) {
   m.impl("row_log_probs_", TORCH_BOX(&npo_fast::row_log_probs_));
   m.impl("tile_log_probs_", TORCH_BOX(&npo_fast::tile_log_probs_));
+  m.impl("row_kl_", TORCH_BOX(&npo_fast::row_kl_));
 }

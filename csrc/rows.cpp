@@ -6,6 +6,10 @@
 // because a second one costs less than a third trip through the cache. The label is kept apart
 // from the other columns: log_prob = -log(1 + sum of the others / exp(z_y)) does not cancel where
 // the model is sure of the label, and target_logits needs no write into the chunk.
+//
+// kl_n = sum_v p_ref (exp(x) - 1 - x) with x = log p - log p_ref: no term is negative, and none
+// cancels where the model is near its reference.
+// a_n  <- (p - p_ref) * d z_n / d a_n
 #include "rows.h"
 
 #include <type_traits>
@@ -28,7 +32,7 @@ template <class F, bool capped>
 struct Activation {
   F softcap, scale;
 
-  explicit Activation(const Rows& rows) : softcap(F(rows.softcap)), scale(F(rows.logit_scale)) {}
+  explicit Activation(const Logits& of) : softcap(F(of.softcap)), scale(F(of.logit_scale)) {}
 
   Activated<F> operator()(Vector<F> raw) const {
     if (!capped) return {raw * scale, broadcast(scale)};
@@ -124,8 +128,8 @@ void write_gradient(T* logits, int64_t count, Activation<Wide<T>, capped> activa
 template <class T, bool capped>
 void row_log_probs(const WholeRows& rows, int64_t row) {
   using F = Wide<T>;
-  const Activation<F, capped> activation(rows);
-  T* logits = static_cast<T*>(rows.logits) + row * rows.stride;
+  const Activation<F, capped> activation(rows.logits);
+  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
   const int64_t label = rows.labels[row];
 
   LogSumExp others;
@@ -151,8 +155,8 @@ void row_log_probs(const WholeRows& rows, int64_t row) {
 template <class T, bool capped>
 void tile_log_probs(const TileRows& rows, int64_t row) {
   using F = Wide<T>;
-  const Activation<F, capped> activation(rows);
-  const T* logits = static_cast<const T*>(rows.logits) + row * rows.stride;
+  const Activation<F, capped> activation(rows.logits);
+  const T* logits = static_cast<const T*>(rows.logits.data) + row * rows.logits.stride;
   const int64_t label = rows.labels[row];
 
   LogSumExp others;
@@ -170,18 +174,76 @@ void tile_log_probs(const TileRows& rows, int64_t row) {
   }
 }
 
-// kernel(zero of the dtype, whether there is a softcap), with both known to the compiler
+template <class F>
+struct KlTerm {
+  Vector<F> value, gradient;  // gradient in the raw logit
+};
+
+template <class T, bool capped, bool ref_capped>
+void row_kl(const KlRows& rows, int64_t row) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows.logits);
+  const Activation<F, ref_capped> ref_activation(rows.ref_logits);
+  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
+  const T* ref_logits = static_cast<const T*>(rows.ref_logits.data) + row * rows.ref_logits.stride;
+
+  LogSumExp total, ref_total;
+  add(total, logits, rows.columns, activation);
+  add(ref_total, ref_logits, rows.columns, ref_activation);
+  const double lse = total.value(), ref_lse = ref_total.value();
+  const F shift = F(total.shift()), share = F(::exp(total.shift() - lse));
+  const F ref_shift = F(ref_total.shift()), ref_share = F(::exp(ref_total.shift() - ref_lse));
+  const F lse_difference = F(lse - ref_lse);
+
+  const auto term = [&](Vector<F> raw, Vector<F> ref_raw) -> KlTerm<F> {
+    const auto [z, slope] = activation(raw);
+    const Vector<F> ref_z = ref_activation(ref_raw).z;
+    const Vector<F> p = exp(z - shift) * share;
+    const Vector<F> p_ref = exp(ref_z - ref_shift) * ref_share;
+    const Vector<F> x = (z - ref_z) - lse_difference;
+    const auto near = absolute<F>(x) < F(0.34);
+    const Vector<F> tail = p_ref * exp_tail(near ? x : Vector<F>{});
+    const Vector<F> difference = near ? p_ref * x + tail : p - p_ref;
+    const Vector<F> value = near ? tail : difference - p_ref * x;
+    return {p_ref == 0 ? p : value, difference * slope};  // 0 * log 0 = 0
+  };
+  double kl = 0;
+  for (int64_t first = 0; first < rows.columns; first += BLOCK) {
+    const int64_t last = rows.columns - first < BLOCK ? rows.columns : first + BLOCK;
+    Vector<F> sum{};
+    int64_t at = first;
+    for (; at + lanes<F> <= last; at += lanes<F>) {
+      const KlTerm<F> one = term(load(logits + at), load(ref_logits + at));
+      sum += one.value;
+      store(logits + at, one.gradient);
+    }
+    for (int lane = 0; lane < lanes<F>; ++lane) kl += sum[lane];
+    if (at == last) continue;
+    const int64_t rest = last - at;
+    const KlTerm<F> one = term(load_first(logits + at, rest), load_first(ref_logits + at, rest));
+    for (int64_t lane = 0; lane < rest; ++lane) kl += one.value[lane];
+    store_first(logits + at, one.gradient, rest);
+  }
+  static_cast<F*>(rows.kl)[row] = F(kl);
+}
+
+// kernel(whether there is a softcap), known to the compiler
+template <class Kernel>
+void by_softcap(const Logits& logits, Kernel kernel) {
+  logits.softcap != 0 ? kernel(std::true_type{}) : kernel(std::false_type{});
+}
+
+// kernel(a zero of the dtype, whether there is a softcap)
 template <class Kernel>
 void specialised(const Rows& rows, Kernel kernel) {
-  const auto for_dtype = [&](auto zero) {
-    rows.softcap != 0 ? kernel(zero, std::true_type{}) : kernel(zero, std::false_type{});
-  };
-  switch (rows.dtype) {
-    case Dtype::fp32: return for_dtype(float{});
-    case Dtype::bf16: return for_dtype(BFloat16{});
-    case Dtype::fp16: return for_dtype(Half{});
-    case Dtype::fp64: return for_dtype(double{});
-  }
+  by_softcap(rows.logits, [&](auto capped) {
+    switch (rows.dtype) {
+      case Dtype::fp32: return kernel(float{}, capped);
+      case Dtype::bf16: return kernel(BFloat16{}, capped);
+      case Dtype::fp16: return kernel(Half{}, capped);
+      case Dtype::fp64: return kernel(double{}, capped);
+    }
+  });
 }
 
 void all_row_log_probs(const WholeRows& rows, int64_t first, int64_t last) {
@@ -196,10 +258,20 @@ void all_tile_log_probs(const TileRows& rows, int64_t first, int64_t last) {
   });
 }
 
+void all_row_kl(const KlRows& rows, int64_t first, int64_t last) {
+  specialised(rows, [&](auto zero, auto capped) {
+    by_softcap(rows.ref_logits, [&](auto ref_capped) {
+      for (int64_t row = first; row < last; ++row) {
+        row_kl<decltype(zero), capped, ref_capped>(rows, row);
+      }
+    });
+  });
+}
+
 }  // namespace
 
 namespace NPO_ISA {
-extern const RowKernels kernels = {all_row_log_probs, all_tile_log_probs};
+extern const Kernels kernels = {all_row_log_probs, all_tile_log_probs, all_row_kl};
 }
 
 }  // namespace npo_fast

@@ -9,7 +9,14 @@ from npo_fast.modules import (
     FusedLinearSequenceLoss,
     FusedLinearSimNPOLoss,
 )
-from npo_fast.ops import SequenceLoss, Skipped, linear_log_probs, linear_sequence_loss, segment_sum
+from npo_fast.ops import (
+    SequenceLoss,
+    Skipped,
+    linear_kl,
+    linear_log_probs,
+    linear_sequence_loss,
+    segment_sum,
+)
 
 __all__ = [
     "CEU",
@@ -30,6 +37,7 @@ __all__ = [
     "SimNPO",
     "Skipped",
     "__version__",
+    "linear_kl",
     "linear_log_probs",
     "linear_sequence_loss",
     "npo_loss",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from transformers import Trainer, TrainingArguments
 
 from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import UserError
-from npo_fast.methods import Coefficients, Term, build_method
+from npo_fast.methods import Coefficients, Positions, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import References, micro_step, reference_log_probs, with_baselines
 from npo_fast.trainer.order import driving_sources, permutation, side_by_side
+from npo_fast.trainer.reference_cache import reference_cache_for
 
 if find_spec("accelerate") is None:
     raise ImportError(
@@ -129,7 +131,10 @@ class UnlearningTrainer(Trainer):
 
     Args:
         method, coefficients: as in ``npo_fast.methods.build_method``.
+        kl_positions: as in ``build_method``.
         references: ``references`` of an earlier run on this dataset.
+        reference_cache: folder that keeps the hidden states that a KL compares with, to resume
+            such a run; None keeps them among the temporary files.
         attention: as in ``CausalLM``; outside ``train`` the model has its own.
         options: of ``transformers.Trainer``, such as ``callbacks`` and ``processing_class``.
 
@@ -147,11 +152,13 @@ class UnlearningTrainer(Trainer):
         *,
         method: str = "NPO+RT",
         coefficients: Coefficients | None = None,
+        kl_positions: Positions = "answer",
         references: References | None = None,
+        reference_cache: Path | None = None,
         attention: str = "auto",
         **options: Any,
     ) -> None:
-        self.terms = build_method(method, coefficients)
+        self.terms = build_method(method, coefficients, kl_positions)
         for source in {source for term in self.terms for source in term.reads}:
             if not train_dataset.sources[source]:
                 raise UserError(f"method {method} needs {source} data; the dataset has none")
@@ -168,6 +175,9 @@ class UnlearningTrainer(Trainer):
         with self.lm.packing(), self.accelerator.autocast():
             self.references = references or reference_log_probs(
                 self.lm, train_dataset.sources, self.terms, REFERENCE_TOKENS
+            )
+            self.reference_cache = reference_cache_for(
+                self.terms, self.lm, train_dataset.sources, REFERENCE_TOKENS, reference_cache
             )
         self._latest: dict[str, Tensor] = {}
 
@@ -198,7 +208,9 @@ class UnlearningTrainer(Trainer):
                 own = [term for term in terms if list(term.stream) == sources]
                 if not own:  # a baseline alone
                     continue
-                loss, values, log_probs = micro_step(self.lm, batch, own, counts, self.references)
+                loss, values, log_probs = micro_step(
+                    self.lm, batch, own, counts, self.references, self.reference_cache
+                )
                 total = total + loss
                 means = log_probs.view(-1, len(sources)).mean(dim=0)
                 self._latest |= values
@@ -220,4 +232,7 @@ def _count(term: Term, inputs: Mapping[str, PackedBatch]) -> int:
     batches = [inputs[stream] for stream in term.over or ["/".join(term.stream)]]
     if term.reduction == "mean":
         return sum(batch.sequences for batch in batches) // len(term.stream)
-    return sum(len(batch.labels) for batch in batches) if term.reduction == "token_mean" else 1
+    if term.reduction == "token_mean":
+        everywhere = term.positions == "all"
+        return sum(len(batch.input_ids if everywhere else batch.labels) for batch in batches)
+    return 1

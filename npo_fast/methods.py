@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from npo_fast.errors import UserError
-from npo_fast.losses import CEU, DPO, GA, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
+from npo_fast.losses import CEU, DPO, GA, KL, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss
 
 # "idk" and "alternate" are other answers to the questions of "forget", in the same order
 Source = Literal["forget", "retain", "train", "idk", "alternate"]
+Positions = Literal["answer", "all"]
 Schedule = Literal["summed", "alternating"]
 
 
@@ -24,7 +25,7 @@ class Term:
 
     name: str
     source: Source
-    loss: SequenceLoss
+    loss: SequenceLoss | KL
     reduction: Reduction
     coefficient: float = 1.0
     preferred: Source | None = None
@@ -33,6 +34,8 @@ class Term:
     """Its mean log-ratio over the step, without gradient, is the ``z`` of the loss (KTO)."""
     over: tuple[Source, ...] = ()
     """Sources whose sequences in a step the mean is taken over, where not its own alone."""
+    positions: Positions = "answer"
+    """The tokens that it looks at; for a KL also "all", prompts included."""
 
     @property
     def stream(self) -> tuple[Source, ...]:
@@ -49,6 +52,9 @@ class Term:
         return replace(self, loss=replace(self.loss, z=z))
 
 
+WEIGHTS = ("forget", "retain", "kl")  # coefficients that multiply a term
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """What a method can be tuned with. None is the method's own default."""
@@ -57,6 +63,8 @@ class Coefficients:
     delta: float | None = None
     beta1: float | None = None
     beta2: float | None = None
+    gamma: float | None = None
+    kl: float | None = None
     forget: float | None = None
     retain: float | None = None
 
@@ -124,16 +132,33 @@ def _retain(retain: float = 1.0) -> Term:
     return Term("retain NLL", "retain", NLL(), "token_mean", retain)
 
 
+def _retain_kl(kl: float = 1.0) -> Term:
+    return Term("retain KL", "retain", KL(), "token_mean", kl)
+
+
+def _forget_kl(kl: float = 1.0) -> Term:
+    return Term("forget KL", "forget", KL(), "token_mean", -kl)
+
+
+def _undial(gamma: float = 10.0, forget: float = 1.0) -> Term:
+    return Term("UNDIAL", "forget", KL(demotion=gamma), "token_mean", forget)
+
+
 METHODS: dict[str, tuple[Callable[..., Term], ...]] = {
     "GA": (_ga,),
     "GA+RT": (_ga, _retain),
+    "GA+KL": (_ga, _retain_kl),
+    "GA+forgetKL": (_ga, _forget_kl),
     "IDK+RT": (_idk, _retain_beside_idk),
     "NPO": (_npo,),
     "NPO+RT": (_npo, _retain),
+    "NPO+KL": (_npo, _retain_kl),
     "DPO": (_dpo,),
     "DPO+RT": (_dpo, _retain),
+    "DPO+KL": (_dpo, _retain_kl),
     "KTO": (_kto,),
     "KTO+RT": (_kto, _retain),
+    "KTO+KL": (_kto, _retain_kl),
     "SimNPO": (_simnpo,),
     "SimNPO+RT": (_simnpo, _retain),
     "TNPO": (_tnpo,),
@@ -146,12 +171,19 @@ METHODS: dict[str, tuple[Callable[..., Term], ...]] = {
     "CEU+RT": (_ceu, _retain),
     "AltPO": (_altpo,),
     "AltPO+RT": (_altpo, _retain),
+    "UNDIAL": (_undial,),
+    "UNDIAL+RT": (_undial, _retain),
 }
 FINETUNE = (Term("NLL", "train", NLL(), "token_mean"),)
 
 
-def build_method(name: str, coefficients: Coefficients | None = None) -> tuple[Term, ...]:
+def build_method(
+    name: str, coefficients: Coefficients | None = None, kl_positions: Positions = "answer"
+) -> tuple[Term, ...]:
     """The terms of a method, by its name in any case.
+
+    ``kl_positions="all"`` takes the mean of a KL over every position of the sequences, prompts
+    included, instead of over answer tokens.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest), a coefficient that the
@@ -163,16 +195,25 @@ def build_method(name: str, coefficients: Coefficients | None = None) -> tuple[T
         if field not in coefficients_of(name):
             others = [other for other in METHODS if field in coefficients_of(other)]
             raise UserError(f"{name} has no {_spell(field)}; these have: {', '.join(others)}")
-    for field in ("forget", "retain"):
+    for field in WEIGHTS:
         if not 0 <= given.get(field, 1.0) < float("inf"):
             raise UserError(f"the {_spell(field)} must be 0 or more, got {given[field]}")
     try:
-        return tuple(
+        terms = tuple(
             make(**{field: given[field] for field in _parameters(make) if field in given})
             for make in METHODS[name]
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if kl_positions == "answer":
+        return terms
+    if "kl" not in coefficients_of(name):
+        others = [other for other in METHODS if "kl" in coefficients_of(other)]
+        raise UserError(f"{name} has no KL to take over all positions: {', '.join(others)} have")
+    return tuple(
+        replace(term, positions=kl_positions) if isinstance(term.loss, KL) else term
+        for term in terms
+    )
 
 
 def canonical_name(name: str) -> str:
@@ -219,4 +260,4 @@ def _parameters(make: Callable[..., Term]) -> dict[str, inspect.Parameter]:
 
 
 def _spell(field: str) -> str:
-    return f"{field} coefficient" if field in ("forget", "retain") else field
+    return f"{field} coefficient" if field in WEIGHTS else field

@@ -13,6 +13,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.loop import reference_log_probs, train, with_baselines
 from npo_fast.trainer.order import side_by_side, step_batches
+from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from tests.conftest import VOCABULARY, tiny_model
 
@@ -49,7 +50,8 @@ def run(method: str, settings: TrainSettings, lm: CausalLM | None = None, **coef
     lm = lm or small_lm()
     terms = build_method(method, Coefficients(**coefficients))
     references = reference_log_probs(lm, sources(), terms, settings.micro_batch_tokens)
-    return lm, list(train(lm, sources(), terms, settings, references))
+    cache = reference_cache_for(terms, lm, sources(), settings.micro_batch_tokens)
+    return lm, list(train(lm, sources(), terms, settings, references, cache))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -292,8 +294,9 @@ def test_an_unknown_method_suggests_the_nearest():
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        ("GA", {"beta": 0.1}, r"GA has no beta; these have: NPO, NPO\+RT, DPO"),
+        ("GA", {"beta": 0.1}, r"GA has no beta; these have: NPO, NPO\+RT, NPO\+KL"),
         ("NPO", {"retain": 2.0}, r"NPO has no retain coefficient; these have: GA\+RT, IDK\+RT"),
+        ("NPO+RT", {"kl": 2.0}, r"NPO\+RT has no kl coefficient; these have: GA\+KL"),
         ("NPO", {"delta": 0.0}, r"NPO has no delta; these have: SimNPO, SimNPO\+RT$"),
         ("CEU+RT", {"beta1": 1.0}, r"CEU\+RT has no beta1; these have: SatImp, SatImp\+RT$"),
     ],

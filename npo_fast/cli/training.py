@@ -17,6 +17,7 @@ from npo_fast.trainer.settings import TrainSettings
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
     from npo_fast.model.causal_lm import CausalLM
     from npo_fast.trainer.loop import References
+    from npo_fast.trainer.reference_cache import ReferenceCache
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def run_training(
     training: TrainSettings,
     references: "References | None" = None,
     report: Callable[[], Mapping[str, Any]] = dict,
+    reference_cache: "ReferenceCache | None" = None,
 ) -> dict[str, Any]:
     """Trains, saves and returns what ``run.json`` says in the end."""
     from npo_fast.trainer.loop import train
@@ -157,8 +159,9 @@ def run_training(
     run = Run(run_options.output, run_options.overwrite, {**facts, "attention": lm.attention})
     tokenizer = prepared.template.tokenizer
     last = None
+    steps = train(lm, prepared.sources, terms, training, references, reference_cache)
     try:
-        for record in follow(train(lm, prepared.sources, terms, training, references), verb):
+        for record in follow(steps, verb):
             run.log(record)
             last = record
             every = run_options.save_every

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -67,7 +67,8 @@ class MethodOptions:
     """How to forget."""
 
     method: str = "NPO+RT"
-    """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, each also with +RT; IDK+RT."""
+    """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, UNDIAL, each also with
+    +RT; IDK+RT; GA, NPO, DPO and KTO with +KL; GA+forgetKL."""
     beta: float | None = None
     """Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."""
     delta: float | None = None
@@ -76,10 +77,18 @@ class MethodOptions:
     """SatImp's exponent of p; else 5."""
     beta2: float | None = None
     """SatImp's exponent of 1 - p; else 1."""
+    gamma: float | None = None
+    """UNDIAL's strength, in nats; else 10."""
     forget_coefficient: float | None = None
     """Of the forget term; else 1."""
     retain_coefficient: float | None = None
     """Of the retain term; else 1. The paper takes 5 to forget half and 12 to forget 90 percent."""
+    kl_coefficient: float | None = None
+    """Of the KL to the model as it was; else 1."""
+    kl_positions: Literal["answer", "all"] = "answer"
+    """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code."""
+    reference_cache: Path | None = None
+    """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
 
     def coefficients(self) -> Coefficients:
         return Coefficients(
@@ -87,6 +96,8 @@ class MethodOptions:
             delta=self.delta,
             beta1=self.beta1,
             beta2=self.beta2,
+            gamma=self.gamma,
+            kl=self.kl_coefficient,
             forget=self.forget_coefficient,
             retain=self.retain_coefficient,
         )
@@ -113,11 +124,16 @@ class Command:
 
 
 def run(command: Command) -> None:
-    terms = build_method(command.method.method, command.method.coefficients())
+    method = command.method
+    terms = build_method(method.method, method.coefficients(), method.kl_positions)
     wanted: set[str] = {source for term in terms for source in term.reads}
     data = command.data
     if data.retain is None and "retain" in wanted:
-        raise UserError(f"{command.method.method} keeps what --retain names; name it, or use NPO")
+        raise UserError(f"{method.method} keeps what --retain names; name it, or use NPO")
+    if method.reference_cache is not None and all(t.loss.reference != "hidden" for t in terms):
+        raise UserError(
+            f"{method.method} compares with no hidden states; leave out --reference-cache"
+        )
     command.run.check()
     records = data.load()
     answers = data.load_answers(records["forget"], wanted, command.training.seed)
@@ -127,12 +143,20 @@ def run(command: Command) -> None:
         return
 
     from npo_fast.trainer.loop import reference_log_probs
+    from npo_fast.trainer.reference_cache import reference_cache_for
 
     lm = command.model.load_model()
     look = _Look(command.report, lm, prepared.template, records)
     before = look.take("before")
     references = reference_log_probs(
         lm, prepared.sources, terms, command.training.micro_batch_tokens
+    )
+    cache = reference_cache_for(
+        terms,
+        lm,
+        prepared.sources,
+        command.training.micro_batch_tokens,
+        method.reference_cache,
     )
     after: dict[str, Any] = {}
 
@@ -141,8 +165,9 @@ def run(command: Command) -> None:
         return {"before": before, "after": after} if after else {}
 
     facts = run_training(
-        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report
-    )
+        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report,
+        cache,
+    )  # fmt: skip
     say()
     show(
         {"output": str(command.run.output), **facts},

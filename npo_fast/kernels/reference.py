@@ -10,7 +10,8 @@ The row operators see one chunk of raw logits ``a = W h + b`` (before softcap an
     d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
-``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
+``npo_head`` goes on from the token log-probs to the NPO loss of the sequences. ``row_kl_`` compares
+a chunk of logits with one of a reference model, and replaces it by the gradient of that divergence.
 
 ``linear_log_probs`` and its backward operator start from hidden states instead. All rows go through
 a slice of the vocabulary at a time, so nothing V-wide exists; the backward operator makes each
@@ -50,6 +51,10 @@ library.define(
     "linear_log_probs_backward(Tensor g, Tensor hidden, Tensor weight, Tensor labels, "
     "Tensor? bias, Tensor log_probs, Tensor lse, float? softcap, float logit_scale, "
     "bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "row_kl_(Tensor(a!) logits, Tensor ref_logits, float? softcap, float logit_scale, "
+    "float? ref_softcap, float ref_logit_scale) -> Tensor"
 )
 
 
@@ -176,6 +181,37 @@ def linear_log_probs_backward(
     return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(hidden.dtype)
 
 
+def row_kl_(
+    logits: Tensor,  # (R, V) raw logits; on return d kl / d logits
+    ref_logits: Tensor,  # (R, V) raw logits of the reference, left alone
+    softcap: float | None,
+    logit_scale: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+) -> Tensor:  # kl (R,): fp32, or fp64 for fp64 logits
+    """``KL_n = sum_v p_ref (log p_ref - log p)``, ``d KL_n / d a_n = (p - p_ref) * d z_n / d a_n``.
+
+    With ``x = log p - log p_ref`` the sum is taken over ``p_ref (exp(x) - 1 - x)``, which adds
+    ``p - p_ref`` to each term: nothing in all, but no term is negative, and a model that is near
+    its reference gets a small sum of small terms instead of a difference of large ones.
+    """
+    kl = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
+    for rows in _slabs(logits):
+        z, slope = _capped(logits[rows].to(kl.dtype), softcap)
+        ref_z, _ = _capped(ref_logits[rows].to(kl.dtype), ref_softcap)
+        z, ref_z = z * logit_scale, ref_z * ref_logit_scale
+        (p, top, log_sum), (p_ref, ref_top, ref_log_sum) = _softmax(z), _softmax(ref_z)
+        x = (z - ref_z) - (top - ref_top) - (log_sum - ref_log_sum)
+        near = x.abs() < 0.5  # elsewhere expm1 may overflow, and p - p_ref does not cancel
+        grad = torch.where(near, p_ref * torch.expm1(x), p - p_ref)
+        terms = torch.where(p_ref == 0, p, grad - p_ref * x)
+        kl[rows] = terms.clamp_(min=0).sum(dim=-1, dtype=torch.float64).to(kl.dtype)
+        if slope is not None:
+            grad.mul_(slope)
+        logits[rows] = grad.mul_(logit_scale).to(logits.dtype)
+    return kl
+
+
 def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
@@ -196,10 +232,22 @@ def _activate(
     raw = logits.to(_wide(logits.dtype))
     if target_logits is not None:
         raw = raw.scatter(1, labels.unsqueeze(1), target_logits.to(raw.dtype).unsqueeze(1))
+    return _capped(raw, softcap)
+
+
+def _capped(raw: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     if softcap is None:
         return raw, None
     tanh = (raw / softcap).tanh_()
     return tanh * softcap, 1 - tanh.square()
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, and the logsumexp as two columns that add up to it."""
+    top = z.amax(dim=-1, keepdim=True)
+    p = (z - top).exp_()
+    total = p.sum(dim=-1, keepdim=True)
+    return p.div_(total), top, total.log()
 
 
 def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,6 +347,10 @@ def _linear_backward_fake(
     return _gradients(hidden, weight, bias, rest[-1])
 
 
+def _row_kl_fake(logits: Tensor, *_: Any) -> Tensor:
+    return _outputs(logits)[0]
+
+
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
@@ -306,6 +358,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "npo_head": (npo_head, _npo_head_fake),
     "linear_log_probs": (linear_log_probs, _linear_fake),
     "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
+    "row_kl_": (row_kl_, _row_kl_fake),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

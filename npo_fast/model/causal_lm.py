@@ -68,11 +68,15 @@ class CausalLM:
             "logit_scale": self.logit_scale,
         }
 
+    def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
+        """Last hidden states of every token."""
+        if not self.packs:
+            return torch.cat([self._last_hidden(one) for one in _one_by_one(batch)])
+        return self._last_hidden(batch)
+
     def hidden(self, batch: PackedBatch) -> Tensor:  # (N, D)
         """Last hidden states of the rows that predict an answer token."""
-        if not self.packs:
-            return torch.cat([self._last_hidden(one)[one.rows] for one in _one_by_one(batch)])
-        return self._last_hidden(batch)[batch.rows]
+        return self.states(batch)[batch.rows]
 
     def log_probs(self, batch: PackedBatch) -> Tensor:  # (N,)
         """Log-probability of every answer token."""

@@ -37,10 +37,10 @@ class Head:
     def wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def chunk_rows(self) -> int:
-        """Rows whose logits fit ``CHUNK_BYTES``, at least one."""
+    def chunk_rows(self, chunk_bytes: int | None = None) -> int:
+        """Rows whose logits fit ``chunk_bytes`` (None: ``CHUNK_BYTES``), at least one."""
         row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
-        return max(1, CHUNK_BYTES // max(1, row_bytes))
+        return max(1, (chunk_bytes or CHUNK_BYTES) // max(1, row_bytes))
 
     def buffer(self, rows: int) -> Tensor:  # (rows, V)
         """Room for the logits of one chunk after another.
@@ -130,13 +130,13 @@ class HeadGradients:
         self,
         rows: slice,
         hidden: Tensor,  # (R, D) the rows of this chunk
-        log_probs: Tensor,  # (R,)
+        log_probs: Tensor | None,  # (R,), for skipping
         logits_gradient: Tensor,  # (R, V) d log_prob / d logits
         g: Tensor,  # (R,) d loss / d log_prob
     ) -> None:
         """``d_hidden = g * (G W)`` and ``d_weight += G^T (g * hidden)``: g never meets width V."""
         kept = None
-        if self.skip_below > 0:
+        if self.skip_below > 0 and log_probs is not None:
             scale = self.head.logit_scale
             kept = rows_that_matter(hidden, log_probs, g, scale, self.skip_below, self.skipped)
         if kept is not None:
@@ -171,3 +171,14 @@ class HeadGradients:
             None if weight is None else weight.to(self.head.weight.dtype),
             None if bias is None or self.head.bias is None else bias.to(self.head.bias.dtype),
         )
+
+
+def scale_(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], upstream: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """In place: autograd then keeps these buffers instead of copies."""
+    if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
+        for one in gradients:
+            if one is not None:
+                one.mul_(upstream)
+    return gradients

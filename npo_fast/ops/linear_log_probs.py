@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head, check_labels
+from npo_fast.ops.checks import check_head, check_label_values, check_labels
 from npo_fast.ops.head import LEAST_ROWS, Head, HeadGradients
 
 
@@ -45,7 +45,8 @@ def linear_log_probs(
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
+    check_head("linear_log_probs", hidden, weight, bias, softcap)
+    check_labels("linear_log_probs", hidden, labels)
     step = resolve_chunk_rows("linear_log_probs", Head(weight, bias), chunk_rows)
     log_probs, _ = _forward(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
     return log_probs
@@ -82,7 +83,7 @@ def _forward(
     logit_scale: float,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
-    check_labels("linear_log_probs", labels, len(weight))
+    check_label_values("linear_log_probs", labels, len(weight))
     with no_autocast(hidden):
         log_probs, lse = torch.ops.npo_fast.linear_log_probs(
             hidden, weight, labels, bias, softcap, logit_scale

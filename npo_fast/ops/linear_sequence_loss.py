@@ -9,8 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from npo_fast.ops import compiled
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_head, check_labels, check_ref_log_probs
-from npo_fast.ops.head import Head
+from npo_fast.ops.checks import (
+    check_cu_seqlens,
+    check_head,
+    check_label_values,
+    check_labels,
+    check_ref_log_probs,
+)
+from npo_fast.ops.head import Head, scale_
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Gradients, Plan, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
@@ -90,7 +96,8 @@ def linear_sequence_loss(
             skip_below=skip_below, skipped=skipped,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(op, hidden, weight, labels, bias, softcap)
+    check_head(op, hidden, weight, bias, softcap)
+    check_labels(op, hidden, labels)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     sequences = len(cu_seqlens) - 1
     check_ref_log_probs(op, loss, ref_log_probs, sequences, len(hidden), hidden.device)
@@ -123,7 +130,7 @@ def linear_sequence_loss(
     tensors = hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs
     if torch.compiler.is_compiling():
         return compiled.sequence_loss(plan, *tensors)
-    check_labels(op, labels, len(weight))
+    check_label_values(op, labels, len(weight))
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(plan, *tensors)
 
@@ -147,14 +154,9 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # scaled in place and let go: autograd then keeps these buffers instead of copies
         gradients: Gradients | None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
             plan, needs = replace(ctx.plan, skipped=None), ctx.needs_input_grad[1:4]
             _, _, gradients = loss_and_gradients(plan, needs, *ctx.saved_tensors)
-        if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
-            for one in gradients:
-                if one is not None:
-                    one.mul_(upstream)
-        return None, *gradients, None, None, None
+        return None, *scale_(gradients, upstream), None, None, None

@@ -11,10 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import NonFiniteError
+from npo_fast.losses import KL
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.ops import linear_sequence_loss, segment_sum
+from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import driving_sources, side_by_side, step_batches, steps_per_epoch
+from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Sources = Mapping[str, list[Sequence]]
@@ -27,6 +29,7 @@ def train(
     terms: tuple[Term, ...],
     settings: TrainSettings,
     references: References | None = None,
+    reference_cache: ReferenceCache | None = None,
 ) -> Iterator[StepRecord]:
     """Minimises ``sum(term.coefficient * term)`` and yields a record after every step.
 
@@ -40,6 +43,7 @@ def train(
     Args:
         sources: tokenised data by source name; those that no term uses are left alone.
         references: what ``reference_log_probs`` returned, where a term needs it.
+        reference_cache: hidden states of the reference, where a term is a KL.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
@@ -78,7 +82,9 @@ def train(
             sums = torch.zeros(len(stream), device=lm.device)
             sequences = side_by_side(batch, stream)
             for micro in pack(sequences, settings.micro_batch_tokens, group=len(stream)):
-                loss, found, sequence_log_probs = micro_step(lm, micro, own, counts, references)
+                loss, found, sequence_log_probs = micro_step(
+                    lm, micro, own, counts, references, reference_cache
+                )
                 loss.backward()
                 for name, value in found.items():
                     values[name] = values[name] + value
@@ -114,39 +120,56 @@ def micro_step(
     terms: Iterable[Term],
     counts: Mapping[str, int],
     references: References | None,
+    reference_cache: ReferenceCache | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
 
     The terms are those of one stream, whose sources take turns in the micro-batch.
     """
     micro = micro.to(lm.device)
-    hidden = lm.hidden(micro)
+    states = lm.states(micro)
+    hidden = states[micro.rows]
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
+    sequence_log_probs = None
     for term in terms:
-        value, sequence_log_probs = linear_sequence_loss(
-            hidden,
-            labels=micro.labels,
-            cu_seqlens=micro.answer_cu_seqlens,
-            loss=term.loss,
-            ref_log_probs=_reference(term, micro, references),
-            reduction="sum",
-            **lm.head_arguments,
-        )
+        if isinstance(term.loss, KL):
+            assert reference_cache is not None, f"{term.name} needs a reference cache"
+            value = term.loss(
+                states if term.positions == "all" else hidden,
+                lm.head_arguments,
+                reference_cache.hidden(term.source, micro.indices),
+                reference_cache.head_arguments,
+                labels=micro.labels if term.loss.demotion else None,
+            )
+        else:
+            value, sequence_log_probs = linear_sequence_loss(
+                hidden,
+                labels=micro.labels,
+                cu_seqlens=micro.answer_cu_seqlens,
+                loss=term.loss,
+                ref_log_probs=_reference(term.loss, term, micro, references),
+                reduction="sum",
+                **lm.head_arguments,
+            )
         value = value / counts[term.name]
         values[term.name] = value.detach()
         loss = loss + term.coefficient * value
+    if sequence_log_probs is None:  # every term is a KL, which makes none on its way
+        with torch.no_grad():
+            log_probs = linear_log_probs(hidden, labels=micro.labels, **lm.head_arguments)
+            sequence_log_probs = segment_sum(log_probs, micro.answer_cu_seqlens)
     return loss, values, sequence_log_probs
 
 
 def _reference(
-    term: Term, micro: PackedBatch, references: References | None
+    loss: SequenceLoss, term: Term, micro: PackedBatch, references: References | None
 ) -> Tensor | None:  # (s,) or (n,)
-    if term.loss.reference is None:
+    if loss.reference is None:
         return None
     assert references is not None, f"{term.name} needs reference log-probs"
     of_each = [references[name][i] for name, i in zip(cycle(term.stream), micro.indices)]
-    join = torch.stack if term.loss.reference == "sequence" else torch.cat
+    join = torch.stack if loss.reference == "sequence" else torch.cat
     return join(of_each).to(micro.labels.device)
 
 
@@ -184,7 +207,7 @@ def reference_log_probs(
     references: dict[str, Tensor | list[Tensor]] = {}
     was_training = lm.model.training
     lm.model.eval()
-    compared = [term for term in terms if term.loss.reference is not None]
+    compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
     for source, kind in kinds.items():
         found = [torch.empty(0)] * len(sources[source])
@@ -204,7 +227,8 @@ def reference_log_probs(
 def count(term: Term, batch: Mapping[str, list[Sequence]]) -> int:
     """What the term's sum over the step is divided by."""
     sequences = [s for name in term.over or (term.source,) for s in batch.get(name, ())]
-    tokens = sum(s.answer_length for s in sequences)
+    everywhere = term.positions == "all"
+    tokens = sum(len(s.input_ids) if everywhere else s.answer_length for s in sequences)
     return {"mean": len(sequences), "token_mean": tokens, "sum": 1}[term.reduction]
 
 

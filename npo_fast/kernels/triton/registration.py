@@ -18,6 +18,7 @@ KEY = "CUDA"
 LAUNCHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "row_log_probs_": ("row_log_probs", {"in_place": True}),
     "npo_head": ("npo_head", {}),
+    "row_kl_": ("row_kl", {}),
     "linear_log_probs": ("linear_forward", {}),
     "linear_log_probs_backward": ("linear_backward", {}),
 }
