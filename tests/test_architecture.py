@@ -15,7 +15,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"methods", "modules"},
     {"model"},
     {"losses", "metrics", "data"},
-    {"ops"},
+    {"ops", "memorization"},
     {"kernels"},
     {"errors", "_version"},
 ]
