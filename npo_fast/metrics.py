@@ -10,7 +10,7 @@ log does not hold is left out of its summary. Only numpy and scipy.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,15 @@ def column(log: Log, name: str) -> Array:
         example = int(np.argwhere(np.isnan(array))[0][0])
         raise UserError(f"{name!r} is NaN at example {example}")
     return array
+
+
+def select(log: Log, examples: Iterable[int]) -> dict[str, Any]:
+    """The log of some of its examples, in the order given."""
+    examples = list(examples)
+    return {
+        name: [values[str(i)] if isinstance(values, Mapping) else values[i] for i in examples]
+        for name, values in log.items()
+    }
 
 
 def load_result(path: str | Path) -> dict[str, Log]:

@@ -11,9 +11,11 @@ from npo_fast.cli.settings import Toggle
 from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
 from npo_fast.data import Record, load_records
 from npo_fast.errors import UserError
+from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import Suite, tofu_suite
 from npo_fast.methods import Coefficients, build_method
-from npo_fast.metrics import probability, rouge_l_recall
+from npo_fast.metrics import FORGET, Result, load_result, probability, rouge_l_recall, select
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -64,6 +66,7 @@ class Command:
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainSettings = field(default_factory=TrainSettings)
     report: ReportOptions = field(default_factory=ReportOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -77,6 +80,7 @@ def run(command: Command) -> None:
         splits["retain"] = data.retain
     elif any(term.source == "retain" for term in terms):
         raise UserError(f"{command.method.method} keeps what --retain names; name it, or use NPO")
+    watched = _watched(command)
     prepared = prepare(command.model, command.run, command.training, splits, data.data, "forget")
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
@@ -87,6 +91,7 @@ def run(command: Command) -> None:
     lm = command.model.load_model()
     records = {name: load_records(split, data.data) for name, split in splits.items()}
     look = _Look(command.report, lm, prepared.template, records)
+    course = _course(command, lm, prepared.template, *watched) if watched else None
     before = look.take("before")
     references = reference_log_probs(
         lm, prepared.sources, terms, command.training.micro_batch_tokens
@@ -98,14 +103,55 @@ def run(command: Command) -> None:
         return {"before": before, "after": after} if after else {}
 
     facts = run_training(
-        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report
-    )
+        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report,
+        course,
+    )  # fmt: skip
     say()
     show(
         {"output": str(command.run.output), **facts},
-        _text(before, after) + f"\nthe model is in {command.run.output / 'model'}",
+        _text(before, after) + f"\n{_chosen(command, facts)} {command.run.output / 'model'}",
         command.run.json,
     )
+
+
+def _watched(command: Command) -> tuple[Suite, Result | None] | None:
+    """The records to measure while training, and the retrained model's log of the same ones."""
+    options, data = command.watch, command.data
+    if not options.eval_every:
+        return None
+    suite = tofu_suite(data.data, data.forget, data.retain)
+    kept = {name: records[: options.eval_records] for name, records in suite.items()}
+    if options.retrained is None:
+        return kept, None
+    log = load_result(options.retrained).get(FORGET, {})
+    found, wanted = len(log.get("avg_gt_loss", ())), len(suite[FORGET])
+    if found != wanted:
+        raise UserError(
+            f"{options.retrained} has {found} forget items and --forget {wanted}: "
+            "evaluate the retrained model on the same records"
+        )
+    return kept, {FORGET: select(log, range(len(kept[FORGET])))}
+
+
+def _course(
+    command: Command, lm: Any, template: Any, suite: Suite, retrained: Result | None
+) -> Course:
+    from npo_fast.evaluation.evaluate import evaluate
+
+    settings = EvaluationSettings(max_new_tokens=command.report.max_new_tokens)
+    return Course(command.watch, lambda: evaluate(lm, template, suite, settings), retrained)
+
+
+def _chosen(command: Command, facts: Mapping[str, Any]) -> str:
+    measure = command.watch.keep_best
+    if measure is None:
+        return "the model is in"
+    if "best" not in facts:
+        share = command.watch.min_utility
+        return f"no evaluation kept {share:.0%} of the utility; the model after the last step is in"
+    best = facts["best"]
+    value = number(value_of(best, measure))
+    return f"the model of step {best['step']}, the best by {measure} ({value}), is in"
 
 
 class _Look:
