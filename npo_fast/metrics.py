@@ -177,6 +177,21 @@ def select(log: Log, examples: Iterable[int]) -> dict[str, Any]:
     }
 
 
+def retrained_log(path: Path, items: int, examples: Iterable[int]) -> dict[str, Log]:
+    """The forget log of a retrained model, of some ``examples`` out of all ``items``.
+
+    Raises:
+        UserError: it was not made on ``items`` forget records.
+    """
+    log = load_result(path).get(FORGET, {})
+    if (found := len(log.get("avg_gt_loss", ()))) != items:
+        raise UserError(
+            f"{path} has {found} forget items and --forget {items}: "
+            "evaluate the retrained model on the same records"
+        )
+    return {FORGET: select(log, examples)}
+
+
 def load_result(path: str | Path) -> dict[str, Log]:
     """A result from a folder of TOFU's files, an aggregated file, or a run folder of npo-fast."""
     path = Path(path)

@@ -10,7 +10,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"__main__"},
     {"cli"},
     {"demo", "bench"},
-    {"report", "hf_trainer"},
+    {"report", "hf_trainer", "robustness"},
     {"trainer", "evaluation"},
     {"methods", "modules"},
     {"model"},

@@ -15,7 +15,7 @@ from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, tofu_suite
 from npo_fast.methods import Coefficients, build_method
-from npo_fast.metrics import FORGET, Result, load_result, probability, rouge_l_recall, select
+from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -123,14 +123,8 @@ def _watched(command: Command) -> tuple[Suite, Result | None] | None:
     kept = {name: records[: options.eval_records] for name, records in suite.items()}
     if options.retrained is None:
         return kept, None
-    log = load_result(options.retrained).get(FORGET, {})
-    found, wanted = len(log.get("avg_gt_loss", ())), len(suite[FORGET])
-    if found != wanted:
-        raise UserError(
-            f"{options.retrained} has {found} forget items and --forget {wanted}: "
-            "evaluate the retrained model on the same records"
-        )
-    return kept, {FORGET: select(log, range(len(kept[FORGET])))}
+    examples = range(len(kept[FORGET]))
+    return kept, retrained_log(options.retrained, len(suite[FORGET]), examples)
 
 
 def _course(
