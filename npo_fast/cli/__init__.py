@@ -46,6 +46,12 @@ VERBS = {
         "npo-fast evaluate --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--retain retain90 --output runs/npo-eval",
     ),
+    "attack": Verb(
+        "Measure",
+        "Is it really gone? Relearn a part of the forget set, round the weights, measure again",
+        "npo-fast attack --model runs/npo --data locuslab/TOFU --forget forget10 "
+        "--output runs/npo-attack",
+    ),
     "bench": Verb(
         "Measure",
         "Time and memory of the losses beside their peers (loss), or the GPU kernels (kernels)",

@@ -15,6 +15,7 @@ from npo_fast.trainer.order import driving_sources, steps_per_epoch
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
+    from npo_fast.evaluation.course import Course
     from npo_fast.model.causal_lm import CausalLM
     from npo_fast.trainer.loop import References
     from npo_fast.trainer.reference_cache import ReferenceCache
@@ -149,17 +150,22 @@ def run_training(
     references: "References | None" = None,
     report: Callable[[], Mapping[str, Any]] = dict,
     reference_cache: "ReferenceCache | None" = None,
+    course: "Course | None" = None,
 ) -> dict[str, Any]:
     """Trains, saves and returns what ``run.json`` says in the end."""
     from npo_fast.trainer.loop import train
     from npo_fast.trainer.run import Run
 
     check_vocabulary(lm, prepared.sources)
+    if course is not None:  # first: it may refuse, and the folder may hold an earlier run
+        course.begin()
     facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
     run = Run(run_options.output, run_options.overwrite, {**facts, "attention": lm.attention})
     tokenizer = prepared.template.tokenizer
     last = None
     steps = train(lm, prepared.sources, terms, training, references, reference_cache)
+    if course is not None:
+        run.log_evaluation(course.start)
     try:
         for record in follow(steps, verb):
             run.log(record)
@@ -167,6 +173,14 @@ def run_training(
             every = run_options.save_every
             if every and record.step % every == 0 and record.step < record.steps:
                 run.checkpoint(lm, tokenizer, record.step)
+            if course is not None and course.due(record.step, record.steps):
+                better = course.look(record.step, record.epoch)
+                run.log_evaluation(course.last)
+                if better:
+                    run.keep_best(lm, tokenizer)
+                if course.over():
+                    say(f"{course.options.stop_when} at step {record.step}: stopped")
+                    break
     except NonFiniteError as error:
         kept = "no step was taken, so there is nothing to keep"
         if last is not None:
@@ -177,7 +191,11 @@ def run_training(
     except BaseException as error:
         run.finish("stopped", error=f"{type(error).__name__}: {error}")
         raise
+    chosen = {}
+    if course is not None and course.best:
+        chosen["best"] = {"measure": course.options.keep_best, **course.best}
+        run.restore_best(lm)
     folder = run.save_model(lm, tokenizer)
     say(f"model saved in {folder}")
-    run.finish("finished", final=dataclasses.asdict(last) if last else {}, **report())
+    run.finish("finished", final=dataclasses.asdict(last) if last else {}, **chosen, **report())
     return run.facts

@@ -12,9 +12,11 @@ from npo_fast.cli.settings import Toggle
 from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
 from npo_fast.data import Record, alternated, load_records, load_refusals, refused
 from npo_fast.errors import UserError
+from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import Suite, tofu_suite
 from npo_fast.methods import Coefficients, build_method
-from npo_fast.metrics import probability, rouge_l_recall
+from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -120,6 +122,7 @@ class Command:
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainSettings = field(default_factory=TrainSettings)
     report: ReportOptions = field(default_factory=ReportOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -135,6 +138,7 @@ def run(command: Command) -> None:
             f"{method.method} compares with no hidden states; leave out --reference-cache"
         )
     command.run.check()
+    watched = _watched(command)
     records = data.load()
     answers = data.load_answers(records["forget"], wanted, command.training.seed)
     prepared = prepare(command.model, command.training, {**records, **answers}, data.named(), terms)
@@ -147,6 +151,7 @@ def run(command: Command) -> None:
 
     lm = command.model.load_model()
     look = _Look(command.report, lm, prepared.template, records)
+    course = _course(command, lm, prepared.template, *watched) if watched else None
     before = look.take("before")
     references = reference_log_probs(
         lm, prepared.sources, terms, command.training.micro_batch_tokens
@@ -166,14 +171,48 @@ def run(command: Command) -> None:
 
     facts = run_training(
         command, "unlearn", command.run, prepared, lm, terms, command.training, references, report,
-        cache,
+        cache, course,
     )  # fmt: skip
     say()
     show(
         {"output": str(command.run.output), **facts},
-        _text(before, after) + f"\nthe model is in {command.run.output / 'model'}",
+        _text(before, after) + f"\n{_chosen(command, facts)} {command.run.output / 'model'}",
         command.run.json,
     )
+
+
+def _watched(command: Command) -> tuple[Suite, Result | None] | None:
+    """The records to measure while training, and the retrained model's log of the same ones."""
+    options, data = command.watch, command.data
+    if not options.eval_every:
+        return None
+    suite = tofu_suite(data.data, data.forget, data.retain)
+    kept = {name: records[: options.eval_records] for name, records in suite.items()}
+    if options.retrained is None:
+        return kept, None
+    examples = range(len(kept[FORGET]))
+    return kept, retrained_log(options.retrained, len(suite[FORGET]), examples)
+
+
+def _course(
+    command: Command, lm: Any, template: Any, suite: Suite, retrained: Result | None
+) -> Course:
+    from npo_fast.evaluation.evaluate import evaluate
+
+    settings = EvaluationSettings(max_new_tokens=command.report.max_new_tokens)
+    return Course(command.watch, lambda: evaluate(lm, template, suite, settings), retrained)
+
+
+def _chosen(command: Command, facts: Mapping[str, Any]) -> str:
+    measure = command.watch.keep_best
+    if measure is None:
+        return "the model is in"
+    if "best" not in facts:
+        share = command.watch.min_utility
+        return f"no evaluation kept {share:.0%} of the utility; the model after the last step is in"
+    best = facts["best"]
+    value = number(value_of(best, measure))
+    return f"the model of step {best['step']}, the best by {measure} ({value}), is in"
 
 
 class _Look:

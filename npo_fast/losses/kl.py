@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from npo_fast.ops import linear_kl
+from npo_fast.ops.linear_kl import linear_kl
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from npo_fast.data.template import Sequence
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.ops import linear_log_probs
+from npo_fast.ops.head import Head
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats; half precision: 0.25
 
@@ -67,6 +68,11 @@ class CausalLM:
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
         }
+
+    @property
+    def linear_head(self) -> Head:
+        """The same as the chunk-wise code below the operators takes it."""
+        return Head(**self.head_arguments)
 
     def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
         """Last hidden states of every token."""

@@ -62,6 +62,12 @@ class Head:
                 torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
         return logits
 
+    def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z, in the wide dtype
+        z = logits.to(self.wide_dtype)
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z * self.logit_scale
+
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         log_probs, _ = torch.ops.npo_fast.linear_log_probs(
             hidden, self.weight, labels, self.bias, self.softcap, self.logit_scale
