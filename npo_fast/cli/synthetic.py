@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 RESULT, CURVES, CLAIMS = "result.json", "curves.json", "claims.md"
 THEOREM_STEPS, QUICK_THEOREM_STEPS = 4000, 400
 LARGEST_SEED = 2**63 - 1
+_CURVE = ("steps", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ def run(command: Command) -> None:
     check_output(options.output, options.overwrite)
     started = time.perf_counter()
     say("loading PyTorch")
+    from npo_fast.bench.provenance import provenance
     from npo_fast.synthetic import claims, experiment, figures, theory
-    from npo_fast.trainer.run import versions
+
+    origin = provenance()
 
     steps = experiment.QUICK if options.quick else experiment.Steps()
     found = experiment.run(seeds, steps, say)
@@ -56,7 +59,7 @@ def run(command: Command) -> None:
         "seeds": seeds,
         "quick": options.quick,
         "time_s": time.perf_counter() - started,
-        "versions": versions(),
+        "provenance": origin,
         "steps": asdict(steps),
         "claims": [asdict(one) for one in checked],
         "theorem": [{k: v for k, v in asdict(x).items() if k not in _CURVE} for x in laws.laws],
@@ -71,9 +74,6 @@ def run(command: Command) -> None:
     _write(options.output / RESULT, result)
     say()
     show(result, _text(result, text, files), command.common.json)
-
-
-_CURVE = ("steps", "mean", "std")
 
 
 def _seeds(text: str) -> list[int]:
