@@ -52,6 +52,11 @@ VERBS = {
         "npo-fast attack --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--output runs/npo-attack",
     ),
+    "synthetic": Verb(
+        "Measure",
+        "The NPO paper's synthetic experiment and theorem beside its claims, a few minutes",
+        "npo-fast synthetic",
+    ),
     "bench": Verb(
         "Measure",
         "Time and memory of the losses beside their peers (loss), or the GPU kernels (kernels)",
