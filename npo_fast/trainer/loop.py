@@ -101,7 +101,7 @@ def micro_step(
     lm: CausalLM,
     micro: PackedBatch,
     terms: list[Term],
-    counts: dict[str, int],
+    counts: Mapping[str, int | Tensor],
     references: Mapping[str, Tensor] | None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss, of each term, and its sequence log-probs."""
