@@ -3,9 +3,10 @@
     trainer = UnlearningTrainer(model, args, UnlearningDataset(forget, retain), method="NPO+RT")
     trainer.train()
 
-Losses, methods and packing are those of ``npo_fast.trainer``; only the loop is another's. One
-process and one device: with DDP, FSDP, DeepSpeed, ``DataParallel`` or ``torch_compile`` the decoder
-would run outside the wrapper that they put around the model, and ``train`` says so.
+Losses, methods and packing are those of ``npo_fast.trainer``; only the loop is another's. Several
+processes (``torchrun``, ``accelerate launch``) train as with DDP: each has the whole model, and the
+loss is that of all their batches together. Where the head's weight is not whole (FSDP, DeepSpeed),
+and under ``DataParallel`` or ``torch_compile``, ``train`` refuses.
 """
 
 import copy
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from npo_fast.data import PackedBatch, Sequence, pack
@@ -127,6 +129,9 @@ class UnlearningTrainer(Trainer):
     (GA, the retain term) weights each device batch alike, whatever its number of tokens, and KTO's
     baseline is that of the device batch.
 
+    Over several processes the sums are divided by the counts of all of them, so that batches of
+    unequal size or length weigh as they would in one process.
+
     Logs carry each term's value and the mean log-prob of a sequence in the latest device batch.
 
     Args:
@@ -141,7 +146,7 @@ class UnlearningTrainer(Trainer):
     Raises:
         UserError: an unknown method, no retain data for a method that needs it, an evaluation set
             (``npo_fast.evaluation`` measures forgetting), a model whose head is not understood or,
-            in ``train``, one wrapped for several devices.
+            in ``train``, one that is wrapped otherwise than by DDP.
     """
 
     def __init__(
@@ -192,17 +197,19 @@ class UnlearningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if model is not self.lm.model:
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        if inner is not self.lm.model:
             raise UserError(
-                f"UnlearningTrainer runs on one device, and the model is wrapped as "
-                f"{type(model).__name__}: start one process, with one visible GPU and without "
-                "FSDP, DeepSpeed or torch_compile"
+                f"UnlearningTrainer needs the head's weight whole, and the model is wrapped as "
+                f"{type(model).__name__}: start one process a GPU (torchrun, accelerate launch: "
+                "DDP) without FSDP, DeepSpeed or torch_compile"
             )
         total = torch.zeros((), device=self.lm.device)
-        with self.accelerator.autocast():  # Trainer's own is around model.forward alone
+        # Trainer's own autocast is around model.forward alone
+        with self.lm.within(model), self.accelerator.autocast():
             packs = {stream: [batch] for stream, batch in inputs.items()}
             terms = with_baselines(self.lm, self.terms, packs, self.references)
-            counts = {term.name: _count(term, inputs) for term in terms}
+            counts = self._counts(terms, inputs)
             for stream, batch in inputs.items():
                 sources = stream.split("/")
                 own = [term for term in terms if list(term.stream) == sources]
@@ -217,9 +224,16 @@ class UnlearningTrainer(Trainer):
                 self._latest |= {f"{n} log-prob": m for n, m in zip(sources, means, strict=True)}
         return (total, {}) if return_outputs else total
 
+    def _counts(self, terms: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a sum is divided by: the mean count of a process, as DDP takes the mean of them."""
+        own = [float(_count(term, inputs)) for term in terms]
+        counts = self.accelerator.reduce(torch.tensor(own).to(self.lm.device), "mean")
+        return dict(zip((term.name for term in terms), counts.unbind(), strict=True))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **{name: float(value) for name, value in self._latest.items()}}
+            values = self.accelerator.reduce(dict(self._latest), "mean")
+            logs = {**logs, **{name: float(value) for name, value in values.items()}}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

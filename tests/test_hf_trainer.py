@@ -1,5 +1,8 @@
 """Unlearning under transformers.Trainer: the losses of our own loop, in another's loop."""
 
+import os
+import socket
+
 import pytest
 import torch
 import transformers
@@ -159,7 +162,7 @@ def test_the_collator_packs_every_source_whole():
 def test_a_wrapped_model_is_refused(tmp_path):
     one = trainer(tmp_path)
     batch = UnlearningCollator()([one.train_dataset[0]])
-    with pytest.raises(UserError, match="one device, and the model is wrapped as DataParallel"):
+    with pytest.raises(UserError, match="weight whole, and the model is wrapped as DataParallel"):
         one.compute_loss(torch.nn.DataParallel(one.model), batch)
 
 
@@ -173,3 +176,34 @@ def test_what_cannot_work_is_refused_early(tmp_path):
         UnlearningTrainer(
             small_lm().model, arguments(tmp_path), data, method="NPO", eval_dataset=data
         )
+
+
+def _process(rank: int, port: int, folder: str, method: str) -> None:
+    """One of two: three sequences each, of unequal length."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    one = trainer(folder, method, per_device_train_batch_size=3, ddp_backend="gloo", **SHORT)
+    one.train()
+    parameters = [p.detach() for p in one.model.parameters()]
+    torch.save((logged(one), parameters), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SHORT = {"max_steps": 2, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+
+
+@pytest.mark.parametrize("method", ["NPO+RT", "GA+RT"])
+def test_two_processes_train_as_one_on_the_whole_batch(tmp_path, method):
+    whole = trainer(tmp_path, method, **SHORT)
+    whole.train()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path), method), nprocs=2)
+    for rank in range(2):
+        logs, parameters = torch.load(tmp_path / f"{rank}.pt")
+        for p, q in zip(parameters, whole.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-6)
+        for log, expected in zip(logs, logged(whole), strict=True):
+            for name in {"loss", "grad_norm", *(t.name for t in whole.terms), "forget log-prob"}:
+                assert log[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name

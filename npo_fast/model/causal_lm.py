@@ -39,6 +39,7 @@ class CausalLM:
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
         self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
+        self.wrapper: Any = None
         self.native_attention = _native_attention(model)
         self.packs = True
         self.attention = self._choose_attention(attention)
@@ -87,6 +88,15 @@ class CausalLM:
     def log_probs(self, batch: PackedBatch) -> Tensor:  # (N,)
         """Log-probability of every answer token."""
         return linear_log_probs(self.hidden(batch), labels=batch.labels, **self.head_arguments)
+
+    @contextmanager
+    def within(self, wrapper: Any) -> Iterator[None]:
+        """Hidden states come through ``wrapper``'s forward inside: DDP learns of the pass so."""
+        self.wrapper = None if wrapper is self.model else wrapper
+        try:
+            yield
+        finally:
+            self.wrapper = None
 
     @contextmanager
     def generating(self) -> Iterator[Any]:
@@ -151,8 +161,18 @@ class CausalLM:
             boundaries = {}
         if self.packs:
             boundaries["position_ids"] = batch.position_ids[None]
-        out = self.decoder(input_ids=batch.input_ids[None], use_cache=False, **boundaries)
-        return out.last_hidden_state[0]
+        inputs = {"input_ids": batch.input_ids[None], "use_cache": False, **boundaries}
+        if self.wrapper is None:
+            return self.decoder(**inputs).last_hidden_state[0]
+        caught: list[Tensor] = []
+        hook = self.decoder.register_forward_hook(
+            lambda _module, _inputs, out: caught.append(out.last_hidden_state)
+        )
+        try:  # one row of logits, so that the head too is part of what the wrapper returns
+            self.wrapper(**inputs, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return caught[0][0]
 
     def _choose_attention(self, attention: str) -> str:
         if attention == "auto":

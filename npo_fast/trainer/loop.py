@@ -118,7 +118,7 @@ def micro_step(
     lm: CausalLM,
     micro: PackedBatch,
     terms: Iterable[Term],
-    counts: Mapping[str, int],
+    counts: Mapping[str, int | Tensor],
     references: References | None,
     reference_cache: ReferenceCache | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
