@@ -3,6 +3,7 @@
 from npo_fast._version import __version__
 from npo_fast.losses import CEU, DPO, GA, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO, npo_loss
 from npo_fast.modules import (
+    FusedLinearDPOLoss,
     FusedLinearGALoss,
     FusedLinearNLLLoss,
     FusedLinearNPOLoss,
@@ -27,6 +28,7 @@ __all__ = [
     "NPO",
     "TNPO",
     "WGA",
+    "FusedLinearDPOLoss",
     "FusedLinearGALoss",
     "FusedLinearNLLLoss",
     "FusedLinearNPOLoss",

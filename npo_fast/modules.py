@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npo_fast.losses import GA, NLL, NPO, SimNPO
+from npo_fast.losses import DPO, GA, NLL, NPO, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
 from npo_fast.ops.checks import check_cu_seqlens
 
@@ -54,7 +54,7 @@ class FusedLinearSequenceLoss(nn.Module):
         hidden: Tensor,  # (B, T, D) or (N, D)
         target: Tensor,  # (B, T) or (N,)
         bias: Tensor | None = None,  # (V,)
-        ref_log_probs: Tensor | None = None,  # (B,) or (S,)
+        ref_log_probs: Tensor | None = None,  # (B,) or (S,); one a token: as target
         *,
         cu_seqlens: Tensor | None = None,  # (S + 1,)
     ) -> Tensor:  # scalar
@@ -66,7 +66,7 @@ class FusedLinearSequenceLoss(nn.Module):
             target: shifted labels with ``ignore_index`` where there is none. A sequence without
                 any label has log-prob 0: no gradient, and its constant in the mean.
             ref_log_probs: log-prob of each sequence's labels under the reference model, where the
-                loss compares with one.
+                loss compares with one; of each label, in the shape of ``target``, for TNPO.
             cu_seqlens: for flat input: sequence i is rows ``cu_seqlens[i]`` to
                 ``cu_seqlens[i + 1]`` of ``hidden``, rows without a label included.
 
@@ -87,6 +87,13 @@ class FusedLinearSequenceLoss(nn.Module):
                 f"{None if cu_seqlens is None else tuple(cu_seqlens.shape)}"
             )
         keep = target != self.ignore_index
+        if self.loss.reference == "token" and ref_log_probs is not None:
+            if ref_log_probs.shape != target.shape:
+                raise ValueError(
+                    f"{op}: {type(self.loss).__name__} needs ref_log_probs in the shape of target, "
+                    f"{tuple(target.shape)}, got {tuple(ref_log_probs.shape)}"
+                )
+            ref_log_probs = ref_log_probs[keep]
         kept_before = F.pad(keep.flatten().cumsum(0), (1, 0))  # (rows + 1,)
         if cu_seqlens is None:
             batch, length = target.shape
@@ -117,6 +124,16 @@ class FusedLinearNPOLoss(FusedLinearSequenceLoss):
 
     def __init__(self, beta: float = 0.1, **options: Any) -> None:
         super().__init__(NPO(beta), **options)
+
+
+class FusedLinearDPOLoss(FusedLinearSequenceLoss):
+    """``mean_pairs -(2 / beta) * logsigmoid(beta * (r_2i - r_2i+1))``, ``r_i = l_i - ref_i``.
+
+    Preferred answers and those to forget alternate; needs ``ref_log_probs``.
+    """
+
+    def __init__(self, beta: float = 0.1, **options: Any) -> None:
+        super().__init__(DPO(beta), **options)
 
 
 class FusedLinearSimNPOLoss(FusedLinearSequenceLoss):

@@ -1,6 +1,7 @@
 """Whole commands on a tiny model, and what a user's mistakes lead to."""
 
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npo_fast import metrics
 from npo_fast.cli import VERBS, main
 from npo_fast.kernels import OPERATORS
+from npo_fast.methods import METHODS, build_method
 from tests.tiny import FACTS, save_tiny_model, write_jsonl
 
 
@@ -21,7 +23,8 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     model = save_tiny_model(folder / "base")
     wrong = [{**f, "paraphrased_answer": f"In house {i} lives {f['answer'].split()[0]}.",
-              "perturbed_answer": [f"In house {i} lives {n}." for n in ("Kim", "Lee", "Max")]}
+              "perturbed_answer": [f"In house {i} lives {n}." for n in ("Kim", "Lee", "Max")],
+              "alternate": f"Kim lives in house {i}."}
              for i, f in enumerate(FACTS)]  # fmt: skip
     write_jsonl(folder / "forget.jsonl", wrong[6:])
     write_jsonl(folder / "retain.jsonl", wrong[:6])
@@ -96,6 +99,53 @@ def test_another_run_is_not_overwritten_by_accident(home, tmp_path, capsys):
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_by_name_and_twice_the_same(home, tmp_path, method):
+    """Two steps each; DPO and its kin draw the same refusals from the same seed."""
+    for name in ("one", "two"):
+        assert unlearn(home, tmp_path / name, "--method", method, "--epochs", "2", "--no-report",
+                       "--micro-batch-tokens", "64") == 0  # fmt: skip
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == 2
+    assert all(math.isfinite(record["loss"]) for record in one)
+    for record in one + two:
+        del record["time_ms"]
+    assert one == two
+    facts = json.loads((tmp_path / "one/run.json").read_text())
+    read = {source for term in build_method(method) for source in term.reads}
+    assert read <= set(facts["data"]), "each source that it reads has its fingerprint"
+
+
+def test_refusals_and_alternates_come_from_the_files_that_are_named(home, tmp_path):
+    refusals = tmp_path / "idk.txt"
+    refusals.write_text("Who knows?\n")
+    others = [{"question": f["question"], "answer": "Max."} for f in FACTS[6:]]
+    alternates = write_jsonl(tmp_path / "others.jsonl", others)
+    for method, flag, file in (("DPO", "--idk", refusals), ("AltPO", "--alternate", alternates)):
+        seen = []
+        for i, more in enumerate(([], [flag, str(file)])):
+            assert unlearn(home, tmp_path / f"{method}{i}", "--method", method, "--epochs", "1",
+                           "--no-report", *more) == 0  # fmt: skip
+            data = json.loads((tmp_path / f"{method}{i}/run.json").read_text())["data"]
+            seen.append({name: of["sha256"] for name, of in data.items()})
+        changed = {name for name in seen[0] if seen[0][name] != seen[1][name]}
+        assert changed == {"idk" if method == "DPO" else "alternate"}
+
+
+def test_alternating_steps_and_coefficients_from_the_command_line(home, tmp_path):
+    assert unlearn(home, tmp_path / "run", "--method", "satimp+rt", "--beta1", "2", "--beta2", "0",
+                   "--forget-coefficient", "0.5", "--retain-coefficient", "2", "--schedule",
+                   "alternating", "--epochs", "2", "--no-report") == 0  # fmt: skip
+    steps = [json.loads(x) for x in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert [list(s["terms"]) for s in steps] == [["SatImp"], ["retain NLL"]] * 2
+    assert steps[0]["loss"] == pytest.approx(0.5 * steps[0]["terms"]["SatImp"])
+    assert steps[1]["loss"] == pytest.approx(2 * steps[1]["terms"]["retain NLL"])
+    assert json.loads((tmp_path / "run/run.json").read_text())["steps"] == len(steps) == 4
+
+
 def test_a_dry_run_checks_and_writes_nothing(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "dry", "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 6
@@ -126,6 +176,13 @@ MISTAKES = {
     "no such model": (["--model", "./nowhere"], "no model folder './nowhere'"),
     "bad learning rate": (["--lr", "-1"], "lr must be positive, got -1.0"),
     "bad beta": (["--beta", "0"], "beta must be positive"),
+    "foreign coefficient": (["--delta", "1"], "NPO+RT has no delta; these have: SimNPO, SimNPO+RT"),
+    "no refusals": (
+        ["--idk", "none.txt", "--method", "DPO"],
+        "cannot read refusals from 'none.txt'",
+    ),
+    "no alternates": (["--alternate", "none", "--method", "AltPO"], "no file 'none'"),
+    "one-sided turns": (["--schedule", "alternating", "--method", "NPO"], "a method with +RT"),
     "bad template": (["--template", "chat"], "no chat template"),
     "no room for answers": (["--max-length", "4"], "raise --max-length"),
     "bad dtype in YAML": (["--config", "bad.yaml"], "lr is 'fast', expected float"),
@@ -149,7 +206,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(home, tmp_path, capsys, monk
     if changed == ["--no-retain"]:
         del arguments["--retain"]
     elif changed[0].startswith("--"):
-        arguments[changed[0]] = changed[1]
+        arguments |= zip(changed[::2], changed[1::2], strict=True)
     verb = "unlearn" if changed[0].startswith("--") else changed[0]
     try:
         code = main([verb, *(x for pair in arguments.items() for x in pair)])

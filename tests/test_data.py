@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 
-from npo_fast.data import Record, Sequence, Template, load_records, pack
+from npo_fast.data import (
+    Record,
+    Sequence,
+    Template,
+    alternated,
+    load_records,
+    load_refusals,
+    pack,
+    refused,
+)
 from npo_fast.demo.lab import train_tokenizer
 from npo_fast.errors import UserError
 from tests.tiny import FACTS, write_jsonl
@@ -159,3 +168,47 @@ def test_prompt_tokens_carry_no_label_and_a_long_sequence_stands_alone():
     assert first.labels.tolist() == [5, 6]
     assert first.rows.tolist() == [3, 4]
     assert len(second.input_ids) == 40
+
+
+def test_refusals_come_from_a_file_else_from_tofu_else_are_our_own(tmp_path, tofu):
+    file = tmp_path / "idk.txt"
+    file.write_text("No idea.\n\n  Ask another. \n")
+    assert load_refusals(file, str(tofu)) == ("No idea.", "Ask another.")
+    assert len(load_refusals(None, str(tofu))) == 100
+    own = load_refusals(None, str(tmp_path))
+    assert len(set(own)) == len(own) > 10
+    with pytest.raises(UserError, match="cannot read refusals from '.*none.txt'"):
+        load_refusals(tmp_path / "none.txt")
+    file.write_text("\n")
+    with pytest.raises(UserError, match="holds no refusal"):
+        load_refusals(file)
+
+
+def test_the_seed_draws_a_refusal_for_every_question():
+    records = [Record((("user", f"Q{i}"),), f"A{i}") for i in range(30)]
+    one, same, other = (refused(records, ("x", "y", "z"), seed) for seed in (0, 0, 1))
+    assert one == same != other
+    assert [r.question for r in one] == [r.question for r in records]
+    assert {r.answer for r in one} == {"x", "y", "z"}
+
+
+def test_alternates_come_from_the_records_or_a_file_of_the_same_questions(tmp_path):
+    rows = [
+        {"question": f"Q{i}", "answer": f"A{i}", "alternate": [f"B{i}", f"C{i}"]} for i in (0, 1)
+    ]
+    own = load_records(str(write_jsonl(tmp_path / "own.jsonl", rows)))
+    assert own[1].alternates == ("B1", "C1")
+    drawn = alternated(own, seed=0)
+    assert all(r.answer in r.alternates for r in drawn)
+    assert drawn == alternated(own, seed=0)
+
+    others = [{"prompt": f"Q{i}", "completion": f"D{i}"} for i in (0, 1)]
+    file = str(write_jsonl(tmp_path / "others.jsonl", others))
+    assert [r.answer for r in alternated(own, 0, file)] == ["D0", "D1"]
+    with pytest.raises(UserError, match="others.jsonl holds 2 alternate answers for 1 forget"):
+        alternated(own[:1], 0, file)
+    with pytest.raises(UserError, match="record 1 asks 'Q0', the forget record 'Q1'"):
+        alternated(own[::-1], 0, file)
+    bare = [Record(r.messages, r.answer) for r in own]
+    with pytest.raises(UserError, match='forget record 1 has no "alternate" answer.*--alternate'):
+        alternated(bare, 0)

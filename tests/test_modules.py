@@ -8,6 +8,8 @@ from npo_fast import (
     GA,
     NLL,
     NPO,
+    TNPO,
+    FusedLinearDPOLoss,
     FusedLinearGALoss,
     FusedLinearNLLLoss,
     FusedLinearNPOLoss,
@@ -60,6 +62,37 @@ def test_a_twin_is_its_loss_on_the_labelled_rows(module, loss):
     torch.testing.assert_close(found, expected)
     for one, other in zip(gradients(found, tensors), gradients(expected, tensors), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_references_of_tokens_come_in_the_shape_of_the_target():
+    tensors, loss, ref = batch(), TNPO(0.7), -3 * torch.rand(B, T)
+    found = FusedLinearSequenceLoss(loss)(**tensors, ref_log_probs=ref)
+    values = []
+    for h, y, r in zip(tensors["hidden"], tensors["target"], ref, strict=True):
+        keep = y != -100
+        logits = h[keep] @ tensors["lin_weight"].t() + tensors["bias"]
+        log_probs = -F.cross_entropy(logits, y[keep], reduction="none")
+        values.append(loss(log_probs, torch.tensor([0, int(keep.sum())]), r[keep]))
+    expected = torch.cat(values).mean()
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(gradients(found, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"shape of target, \(3, 7\), got \(3,\)"):
+        FusedLinearSequenceLoss(loss)(**tensors, ref_log_probs=REF)
+
+
+def test_the_dpo_twin_takes_preferred_and_forgotten_answers_in_turn():
+    tensors = batch()
+    pair = {**tensors, "hidden": tensors["hidden"][:2], "target": tensors["target"][:2]}
+    found = FusedLinearDPOLoss(0.4)(**pair, ref_log_probs=REF[:2])
+    preferred, forget = (
+        plain(GA(), tensors["lin_weight"], h, y, tensors["bias"], r)
+        for h, y, r in zip(
+            pair["hidden"].split(1), pair["target"].split(1), REF[:2].split(1), strict=True
+        )
+    )
+    margin = (preferred - REF[0]) - (forget - REF[1])
+    torch.testing.assert_close(found, -2 / 0.4 * F.logsigmoid(0.4 * margin))
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 2])
