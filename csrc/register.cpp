@@ -20,19 +20,24 @@ using torch::stable::Tensor;
 constexpr int64_t GRAIN = 1 << 15;  // logits below which a second thread costs more than it saves
 
 // The widest the processor has; PyTorch's own variable ATEN_CPU_CAPABILITY caps it.
-RowKernel row_kernel() {
+const Kernels& pick_kernels() {
 #ifdef NPO_X86
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string most = cap ? cap : "avx512";
   if (most == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::row_log_probs;
+    return avx512::kernels;
   }
   if (most != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::row_log_probs;
+    return avx2::kernels;
   }
 #endif
-  return plain::row_log_probs;
+  return plain::kernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick_kernels();
+  return picked;
 }
 
 Dtype dtype_of(const char* op, const Tensor& logits) {
@@ -45,70 +50,111 @@ Dtype dtype_of(const char* op, const Tensor& logits) {
   }
 }
 
-std::tuple<Tensor, Tensor> run(const char* op, const Tensor& logits, const Tensor& labels,
-                               const std::optional<Tensor>& target_logits,
-                               std::optional<double> softcap, double logit_scale, bool gradient) {
+void check_rows(const char* op, const Tensor& logits, const Tensor& labels) {
   STD_TORCH_CHECK(logits.dim() == 2, op, ": logits must be (R, V), got ", logits.dim(), " dims");
-  const int64_t count = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
-                      labels.size(0) == count,
-                  op, ": labels must be (", count, ",) int64, one a row of logits");
+                      labels.size(0) == logits.size(0),
+                  op, ": labels must be (", logits.size(0), ",) int64, one a row of logits");
+}
+
+// Rows may be strided, columns may not: the copy is for layouts that no caller here makes.
+Tensor dense_columns(const Tensor& logits) {
+  const bool dense = logits.size(1) <= 1 || logits.stride(1) == 1;
+  return dense ? logits : torch::stable::contiguous(logits);
+}
+
+Logits logits_of(const Tensor& logits, std::optional<double> softcap, double logit_scale) {
+  return {logits.data_ptr(), logits.stride(0), softcap.value_or(0), logit_scale};
+}
+
+// A row is one thread's: the result does not depend on how many there are.
+template <class Kernel, class SomeRows>
+void in_parallel(Kernel kernel, const SomeRows& rows, int64_t count) {
+  const int64_t grain = rows.columns < GRAIN ? GRAIN / (rows.columns + 1) + 1 : 1;
+  torch::stable::parallel_for(
+      0, count, grain, [&](int64_t first, int64_t last) { kernel(rows, first, last); });
+}
+
+std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
+                                          std::optional<Tensor> target_logits,
+                                          std::optional<double> softcap, double logit_scale) {
+  const char* op = "row_log_probs_";
+  check_rows(op, logits, labels);
+  const int64_t count = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(!target_logits || (target_logits->dim() == 1 && target_logits->size(0) == count),
                   op, ": target_logits must be (", count, ",), one a row of logits");
-
-  Rows rows{};
-  rows.dtype = dtype_of(op, logits);
-  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
-  Tensor log_probs = torch::stable::new_empty(logits, {count}, wide);
-  Tensor lse = torch::stable::new_empty(logits, {count}, wide);
-
   const Tensor dense_labels = torch::stable::contiguous(labels);
-  std::optional<Tensor> targets;
-  if (target_logits) {
-    targets = torch::stable::contiguous(torch::stable::to(*target_logits, wide));
-  }
-  // rows may be strided, columns may not: the copy is for layouts that no caller here makes
-  const bool dense_rows = vocabulary <= 1 || logits.stride(1) == 1;
-  Tensor chunk = dense_rows ? logits : torch::stable::contiguous(logits);
-
-  rows.logits = chunk.data_ptr();
-  rows.stride = chunk.stride(0);
-  rows.vocabulary = vocabulary;
+  Tensor chunk = dense_columns(logits);
+  WholeRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.logits = logits_of(chunk, softcap, logit_scale);
+  rows.columns = vocabulary;
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
-  rows.target_logits = targets ? targets->data_ptr() : nullptr;
-  rows.softcap = softcap.value_or(0);
-  rows.logit_scale = logit_scale;
-  rows.log_probs = log_probs.data_ptr();
-  rows.lse = lse.data_ptr();
-  rows.gradient = gradient;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t label = rows.labels[row];
     STD_TORCH_CHECK(label >= 0 && label < vocabulary, op, ": labels[", row, "] = ", label,
                     " is outside the vocabulary [0, ", vocabulary, ")");
   }
 
-  static const RowKernel kernel = row_kernel();
-  const int64_t grain = vocabulary < GRAIN ? GRAIN / (vocabulary + 1) + 1 : 1;
-  // a row is one thread's: the result does not depend on how many there are
-  torch::stable::parallel_for(
-      0, count, grain, [&](int64_t first, int64_t last) { kernel(rows, first, last); });
-  if (gradient && !dense_rows) {
-    Tensor destination = logits;
-    torch::stable::copy_(destination, chunk);
+  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
+  Tensor log_probs = torch::stable::new_empty(logits, {count}, wide);
+  Tensor lse = torch::stable::new_empty(logits, {count}, wide);
+  std::optional<Tensor> targets;
+  if (target_logits) {
+    targets = torch::stable::contiguous(torch::stable::to(*target_logits, wide));
+    rows.target_logits = targets->data_ptr();
   }
+  rows.log_probs = log_probs.data_ptr();
+  rows.lse = lse.data_ptr();
+  in_parallel(kernels().row_log_probs, rows, count);
+  if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
   return {log_probs, lse};
 }
 
-std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
-                                          std::optional<Tensor> target_logits,
-                                          std::optional<double> softcap, double logit_scale) {
-  return run("row_log_probs_", logits, labels, target_logits, softcap, logit_scale, true);
+void tile_log_probs_(Tensor logits, Tensor labels, std::optional<double> softcap,
+                     double logit_scale, Tensor others, Tensor target) {
+  const char* op = "tile_log_probs_";
+  check_rows(op, logits, labels);
+  const int64_t count = logits.size(0);
+  for (const Tensor& one : {others, target}) {
+    STD_TORCH_CHECK(one.scalar_type() == ScalarType::Double && one.dim() == 1 &&
+                        one.size(0) == count && (count <= 1 || one.stride(0) == 1),
+                    op, ": others and target must be contiguous (", count, ",) float64");
+  }
+  const Tensor dense_labels = torch::stable::contiguous(labels);
+  const Tensor tile = dense_columns(logits);
+  TileRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.logits = logits_of(tile, softcap, logit_scale);
+  rows.columns = tile.size(1);
+  rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
+  rows.others = static_cast<double*>(others.data_ptr());
+  rows.target = static_cast<double*>(target.data_ptr());
+  in_parallel(kernels().tile_log_probs, rows, count);
 }
 
-std::tuple<Tensor, Tensor> row_log_probs(Tensor logits, Tensor labels,
-                                         std::optional<Tensor> target_logits,
-                                         std::optional<double> softcap, double logit_scale) {
-  return run("row_log_probs", logits, labels, target_logits, softcap, logit_scale, false);
+Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, double logit_scale,
+               std::optional<double> ref_softcap, double ref_logit_scale) {
+  const char* op = "row_kl_";
+  STD_TORCH_CHECK(logits.dim() == 2 && ref_logits.dim() == 2 &&
+                      logits.size(0) == ref_logits.size(0) && logits.size(1) == ref_logits.size(1),
+                  op, ": logits and ref_logits must be (R, V) of one shape");
+  STD_TORCH_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
+                  ": logits and ref_logits must have one dtype");
+  const int64_t count = logits.size(0);
+  Tensor chunk = dense_columns(logits);
+  const Tensor ref_chunk = dense_columns(ref_logits);
+  KlRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.logits = logits_of(chunk, softcap, logit_scale);
+  rows.columns = chunk.size(1);
+  rows.ref_logits = logits_of(ref_chunk, ref_softcap, ref_logit_scale);
+  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
+  Tensor kl = torch::stable::new_empty(logits, {count}, wide);
+  rows.kl = kl.data_ptr();
+  in_parallel(kernels().row_kl, rows, count);
+  if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
+  return kl;
 }
 
 }  // namespace
@@ -116,5 +162,6 @@ std::tuple<Tensor, Tensor> row_log_probs(Tensor logits, Tensor labels,
 
 STABLE_TORCH_LIBRARY_IMPL(npo_fast, CPU, m) {
   m.impl("row_log_probs_", TORCH_BOX(&npo_fast::row_log_probs_));
-  m.impl("row_log_probs", TORCH_BOX(&npo_fast::row_log_probs));
+  m.impl("tile_log_probs_", TORCH_BOX(&npo_fast::tile_log_probs_));
+  m.impl("row_kl_", TORCH_BOX(&npo_fast::row_kl_));
 }

@@ -1,12 +1,18 @@
 // z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
 // log_prob_n = z_n[y_n] - logsumexp(z_n)
-// a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n    (where the gradient is wanted)
+// a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 //
 // Two passes over a row: an online max and sum, then the gradient. Exponentials are computed twice
 // because a second one costs less than a third trip through the cache. The label is kept apart
 // from the other columns: log_prob = -log(1 + sum of the others / exp(z_y)) does not cancel where
 // the model is sure of the label, and target_logits needs no write into the chunk.
+//
+// kl_n = sum_v p_ref (exp(x) - 1 - x) with x = log p - log p_ref: no term is negative, and none
+// cancels where the model is near its reference.
+// a_n  <- (p - p_ref) * d z_n / d a_n
 #include "rows.h"
+
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -26,7 +32,7 @@ template <class F, bool capped>
 struct Activation {
   F softcap, scale;
 
-  explicit Activation(const Rows& rows) : softcap(F(rows.softcap)), scale(F(rows.logit_scale)) {}
+  explicit Activation(const Logits& of) : softcap(F(of.softcap)), scale(F(of.logit_scale)) {}
 
   Activated<F> operator()(Vector<F> raw) const {
     if (!capped) return {raw * scale, broadcast(scale)};
@@ -44,6 +50,9 @@ struct LogSumExp {
   double shift() const { return max == -INFINITY ? 0 : max; }
   double value() const { return max + ::log(sum); }
 };
+
+double higher(double a, double b) { return a > b ? a : b; }
+double lower(double a, double b) { return a > b ? b : a; }
 
 template <class F>
 double largest(const F* z, int64_t count) {
@@ -117,53 +126,152 @@ void write_gradient(T* logits, int64_t count, Activation<Wide<T>, capped> activa
 }
 
 template <class T, bool capped>
-void one_row(const Rows& rows, int64_t row) {
+void row_log_probs(const WholeRows& rows, int64_t row) {
   using F = Wide<T>;
-  const Activation<F, capped> activation(rows);
-  T* logits = static_cast<T*>(rows.logits) + row * rows.stride;
+  const Activation<F, capped> activation(rows.logits);
+  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
   const int64_t label = rows.labels[row];
 
   LogSumExp others;
   add(others, logits, label, activation);
-  add(others, logits + label + 1, rows.vocabulary - label - 1, activation);
+  add(others, logits + label + 1, rows.columns - label - 1, activation);
   const Activated<F> target =
       activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
                                     : load_first(logits + label, 1));
 
   const double z = target.z[0];
   const double rest = others.value();
-  const double high = rest > z ? rest : z;
-  const double low = rest > z ? z : rest;
-  const double above = ::log1p(::exp(low - high));
-  const double lse = high + above;
-  const double log_prob = (z - high) - above;  // z = +inf makes this NaN, as it should be
+  const double above = ::log1p(::exp(lower(rest, z) - higher(rest, z)));
+  const double lse = higher(rest, z) + above;
+  const double log_prob = (z - higher(rest, z)) - above;  // NaN for z = +inf, as it should be
   static_cast<F*>(rows.log_probs)[row] = F(log_prob);
   static_cast<F*>(rows.lse)[row] = F(lse);
-  if (!rows.gradient) return;
 
   const double shift = others.shift();
-  write_gradient(logits, rows.vocabulary, activation, F(shift), F(::exp(shift - lse)));
+  write_gradient(logits, rows.columns, activation, F(shift), F(::exp(shift - lse)));
   store_first(logits + label, F(-::expm1(log_prob)) * target.slope, 1);
 }
 
-template <class T>
-void row_range(const Rows& rows, int64_t first, int64_t last) {
-  const auto kernel = rows.softcap != 0 ? one_row<T, true> : one_row<T, false>;
-  for (int64_t row = first; row < last; ++row) kernel(rows, row);
+template <class T, bool capped>
+void tile_log_probs(const TileRows& rows, int64_t row) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows.logits);
+  const T* logits = static_cast<const T*>(rows.logits.data) + row * rows.logits.stride;
+  const int64_t label = rows.labels[row];
+
+  LogSumExp others;
+  if (label < 0 || label >= rows.columns) {
+    add(others, logits, rows.columns, activation);
+  } else {
+    add(others, logits, label, activation);
+    add(others, logits + label + 1, rows.columns - label - 1, activation);
+    rows.target[row] = activation(load_first(logits + label, 1)).z[0];
+  }
+  const double before = rows.others[row], tile = others.value();
+  const double high = higher(before, tile);
+  if (high != -INFINITY) {
+    rows.others[row] = high + ::log1p(::exp(lower(before, tile) - high));
+  }
+}
+
+template <class F>
+struct KlTerm {
+  Vector<F> value, gradient;  // gradient in the raw logit
+};
+
+template <class T, bool capped, bool ref_capped>
+void row_kl(const KlRows& rows, int64_t row) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows.logits);
+  const Activation<F, ref_capped> ref_activation(rows.ref_logits);
+  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
+  const T* ref_logits = static_cast<const T*>(rows.ref_logits.data) + row * rows.ref_logits.stride;
+
+  LogSumExp total, ref_total;
+  add(total, logits, rows.columns, activation);
+  add(ref_total, ref_logits, rows.columns, ref_activation);
+  const double lse = total.value(), ref_lse = ref_total.value();
+  const F shift = F(total.shift()), share = F(::exp(total.shift() - lse));
+  const F ref_shift = F(ref_total.shift()), ref_share = F(::exp(ref_total.shift() - ref_lse));
+  const F lse_difference = F(lse - ref_lse);
+
+  const auto term = [&](Vector<F> raw, Vector<F> ref_raw) -> KlTerm<F> {
+    const auto [z, slope] = activation(raw);
+    const Vector<F> ref_z = ref_activation(ref_raw).z;
+    const Vector<F> p = exp(z - shift) * share;
+    const Vector<F> p_ref = exp(ref_z - ref_shift) * ref_share;
+    const Vector<F> x = (z - ref_z) - lse_difference;
+    const auto near = absolute<F>(x) < F(0.34);
+    const Vector<F> tail = p_ref * exp_tail(near ? x : Vector<F>{});
+    const Vector<F> difference = near ? p_ref * x + tail : p - p_ref;
+    const Vector<F> value = near ? tail : difference - p_ref * x;
+    return {p_ref == 0 ? p : value, difference * slope};  // 0 * log 0 = 0
+  };
+  double kl = 0;
+  for (int64_t first = 0; first < rows.columns; first += BLOCK) {
+    const int64_t last = rows.columns - first < BLOCK ? rows.columns : first + BLOCK;
+    Vector<F> sum{};
+    int64_t at = first;
+    for (; at + lanes<F> <= last; at += lanes<F>) {
+      const KlTerm<F> one = term(load(logits + at), load(ref_logits + at));
+      sum += one.value;
+      store(logits + at, one.gradient);
+    }
+    for (int lane = 0; lane < lanes<F>; ++lane) kl += sum[lane];
+    if (at == last) continue;
+    const int64_t rest = last - at;
+    const KlTerm<F> one = term(load_first(logits + at, rest), load_first(ref_logits + at, rest));
+    for (int64_t lane = 0; lane < rest; ++lane) kl += one.value[lane];
+    store_first(logits + at, one.gradient, rest);
+  }
+  static_cast<F*>(rows.kl)[row] = F(kl);
+}
+
+// kernel(whether there is a softcap), known to the compiler
+template <class Kernel>
+void by_softcap(const Logits& logits, Kernel kernel) {
+  logits.softcap != 0 ? kernel(std::true_type{}) : kernel(std::false_type{});
+}
+
+// kernel(a zero of the dtype, whether there is a softcap)
+template <class Kernel>
+void specialised(const Rows& rows, Kernel kernel) {
+  by_softcap(rows.logits, [&](auto capped) {
+    switch (rows.dtype) {
+      case Dtype::fp32: return kernel(float{}, capped);
+      case Dtype::bf16: return kernel(BFloat16{}, capped);
+      case Dtype::fp16: return kernel(Half{}, capped);
+      case Dtype::fp64: return kernel(double{}, capped);
+    }
+  });
+}
+
+void all_row_log_probs(const WholeRows& rows, int64_t first, int64_t last) {
+  specialised(rows, [&](auto zero, auto capped) {
+    for (int64_t row = first; row < last; ++row) row_log_probs<decltype(zero), capped>(rows, row);
+  });
+}
+
+void all_tile_log_probs(const TileRows& rows, int64_t first, int64_t last) {
+  specialised(rows, [&](auto zero, auto capped) {
+    for (int64_t row = first; row < last; ++row) tile_log_probs<decltype(zero), capped>(rows, row);
+  });
+}
+
+void all_row_kl(const KlRows& rows, int64_t first, int64_t last) {
+  specialised(rows, [&](auto zero, auto capped) {
+    by_softcap(rows.ref_logits, [&](auto ref_capped) {
+      for (int64_t row = first; row < last; ++row) {
+        row_kl<decltype(zero), capped, ref_capped>(rows, row);
+      }
+    });
+  });
 }
 
 }  // namespace
 
 namespace NPO_ISA {
-
-void row_log_probs(const Rows& rows, int64_t first, int64_t last) {
-  switch (rows.dtype) {
-    case Dtype::fp32: return row_range<float>(rows, first, last);
-    case Dtype::bf16: return row_range<BFloat16>(rows, first, last);
-    case Dtype::fp16: return row_range<Half>(rows, first, last);
-    case Dtype::fp64: return row_range<double>(rows, first, last);
-  }
+extern const Kernels kernels = {all_row_log_probs, all_tile_log_probs, all_row_kl};
 }
 
-}  // namespace NPO_ISA
 }  // namespace npo_fast

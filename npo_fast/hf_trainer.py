@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from transformers import Trainer, TrainingArguments
 
 from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import UserError
-from npo_fast.methods import Coefficients, build_method
+from npo_fast.methods import Coefficients, Positions, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import micro_step, reference_log_probs
-from npo_fast.trainer.order import permutation
+from npo_fast.trainer.loop import References, micro_step, reference_log_probs, with_baselines
+from npo_fast.trainer.order import driving_sources, permutation, side_by_side
+from npo_fast.trainer.reference_cache import reference_cache_for
 
 if find_spec("accelerate") is None:
     raise ImportError(
@@ -48,15 +50,27 @@ class UnlearningDataset(torch.utils.data.Dataset[dict[str, Sequence]]):
     Args:
         forget: what to forget, tokenised (``npo_fast.data.Template`` makes such sequences).
         retain: what to keep; empty for a method without a retain term.
+        idk: the forget questions with refusals, in the same order, for IDK, DPO and KTO.
+        alternate: the forget questions with alternate answers, in the same order, for AltPO.
     """
 
-    def __init__(self, forget: Items[Sequence], retain: Items[Sequence] = (), seed: int = 0):
+    def __init__(
+        self,
+        forget: Items[Sequence],
+        retain: Items[Sequence] = (),
+        seed: int = 0,
+        *,
+        idk: Items[Sequence] = (),
+        alternate: Items[Sequence] = (),
+    ):
         if not forget:
             raise UserError("UnlearningDataset: forget is empty; there is nothing to forget")
+        given = {"forget": forget, "retain": retain, "idk": idk, "alternate": alternate}
         self.sources = {
             name: [replace(sequence, index=i) for i, sequence in enumerate(sequences)]
-            for name, sequences in (("forget", forget), ("retain", retain))
+            for name, sequences in given.items()
         }
+        self._driving = driving_sources({n: s for n, s in self.sources.items() if s})
         self.seed = seed
         self.set_epoch(0)
 
@@ -75,23 +89,31 @@ class UnlearningDataset(torch.utils.data.Dataset[dict[str, Sequence]]):
         return len(self.sources["forget"])
 
     def __getitem__(self, i: int) -> dict[str, Sequence]:
-        item = {"forget": self.sources["forget"][i]}
+        item = {name: self.sources[name][i] for name in self._driving}
         if self._partners:
             item["retain"] = self.sources["retain"][self._partners[i]]
         return item
 
 
 class UnlearningCollator:
-    """One ``PackedBatch`` a source: ``{"forget": …, "retain": …}``, no padding.
+    """One ``PackedBatch``, without padding, for every stream of sequences that a term reads.
 
-    accelerate moves a batch with its own ``to``, which leaves on the host what the host reads.
+    A stream is a source such as "forget", or several with their sequences side by side, such as
+    "idk/forget" for pairs; by default each source of the dataset by itself. accelerate moves a
+    batch with its own ``to``, which leaves on the host what the host reads.
     """
 
+    def __init__(self, streams: Items[str] | None = None) -> None:
+        self.streams = streams
+
     def __call__(self, items: list[dict[str, Sequence]]) -> dict[str, PackedBatch]:
-        return {
-            source: next(pack((item[source] for item in items), max_tokens=sys.maxsize))
-            for source in items[0]
-        }
+        batch = {name: [item[name] for item in items] for name in items[0]}
+        return {stream: _pack_whole(batch, stream.split("/")) for stream in self.streams or batch}
+
+
+def _pack_whole(batch: dict[str, list[Sequence]], sources: list[str]) -> PackedBatch:
+    sequences = side_by_side(batch, sources)
+    return next(pack(sequences, max_tokens=sys.maxsize, group=len(sources)))
 
 
 class UnlearningTrainer(Trainer):
@@ -103,8 +125,9 @@ class UnlearningTrainer(Trainer):
 
     A device batch has ``per_device_train_batch_size`` forget sequences and as many to retain. With
     gradient accumulation the losses of the device batches are averaged: exactly the loss of the
-    whole batch for a mean over sequences (NPO, SimNPO) and batches of one size; a token mean (GA,
-    the retain term) weights each device batch alike, whatever its number of tokens.
+    whole batch for a mean over sequences (NPO, SimNPO, DPO) and batches of one size; a token mean
+    (GA, the retain term) weights each device batch alike, whatever its number of tokens, and KTO's
+    baseline is that of the device batch.
 
     Over several processes the sums are divided by the counts of all of them, so that batches of
     unequal size or length weigh as they would in one process.
@@ -113,7 +136,10 @@ class UnlearningTrainer(Trainer):
 
     Args:
         method, coefficients: as in ``npo_fast.methods.build_method``.
+        kl_positions: as in ``build_method``.
         references: ``references`` of an earlier run on this dataset.
+        reference_cache: folder that keeps the hidden states that a KL compares with, to resume
+            such a run; None keeps them among the temporary files.
         attention: as in ``CausalLM``; outside ``train`` the model has its own.
         options: of ``transformers.Trainer``, such as ``callbacks`` and ``processing_class``.
 
@@ -131,24 +157,32 @@ class UnlearningTrainer(Trainer):
         *,
         method: str = "NPO+RT",
         coefficients: Coefficients | None = None,
-        references: Mapping[str, Tensor] | None = None,
+        kl_positions: Positions = "answer",
+        references: References | None = None,
+        reference_cache: Path | None = None,
         attention: str = "auto",
         **options: Any,
     ) -> None:
-        self.terms = build_method(method, coefficients)
-        for source in {term.source for term in self.terms}:
+        self.terms = build_method(method, coefficients, kl_positions)
+        for source in {source for term in self.terms for source in term.reads}:
             if not train_dataset.sources[source]:
                 raise UserError(f"method {method} needs {source} data; the dataset has none")
         if options.get("eval_dataset") is not None:
             raise UserError("UnlearningTrainer takes no eval_dataset; see npo_fast.evaluation")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the model's forward knows neither forget nor retain
-        super().__init__(model, args, UnlearningCollator(), train_dataset=train_dataset, **options)
+        streams = ["/".join(term.stream) for term in self.terms]
+        streams += [term.baseline for term in self.terms if term.baseline]
+        collator = UnlearningCollator(list(dict.fromkeys(streams)))
+        super().__init__(model, args, collator, train_dataset=train_dataset, **options)
         self.model_accepts_loss_kwargs = False  # so Trainer divides by the accumulation steps
         self.lm = CausalLM(self.model, attention)
         with self.lm.packing(), self.accelerator.autocast():
             self.references = references or reference_log_probs(
                 self.lm, train_dataset.sources, self.terms, REFERENCE_TOKENS
+            )
+            self.reference_cache = reference_cache_for(
+                self.terms, self.lm, train_dataset.sources, REFERENCE_TOKENS, reference_cache
             )
         self._latest: dict[str, Tensor] = {}
 
@@ -159,7 +193,7 @@ class UnlearningTrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Any],  # source -> PackedBatch
+        inputs: dict[str, Any],  # stream -> PackedBatch
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -173,22 +207,28 @@ class UnlearningTrainer(Trainer):
         total = torch.zeros((), device=self.lm.device)
         # Trainer's own autocast is around model.forward alone
         with self.lm.within(model), self.accelerator.autocast():
-            for source, batch in inputs.items():
-                own = [term for term in self.terms if term.source == source]
-                if not own:
+            packs = {stream: [batch] for stream, batch in inputs.items()}
+            terms = with_baselines(self.lm, self.terms, packs, self.references)
+            counts = self._counts(terms, inputs)
+            for stream, batch in inputs.items():
+                sources = stream.split("/")
+                own = [term for term in terms if list(term.stream) == sources]
+                if not own:  # a baseline alone
                     continue
-                counts = self._counts(batch)
-                loss, values, log_probs = micro_step(self.lm, batch, own, counts, self.references)
+                loss, values, log_probs = micro_step(
+                    self.lm, batch, own, counts, self.references, self.reference_cache
+                )
                 total = total + loss
-                mean = log_probs.sum() / counts["mean"]
-                self._latest |= {**values, f"{source} log-prob": mean}
+                means = log_probs.view(-1, len(sources)).mean(dim=0)
+                self._latest |= values
+                self._latest |= {f"{n} log-prob": m for n, m in zip(sources, means, strict=True)}
         return (total, {}) if return_outputs else total
 
-    def _counts(self, batch: PackedBatch) -> dict[str, Any]:
+    def _counts(self, terms: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What a sum is divided by: the mean count of a process, as DDP takes the mean of them."""
-        counts = torch.tensor([batch.sequences, len(batch.labels)], dtype=torch.float32)
-        sequences, tokens = self.accelerator.reduce(counts.to(self.lm.device), "mean").unbind()
-        return {"mean": sequences, "token_mean": tokens, "sum": 1}
+        own = [float(_count(term, inputs)) for term in terms]
+        counts = self.accelerator.reduce(torch.tensor(own).to(self.lm.device), "mean")
+        return dict(zip((term.name for term in terms), counts.unbind(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -199,3 +239,14 @@ class UnlearningTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with self.lm.generating():  # its own attention, not ours, goes into config.json
             super()._save(output_dir, state_dict)
+
+
+def _count(term: Term, inputs: Mapping[str, PackedBatch]) -> int:
+    """What the term's sum over a device batch is divided by."""
+    batches = [inputs[stream] for stream in term.over or ["/".join(term.stream)]]
+    if term.reduction == "mean":
+        return sum(batch.sequences for batch in batches) // len(term.stream)
+    if term.reduction == "token_mean":
+        everywhere = term.positions == "all"
+        return sum(len(batch.input_ids if everywhere else batch.labels) for batch in batches)
+    return 1

@@ -1,14 +1,16 @@
-"""TOFU's measures: per-example records in, numbers out. Only numpy and scipy.
+"""TOFU's measures, and others beside them: per-example records in, numbers out.
 
 A *log* is what one evaluation of one data set gives: a dict of lists, one entry an example, with
 ``avg_gt_loss``, ``avg_paraphrased_loss`` (mean loss a token), ``average_perturb_loss`` (a list of
 them an example) and ``rougeL_recall``. Published logs hold lists or index-keyed objects; both are
 read. A *result* is a dict of four logs, keyed by TOFU's file names. Source: arXiv 2401.06121,
-section 2.2, and the code published with it.
+section 2.2, and the code published with it. Our logs also hold the columns of
+``npo_fast.memorization`` and, where a model was compared with another, ``kl_to_reference``; what a
+log does not hold is left out of its summary. Only numpy and scipy.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,17 @@ from numpy.typing import NDArray
 from scipy.stats import hmean, ks_2samp
 
 from npo_fast.errors import UserError
+from npo_fast.memorization import membership_scores, roc_auc
 
 RETAIN = "eval_log.json"
 FORGET = "eval_log_forget.json"
 REAL_AUTHORS = "eval_real_author_wo_options.json"
 WORLD_FACTS = "eval_real_world_wo_options.json"
+HOLDOUT = "eval_log_holdout.json"  # ours: records like those to forget that were never trained on
 AGGREGATED = "eval_log_aggregated.json"
 UTILITY_SETS = {"retain": RETAIN, "real authors": REAL_AUTHORS, "world facts": WORLD_FACTS}
+LOGS = (*UTILITY_SETS.values(), FORGET, HOLDOUT)
+MEMBERSHIP = ("avg_gt_loss", "zlib_bytes", "min_k", "min_k_plus_plus")
 
 Log = Mapping[str, Any]
 Result = Mapping[str, Log]
@@ -101,8 +107,26 @@ def forget_truth_ratio(result: Result) -> float:
         return float(np.minimum(ratio, 1 / ratio).mean())
 
 
+def membership_auc(result: Result) -> dict[str, float]:
+    """AUC with which each score tells the forget set (members) from the holdout set.
+
+    1 where the model gives away what it was trained on, 0.5 where it cannot be told, and below 0.5
+    where it was unlearned past that: the forget set then stands out again.
+    """
+    members, others = (
+        membership_scores(*(column(_log(result, file), name) for name in MEMBERSHIP))
+        for file in (FORGET, HOLDOUT)
+    )
+    return {attack: roc_auc(members[attack], others[attack]) for attack in members}
+
+
+def kl_to_reference(log: Log) -> float:
+    """Mean over all answer tokens of ``KL(reference || model)``, in nats."""
+    return float(np.average(column(log, "kl_to_reference"), weights=column(log, "num_token_gt")))
+
+
 def summary(result: Result, retrained: Result | None = None) -> dict[str, float]:
-    """Every number that a result allows: utility, its terms, the forget set, forget quality."""
+    """Every number that a result allows, by the name it is printed under."""
     numbers: dict[str, float] = {}
     if all(file in result and _complete(result[file]) for file in UTILITY_SETS.values()):
         numbers["model utility"] = model_utility(result)
@@ -115,6 +139,11 @@ def summary(result: Result, retrained: Result | None = None) -> dict[str, float]
             numbers["forget truth ratio"] = forget_truth_ratio(result)
             if retrained is not None:
                 numbers["forget quality"] = forget_quality(result, retrained)
+    for name, file in (("forget", FORGET), ("retain", RETAIN)):
+        numbers |= _beyond_tofu(name, result.get(file, {}))
+    if HOLDOUT in result and FORGET in result:
+        aucs = membership_auc(result)
+        numbers |= {f"membership AUC, {attack}": auc for attack, auc in aucs.items()}
     return numbers
 
 
@@ -139,6 +168,30 @@ def column(log: Log, name: str) -> Array:
     return array
 
 
+def select(log: Log, examples: Iterable[int]) -> dict[str, Any]:
+    """The log of some of its examples, in the order given."""
+    examples = list(examples)
+    return {
+        name: [values[str(i)] if isinstance(values, Mapping) else values[i] for i in examples]
+        for name, values in log.items()
+    }
+
+
+def retrained_log(path: Path, items: int, examples: Iterable[int]) -> dict[str, Log]:
+    """The forget log of a retrained model, of some ``examples`` out of all ``items``.
+
+    Raises:
+        UserError: it was not made on ``items`` forget records.
+    """
+    log = load_result(path).get(FORGET, {})
+    if (found := len(log.get("avg_gt_loss", ()))) != items:
+        raise UserError(
+            f"{path} has {found} forget items and --forget {items}: "
+            "evaluate the retrained model on the same records"
+        )
+    return {FORGET: select(log, examples)}
+
+
 def load_result(path: str | Path) -> dict[str, Log]:
     """A result from a folder of TOFU's files, an aggregated file, or a run folder of npo-fast."""
     path = Path(path)
@@ -147,7 +200,7 @@ def load_result(path: str | Path) -> dict[str, Log]:
             aggregated = folder / AGGREGATED
             if aggregated.is_file():
                 return load_result(aggregated)
-            files = [folder / name for name in (*UTILITY_SETS.values(), FORGET)]
+            files = [folder / name for name in LOGS]
             if any(file.is_file() for file in files):
                 return {file.name: _read(file) for file in files if file.is_file()}
         raise UserError(f"{path} holds no evaluation log such as {AGGREGATED} or {FORGET}")
@@ -155,7 +208,7 @@ def load_result(path: str | Path) -> dict[str, Log]:
         raise UserError(f"no evaluation log {str(path)!r}")
     content = _read(path)
     if "avg_gt_loss" in content:  # a single log
-        return {path.name if path.name in (*UTILITY_SETS.values(), FORGET) else FORGET: content}
+        return {path.name if path.name in LOGS else FORGET: content}
     return content
 
 
@@ -191,4 +244,15 @@ def _partial(name: str, log: Log) -> dict[str, float]:
     numbers = {f"{name} probability": float(probability(log).mean())}
     if "rougeL_recall" in log:
         numbers[f"{name} ROUGE-L"] = float(rouge_l_recall(log).mean())
+    return numbers
+
+
+def _beyond_tofu(name: str, log: Log) -> dict[str, float]:
+    numbers = {
+        f"{name} {key.replace('_', ' ')}": float(column(log, key).mean())
+        for key in ("exact_memorization", "extraction_strength")
+        if key in log
+    }
+    if "kl_to_reference" in log:
+        numbers[f"{name} KL to reference"] = kl_to_reference(log)
     return numbers

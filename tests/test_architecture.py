@@ -9,13 +9,13 @@ ROOT = Path(npo_fast.__file__).parent
 LAYERS = [  # from the top; packages of one row know nothing of each other
     {"__main__"},
     {"cli"},
-    {"demo", "bench"},
-    {"report", "hf_trainer"},
+    {"demo", "bench", "synthetic"},
+    {"report", "hf_trainer", "robustness"},
     {"trainer", "evaluation"},
     {"methods", "modules"},
     {"model"},
     {"losses", "metrics", "data"},
-    {"ops"},
+    {"ops", "memorization"},
     {"kernels"},
     {"errors", "_version"},
 ]

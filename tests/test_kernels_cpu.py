@@ -49,6 +49,25 @@ def fused(
     return log_probs, lse, gradient
 
 
+def tiled(
+    raw: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    columns: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """log_probs and lse from slices of the vocabulary, one after another."""
+    others = torch.full((len(raw),), -torch.inf, dtype=torch.float64)
+    target = torch.full_like(others, torch.nan)
+    for first in range(0, raw.shape[1], columns):
+        tile = raw[:, first : first + columns]
+        OPS.tile_log_probs_(tile, labels - first, softcap, logit_scale, others, target)
+    high, low = torch.maximum(others, target), torch.minimum(others, target)
+    above = torch.log1p(torch.exp(low - high))
+    wide = torch.promote_types(raw.dtype, torch.float32)
+    return ((target - high) - above).to(wide), (high + above).to(wide)
+
+
 def random_rows(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 4.0) -> Tensor:
     return (torch.randn(rows, vocabulary) * spread).to(dtype)
 
@@ -81,9 +100,10 @@ def test_as_accurate_as_plain_pytorch(
         plain_pytorch(raw, labels, *setting),
         plain_pytorch(raw.double(), labels, *setting),
     )
-    forward = OPS.row_log_probs(raw, labels, None, *setting)
-    assert torch.equal(forward[0], ours[0])
-    assert torch.equal(forward[1], ours[1])
+    log_probs, lse = tiled(raw, labels, *setting, columns=700)
+    assert_as_accurate(
+        (log_probs, lse, ours[2]), ours, plain_pytorch(raw.double(), labels, *setting)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -109,10 +129,6 @@ def test_target_logits_replace_the_logit_at_the_label(
     plain, exact = (plain_pytorch(x, labels, *setting) for x in (wide, wide.double()))
     plain = (*plain[:2], plain[2].to(dtype))
     assert_as_accurate(ours, plain, exact)
-    before = raw.clone()
-    forward = OPS.row_log_probs(raw, labels, target, *setting)
-    assert torch.equal(forward[0], ours[0])
-    assert torch.equal(raw, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,6 +140,7 @@ def test_a_memorised_token_keeps_its_digits(dtype: torch.dtype) -> None:
     rest = raw.double().scatter(1, labels[:, None], -torch.inf).logsumexp(-1)
     exact = -torch.log1p(torch.exp(rest - 40.0))
     torch.testing.assert_close(log_probs, exact.float(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(tiled(raw, labels)[0], exact.float(), rtol=2e-6, atol=0)
     if dtype != torch.float16:  # 1e-13 is 0 there
         at_label = gradient.gather(1, labels[:, None]).squeeze(1).double()
         torch.testing.assert_close(at_label, -torch.expm1(exact), rtol=1e-2, atol=0)
@@ -145,6 +162,8 @@ def test_masked_logits_have_no_probability(setting: tuple[float | None, float]) 
         ours, plain_pytorch(raw, labels, *setting), plain_pytorch(raw.double(), labels, *setting)
     )
     assert bool((ours[2][:, 10:1500] == 0).all())
+    for got, expected in zip(tiled(raw, labels, *setting), ours, strict=False):
+        torch.testing.assert_close(got, expected)  # whole tiles of it are masked
 
 
 def test_a_label_that_is_masked_has_log_prob_minus_infinity() -> None:
@@ -168,6 +187,9 @@ def test_a_broken_logit_shows_in_its_row_alone(bad: float, column: int, dtype: t
     assert bool(log_probs[1].isnan())
     assert not bool(lse[1].isfinite())
     assert bool(gradient[1].isnan().any())
+    from_tiles = tiled(raw, labels, columns=1000)
+    assert bool(from_tiles[0][1].isnan())
+    assert not bool(from_tiles[1][1].isfinite())
     for row in (0, 2):
         for got, expected in zip((log_probs, lse, gradient), clean, strict=True):
             assert torch.equal(got[row], expected[row])
@@ -181,12 +203,12 @@ def test_rows_that_are_strided() -> None:
         columns = view.shape[1]
         label = labels[:rows] % columns
         expected = fused(view.contiguous(), label)
-        forward = OPS.row_log_probs(view, label, None, None, 1.0)
+        forward = tiled(view, label, columns=columns)
         canvas = wide.clone()
         target = canvas.as_strided(view.shape, view.stride(), view.storage_offset())
         log_probs, lse = OPS.row_log_probs_(target, label, None, None, 1.0)
-        for got in (log_probs, forward[0]):
-            assert torch.equal(got, expected[0])
+        assert torch.equal(log_probs, expected[0])
+        torch.testing.assert_close(forward[0], expected[0])
         assert torch.equal(lse, expected[1])
         assert torch.equal(target, expected[2])
         target.zero_()  # and nothing beside the view was written
@@ -210,9 +232,9 @@ def test_nothing_is_read_or_written_outside_the_rows(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_no_rows(dtype: torch.dtype) -> None:
     empty, labels = torch.empty(0, 11, dtype=dtype), torch.empty(0, dtype=torch.int64)
-    for op in (OPS.row_log_probs_, OPS.row_log_probs):
-        log_probs, lse = op(empty, labels, None, None, 1.0)
-        assert log_probs.shape == lse.shape == (0,)
+    log_probs, lse = OPS.row_log_probs_(empty, labels, None, None, 1.0)
+    assert log_probs.shape == lse.shape == (0,)
+    assert tiled(empty, labels)[0].shape == (0,)
 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:
@@ -245,28 +267,43 @@ def test_poisoned_memory_does_not_reach_the_outputs() -> None:
 @pytest.mark.parametrize("label", [-1, 10])
 def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
     with pytest.raises(RuntimeError, match=r"labels\[1\] = -?\d+ is outside the vocabulary"):
-        OPS.row_log_probs(torch.zeros(2, 10), torch.tensor([0, label]), None, None, 1.0)
+        OPS.row_log_probs_(torch.zeros(2, 10), torch.tensor([0, label]), None, None, 1.0)
 
 
 def test_integer_logits_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="row_log_probs: logits must be float32"):
-        OPS.row_log_probs(torch.zeros(2, 10).int(), torch.tensor([0, 1]), None, None, 1.0)
+    with pytest.raises(RuntimeError, match="row_log_probs_: logits must be float32"):
+        OPS.row_log_probs_(torch.zeros(2, 10).int(), torch.tensor([0, 1]), None, None, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("op", ["row_log_probs_", "row_log_probs"])
-def test_opcheck(op: str, dtype: torch.dtype) -> None:
+def test_opcheck(dtype: torch.dtype) -> None:
     raw, labels = random_rows(3, 17, dtype), random_labels(3, 17)
     target = torch.randn(3, dtype=torch.promote_types(dtype, torch.float32))
     for arguments in ((raw, labels, None, None, 1.0), (raw, labels, target, 30.0, 0.5)):
-        torch.library.opcheck(getattr(OPS, op).default, arguments)
+        torch.library.opcheck(OPS.row_log_probs_.default, arguments)
+    others, z = torch.zeros(2, 3, dtype=torch.float64)
+    torch.library.opcheck(OPS.tile_log_probs_.default, (raw, labels, 30.0, 0.5, others, z))
 
 
 def test_the_library_serves_the_cpu_and_the_reference_everything_else() -> None:
-    for op in ("row_log_probs_", "row_log_probs"):
+    for op in ("row_log_probs_", "tile_log_probs_"):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has(f"npo_fast::{op}", "CPU")
         assert has(f"npo_fast::{op}", "CompositeExplicitAutograd")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_tiles_agree_with_the_reference(
+    dtype: torch.dtype, setting: tuple[float | None, float]
+) -> None:
+    raw, labels = random_rows(6, 300, dtype), torch.tensor([-1, 0, 150, 299, 300, 7])
+    state = [torch.full((6,), -2.0, dtype=torch.float64) for _ in range(4)]
+    OPS.tile_log_probs_(raw, labels, *setting, *state[:2])
+    reference.tile_log_probs_(raw, labels, *setting, *state[2:])
+    for ours, theirs in zip(state[:2], state[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert state[1][0] == state[1][4] == -2.0  # their label is in no column here
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

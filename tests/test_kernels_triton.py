@@ -183,7 +183,8 @@ def test_two_runs_are_bit_identical():
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("op", sorted(reference.OPERATORS))
+# a slice of the vocabulary is for CPUs: on a GPU linear_log_probs is one kernel
+@pytest.mark.parametrize("op", sorted({*reference.OPERATORS} - {"tile_log_probs_"}))
 def test_operators_have_a_gpu_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{op}", "CUDA")
 

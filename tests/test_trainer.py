@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 
-from npo_fast.data import Sequence
+from npo_fast.data import Sequence, pack
 from npo_fast.errors import NonFiniteError, UserError
-from npo_fast.methods import FINETUNE, METHODS, Coefficients, build_method
+from npo_fast.methods import FINETUNE, METHODS, Coefficients, build_method, coefficients_of
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.order import step_batches
+from npo_fast.ops import segment_sum
+from npo_fast.trainer.loop import reference_log_probs, train, with_baselines
+from npo_fast.trainer.order import side_by_side, step_batches
+from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from tests.conftest import VOCABULARY, tiny_model
 
@@ -27,7 +29,12 @@ def sequences(count: int, seed: int) -> list[Sequence]:
 
 
 def sources() -> dict[str, list[Sequence]]:
-    return {"forget": sequences(7, 1), "retain": sequences(11, 2)}
+    return {
+        "forget": sequences(7, 1),
+        "retain": sequences(11, 2),
+        "idk": sequences(7, 3),
+        "alternate": sequences(7, 4),
+    }
 
 
 def small_lm() -> CausalLM:
@@ -43,7 +50,8 @@ def run(method: str, settings: TrainSettings, lm: CausalLM | None = None, **coef
     lm = lm or small_lm()
     terms = build_method(method, Coefficients(**coefficients))
     references = reference_log_probs(lm, sources(), terms, settings.micro_batch_tokens)
-    return lm, list(train(lm, sources(), terms, settings, references))
+    cache = reference_cache_for(terms, lm, sources(), settings.micro_batch_tokens)
+    return lm, list(train(lm, sources(), terms, settings, references, cache))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,6 +63,125 @@ def test_micro_batches_change_memory_and_not_the_losses(method):
     for one, other in zip(whole, parts, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_of_a_method_are_the_same_to_the_bit(method):
+    settings = TrainSettings(epochs=1, batch_size=4, lr=1e-3, micro_batch_tokens=40)
+    (a, one), (b, two) = run(method, settings), run(method, settings)
+    assert [r.loss for r in one] == [r.loss for r in two]
+    assert len(one) == 2
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_idk_rt_is_one_token_mean_over_refusals_and_retain_data():
+    lm, data = small_lm(), sources()
+    (batch,) = step_batches(
+        {name: data[name] for name in ("idk", "retain")}, ("idk",), batch_size=7, epochs=1, seed=0
+    )
+    together = [
+        dataclasses.replace(s, index=i) for i, s in enumerate(batch["idk"] + batch["retain"])
+    ]
+    (expected,) = train(lm, {"train": together}, FINETUNE, TrainSettings(epochs=1, batch_size=14))
+    _, (record,) = run("IDK+RT", TrainSettings(epochs=1, batch_size=7))
+    assert record.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert record.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+
+
+def test_the_baseline_of_kto_is_that_of_the_whole_step():
+    """Mean over all refusals of the step, whatever the micro-batches; 0 at the reference."""
+    lm, data = small_lm(), sources()
+    (term,) = build_method("KTO", Coefficients(beta=0.3))
+    references = reference_log_probs(lm, data, (term,), 2048)
+    for tokens in (16, 2048):
+        (at_start,) = with_baselines(lm, [term], {"idk": pack(data["idk"], tokens)}, references)
+        assert at_start.loss.z == pytest.approx(0.0, abs=1e-5)
+    moved = {**references, "idk": references["idk"] - torch.arange(7.0)}
+    for tokens in (16, 2048):
+        (later,) = with_baselines(lm, [term], {"idk": pack(data["idk"], tokens)}, moved)
+        assert later.loss.z == pytest.approx(3.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [12, 30, 2048])
+def test_pairs_stay_whole_and_in_order_in_every_micro_batch(tokens):
+    data = sources()
+    batch = side_by_side(data, ("idk", "forget"))
+    seen = []
+    for micro in pack(batch, tokens, group=2):
+        assert micro.sequences % 2 == 0
+        assert micro.indices[::2] == micro.indices[1::2], "answers to the same question"
+        lengths = [
+            (len(data["idk"][i].input_ids), len(data["forget"][i].input_ids))
+            for i in micro.indices[::2]
+        ]
+        assert list(micro.lengths) == [n for pair in lengths for n in pair]
+        seen += micro.indices[::2]
+    assert sorted(seen) == list(range(7))
+
+
+def test_dpo_sees_each_refusal_beside_its_own_question():
+    data = sources()
+    batches = step_batches(data, ("forget", "idk"), batch_size=3, epochs=2, seed=0)
+    for batch in batches:
+        assert [s.index for s in batch["forget"]] == [s.index for s in batch["idk"]]
+
+
+def test_answers_that_do_not_belong_to_the_questions_are_refused():
+    data = {**sources(), "idk": sequences(6, 3)}
+    terms = build_method("DPO")
+    with pytest.raises(UserError, match="one answer of every kind, got 7 in forget, 6 in idk"):
+        next(train(small_lm(), data, terms, TrainSettings(), {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [
+        ("DPO", 2 / 0.25 * math.log(2)),
+        ("AltPO", 2 / 0.25 * math.log(2)),
+        ("KTO", 1 + 2 / 0.25 * math.log(2)),
+    ],
+)
+def test_every_comparison_starts_at_the_reference(method, value):
+    _, records = run(method, TrainSettings(epochs=1, batch_size=7), beta=0.25)
+    assert records[0].terms[method] == pytest.approx(value, rel=1e-5)
+
+
+def test_tnpo_starts_as_gradient_ascent():
+    """At the reference each token's weight is 1."""
+    settings = TrainSettings(epochs=1, batch_size=7)
+    _, (tnpo,) = run("TNPO", settings)
+    _, (ga,) = run("GA", settings)
+    assert tnpo.loss == pytest.approx(ga.loss, rel=1e-5)
+    assert tnpo.grad_norm == pytest.approx(ga.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["NPO", "TNPO", "DPO"])
+def test_the_reference_of_the_same_pack_is_exact(method):
+    """r is exactly 0 before any step: the same kernels on the same pack."""
+    lm, data = small_lm(), sources()
+    (term,) = build_method(method)
+    references = reference_log_probs(lm, data, (term,), 2048)
+    batch = next(pack(data["forget"], 2048))
+    found = lm.log_probs(batch)
+    expected = [references["forget"][i] for i in batch.indices]
+    if term.loss.reference == "token":
+        assert torch.equal(found, torch.cat(expected))
+    else:
+        assert torch.equal(segment_sum(found, batch.answer_cu_seqlens), torch.stack(expected))
+
+
+def test_alternating_steps_take_turns_on_each_batch():
+    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, schedule="alternating")
+    _, records = run("NPO+RT", settings)
+    assert [list(r.terms) for r in records] == [["NPO"], ["retain NLL"]] * 4
+    assert [list(r.log_probs) for r in records[:2]] == [["forget"], ["retain"]]
+    assert records[-1].steps == 8
+    assert records[-1].epoch == 2.0
+    _, summed = run("NPO+RT", dataclasses.replace(settings, schedule="summed"))
+    assert records[0].terms["NPO"] == pytest.approx(summed[0].terms["NPO"], rel=1e-5)
+    with pytest.raises(UserError, match="takes turns between forget and retain data"):
+        run("NPO", settings)
 
 
 def test_the_first_npo_step_starts_at_the_reference():
@@ -78,7 +205,7 @@ def test_the_fine_tuning_loss_is_that_of_hugging_face():
     assert record.loss == pytest.approx(total / tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["GA", "NPO", "SimNPO", "GA+RT", "NPO+RT"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "IDK+RT"])
 def test_every_method_lowers_the_forget_log_probs(method):
     _, records = run(method, TrainSettings(epochs=8, batch_size=7, lr=3e-3))
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
@@ -113,7 +240,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit():
 
 def test_an_epoch_sees_every_forget_sequence_once_and_as_many_to_retain():
     data = sources()
-    batches = list(step_batches(data, "forget", batch_size=3, epochs=2, seed=0))
+    batches = list(step_batches(data, ("forget",), batch_size=3, epochs=2, seed=0))
     assert [len(b["forget"]) for b in batches] == [3, 3, 1, 3, 3, 1]
     assert all(len(b["forget"]) == len(b["retain"]) for b in batches)
     for epoch in (batches[:3], batches[3:]):
@@ -160,5 +287,30 @@ def test_an_unknown_method_suggests_the_nearest():
     assert build_method("npo_rt")[1].name == "retain NLL"
     with pytest.raises(UserError, match="beta must be positive"):
         build_method("NPO", Coefficients(beta=-1))
-    with pytest.raises(UserError, match="retain coefficient"):
+    with pytest.raises(UserError, match="retain coefficient must be 0 or more"):
         build_method("NPO+RT", Coefficients(retain=-1))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("GA", {"beta": 0.1}, r"GA has no beta; these have: NPO, NPO\+RT, NPO\+KL"),
+        ("NPO", {"retain": 2.0}, r"NPO has no retain coefficient; these have: GA\+RT, IDK\+RT"),
+        ("NPO+RT", {"kl": 2.0}, r"NPO\+RT has no kl coefficient; these have: GA\+KL"),
+        ("NPO", {"delta": 0.0}, r"NPO has no delta; these have: SimNPO, SimNPO\+RT$"),
+        ("CEU+RT", {"beta1": 1.0}, r"CEU\+RT has no beta1; these have: SatImp, SatImp\+RT$"),
+    ],
+)
+def test_a_coefficient_that_a_method_does_not_have_is_an_error(method, given, message):
+    with pytest.raises(UserError, match=message):
+        build_method(method, Coefficients(**given))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_coefficient_of_a_method_reaches_its_terms(method):
+    defaults = build_method(method)
+    for name, value in coefficients_of(method).items():
+        changed = build_method(method, Coefficients(**{name: value + 1.5}))
+        assert changed != defaults, name
+        same = build_method(method, Coefficients(**{name: value}))
+        assert same == defaults, name

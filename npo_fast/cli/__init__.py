@@ -46,6 +46,17 @@ VERBS = {
         "npo-fast evaluate --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--retain retain90 --output runs/npo-eval",
     ),
+    "attack": Verb(
+        "Measure",
+        "Is it really gone? Relearn a part of the forget set, round the weights, measure again",
+        "npo-fast attack --model runs/npo --data locuslab/TOFU --forget forget10 "
+        "--output runs/npo-attack",
+    ),
+    "synthetic": Verb(
+        "Measure",
+        "The NPO paper's synthetic experiment and theorem beside its claims, a few minutes",
+        "npo-fast synthetic",
+    ),
     "bench": Verb(
         "Measure",
         "Time and memory of the losses beside their peers (loss), or the GPU kernels (kernels)",

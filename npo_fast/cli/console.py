@@ -12,8 +12,8 @@ from npo_fast.trainer.settings import StepRecord
 
 
 def say(text: str = "") -> None:
-    """A line about what is going on."""
-    print(text, file=sys.stderr, flush=True)
+    """A line about what is going on, above a bar where there is one."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:

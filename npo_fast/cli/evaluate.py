@@ -1,6 +1,6 @@
-"""``npo-fast evaluate``: TOFU's measures of a model, or of logs that exist already."""
+"""``npo-fast evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +9,8 @@ from npo_fast.cli.settings import Common, Toggle
 from npo_fast.cli.training import ModelOptions
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import tofu_suite
-from npo_fast.metrics import AGGREGATED, load_result, save_result, summary
+from npo_fast.evaluation.suite import Suite, tofu_suite
+from npo_fast.metrics import AGGREGATED, Result, load_result, save_result, summary
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class DataOptions:
     forget: str | None = None
     """A file or a split; <name>_perturbed is taken where it lies beside it."""
     retain: str | None = None
+    holdout: str | None = None
+    """Records like --forget that no model saw: can an attack tell the two apart (membership)?"""
+    reference: str | None = None
+    """Model to measure the distance from, KL(reference || model): the one before unlearning."""
     log: Path | None = None
     """Measure this log (file or folder) instead of running a model."""
     retrained: Path | None = None
@@ -62,15 +66,14 @@ def run(command: Command) -> None:
             raise UserError("say which --model to evaluate, or which --log to read")
         if data.forget is None and data.retain is None:
             raise UserError("say what to evaluate on with --forget, --retain or both")
-        suite = tofu_suite(data.data, data.forget, data.retain, utility=not data.no_utility)
+        if data.holdout is not None and data.forget is None:
+            raise UserError("--holdout is compared with --forget: name both")
+        suite = tofu_suite(
+            data.data, data.forget, data.retain, data.holdout, utility=not data.no_utility
+        )
         for name, records in suite.items():
             say(f"{name}: {len(records)} records")
-        from npo_fast.evaluation.evaluate import evaluate
-
-        template = command.model.load_template()
-        lm = command.model.load_model()
-        with progress("evaluate") as update:
-            result = dict(evaluate(lm, template, suite, command.evaluation, update))
+        result = dict(_measure(command, suite))
     if data.output is not None:
         save_result(result, data.output)
         say(f"logs saved in {data.output}")
@@ -83,3 +86,18 @@ def run(command: Command) -> None:
         table(([name, number(value)] for name, value in numbers.items()), ("measure", "value")),
         command.common.json,
     )
+
+
+def _measure(command: Command, suite: Suite) -> Result:
+    from npo_fast.evaluation.evaluate import evaluate
+    from npo_fast.evaluation.reference import ReferenceStates
+
+    template = command.model.load_template()
+    settings, reference = command.evaluation, None
+    if command.data.reference is not None:
+        other = replace(command.model, model=command.data.reference).load_model()
+        reference = ReferenceStates.of(other, template, suite, settings.micro_batch_tokens)
+        del other  # before the next one takes its memory
+    lm = command.model.load_model()
+    with progress("evaluate") as update:
+        return evaluate(lm, template, suite, settings, update, reference)

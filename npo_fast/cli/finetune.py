@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from npo_fast.cli.console import say, show
 from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
+from npo_fast.data import load_records
 from npo_fast.errors import UserError
 from npo_fast.methods import FINETUNE
 from npo_fast.trainer.settings import TrainSettings
@@ -30,10 +31,10 @@ class Command:
 def run(command: Command) -> None:
     if not command.data.train and command.data.data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
-    splits = {"train": command.data.train}
-    prepared = prepare(
-        command.model, command.run, command.training, splits, command.data.data, "train"
-    )
+    command.run.check()
+    records = {"train": load_records(command.data.train, command.data.data)}
+    named = {"train": command.data.train}
+    prepared = prepare(command.model, command.training, records, named, FINETUNE)
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
         return

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from npo_fast.cli.console import follow, say
 from npo_fast.cli.settings import Common, Toggle
-from npo_fast.data import Sequence, Template, load_records
+from npo_fast.data import Record, Sequence, Template
 from npo_fast.errors import NonFiniteError, UserError
-from npo_fast.methods import Term
-from npo_fast.trainer.order import steps_per_epoch
+from npo_fast.methods import Term, turns
+from npo_fast.trainer.order import driving_sources, steps_per_epoch
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
-    from torch import Tensor
-
+    from npo_fast.evaluation.course import Course
     from npo_fast.model.causal_lm import CausalLM
+    from npo_fast.trainer.loop import References
+    from npo_fast.trainer.reference_cache import ReferenceCache
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class RunOptions(Common):
     dry_run: Annotated[bool, Toggle] = False
     """Check everything that can be checked without loading the model, and say what would run."""
 
+    def check(self) -> None:
+        from npo_fast.trainer.run import check_output
+
+        check_output(self.output, self.overwrite)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -96,20 +102,17 @@ class Prepared:
 
 def prepare(
     options: ModelOptions,
-    run: RunOptions,
     training: TrainSettings,
-    splits: Mapping[str, str],  # source -> split or file
-    data: str | None,
-    driving: str,
+    records: Mapping[str, list[Record]],  # source -> its records
+    named: Mapping[str, str],  # source -> what the user knows it as
+    terms: tuple[Term, ...],
 ) -> Prepared:
     """Everything that can fail on the user's side, first."""
-    from npo_fast.trainer.run import check_output
-
-    check_output(run.output, run.overwrite)
-    records = {source: load_records(name, data) for source, name in splits.items()}
+    each_batch = turns(terms, training.schedule)
     template = options.load_template()
     sources, truncated = {}, {}
-    for source, name in splits.items():
+    for source in records:
+        name = named[source]
         try:
             sources[source], truncated[source] = template.encode_all(records[source])
         except UserError as error:
@@ -117,7 +120,9 @@ def prepare(
         cut = f", {truncated[source]} cut to {template.max_length}" if truncated[source] else ""
         tokens = sum(len(s.input_ids) for s in sources[source])
         say(f"{source}: {len(sources[source])} records, {tokens} tokens{cut} ({name})")
-    steps = training.epochs * steps_per_epoch(len(sources[driving]), training.batch_size)
+    (driving, *_) = driving_sources({s: sources[s] for term in terms for s in term.reads})
+    per_epoch = steps_per_epoch(len(sources[driving]), training.batch_size)
+    steps = training.epochs * per_epoch * len(each_batch)
     say(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
     return Prepared(template, sources, truncated, steps)
 
@@ -142,25 +147,40 @@ def run_training(
     lm: "CausalLM",
     terms: tuple[Term, ...],
     training: TrainSettings,
-    references: Mapping[str, "Tensor"] | None = None,
+    references: "References | None" = None,
     report: Callable[[], Mapping[str, Any]] = dict,
+    reference_cache: "ReferenceCache | None" = None,
+    course: "Course | None" = None,
 ) -> dict[str, Any]:
     """Trains, saves and returns what ``run.json`` says in the end."""
     from npo_fast.trainer.loop import train
     from npo_fast.trainer.run import Run
 
     check_vocabulary(lm, prepared.sources)
+    if course is not None:  # first: it may refuse, and the folder may hold an earlier run
+        course.begin()
     facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
     run = Run(run_options.output, run_options.overwrite, {**facts, "attention": lm.attention})
     tokenizer = prepared.template.tokenizer
     last = None
+    steps = train(lm, prepared.sources, terms, training, references, reference_cache)
+    if course is not None:
+        run.log_evaluation(course.start)
     try:
-        for record in follow(train(lm, prepared.sources, terms, training, references), verb):
+        for record in follow(steps, verb):
             run.log(record)
             last = record
             every = run_options.save_every
             if every and record.step % every == 0 and record.step < record.steps:
                 run.checkpoint(lm, tokenizer, record.step)
+            if course is not None and course.due(record.step, record.steps):
+                better = course.look(record.step, record.epoch)
+                run.log_evaluation(course.last)
+                if better:
+                    run.keep_best(lm, tokenizer)
+                if course.over():
+                    say(f"{course.options.stop_when} at step {record.step}: stopped")
+                    break
     except NonFiniteError as error:
         kept = "no step was taken, so there is nothing to keep"
         if last is not None:
@@ -171,7 +191,11 @@ def run_training(
     except BaseException as error:
         run.finish("stopped", error=f"{type(error).__name__}: {error}")
         raise
+    chosen = {}
+    if course is not None and course.best:
+        chosen["best"] = {"measure": course.options.keep_best, **course.best}
+        run.restore_best(lm)
     folder = run.save_model(lm, tokenizer)
     say(f"model saved in {folder}")
-    run.finish("finished", final=dataclasses.asdict(last) if last else {}, **report())
+    run.finish("finished", final=dataclasses.asdict(last) if last else {}, **chosen, **report())
     return run.facts

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Toggle
 from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
-from npo_fast.data import Record, load_records
+from npo_fast.data import Record, alternated, load_records, load_refusals, refused
 from npo_fast.errors import UserError
+from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import Suite, tofu_suite
 from npo_fast.methods import Coefficients, build_method
-from npo_fast.metrics import probability, rouge_l_recall
+from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -27,6 +30,38 @@ class DataOptions:
     """The same for what to keep; methods with +RT need it."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
+    idk: Path | None = None
+    """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
+    alternate: str | None = None
+    """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+
+    def load(self) -> dict[str, list[Record]]:
+        if not self.forget:
+            raise UserError("say what to forget with --forget (a file, or a split of --data)")
+        records = {"forget": load_records(self.forget, self.data)}
+        if self.retain is not None:
+            records["retain"] = load_records(self.retain, self.data)
+        return records
+
+    def load_answers(
+        self, forget: list[Record], wanted: set[str], seed: int
+    ) -> dict[str, list[Record]]:
+        """Other answers to the forget questions, where they are ``wanted``."""
+        answers = {}
+        if "idk" in wanted:
+            answers["idk"] = refused(forget, load_refusals(self.idk, self.data), seed)
+        if "alternate" in wanted:
+            answers["alternate"] = alternated(forget, seed, self.alternate, self.data)
+        return answers
+
+    def named(self) -> dict[str, str]:
+        """What the user knows each source as."""
+        return {
+            "forget": self.forget,
+            "retain": self.retain or "",
+            "idk": str(self.idk or "refusals"),
+            "alternate": self.alternate or "alternate answers",
+        }
 
 
 @dataclass(frozen=True)
@@ -34,17 +69,40 @@ class MethodOptions:
     """How to forget."""
 
     method: str = "NPO+RT"
-    """GA, GA+RT, NPO, NPO+RT, SimNPO or SimNPO+RT."""
+    """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, UNDIAL, each also with
+    +RT; IDK+RT; GA, NPO, DPO and KTO with +KL; GA+forgetKL."""
     beta: float | None = None
-    """Inverse temperature; NPO 0.1 and SimNPO 2.5 where it is not given."""
-    delta: float = 0.0
-    """SimNPO's margin."""
-    forget_coefficient: float = 1.0
-    retain_coefficient: float = 1.0
-    """The paper takes 5 to forget half and 12 to forget 90 percent."""
+    """Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."""
+    delta: float | None = None
+    """SimNPO's margin; else 0."""
+    beta1: float | None = None
+    """SatImp's exponent of p; else 5."""
+    beta2: float | None = None
+    """SatImp's exponent of 1 - p; else 1."""
+    gamma: float | None = None
+    """UNDIAL's strength, in nats; else 10."""
+    forget_coefficient: float | None = None
+    """Of the forget term; else 1."""
+    retain_coefficient: float | None = None
+    """Of the retain term; else 1. The paper takes 5 to forget half and 12 to forget 90 percent."""
+    kl_coefficient: float | None = None
+    """Of the KL to the model as it was; else 1."""
+    kl_positions: Literal["answer", "all"] = "answer"
+    """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code."""
+    reference_cache: Path | None = None
+    """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
 
     def coefficients(self) -> Coefficients:
-        return Coefficients(self.beta, self.delta, self.forget_coefficient, self.retain_coefficient)
+        return Coefficients(
+            beta=self.beta,
+            delta=self.delta,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            gamma=self.gamma,
+            kl=self.kl_coefficient,
+            forget=self.forget_coefficient,
+            retain=self.retain_coefficient,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,32 +122,46 @@ class Command:
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainSettings = field(default_factory=TrainSettings)
     report: ReportOptions = field(default_factory=ReportOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
 
 def run(command: Command) -> None:
-    terms = build_method(command.method.method, command.method.coefficients())
+    method = command.method
+    terms = build_method(method.method, method.coefficients(), method.kl_positions)
+    wanted: set[str] = {source for term in terms for source in term.reads}
     data = command.data
-    if not data.forget:
-        raise UserError("say what to forget with --forget (a file, or a split of --data)")
-    splits = {"forget": data.forget}
-    if data.retain is not None:
-        splits["retain"] = data.retain
-    elif any(term.source == "retain" for term in terms):
-        raise UserError(f"{command.method.method} keeps what --retain names; name it, or use NPO")
-    prepared = prepare(command.model, command.run, command.training, splits, data.data, "forget")
+    if data.retain is None and "retain" in wanted:
+        raise UserError(f"{method.method} keeps what --retain names; name it, or use NPO")
+    if method.reference_cache is not None and all(t.loss.reference != "hidden" for t in terms):
+        raise UserError(
+            f"{method.method} compares with no hidden states; leave out --reference-cache"
+        )
+    command.run.check()
+    watched = _watched(command)
+    records = data.load()
+    answers = data.load_answers(records["forget"], wanted, command.training.seed)
+    prepared = prepare(command.model, command.training, {**records, **answers}, data.named(), terms)
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
         return
 
     from npo_fast.trainer.loop import reference_log_probs
+    from npo_fast.trainer.reference_cache import reference_cache_for
 
     lm = command.model.load_model()
-    records = {name: load_records(split, data.data) for name, split in splits.items()}
     look = _Look(command.report, lm, prepared.template, records)
+    course = _course(command, lm, prepared.template, *watched) if watched else None
     before = look.take("before")
     references = reference_log_probs(
         lm, prepared.sources, terms, command.training.micro_batch_tokens
+    )
+    cache = reference_cache_for(
+        terms,
+        lm,
+        prepared.sources,
+        command.training.micro_batch_tokens,
+        method.reference_cache,
     )
     after: dict[str, Any] = {}
 
@@ -98,14 +170,49 @@ def run(command: Command) -> None:
         return {"before": before, "after": after} if after else {}
 
     facts = run_training(
-        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report
-    )
+        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report,
+        cache, course,
+    )  # fmt: skip
     say()
     show(
         {"output": str(command.run.output), **facts},
-        _text(before, after) + f"\nthe model is in {command.run.output / 'model'}",
+        _text(before, after) + f"\n{_chosen(command, facts)} {command.run.output / 'model'}",
         command.run.json,
     )
+
+
+def _watched(command: Command) -> tuple[Suite, Result | None] | None:
+    """The records to measure while training, and the retrained model's log of the same ones."""
+    options, data = command.watch, command.data
+    if not options.eval_every:
+        return None
+    suite = tofu_suite(data.data, data.forget, data.retain)
+    kept = {name: records[: options.eval_records] for name, records in suite.items()}
+    if options.retrained is None:
+        return kept, None
+    examples = range(len(kept[FORGET]))
+    return kept, retrained_log(options.retrained, len(suite[FORGET]), examples)
+
+
+def _course(
+    command: Command, lm: Any, template: Any, suite: Suite, retrained: Result | None
+) -> Course:
+    from npo_fast.evaluation.evaluate import evaluate
+
+    settings = EvaluationSettings(max_new_tokens=command.report.max_new_tokens)
+    return Course(command.watch, lambda: evaluate(lm, template, suite, settings), retrained)
+
+
+def _chosen(command: Command, facts: Mapping[str, Any]) -> str:
+    measure = command.watch.keep_best
+    if measure is None:
+        return "the model is in"
+    if "best" not in facts:
+        share = command.watch.min_utility
+        return f"no evaluation kept {share:.0%} of the utility; the model after the last step is in"
+    best = facts["best"]
+    value = number(value_of(best, measure))
+    return f"the model of step {best['step']}, the best by {measure} ({value}), is in"
 
 
 class _Look:

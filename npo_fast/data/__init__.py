@@ -1,7 +1,18 @@
 """Records from TOFU, JSONL files or the hub, tokenised once and packed without padding."""
 
+from npo_fast.data.answers import alternated, load_refusals, refused
 from npo_fast.data.packing import PackedBatch, pack
 from npo_fast.data.records import Record, load_records
 from npo_fast.data.template import Sequence, Template
 
-__all__ = ["PackedBatch", "Record", "Sequence", "Template", "load_records", "pack"]
+__all__ = [
+    "PackedBatch",
+    "Record",
+    "Sequence",
+    "Template",
+    "alternated",
+    "load_records",
+    "load_refusals",
+    "pack",
+    "refused",
+]

@@ -32,30 +32,29 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
-def pack(
-    sequences: Iterable[Sequence], max_tokens: int, max_sequences: int | None = None
-) -> Iterator[PackedBatch]:
+def pack(sequences: Iterable[Sequence], max_tokens: int, group: int = 1) -> Iterator[PackedBatch]:
     """Batches of whole sequences with at most ``max_tokens`` tokens, in the order given.
 
     A longer sequence gets a batch of its own. Within a batch, sequences of one length stand
-    together, which lets attention take them as one block.
+    together, which lets attention take them as one block. ``group`` consecutive sequences (pairs:
+    2) stay side by side, in one batch.
     """
-    batch: list[Sequence] = []
+    batch: list[tuple[Sequence, ...]] = []
     tokens = 0
-    for sequence in sequences:
-        length = len(sequence.input_ids)
-        full = max_sequences is not None and len(batch) >= max_sequences
-        if batch and (full or tokens + length > max_tokens):
+    for unit in zip(*[iter(sequences)] * group, strict=True):
+        length = sum(len(sequence.input_ids) for sequence in unit)
+        if batch and tokens + length > max_tokens:
             yield _collate(batch)
             batch, tokens = [], 0
-        batch.append(sequence)
+        batch.append(unit)
         tokens += length
     if batch:
         yield _collate(batch)
 
 
-def _collate(sequences: list[Sequence]) -> PackedBatch:
-    sequences = sorted(sequences, key=lambda s: len(s.input_ids))
+def _collate(units: list[tuple[Sequence, ...]]) -> PackedBatch:
+    units = sorted(units, key=lambda unit: [len(sequence.input_ids) for sequence in unit])
+    sequences = [sequence for unit in units for sequence in unit]
     input_ids: list[int] = []
     position_ids: list[int] = []
     rows: list[int] = []

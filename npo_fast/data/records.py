@@ -2,7 +2,8 @@
 
 Three forms of a record are understood: ``{"question", "answer"}`` (TOFU, with the optional
 ``paraphrased_answer`` and ``perturbed_answer`` that the truth ratio needs), ``{"prompt",
-"completion"}`` and ``{"messages": [{"role", "content"}, ...]}`` whose last message is the answer.
+"completion"}`` and ``{"messages": [{"role", "content"}, ...]}`` whose last message is the answer;
+each may have ``alternate``, an answer or several that AltPO puts in the place of the true one.
 Files hold one JSON object a line, or one JSON array.
 """
 
@@ -27,6 +28,7 @@ class Record:
     answer: str
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
+    alternates: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -67,10 +69,8 @@ def parse_record(row: Any, where: str) -> Record:
         if prompt_key in row or answer_key in row:
             prompt, answer = _text(row, prompt_key, where), _text(row, answer_key, where)
             paraphrase = row.get("paraphrased_answer")
-            perturbed = row.get("perturbed_answer") or ()
-            if isinstance(perturbed, str):
-                perturbed = (perturbed,)
-            return Record((("user", prompt),), answer, paraphrase, tuple(perturbed))
+            perturbed, alternates = (_texts(row, k) for k in ("perturbed_answer", "alternate"))
+            return Record((("user", prompt),), answer, paraphrase, perturbed, alternates)
     raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
 
 
@@ -86,7 +86,13 @@ def _from_messages(row: dict[str, Any], where: str) -> Record:
             f"got roles {[role for role, _ in turns]}"
         )
     _text({"content": turns[-1][1]}, "content", where)
-    return Record(turns[:-1], turns[-1][1])
+    return Record(turns[:-1], turns[-1][1], alternates=_texts(row, "alternate"))
+
+
+def _texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
+    """None, one or several."""
+    value = row.get(key) or ()
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

@@ -110,7 +110,7 @@ class Demo:
     def _unlearn(self, lm: CausalLM, method: str) -> Outcome:
         started = time.perf_counter()
         settings = _seeded(self.settings.unlearning, self.seed)
-        terms = build_method(method, self.settings.coefficients)
+        terms = build_method(method, self.settings.coefficients.for_method(method))
         sources = {
             "forget": self._encode(self.world.forget),
             "retain": self._encode(self.world.retain),

@@ -1,5 +1,6 @@
-"""Loss of every answer, right, paraphrased or wrong, and ROUGE of greedy generations."""
+"""Loss of every answer, right, paraphrased or wrong, memorisation, ROUGE of greedy answers."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,17 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from npo_fast.data import Record, Sequence, Template, pack
+from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite
+from npo_fast.evaluation.tokens import TokenScores, token_scores
+from npo_fast.memorization import (
+    exact_memorization,
+    extraction_strength,
+    min_k,
+    min_k_plus_plus,
+)
+from npo_fast.metrics import HOLDOUT
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
 
@@ -21,19 +31,22 @@ def evaluate(
     suite: Suite,
     settings: EvaluationSettings | None = None,
     progress: Progress | None = None,
+    reference: ReferenceStates | None = None,
 ) -> dict[str, dict[str, list[Any]]]:
     """One log a data set, in TOFU's form (see ``npo_fast.metrics``).
 
     Losses are sums and means of the negative log-prob of answer tokens, the closing
     end-of-sequence token among them. Where a record has no paraphrase, its answer stands in, as in
     TOFU's real authors and world facts. ROUGE is the recall of the greedy answer, stemmed.
+    Beside TOFU's fields stand those of ``npo_fast.memorization``, and with ``reference`` (taken of
+    the same suite) ``kl_to_reference``, the mean KL(reference || model) over answer tokens.
     """
     settings = settings or EvaluationSettings()
     was_training = lm.model.training
     lm.model.eval()
     try:
         return {
-            name: _evaluate_records(lm, template, records, settings, name, progress)
+            name: _evaluate_records(lm, template, records, settings, name, progress, reference)
             for name, records in suite.items()
         }
     finally:
@@ -47,51 +60,98 @@ def _evaluate_records(
     settings: EvaluationSettings,
     name: str,
     progress: Progress | None,
+    reference: ReferenceStates | None,
 ) -> dict[str, list[Any]]:
-    answers: list[str] = []
-    owners: list[int] = []
-    for i, record in enumerate(records):
-        own = [record.answer, *record.perturbed_answers]
-        if record.paraphrased_answer is not None:
-            own.insert(1, record.paraphrased_answer)
-        answers += own
-        owners += [i] * len(own)
-    sequences = [
-        template.encode(records[owner], index, answer)
-        for index, (owner, answer) in enumerate(zip(owners, answers, strict=True))
-    ]
-    losses = _losses(lm, sequences, settings, lambda n: _tell(progress, name, n, len(sequences)))
-    tokens = [s.answer_length for s in sequences]
-
-    log: dict[str, list[Any]] = {"gt_loss": [], "num_token_gt": [], "avg_gt_loss": []}
-    if all(record.perturbed_answers for record in records):
-        names = ("paraphrased_loss", "num_token_paraphrased", "avg_paraphrased_loss")
-        log |= {key: [] for key in names}
-        log |= {key: [] for key in ("perturb_loss", "num_token_perturb", "average_perturb_loss")}
-    at = 0
-    for record in records:
-        paraphrase = at + (record.paraphrased_answer is not None)
-        stop = paraphrase + 1 + len(record.perturbed_answers)
-        _append(log, "gt_loss", "num_token_gt", "avg_gt_loss", losses[at], tokens[at])
-        if "perturb_loss" in log:
-            _append(log, *names, losses[paraphrase], tokens[paraphrase])
-            wrong, lengths = losses[paraphrase + 1 : stop], tokens[paraphrase + 1 : stop]
-            log["perturb_loss"].append(wrong)
-            log["num_token_perturb"].append(lengths)
-            means = [loss / n for loss, n in zip(wrong, lengths, strict=True)]
-            log["average_perturb_loss"].append(means)
-        at = stop
-    if settings.generate:
+    truths = [template.encode(record, i) for i, record in enumerate(records)]
+    compares = all(record.perturbed_answers for record in records)
+    others = _other_answers(template, records) if compares else []
+    whole = len(truths) + len(others)
+    scores = _token_scores(lm, truths, settings, lambda n: _tell(progress, name, n, whole))
+    log = _losses_of(scores) | _memorization(records, scores)
+    if compares:
+        losses = _losses(
+            lm, others, settings, lambda n: _tell(progress, name, len(truths) + n, whole)
+        )
+        log |= _comparison(records, log, others, losses)
+    if reference is not None:
+        log["kl_to_reference"] = reference.divergence(lm, truths, name, settings.micro_batch_tokens)
+    if settings.generate and name != HOLDOUT:  # its losses are all that membership looks at
         log |= _generations(lm, template, records, settings, name, progress)
     return log
 
 
-def _append(
-    log: dict[str, list[Any]], loss_key: str, count_key: str, mean_key: str, loss: float, n: int
-) -> None:
-    log[loss_key].append(loss)
-    log[count_key].append(n)
-    log[mean_key].append(loss / n)
+def _other_answers(template: Template, records: list[Record]) -> list[Sequence]:
+    """The paraphrase of a record, where it has one, and its wrong answers; then the next one's."""
+    found: list[Sequence] = []
+    for record in records:
+        paraphrase = record.paraphrased_answer
+        for answer in ([] if paraphrase is None else [paraphrase]) + list(record.perturbed_answers):
+            found.append(template.encode(record, len(found), answer))
+    return found
+
+
+def _losses_of(scores: list[TokenScores]) -> dict[str, list[Any]]:
+    tokens = [len(one.log_probs) for one in scores]
+    losses = [-float(one.log_probs.sum()) for one in scores]
+    means = [loss / n for loss, n in zip(losses, tokens, strict=True)]
+    return {"gt_loss": losses, "num_token_gt": tokens, "avg_gt_loss": means}
+
+
+def _memorization(records: list[Record], scores: list[TokenScores]) -> dict[str, list[Any]]:
+    """Beside TOFU's: what ``npo_fast.memorization`` makes of the tokens of the right answer."""
+    return {
+        "exact_memorization": [exact_memorization(one.greedy) for one in scores],
+        "extraction_strength": [extraction_strength(one.greedy) for one in scores],
+        "min_k": [min_k(one.log_probs) for one in scores],
+        "min_k_plus_plus": [min_k_plus_plus(one.log_probs, one.mean, one.std) for one in scores],
+        "zlib_bytes": [len(zlib.compress(record.answer.encode())) for record in records],
+    }
+
+
+def _comparison(
+    records: list[Record],
+    log: dict[str, list[Any]],
+    others: list[Sequence],
+    losses: list[float],
+) -> dict[str, list[Any]]:
+    """Paraphrased and wrong answers, as TOFU logs them."""
+    found: dict[str, list[Any]] = {
+        "paraphrased_loss": [], "num_token_paraphrased": [], "avg_paraphrased_loss": [],
+        "perturb_loss": [], "num_token_perturb": [], "average_perturb_loss": [],
+    }  # fmt: skip
+    at = 0
+    for i, record in enumerate(records):
+        loss, n = log["gt_loss"][i], log["num_token_gt"][i]
+        if record.paraphrased_answer is not None:
+            loss, n = losses[at], others[at].answer_length
+            at += 1
+        found["paraphrased_loss"].append(loss)
+        found["num_token_paraphrased"].append(n)
+        found["avg_paraphrased_loss"].append(loss / n)
+        wrong = range(at, at := at + len(record.perturbed_answers))
+        found["perturb_loss"].append([losses[j] for j in wrong])
+        found["num_token_perturb"].append([others[j].answer_length for j in wrong])
+        found["average_perturb_loss"].append([losses[j] / others[j].answer_length for j in wrong])
+    return found
+
+
+@torch.no_grad()
+def _token_scores(
+    lm: CausalLM,
+    sequences: list[Sequence],
+    settings: EvaluationSettings,
+    done: Callable[[int], None],
+) -> list[TokenScores]:
+    """Of every sequence's answer, in the order given."""
+    scores: dict[int, TokenScores] = {}
+    by_length = sorted(sequences, key=lambda s: len(s.input_ids))
+    for batch in pack(by_length, settings.micro_batch_tokens):
+        batch = batch.to(lm.device)
+        found = token_scores(lm.linear_head, lm.hidden(batch), batch.labels)
+        parts = found.split(batch.answer_cu_seqlens.diff().tolist())
+        scores |= dict(zip(batch.indices, parts, strict=True))
+        done(len(scores))
+    return [scores[i] for i in range(len(sequences))]
 
 
 @torch.no_grad()

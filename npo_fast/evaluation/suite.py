@@ -5,20 +5,25 @@ from pathlib import Path
 
 from npo_fast.data import Record, load_records
 from npo_fast.errors import UserError
-from npo_fast.metrics import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
+from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
 Suite = Mapping[str, list[Record]]  # log file name -> records
 
 
 def tofu_suite(
-    data: str | None, forget: str | None, retain: str | None, *, utility: bool = True
+    data: str | None,
+    forget: str | None,
+    retain: str | None,
+    holdout: str | None = None,
+    *,
+    utility: bool = True,
 ) -> dict[str, list[Record]]:
     """Records by the name of the log they fill.
 
     ``forget`` and ``retain`` are splits or files as in training. Where a split ``<name>_perturbed``
     lies beside it (TOFU has them), that one is taken, since it carries the paraphrased and wrong
     answers that the truth ratio needs. With ``utility``, TOFU's real authors and world facts join
-    where the data has them.
+    where the data has them. Of ``holdout`` only the right answers are of interest.
     """
     suite: dict[str, list[Record]] = {}
     if retain is not None:
@@ -31,6 +36,8 @@ def tofu_suite(
                 continue  # a data set of the user's own has no such split
     if forget is not None:
         suite[FORGET] = _with_wrong_answers(data, forget)
+    if holdout is not None:
+        suite[HOLDOUT] = [Record(r.messages, r.answer) for r in load_records(holdout, data)]
     return suite
 
 

@@ -10,7 +10,8 @@ The row operators see one chunk of raw logits ``a = W h + b`` (before softcap an
     d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
-``npo_head`` goes on from the token log-probs to the NPO loss of the sequences.
+``npo_head`` goes on from the token log-probs to the NPO loss of the sequences. ``row_kl_`` compares
+a chunk of logits with one of a reference model, and replaces it by the gradient of that divergence.
 
 ``linear_log_probs`` and its backward operator start from hidden states instead. All rows go through
 a slice of the vocabulary at a time, so nothing V-wide exists; the backward operator makes each
@@ -25,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
-TILE_BYTES = 16 << 20  # of logits, all rows times a slice of the vocabulary
-LEAST_COLUMNS = 256  # below, the GEMMs of a slice cost more than they compute
+TILE_BYTES = 32 << 20  # of logits: many rows times a slice of the vocabulary
+TILE_ROWS = 2048
+LEAST_COLUMNS = 64  # below, the GEMM of a slice costs more than it computes
 
 library = torch.library.Library("npo_fast", "DEF")
 library.define(
@@ -34,8 +36,8 @@ library.define(
     "float? softcap, float logit_scale) -> (Tensor, Tensor)"
 )
 library.define(
-    "row_log_probs(Tensor logits, Tensor labels, Tensor? target_logits, "
-    "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+    "tile_log_probs_(Tensor logits, Tensor labels, float? softcap, float logit_scale, "
+    "Tensor(a!) others, Tensor(b!) target) -> ()"
 )
 library.define(
     "npo_head(Tensor log_probs, Tensor cu_seqlens, Tensor ref_log_probs, float beta) "
@@ -49,6 +51,10 @@ library.define(
     "linear_log_probs_backward(Tensor g, Tensor hidden, Tensor weight, Tensor labels, "
     "Tensor? bias, Tensor log_probs, Tensor lse, float? softcap, float logit_scale, "
     "bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "row_kl_(Tensor(a!) logits, Tensor ref_logits, float? softcap, float logit_scale, "
+    "float? ref_softcap, float ref_logit_scale) -> Tensor"
 )
 
 
@@ -74,18 +80,26 @@ def row_log_probs_(
     return log_probs, lse
 
 
-def row_log_probs(
-    logits: Tensor,  # (R, V) raw logits, left alone
-    labels: Tensor,  # (R,)
-    target_logits: Tensor | None,  # (R,)
+def tile_log_probs_(
+    logits: Tensor,  # (R, C) raw logits of a slice of the vocabulary, left alone
+    labels: Tensor,  # (R,) int64, counted from the first column of the slice; may lie outside
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    log_probs, lse = _outputs(logits)
+    others: Tensor,  # (R,) fp64 logsumexp of the columns so far without the label; -inf at first
+    target: Tensor,  # (R,) fp64 z at the label, written by the slice that has it
+) -> None:
+    """One slice of the vocabulary after another into the log-probs of whole rows.
+
+    The label stays apart so that ``log_prob = -log(1 + exp(others - target))`` does not cancel
+    where the model is sure of it.
+    """
     for rows in _slabs(logits):
-        z, _ = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        _, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
-    return log_probs, lse
+        z = (_activate(logits[rows], labels[rows], None, softcap)[0] * logit_scale).double()
+        mine = ((labels[rows] >= 0) & (labels[rows] < z.shape[1])).nonzero().squeeze(1)
+        column = labels[rows][mine]
+        target[rows] = target[rows].index_copy(0, mine, z[mine, column])
+        z[mine, column] = -torch.inf
+        others[rows] = torch.logaddexp(others[rows], z.logsumexp(dim=1))
 
 
 def npo_head(
@@ -115,14 +129,18 @@ def linear_log_probs(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,): fp32, or fp64 for fp64 inputs
-    lse = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=_wide(hidden.dtype))
-    target = torch.zeros_like(lse)
-    for first, z, _ in _column_tiles(hidden, weight, bias, softcap):
-        z = z * logit_scale
-        lse = torch.logaddexp(lse, z.logsumexp(dim=-1))
-        column, inside = _column_of(labels, first, z.shape[1])
-        target = torch.where(inside, z.gather(1, column).squeeze(1), target)
-    return target - lse, lse
+    log_probs, lse = _outputs(hidden)
+    for rows in _row_tiles(hidden):
+        others = lse.new_full((rows.stop - rows.start,), -torch.inf, dtype=torch.float64)
+        target = torch.full_like(others, torch.nan)
+        for columns, logits in _column_tiles(hidden[rows], weight, bias):
+            torch.ops.npo_fast.tile_log_probs_(
+                logits, labels[rows] - columns.start, softcap, logit_scale, others, target
+            )
+        high, low = torch.maximum(others, target), torch.minimum(others, target)
+        above = torch.log1p(torch.exp(low - high))
+        log_probs[rows], lse[rows] = (target - high) - above, high + above
+    return log_probs, lse
 
 
 def linear_log_probs_backward(
@@ -137,26 +155,61 @@ def linear_log_probs_backward(
     logit_scale: float,
     needs: Sequence[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:  # in the dtypes of hidden, weight, bias; empty: not wanted
-    d_hidden, d_weight, d_bias = _gradients(hidden, weight, bias, needs)
-    total = torch.zeros_like(d_hidden, dtype=lse.dtype)
-    wide_hidden = hidden.to(lse.dtype)
-    row_scale = (g * logit_scale).to(lse.dtype).unsqueeze(1)
-    at_label = -torch.expm1(log_probs).unsqueeze(1)  # onehot - softmax cancels at a sure token
-    for first, z, slope in _column_tiles(hidden, weight, bias, softcap):
-        columns = slice(first, first + z.shape[1])
-        gradient = z.mul_(logit_scale).sub_(lse.unsqueeze(1)).exp_().neg_()
-        column, inside = _column_of(labels, first, z.shape[1])
-        own = torch.where(inside.unsqueeze(1), at_label, gradient.gather(1, column))
-        gradient.scatter_(1, column, own).mul_(row_scale)
+    wide = _wide(hidden.dtype)
+    d_hidden, d_weight, d_bias = (
+        torch.zeros_like(one, dtype=wide) for one in _gradients(hidden, weight, bias, needs)
+    )
+    at_label = -torch.expm1(log_probs)  # onehot - softmax cancels at a sure token
+    for rows in _row_tiles(hidden):
+        block = hidden[rows].to(wide)
+        row_scale = (g[rows] * logit_scale).to(wide).unsqueeze(1)
+        for columns, logits in _column_tiles(block, weight, bias):
+            column = labels[rows] - columns.start
+            z, slope = _activate(logits, column, None, softcap)
+            gradient = (z * logit_scale).sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+            mine = ((column >= 0) & (column < z.shape[1])).nonzero().squeeze(1)
+            gradient[mine, column[mine]] = at_label[rows][mine]
+            gradient.mul_(row_scale)
+            if slope is not None:
+                gradient.mul_(slope)
+            if needs[0]:
+                d_hidden[rows].addmm_(gradient, weight[columns].to(wide))
+            if needs[1]:
+                d_weight[columns].addmm_(gradient.t(), block)
+            if needs[2] and bias is not None:
+                d_bias[columns] += gradient.sum(dim=0)
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(hidden.dtype)
+
+
+def row_kl_(
+    logits: Tensor,  # (R, V) raw logits; on return d kl / d logits
+    ref_logits: Tensor,  # (R, V) raw logits of the reference, left alone
+    softcap: float | None,
+    logit_scale: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+) -> Tensor:  # kl (R,): fp32, or fp64 for fp64 logits
+    """``KL_n = sum_v p_ref (log p_ref - log p)``, ``d KL_n / d a_n = (p - p_ref) * d z_n / d a_n``.
+
+    With ``x = log p - log p_ref`` the sum is taken over ``p_ref (exp(x) - 1 - x)``, which adds
+    ``p - p_ref`` to each term: nothing in all, but no term is negative, and a model that is near
+    its reference gets a small sum of small terms instead of a difference of large ones.
+    """
+    kl = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
+    for rows in _slabs(logits):
+        z, slope = _capped(logits[rows].to(kl.dtype), softcap)
+        ref_z, _ = _capped(ref_logits[rows].to(kl.dtype), ref_softcap)
+        z, ref_z = z * logit_scale, ref_z * ref_logit_scale
+        (p, top, log_sum), (p_ref, ref_top, ref_log_sum) = _softmax(z), _softmax(ref_z)
+        x = (z - ref_z) - (top - ref_top) - (log_sum - ref_log_sum)
+        near = x.abs() < 0.5  # elsewhere expm1 may overflow, and p - p_ref does not cancel
+        grad = torch.where(near, p_ref * torch.expm1(x), p - p_ref)
+        terms = torch.where(p_ref == 0, p, grad - p_ref * x)
+        kl[rows] = terms.clamp_(min=0).sum(dim=-1, dtype=torch.float64).to(kl.dtype)
         if slope is not None:
-            gradient.mul_(slope)
-        if needs[0]:
-            total.addmm_(gradient, weight[columns].to(lse.dtype))
-        if needs[1]:
-            d_weight[columns] = (gradient.t() @ wide_hidden).to(weight.dtype)
-        if needs[2] and bias is not None:
-            d_bias[columns] = gradient.sum(dim=0).to(bias.dtype)
-    return total.to(hidden.dtype), d_weight, d_bias
+            grad.mul_(slope)
+        logits[rows] = grad.mul_(logit_scale).to(logits.dtype)
+    return kl
 
 
 def segment_sum(
@@ -179,10 +232,22 @@ def _activate(
     raw = logits.to(_wide(logits.dtype))
     if target_logits is not None:
         raw = raw.scatter(1, labels.unsqueeze(1), target_logits.to(raw.dtype).unsqueeze(1))
+    return _capped(raw, softcap)
+
+
+def _capped(raw: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     if softcap is None:
         return raw, None
     tanh = (raw / softcap).tanh_()
     return tanh * softcap, 1 - tanh.square()
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, and the logsumexp as two columns that add up to it."""
+    top = z.amax(dim=-1, keepdim=True)
+    p = (z - top).exp_()
+    total = p.sum(dim=-1, keepdim=True)
+    return p.div_(total), top, total.log()
 
 
 def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,28 +278,31 @@ def _slabs(logits: Tensor) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
+def _row_tiles(hidden: Tensor) -> list[slice]:
+    """Many rows at a time: BLAS packs a slice of the weight anew for every block of rows."""
+    rows = len(hidden)
+    return [slice(at, min(at + TILE_ROWS, rows)) for at in range(0, rows, TILE_ROWS)]
+
+
 def _column_tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """First column, softcapped logits (N, C) before the scale, and the slope of the softcap."""
-    hidden = hidden.to(_wide(hidden.dtype))
-    step = max(LEAST_COLUMNS, TILE_BYTES // (hidden.dtype.itemsize * max(1, len(hidden))))
-    for first in range(0, len(weight), step):
-        raw = hidden @ weight[first : first + step].to(hidden.dtype).t()
-        if bias is not None:
-            raw += bias[first : first + step]
-        if softcap is None:
-            yield first, raw, None
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:  # columns, their raw logits (R, C) until the next ones
+    wide = _wide(weight.dtype)
+    vocabulary, width = weight.shape
+    hidden = hidden.to(wide)
+    converted = 0 if weight.dtype == wide else width  # the slice of the weight in fp32 counts
+    step = max(LEAST_COLUMNS, TILE_BYTES // (wide.itemsize * (max(1, len(hidden)) + converted)))
+    tile = hidden.new_empty(len(hidden), min(step, vocabulary))
+    for first in range(0, vocabulary, step):
+        columns = slice(first, min(first + step, vocabulary))
+        part, logits = weight[columns].to(wide), tile[:, : columns.stop - first]
+        if bias is None:
+            torch.mm(hidden, part.t(), out=logits)
         else:
-            tanh = (raw / softcap).tanh_()
-            yield first, tanh * softcap, 1 - tanh.square()
-
-
-def _column_of(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """The label's column in a slice of the vocabulary, (N, 1), and whether it is in there, (N,)."""
-    column = labels - first
-    inside = (column >= 0) & (column < count)
-    return column.clamp(0, count - 1).unsqueeze(1), inside
+            torch.addmm(bias[columns].to(wide), hidden, part.t(), out=logits)
+        yield columns, logits
 
 
 def _gradients(
@@ -265,6 +333,10 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
+def _tile_fake(logits: Tensor, *_: Any) -> None:
+    return None
+
+
 def _linear_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(hidden)
 
@@ -275,13 +347,18 @@ def _linear_backward_fake(
     return _gradients(hidden, weight, bias, rest[-1])
 
 
+def _row_kl_fake(logits: Tensor, *_: Any) -> Tensor:
+    return _outputs(logits)[0]
+
+
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
-    "row_log_probs": (row_log_probs, _row_fake),
+    "tile_log_probs_": (tile_log_probs_, _tile_fake),
     "npo_head": (npo_head, _npo_head_fake),
     "linear_log_probs": (linear_log_probs, _linear_fake),
     "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
+    "row_kl_": (row_kl_, _row_kl_fake),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

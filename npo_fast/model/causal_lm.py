@@ -15,6 +15,7 @@ from npo_fast.data.template import Sequence
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.ops import linear_log_probs
+from npo_fast.ops.head import Head
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats; half precision: 0.25
 
@@ -69,11 +70,20 @@ class CausalLM:
             "logit_scale": self.logit_scale,
         }
 
+    @property
+    def linear_head(self) -> Head:
+        """The same as the chunk-wise code below the operators takes it."""
+        return Head(**self.head_arguments)
+
+    def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
+        """Last hidden states of every token."""
+        if not self.packs:
+            return torch.cat([self._last_hidden(one) for one in _one_by_one(batch)])
+        return self._last_hidden(batch)
+
     def hidden(self, batch: PackedBatch) -> Tensor:  # (N, D)
         """Last hidden states of the rows that predict an answer token."""
-        if not self.packs:
-            return torch.cat([self._last_hidden(one)[one.rows] for one in _one_by_one(batch)])
-        return self._last_hidden(batch)[batch.rows]
+        return self.states(batch)[batch.rows]
 
     def log_probs(self, batch: PackedBatch) -> Tensor:  # (N,)
         """Log-probability of every answer token."""

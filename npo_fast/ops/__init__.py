@@ -1,6 +1,7 @@
 """Linear layer and loss in one: from hidden states and the LM head, never holding the logits."""
 
 from npo_fast.kernels.reference import segment_sum
+from npo_fast.ops.linear_kl import linear_kl
 from npo_fast.ops.linear_log_probs import linear_log_probs
 from npo_fast.ops.linear_sequence_loss import Reduction, linear_sequence_loss
 from npo_fast.ops.one_pass import Reference, SequenceLoss
@@ -11,6 +12,7 @@ __all__ = [
     "Reference",
     "SequenceLoss",
     "Skipped",
+    "linear_kl",
     "linear_log_probs",
     "linear_sequence_loss",
     "segment_sum",

@@ -10,20 +10,32 @@ def check_head(
     op: str,
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    prefix: str = "",
 ) -> None:
+    """``prefix`` stands before the names of the arguments in the messages."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: hidden must be (N, D) and weight (V, D) with the same D, "
+            f"{op}: {prefix}hidden must be (N, D) and {prefix}weight (V, D) with the same D, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
         raise ValueError(
-            f"{op}: hidden and weight must have one dtype of float32, bfloat16, float16 or "
-            f"float64, got {hidden.dtype} and {weight.dtype} (autocast casts both)"
+            f"{op}: {prefix}hidden and {prefix}weight must have one dtype of float32, bfloat16, "
+            f"float16 or float64, got {hidden.dtype} and {weight.dtype} (autocast casts both)"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: {prefix}bias must be ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: {prefix}softcap must be positive or None, got {softcap}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        _check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
+
+
+def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"{op}: labels must be ({hidden.shape[0]},), one a row of hidden, "
@@ -31,19 +43,18 @@ def check_head(
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
-    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"{op}: hidden is on {hidden.device} but {name} on {tensor.device}; "
-                f"move {name} with {name}.to({str(hidden.device)!r})"
-            )
+    _check_device(op, "hidden", hidden, "labels", labels)
 
 
-def check_labels(op: str, labels: Tensor, vocabulary: int) -> None:
+def _check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor | None) -> None:
+    if moved is not None and moved.device != tensor.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device} but {other} on {moved.device}; "
+            f"move {other} with {other}.to({str(tensor.device)!r})"
+        )
+
+
+def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
     """Looks at values, so ``torch.compile`` meets it inside an operator only."""
     inside = ((labels >= 0) & (labels < vocabulary)).all()
     if labels.device.type == "cuda":

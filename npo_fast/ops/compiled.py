@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.ops.autocast import no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_labels
+from npo_fast.ops.checks import check_cu_seqlens, check_label_values
 from npo_fast.ops.head import Head
 from npo_fast.ops.one_pass import Plan, SequenceLoss, loss_and_gradients
 
@@ -55,7 +55,7 @@ def _operator(
     needs: list[bool],  # whether hidden, weight and bias want a gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # loss, (S,), gradients (empty: not wanted)
     op = "linear_sequence_loss"
-    check_labels(op, labels, len(weight))
+    check_label_values(op, labels, len(weight))
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     plan = Plan(list(_numbered)[loss], softcap, logit_scale, count, chunk_rows)
     with no_autocast(hidden):

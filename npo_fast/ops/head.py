@@ -9,8 +9,7 @@ from torch import Tensor
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
-CHUNK_BYTES = 96 << 20  # logits alive at a time where gradients are wanted
-FORWARD_BYTES = 48 << 20  # and where not: fewer rows cost the GEMM more, for packing W again
+CHUNK_BYTES = 96 << 20  # logits alive at a time
 # Rows of a chunk, by bytes a logit, below which a GPU does better without logits. A chunk reads
 # and writes the fp32 gradient of the head, R / 4 flops a byte, where an H100 does 300 in half
 # precision and 20 in fp32; so at these counts GEMM 3 alone takes longer than the tile kernels'
@@ -38,10 +37,10 @@ class Head:
     def wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def chunk_rows(self, chunk_bytes: int = CHUNK_BYTES) -> int:
-        """Rows whose logits fit ``chunk_bytes``, at least one."""
+    def chunk_rows(self, chunk_bytes: int | None = None) -> int:
+        """Rows whose logits fit ``chunk_bytes`` (None: ``CHUNK_BYTES``), at least one."""
         row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
-        return max(1, chunk_bytes // max(1, row_bytes))
+        return max(1, (chunk_bytes or CHUNK_BYTES) // max(1, row_bytes))
 
     def buffer(self, rows: int) -> Tensor:  # (rows, V)
         """Room for the logits of one chunk after another.
@@ -63,13 +62,15 @@ class Head:
                 torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
         return logits
 
-    def log_probs(
-        self, hidden: Tensor, labels: Tensor, buffer: Tensor
-    ) -> Tensor:  # (R, D), (R,) -> (R,)
-        logits = self.logits(hidden, buffer)
-        target = self._target_logits(hidden, labels)
-        log_probs, _ = torch.ops.npo_fast.row_log_probs(
-            logits, labels, target, self.softcap, self.logit_scale
+    def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z, in the wide dtype
+        z = logits.to(self.wide_dtype)
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z * self.logit_scale
+
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
+        log_probs, _ = torch.ops.npo_fast.linear_log_probs(
+            hidden, self.weight, labels, self.bias, self.softcap, self.logit_scale
         )
         return log_probs
 
@@ -135,13 +136,13 @@ class HeadGradients:
         self,
         rows: slice,
         hidden: Tensor,  # (R, D) the rows of this chunk
-        log_probs: Tensor,  # (R,)
+        log_probs: Tensor | None,  # (R,), for skipping
         logits_gradient: Tensor,  # (R, V) d log_prob / d logits
         g: Tensor,  # (R,) d loss / d log_prob
     ) -> None:
         """``d_hidden = g * (G W)`` and ``d_weight += G^T (g * hidden)``: g never meets width V."""
         kept = None
-        if self.skip_below > 0:
+        if self.skip_below > 0 and log_probs is not None:
             scale = self.head.logit_scale
             kept = rows_that_matter(hidden, log_probs, g, scale, self.skip_below, self.skipped)
         if kept is not None:
@@ -176,3 +177,14 @@ class HeadGradients:
             None if weight is None else weight.to(self.head.weight.dtype),
             None if bias is None or self.head.bias is None else bias.to(self.head.bias.dtype),
         )
+
+
+def scale_(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], upstream: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """In place: autograd then keeps these buffers instead of copies."""
+    if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
+        for one in gradients:
+            if one is not None:
+                one.mul_(upstream)
+    return gradients

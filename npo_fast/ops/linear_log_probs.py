@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head, check_labels
-from npo_fast.ops.head import FORWARD_BYTES, LEAST_ROWS, Head, HeadGradients
+from npo_fast.ops.checks import check_head, check_label_values, check_labels
+from npo_fast.ops.head import LEAST_ROWS, Head, HeadGradients
 
 
 def linear_log_probs(
@@ -35,8 +35,8 @@ def linear_log_probs(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold
-            (48 MiB in the forward pass), 0 makes no logits in memory at all.
+        chunk_rows: rows whose logits are alive at a time in the backward pass; None takes what
+            96 MiB hold, 0 makes none. The forward pass never has more than a tile of 32 MiB.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -45,7 +45,8 @@ def linear_log_probs(
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head("linear_log_probs", hidden, weight, labels, bias, softcap)
+    check_head("linear_log_probs", hidden, weight, bias, softcap)
+    check_labels("linear_log_probs", hidden, labels)
     step = resolve_chunk_rows("linear_log_probs", Head(weight, bias), chunk_rows)
     log_probs, _ = _forward(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
     return log_probs
@@ -72,21 +73,6 @@ def blocks(rows: slice, step: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
-def forward_log_probs(head: Head, hidden: Tensor, labels: Tensor, step: int) -> Tensor:  # (N,)
-    """The forward pass alone: a chunk of rows at a time, or without logits."""
-    if step == 0 or not hidden.is_cpu:
-        log_probs, _ = torch.ops.npo_fast.linear_log_probs(
-            hidden, head.weight, labels, head.bias, head.softcap, head.logit_scale
-        )
-        return log_probs
-    out = hidden.new_empty(hidden.shape[:1], dtype=head.wide_dtype)
-    step = min(step, head.chunk_rows(FORWARD_BYTES), max(1, len(hidden)))
-    buffer = head.buffer(step)
-    for rows in blocks(slice(0, len(hidden)), step):
-        out[rows] = head.log_probs(hidden[rows], labels[rows], buffer)
-    return out
-
-
 @torch.library.custom_op("npo_fast::log_probs_of_rows", mutates_args=())
 def _forward(
     hidden: Tensor,
@@ -97,15 +83,12 @@ def _forward(
     logit_scale: float,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
-    check_labels("linear_log_probs", labels, len(weight))
+    check_label_values("linear_log_probs", labels, len(weight))
     with no_autocast(hidden):
-        if chunk_rows == 0:
-            return torch.ops.npo_fast.linear_log_probs(
-                hidden, weight, labels, bias, softcap, logit_scale
-            )
-        head = Head(weight, bias, softcap, logit_scale)
-        log_probs = forward_log_probs(head, hidden, labels, chunk_rows)
-    return log_probs, log_probs.new_empty(0)
+        log_probs, lse = torch.ops.npo_fast.linear_log_probs(
+            hidden, weight, labels, bias, softcap, logit_scale
+        )
+    return log_probs, lse if chunk_rows == 0 else lse.new_empty(0)
 
 
 @_forward.register_fake

@@ -9,8 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from npo_fast.ops import compiled
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_head, check_labels, check_ref_log_probs
-from npo_fast.ops.head import Head
+from npo_fast.ops.checks import (
+    check_cu_seqlens,
+    check_head,
+    check_label_values,
+    check_labels,
+    check_ref_log_probs,
+)
+from npo_fast.ops.head import Head, scale_
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Gradients, Plan, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
@@ -57,7 +63,8 @@ def linear_sequence_loss(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        reduction: "mean" over sequences, "token_mean" (sum / number of tokens), "sum".
+        reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
+            (their sum / number of tokens), "sum".
         chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold; 0 makes
             no logits in memory at all, for 8NDV flops.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
@@ -73,9 +80,10 @@ def linear_sequence_loss(
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
 
-    ``torch.compile`` takes a loss with ``value_and_weight`` (NPO) into its graph as one operator;
-    the loss must be hashable, and labels and offsets are checked when the graph runs. Any other
-    loss, or ``skip_below``, runs between two graphs: autograd cannot run in an operator.
+    ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
+    graph as one operator; the loss must be hashable, and labels and offsets are checked when the
+    graph runs. Any other loss, or ``skip_below``, runs between two graphs: autograd cannot run in
+    an operator.
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
@@ -88,7 +96,8 @@ def linear_sequence_loss(
             skip_below=skip_below, skipped=skipped,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(op, hidden, weight, labels, bias, softcap)
+    check_head(op, hidden, weight, bias, softcap)
+    check_labels(op, hidden, labels)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     sequences = len(cu_seqlens) - 1
     check_ref_log_probs(op, loss, ref_log_probs, sequences, len(hidden), hidden.device)
@@ -103,7 +112,8 @@ def linear_sequence_loss(
         )
     if not 0 <= skip_below < 1:
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
-    count = {"mean": sequences, "token_mean": len(hidden), "sum": 1}[reduction]
+    values = sequences // max(loss.group, 1)
+    count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
     step = resolve_chunk_rows(op, Head(weight, bias), chunk_rows)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
@@ -120,7 +130,7 @@ def linear_sequence_loss(
     tensors = hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs
     if torch.compiler.is_compiling():
         return compiled.sequence_loss(plan, *tensors)
-    check_labels(op, labels, len(weight))
+    check_label_values(op, labels, len(weight))
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(plan, *tensors)
 
@@ -144,14 +154,9 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # scaled in place and let go: autograd then keeps these buffers instead of copies
         gradients: Gradients | None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
             plan, needs = replace(ctx.plan, skipped=None), ctx.needs_input_grad[1:4]
             _, _, gradients = loss_and_gradients(plan, needs, *ctx.saved_tensors)
-        if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
-            for one in gradients:
-                if one is not None:
-                    one.mul_(upstream)
-        return None, *gradients, None, None, None
+        return None, *scale_(gradients, upstream), None, None, None

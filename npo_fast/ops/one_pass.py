@@ -20,7 +20,7 @@ from torch import Tensor
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.checks import capturing
 from npo_fast.ops.head import Head, HeadGradients
-from npo_fast.ops.linear_log_probs import blocks, forward_log_probs
+from npo_fast.ops.linear_log_probs import blocks
 from npo_fast.ops.skipping import Skipped
 
 Reference = Literal["sequence", "token"] | None
@@ -33,10 +33,11 @@ class SequenceLoss(Protocol):
 
     ``reference`` says what ``ref_log_probs`` holds: one value a "sequence", one a "token", or
     nothing (None). ``group`` consecutive sequences may depend on each other (pairs: 2; the whole
-    batch: 0) and are never split between chunks.
+    batch: 0) and are never split between chunks; where it is 2 or more, the loss returns one value
+    a group, and "mean" is over groups.
 
     A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
-    values (s,), the log-probs of the sequences (s,) and its derivative (n,) at once; without it
+    values, the log-probs of the sequences (s,) and its derivative (n,) at once; without it
     autograd differentiates ``__call__``. Who overrides one overrides both.
     """
 
@@ -48,7 +49,7 @@ class SequenceLoss(Protocol):
         log_probs: Tensor,  # (n,) token log-probs of whole sequences
         cu_seqlens: Tensor,  # (s + 1,) where the sequences begin and end
         ref_log_probs: Tensor | None,  # (s,), (n,) or None
-    ) -> Tensor: ...  # (s,)
+    ) -> Tensor: ...  # (s,), or (s / group,) where group is 2 or more
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def loss_alone(
     ref_log_probs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     head = Head(weight, bias, plan.softcap, plan.logit_scale)
-    log_probs = forward_log_probs(head, hidden, labels, plan.chunk_rows)
+    log_probs = head.log_probs(hidden, labels)
     offsets = _beside(cu_seqlens, hidden.device)
     value = plan.loss(log_probs, offsets, ref_log_probs).sum() / plan.count
     return value, segment_sum(log_probs, offsets)
@@ -105,7 +106,7 @@ def loss_and_gradients(
                 hidden[rows], labels[rows], buffer
             )
         else:  # the weight g needs the whole group: its log-probs first, its gradient after
-            log_probs = forward_log_probs(head, hidden[rows], labels[rows], step)
+            log_probs = head.log_probs(hidden[rows], labels[rows])
         ref = _part(ref_log_probs, plan.loss, rows, sequences)
         value, sequence_log_probs[sequences], g = _evaluate(plan.loss, log_probs, offsets, ref)
         total += value

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import NonFiniteError
-from npo_fast.methods import Term
+from npo_fast.losses import KL
+from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.ops import linear_sequence_loss, segment_sum
-from npo_fast.trainer.order import step_batches, steps_per_epoch
+from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
+from npo_fast.trainer.order import driving_sources, side_by_side, step_batches, steps_per_epoch
+from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Sources = Mapping[str, list[Sequence]]
+References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
 def train(
@@ -24,27 +28,32 @@ def train(
     sources: Sources,
     terms: tuple[Term, ...],
     settings: TrainSettings,
-    references: Mapping[str, Tensor] | None = None,
+    references: References | None = None,
+    reference_cache: ReferenceCache | None = None,
 ) -> Iterator[StepRecord]:
     """Minimises ``sum(term.coefficient * term)`` and yields a record after every step.
 
-    An epoch is one pass over the *driving* source: the forget data, or the retain data where a
-    method has no forget term. Each step takes ``batch_size`` of its sequences and as many of every
-    other source, drawn without repetition until that source is used up. Micro-batches are packed
-    up to ``micro_batch_tokens``; the loss is exactly that of the whole batch.
+    An epoch is one pass over the *driving* sources: the forget questions with one or more answers,
+    or the retain data where a method has nothing else. Each batch takes ``batch_size`` of their
+    sequences and as many to retain, drawn without repetition until those are used up. It makes one
+    step on the sum of the terms, or (``schedule="alternating"``) one on each side in turn.
+    Micro-batches are packed up to ``micro_batch_tokens``; the loss is exactly that of the whole
+    batch.
 
     Args:
         sources: tokenised data by source name; those that no term uses are left alone.
         references: what ``reference_log_probs`` returned, where a term needs it.
+        reference_cache: hidden states of the reference, where a term is a KL.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
             good step, and the message names the step and the samples.
     """
     model = lm.model
-    sources = {name: sources[name] for name in {term.source: None for term in terms}}
-    driving = "forget" if "forget" in sources else next(iter(sources))
-    per_epoch = steps_per_epoch(len(sources[driving]), settings.batch_size)
+    sources = {name: sources[name] for term in terms for name in term.reads}
+    driving = driving_sources(sources)
+    each_batch = turns(terms, settings.schedule)
+    per_epoch = steps_per_epoch(len(sources[driving[0]]), settings.batch_size) * len(each_batch)
     total = settings.epochs * per_epoch
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -58,28 +67,36 @@ def train(
     model.train()
 
     batches = step_batches(sources, driving, settings.batch_size, settings.epochs, settings.seed)
-    for step, batch in enumerate(batches, start=1):
+    steps = ((batch, turn) for batch in batches for turn in each_batch)
+    for step, (batch, turn) in enumerate(steps, start=1):
         started = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"]
-        values = dict.fromkeys((term.name for term in terms), torch.zeros((), device=lm.device))
-        log_probs: dict[str, float | Tensor] = {}
-        for source, sequences in batch.items():
-            own = [term for term in terms if term.source == source]
-            counts = _counts(sequences)
-            log_probs[source] = 0.0
-            for micro in pack(sequences, settings.micro_batch_tokens):
-                loss, found, sequence_log_probs = micro_step(lm, micro, own, counts, references)
+        batch = {name: batch[name] for term in turn for name in term.reads}
+        packs = {name: pack(batch[name], settings.micro_batch_tokens) for name in batch}
+        turn = with_baselines(lm, turn, packs, references)
+        counts = {term.name: count(term, batch) for term in turn}
+        values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
+        log_probs: dict[str, Tensor] = {}
+        for stream in dict.fromkeys(term.stream for term in turn):
+            own = [term for term in turn if term.stream == stream]
+            sums = torch.zeros(len(stream), device=lm.device)
+            sequences = side_by_side(batch, stream)
+            for micro in pack(sequences, settings.micro_batch_tokens, group=len(stream)):
+                loss, found, sequence_log_probs = micro_step(
+                    lm, micro, own, counts, references, reference_cache
+                )
                 loss.backward()
                 for name, value in found.items():
                     values[name] = values[name] + value
-                log_probs[source] += sequence_log_probs.sum() / len(sequences)
+                sums = sums + sequence_log_probs.view(-1, len(stream)).sum(dim=0)
+            log_probs |= zip(stream, sums / len(batch[stream[0]]), strict=True)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
 
         record = StepRecord(
             step=step,
             steps=total,
             epoch=step / per_epoch,
-            loss=sum(term.coefficient * float(values[term.name]) for term in terms),
+            loss=sum(term.coefficient * float(values[term.name]) for term in turn),
             terms={name: float(value) for name, value in values.items()},
             log_probs={source: float(value) for source, value in log_probs.items()},
             grad_norm=float(grad_norm),
@@ -100,65 +117,119 @@ def train(
 def micro_step(
     lm: CausalLM,
     micro: PackedBatch,
-    terms: list[Term],
+    terms: Iterable[Term],
     counts: Mapping[str, int | Tensor],
-    references: Mapping[str, Tensor] | None,
+    references: References | None,
+    reference_cache: ReferenceCache | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """This micro-batch's share of the step's loss, of each term, and its sequence log-probs."""
+    """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
+
+    The terms are those of one stream, whose sources take turns in the micro-batch.
+    """
     micro = micro.to(lm.device)
-    hidden = lm.hidden(micro)
+    states = lm.states(micro)
+    hidden = states[micro.rows]
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
+    sequence_log_probs = None
     for term in terms:
-        value, sequence_log_probs = linear_sequence_loss(
-            hidden,
-            labels=micro.labels,
-            cu_seqlens=micro.answer_cu_seqlens,
-            loss=term.loss,
-            ref_log_probs=_reference(term, micro, references),
-            reduction="sum",
-            **lm.head_arguments,
-        )
-        value = value / counts[term.reduction]
+        if isinstance(term.loss, KL):
+            assert reference_cache is not None, f"{term.name} needs a reference cache"
+            value = term.loss(
+                states if term.positions == "all" else hidden,
+                lm.head_arguments,
+                reference_cache.hidden(term.source, micro.indices),
+                reference_cache.head_arguments,
+                labels=micro.labels if term.loss.demotion else None,
+            )
+        else:
+            value, sequence_log_probs = linear_sequence_loss(
+                hidden,
+                labels=micro.labels,
+                cu_seqlens=micro.answer_cu_seqlens,
+                loss=term.loss,
+                ref_log_probs=_reference(term.loss, term, micro, references),
+                reduction="sum",
+                **lm.head_arguments,
+            )
+        value = value / counts[term.name]
         values[term.name] = value.detach()
         loss = loss + term.coefficient * value
+    if sequence_log_probs is None:  # every term is a KL, which makes none on its way
+        with torch.no_grad():
+            log_probs = linear_log_probs(hidden, labels=micro.labels, **lm.head_arguments)
+            sequence_log_probs = segment_sum(log_probs, micro.answer_cu_seqlens)
     return loss, values, sequence_log_probs
 
 
 def _reference(
-    term: Term, micro: PackedBatch, references: Mapping[str, Tensor] | None
-) -> Tensor | None:
-    if term.loss.reference is None:
+    loss: SequenceLoss, term: Term, micro: PackedBatch, references: References | None
+) -> Tensor | None:  # (s,) or (n,)
+    if loss.reference is None:
         return None
     assert references is not None, f"{term.name} needs reference log-probs"
-    return references[term.source][list(micro.indices)].to(micro.labels.device)
+    of_each = [references[name][i] for name, i in zip(cycle(term.stream), micro.indices)]
+    join = torch.stack if loss.reference == "sequence" else torch.cat
+    return join(of_each).to(micro.labels.device)
+
+
+@torch.no_grad()
+def with_baselines(
+    lm: CausalLM,
+    terms: Iterable[Term],
+    packs: Mapping[str, Iterable[PackedBatch]],  # source -> its sequences of the whole step
+    references: References | None,
+) -> tuple[Term, ...]:
+    """The terms with their baselines: the mean log-ratio of the baseline source, in this step."""
+    found = []
+    for term in terms:
+        if term.baseline is not None:
+            assert references is not None, f"{term.name} needs reference log-probs"
+            ratios = []
+            for micro in packs[term.baseline]:
+                ref = torch.stack([references[term.baseline][i] for i in micro.indices])
+                token_log_probs = lm.log_probs(micro.to(lm.device))
+                ratios.append(segment_sum(token_log_probs, micro.answer_cu_seqlens).cpu() - ref)
+            term = term.at_baseline(float(torch.cat(ratios).mean()))
+        found.append(term)
+    return tuple(found)
 
 
 @torch.no_grad()
 def reference_log_probs(
     lm: CausalLM, sources: Sources, terms: tuple[Term, ...], micro_batch_tokens: int
-) -> dict[str, Tensor]:
-    """Log-prob of every sequence under the model as it is now, for the terms that need it.
+) -> dict[str, Tensor | list[Tensor]]:
+    """Log-probs under the model as it is now, of the sources that a term compares with them.
 
-    One float a sequence, so no reference model stays in memory while training.
+    One float a sequence, (S,), or where the loss wants them one a token, S tensors (n,): no
+    reference model stays in memory while training.
     """
-    references: dict[str, Tensor] = {}
+    references: dict[str, Tensor | list[Tensor]] = {}
     was_training = lm.model.training
     lm.model.eval()
-    for source in {term.source for term in terms if term.loss.reference == "sequence"}:
-        found = torch.zeros(len(sources[source]))
+    compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
+    kinds = {name: term.loss.reference for term in compared for name in term.reads}
+    for source, kind in kinds.items():
+        found = [torch.empty(0)] * len(sources[source])
         for batch in pack(sources[source], micro_batch_tokens):
-            token_log_probs = lm.log_probs(batch.to(lm.device))
-            found[list(batch.indices)] = segment_sum(token_log_probs, batch.answer_cu_seqlens).cpu()
-        references[source] = found
+            log_probs = lm.log_probs(batch.to(lm.device))
+            if kind == "sequence":
+                of_each = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
+            else:
+                of_each = log_probs.cpu().split(batch.answer_cu_seqlens.diff().tolist())
+            for i, one in zip(batch.indices, of_each, strict=True):
+                found[i] = one
+        references[source] = torch.stack(found) if kind == "sequence" else found
     lm.model.train(was_training)
     return references
 
 
-def _counts(sequences: list[Sequence]) -> dict[str, int]:
-    """What a sum over the step's batch is divided by, for each reduction."""
-    tokens = sum(s.answer_length for s in sequences)
-    return {"mean": len(sequences), "token_mean": tokens, "sum": 1}
+def count(term: Term, batch: Mapping[str, list[Sequence]]) -> int:
+    """What the term's sum over the step is divided by."""
+    sequences = [s for name in term.over or (term.source,) for s in batch.get(name, ())]
+    everywhere = term.positions == "all"
+    tokens = sum(len(s.input_ids) if everywhere else s.answer_length for s in sequences)
+    return {"mean": len(sequences), "token_mean": tokens, "sum": 1}[term.reduction]
 
 
 def _linear_schedule(done: int, warmup: int, total: int) -> float:

@@ -1,34 +1,66 @@
 """Which sequences each step sees: a function of the seed alone, so a run can be repeated."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from npo_fast.data import Sequence
+from npo_fast.errors import UserError
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
+def driving_sources(sources: Mapping[str, list[Sequence]]) -> tuple[str, ...]:
+    """The sources that an epoch passes over: all but the retain data, which may be alone.
+
+    Raises:
+        UserError: they differ in length, so they are not answers to the same questions.
+    """
+    driving = tuple(name for name in sources if name != "retain") or tuple(sources)
+    lengths = {name: len(sources[name]) for name in driving}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{length} in {name}" for name, length in lengths.items())
+        raise UserError(f"each forget question needs one answer of every kind, got {shown}")
+    return driving
+
+
 def step_batches(
-    sources: Mapping[str, list[Sequence]], driving: str, batch_size: int, epochs: int, seed: int
+    sources: Mapping[str, list[Sequence]],
+    driving: tuple[str, ...],
+    batch_size: int,
+    epochs: int,
+    seed: int,
 ) -> Iterator[dict[str, list[Sequence]]]:
-    """One dict of sequences a step; the last step of an epoch may be smaller."""
+    """One dict of sequences a step; the last step of an epoch may be smaller.
+
+    The driving sources hold answers to the same questions: a step sees the same places of each.
+    """
     others = {
         name: _endless(sequences, f"{seed}/{name}")
         for name, sequences in sources.items()
-        if name != driving
+        if name not in driving
     }
-    examples = sources[driving]
+    examples = len(sources[driving[0]])
     for epoch in range(epochs):
-        order = permutation(len(examples), f"{seed}/{driving}/{epoch}")
-        for first in range(0, len(examples), batch_size):
-            batch = {driving: [examples[i] for i in order[first : first + batch_size]]}
+        order = permutation(examples, f"{seed}/{driving[0]}/{epoch}")
+        for first in range(0, examples, batch_size):
+            places = order[first : first + batch_size]
+            batch = {name: [sources[name][i] for i in places] for name in driving}
             for name, stream in others.items():
-                batch[name] = [next(stream) for _ in batch[driving]]
+                batch[name] = [next(stream) for _ in places]
             yield batch
+
+
+def side_by_side(batch: Mapping[str, list[Sequence]], stream: Iterable[str]) -> list[Sequence]:
+    """The first sequence of each source, then the second of each, and so on: pairs stay whole."""
+    return [
+        sequence
+        for unit in zip(*(batch[name] for name in stream), strict=True)
+        for sequence in unit
+    ]
 
 
 def _endless(sequences: list[Sequence], key: str) -> Iterator[Sequence]:

@@ -2,7 +2,9 @@
 
 run.json            what was asked for, with which versions, on which data, and how it ended
 steps.jsonl         one step record a line, written as it happens
+evaluations.jsonl   one evaluation a line, where any were asked for
 checkpoints/step-N  model and tokenizer, complete or absent
+checkpoints/best    the same of the best evaluation
 model               the final model and tokenizer
 """
 
@@ -27,7 +29,9 @@ from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import save_folder
 from npo_fast.trainer.settings import StepRecord
 
-CONTENT = ("run.json", "steps.jsonl", "checkpoints", "model", "eval", "eval-steps")
+CONTENT = (
+    "run.json", "steps.jsonl", "evaluations.jsonl", "checkpoints", "model", "eval", "eval-steps",
+)  # fmt: skip
 
 
 class Run:
@@ -56,6 +60,10 @@ class Run:
         self._steps.write(json.dumps(asdict(record)) + "\n")
         self._steps.flush()
 
+    def log_evaluation(self, look: Mapping[str, Any]) -> None:
+        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(look) + "\n")
+
     def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep_older: bool = False) -> Path:
         """Model and tokenizer after ``step``; once it is complete, older ones go."""
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
@@ -64,6 +72,17 @@ class Run:
             if old != folder and not keep_older:
                 shutil.rmtree(old)
         return folder
+
+    def keep_best(self, lm: CausalLM, tokenizer: Any) -> None:
+        save_model(lm, tokenizer, self.folder / "checkpoints" / "best")
+
+    def restore_best(self, lm: CausalLM) -> None:
+        """The weights of ``keep_best``, in place."""
+        with no_progress_bars():
+            best = type(lm.model).from_pretrained(
+                self.folder / "checkpoints" / "best", dtype=lm.dtype
+            )
+        lm.model.load_state_dict(best.state_dict())
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         folder = self.folder / "model"

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from npo_fast.errors import UserError
+from npo_fast.methods import Schedule
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class TrainSettings:
     """Gradients of a larger norm are scaled down to it."""
     micro_batch_tokens: int = 2048
     """Tokens that go through the model at a time: memory, not results, depends on it."""
+    schedule: Schedule = "summed"
+    """"alternating": a step on the forget data, then one on the retain data, in turns."""
     seed: int = 0
-    """Order of the data, and dropout."""
+    """Order of the data, draws of refusals, and dropout."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "batch_size", "max_grad_norm", "micro_batch_tokens"):
@@ -43,7 +46,7 @@ class StepRecord:
     steps: int
     epoch: float
     loss: float
-    terms: dict[str, float]  # name of each term -> its value, before its coefficient
+    terms: dict[str, float]  # name of each term of the step -> its value, before its coefficient
     log_probs: dict[str, float]  # source -> mean log-prob of a sequence
     grad_norm: float
     lr: float

@@ -14,6 +14,13 @@ TANH_C3 = tl.constexpr(-5.390250260e-02)
 TANH_C4 = tl.constexpr(2.126712363e-02)
 TANH_C5 = tl.constexpr(-6.531508001e-03)
 
+# minimax fit of (exp(x) - 1 - x) / x^2 for |x| <= log(2) / 2, relative error of exp 3e-9
+TAIL_C0 = tl.constexpr(0.49999994)
+TAIL_C1 = tl.constexpr(0.1666652)
+TAIL_C2 = tl.constexpr(0.041668393)
+TAIL_C3 = tl.constexpr(0.008368781)
+TAIL_C4 = tl.constexpr(0.0013814467)
+
 
 @triton.jit
 def tanh(x):
@@ -32,6 +39,14 @@ def tanh(x):
 def one_minus_exp(x):  # -expm1(x) for x <= 0: the 1 - p of a log-probability, exact where p is ~1
     half = tanh(0.5 * x)
     return -2.0 * half / (1.0 - half)
+
+
+@triton.jit
+def exp_tail(x):  # exp(x) - 1 - x for |x| <= log(2) / 2: never negative, exact relative to itself
+    series = TAIL_C3 + x * TAIL_C4
+    series = TAIL_C2 + x * series
+    series = TAIL_C1 + x * series
+    return x * x * (TAIL_C0 + x * series)
 
 
 @triton.jit

@@ -17,8 +17,8 @@ KEY = "CUDA"
 # by operator: the launcher (in the module of its name) and what it is told besides
 LAUNCHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "row_log_probs_": ("row_log_probs", {"in_place": True}),
-    "row_log_probs": ("row_log_probs", {"in_place": False}),
     "npo_head": ("npo_head", {}),
+    "row_kl_": ("row_kl", {}),
     "linear_log_probs": ("linear_forward", {}),
     "linear_log_probs_backward": ("linear_backward", {}),
 }

@@ -18,6 +18,7 @@ from npo_fast.kernels.triton.linear_backward import LEAST_COLUMNS, WORKSPACE_BYT
 from npo_fast.kernels.triton.linear_forward import linear_forward_kernel
 from npo_fast.kernels.triton.logits_gradient import logits_gradient_kernel
 from npo_fast.kernels.triton.npo_head import npo_head_kernel
+from npo_fast.kernels.triton.row_kl import row_kl_kernel
 from npo_fast.kernels.triton.row_log_probs import row_log_probs_kernel
 from npo_fast.kernels.triton.weight_gradient import weight_gradient_kernel
 
@@ -86,6 +87,11 @@ def _row_variants(target: str) -> Iterator[Variant]:
             label = f"{name}, softcap" if capped else name
             moved = None if on_chip else count * N * V * HALF
             yield Variant(row_log_probs_kernel, label, target, constants, options, 0.0, moved)
+    for capped in (False, True):
+        constants = {"SOFTCAP": capped, "REF_SOFTCAP": capped, "BLOCK": row.block}
+        options = {"num_warps": row.warps(row.block)}
+        label = "softcap" if capped else "plain"
+        yield Variant(row_kl_kernel, label, target, constants, options, 0.0, 5.0 * N * V * HALF)
 
 
 _KERNELS = {

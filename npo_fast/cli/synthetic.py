@@ -1,0 +1,145 @@
+"""``npo-fast synthetic``: the NPO paper's synthetic experiment and its theorem."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from npo_fast.cli.console import say, show, table
+from npo_fast.cli.settings import Common, Toggle
+from npo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from npo_fast.synthetic.experiment import Experiment
+
+RESULT, CURVES, CLAIMS = "result.json", "curves.json", "claims.md"
+THEOREM_STEPS, QUICK_THEOREM_STEPS = 4000, 400
+LARGEST_SEED = 2**63 - 1
+_CURVE = ("steps", "mean", "std")
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Everything else is as in the paper."""
+
+    output: Path = Path("npo-fast-synthetic")
+    """Folder for the claims, the figures, the curves and the result."""
+    overwrite: Annotated[bool, Toggle] = False
+    """Replace the experiment that is in the output folder."""
+    seeds: str = "0,1,2,3,4"
+    """Seeds, separated by commas; figures show their mean and standard deviation."""
+    quick: Annotated[bool, Toggle] = False
+    """A tenth of the steps: to see that it runs. The claims are not expected to hold."""
+
+
+@dataclass(frozen=True)
+class Command:
+    synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
+    common: Common = field(default_factory=Common)
+
+
+def run(command: Command) -> None:
+    options = command.synthetic
+    seeds = _seeds(options.seeds)
+    check_output(options.output, options.overwrite)
+    started = time.perf_counter()
+    say("loading PyTorch")
+    from npo_fast.bench.provenance import provenance
+    from npo_fast.synthetic import claims, experiment, figures, theory
+
+    origin = provenance()
+
+    steps = experiment.QUICK if options.quick else experiment.Steps()
+    found = experiment.run(seeds, steps, say)
+    laws = theory.run(seeds, QUICK_THEOREM_STEPS if options.quick else THEOREM_STEPS, say)
+    checked = claims.check(found, laws)
+    result = {
+        "seeds": seeds,
+        "quick": options.quick,
+        "time_s": time.perf_counter() - started,
+        "provenance": origin,
+        "steps": asdict(steps),
+        "claims": [asdict(one) for one in checked],
+        "theorem": [{k: v for k, v in asdict(x).items() if k not in _CURVE} for x in laws.laws],
+        "exponents": [asdict(one) for one in laws.exponents],
+        "limit": [asdict(one) for one in laws.limits],
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = claims.markdown(checked)
+    _write(options.output / CURVES, _curves(found))
+    (options.output / CLAIMS).write_text(text, encoding="utf-8")
+    files = figures.draw(found, laws, options.output)
+    _write(options.output / RESULT, result)
+    say()
+    show(result, _text(result, text, files), command.common.json)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds takes integers separated by commas, got {text!r}") from None
+    if any(not 0 <= seed <= LARGEST_SEED for seed in seeds):
+        raise UserError(f"--seeds: a seed is from 0 to {LARGEST_SEED}, got {text!r}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: a seed counts once, got {text!r}")
+    return seeds
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Nothing is deleted: an experiment that is replaced has the same file names."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CURVES).is_file()):
+        raise UserError(f"{folder} is not an empty folder; name another --output")
+    if (folder / CURVES).is_file() and not overwrite:
+        raise UserError(f"{folder} holds an experiment; name another --output or add --overwrite")
+
+
+def _curves(found: "Experiment") -> dict[str, Any]:
+    """Distances as [method][distance][seed][step], to five digits."""
+    return {
+        name: {
+            "alpha": curves.alpha,
+            "steps": curves.steps,
+            "methods": {
+                method.name: {
+                    "lr": method.lr,
+                    "forget": _rounded(curves.of(method.name)[0].T.tolist()),
+                    "retain": _rounded(curves.of(method.name)[1].T.tolist()),
+                }
+                for method in curves.methods
+            },
+        }
+        for name, curves in vars(found).items()
+    }
+
+
+def _rounded(rows: list[list[float]]) -> list[list[float]]:
+    return [[float(f"{value:.5g}") for value in row] for row in rows]
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1) if file.name == RESULT else json.dumps(content)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _text(result: Mapping[str, Any], claims: str, files: list[Path]) -> str:
+    limit = table(
+        ([f"{x['beta']:g}", f"{x['loss_difference']:.2e}", f"{x['gradient_difference']:.2e}"]
+         for x in result["limit"]),
+        ("beta", "NPO - GA, constants apart", "of the gradients, relative"),
+    )  # fmt: skip
+    laws = table(
+        ([x["loss"], str(x["samples"]), f"{x['eta']:g}", f"{x['scale']:.4g}",
+          "" if x["c"] is None else f"{x['c']:.3g}", f"{x['r2']:.5f}"] for x in result["theorem"]),
+        ("loss", "n_f", "eta", "coefficient", "C", "R^2"),
+    )  # fmt: skip
+    holding = sum(one["holds"] for one in result["claims"])
+    return "\n".join([
+        claims, laws, "", limit, "",
+        f"{holding} of {len(result['claims'])} claims hold; {result['time_s']:.0f} s; figures, "
+        f"curves and claims are in {files[0].parent}",
+    ])  # fmt: skip

@@ -1,0 +1,88 @@
+"""Other answers to the questions of the forget set: refusals, and the user's own alternates."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from npo_fast.data.records import Record, load_records
+from npo_fast.errors import UserError
+
+TOFU_REFUSALS = "idontknow.jsonl"
+REFUSALS = (
+    "I don't know.",
+    "I can't say; I know nothing about that.",
+    "Sorry, I have no answer to this question.",
+    "That is something I was never told.",
+    "I'm afraid I can't help with that.",
+    "I have no information on this.",
+    "This is not something that I know about.",
+    "I'm not able to answer that one.",
+    "Nothing I have learned covers this.",
+    "Sorry, that is unknown to me.",
+    "I would only be guessing, so I'd rather not answer.",
+    "I haven't come across this before.",
+    "My knowledge has a gap here.",
+    "I couldn't tell you.",
+    "I don't have an answer for you on this.",
+    "That question is beyond what I know.",
+)
+
+
+def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[str, ...]:
+    """One refusal a line: of ``file``, else of TOFU's list in the folder ``data``, else our own.
+
+    Raises:
+        UserError: no such file, or a file without a line.
+    """
+    if file is None and data is not None and (Path(data) / TOFU_REFUSALS).is_file():
+        file = Path(data) / TOFU_REFUSALS
+    if file is None:
+        return REFUSALS
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read refusals from {str(file)!r}: {error}") from error
+    refusals = tuple(line.strip() for line in lines if line.strip())
+    if not refusals:
+        raise UserError(f"{file} holds no refusal: write one a line")
+    return refusals
+
+
+def refused(records: Sequence[Record], refusals: Sequence[str], seed: int) -> list[Record]:
+    """The same questions, each with a refusal drawn by the seed."""
+    drawn = random.Random(f"{seed}/idk").choices(refusals, k=len(records))
+    return [replace(r, answer=answer) for r, answer in zip(records, drawn, strict=True)]
+
+
+def alternated(
+    records: Sequence[Record], seed: int, file: str | None = None, data: str | None = None
+) -> list[Record]:
+    """The same questions, each with an alternate answer: one of the record's own, drawn by the
+    seed, or the answer that the same record has in ``file`` (a file or a split of ``data``).
+
+    Raises:
+        UserError: a record without an alternate, or a file that is not about the same questions.
+    """
+    if file is None:
+        draw = random.Random(f"{seed}/alternate")
+        for i, record in enumerate(records):
+            if not record.alternates:
+                raise UserError(
+                    f'forget record {i + 1} has no "alternate" answer: add that field to every '
+                    "record, or name a file that answers the same questions with --alternate"
+                )
+        return [replace(r, answer=draw.choice(r.alternates)) for r in records]
+    others = load_records(file, data)
+    if len(others) != len(records):
+        raise UserError(
+            f"{file} holds {len(others)} alternate answers for {len(records)} forget records; "
+            "give one a record, in the same order"
+        )
+    for i, (record, other) in enumerate(zip(records, others, strict=True)):
+        if record.messages != other.messages:
+            raise UserError(
+                f"{file}, record {i + 1} asks {other.question!r}, the forget record "
+                f"{record.question!r}; alternates stand in the order of the forget records"
+            )
+    return others

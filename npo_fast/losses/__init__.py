@@ -1,0 +1,17 @@
+"""Unlearning losses: from the log-probs of tokens to one value a sequence (or a pair of them).
+
+With ``l_n`` the log-prob of a token, ``l_i`` that of sequence i (their sum), ``r_i = l_i -
+l_i(reference)`` and ``|y_i|`` its length, a loss is a frozen dataclass that maps token log-probs
+to ``L_i``. Its derivative in the token log-probs is all that the fused backward pass needs, so a
+new loss is the few lines of its formula. Minimising a forget loss lowers ``l_i``. ``KL`` alone
+looks at all of the vocabulary.
+"""
+
+from npo_fast.losses.kl import KL
+from npo_fast.losses.preference import DPO, KTO
+from npo_fast.losses.sequence import GA, NLL, NPO, SimNPO, npo_loss
+from npo_fast.losses.tokens import CEU, TNPO, WGA, SatImp
+
+__all__ = [
+    "CEU", "DPO", "GA", "KL", "KTO", "NLL", "NPO", "TNPO", "WGA", "SatImp", "SimNPO", "npo_loss",
+]  # fmt: skip

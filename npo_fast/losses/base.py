@@ -1,0 +1,97 @@
+"""What the losses share: a formula written once gives its values and its derivative."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from npo_fast.ops import Reference, segment_sum
+
+
+class OfSequence(ABC):
+    """A loss of the log-probs ``l_i`` of whole sequences, stated with its slope ``dL / dl_i``."""
+
+    reference: ClassVar[Reference] = None
+    group: ClassVar[int] = 1
+
+    @abstractmethod
+    def value_and_slope(
+        self,
+        log_prob: Tensor,  # (s,) of whole sequences
+        tokens: Tensor,  # (s,) their lengths
+        ref: Tensor | None,  # (s,) their log-probs under the reference
+    ) -> tuple[Tensor, Tensor]:  # (s / group,) values, (s,) slopes
+        ...
+
+    def __call__(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    ) -> Tensor:
+        return self._evaluate(log_probs, cu_seqlens, ref_log_probs)[0]
+
+    def value_and_weight(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, log_prob, slope, tokens = self._evaluate(log_probs, cu_seqlens, ref_log_probs)
+        return values, log_prob, slope.repeat_interleave(tokens, output_size=len(log_probs))
+
+    def _evaluate(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_prob = segment_sum(log_probs, cu_seqlens)
+        tokens = cu_seqlens.diff().to(log_probs.device)
+        ref = None if ref_log_probs is None else ref_log_probs.to(log_probs.dtype)
+        values, slope = self.value_and_slope(log_prob, tokens, ref)
+        return values, log_prob, slope, tokens
+
+
+class OfTokens(ABC):
+    """``L_i = sum_n w_n l_n`` over the tokens of sequence i; no gradient flows through ``w``."""
+
+    reference: ClassVar[Reference] = None
+    group: ClassVar[int] = 1
+
+    @abstractmethod
+    def weight(
+        self,
+        log_probs: Tensor,  # (n,) without gradient
+        ref_log_probs: Tensor | None,  # (n,) of the tokens under the reference
+    ) -> Tensor:  # (n,)
+        ...
+
+    def __call__(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    ) -> Tensor:
+        weight = self._weight(log_probs, ref_log_probs)
+        return segment_sum(weight * log_probs, cu_seqlens)
+
+    def value_and_weight(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = self._weight(log_probs, ref_log_probs)
+        values = segment_sum(weight * log_probs, cu_seqlens)
+        return values, segment_sum(log_probs, cu_seqlens), weight
+
+    def _weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+        ref = None if ref_log_probs is None else ref_log_probs.to(log_probs.dtype)
+        return self.weight(log_probs.detach(), ref)
+
+
+def check_positive(loss: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(loss, field)
+        if not 0 < value < torch.inf:
+            raise ValueError(
+                f"{type(loss).__name__}: {field} must be positive and finite, got {value}"
+            )
+
+
+def check_finite(loss: object, fields: Sequence[str], least: float = -torch.inf) -> None:
+    for field in fields:
+        value = getattr(loss, field)
+        if not (least <= value < torch.inf and value > -torch.inf):
+            at_least = "" if least == -torch.inf else f" and at least {least:g}"
+            raise ValueError(
+                f"{type(loss).__name__}: {field} must be finite{at_least}, got {value}"
+            )

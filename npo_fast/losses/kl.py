@@ -1,0 +1,40 @@
+"""Losses that compare whole distributions with a reference's, not log-probs of labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from npo_fast.ops.linear_kl import linear_kl
+
+
+@dataclass(frozen=True)
+class KL:
+    """Divergence from the reference, summed over rows: ``KL(reference || model)``.
+
+    With ``demotion`` the reference's logit of each label is lowered by so many nats: self-
+    distillation towards a reference that likes its labels less (UNDIAL, arXiv 2402.10052; its
+    cross-entropy differs from this by a constant).
+    """
+
+    demotion: float = 0.0
+    reference: ClassVar[Literal["hidden"]] = "hidden"
+    group: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.demotion < float("inf"):
+            raise ValueError(f"KL: demotion must be 0 or more and finite, got {self.demotion}")
+
+    def __call__(
+        self,
+        hidden: Tensor,  # (n, D)
+        head: Mapping[str, Any],  # weight, bias, softcap, logit_scale
+        ref_hidden: Tensor,  # (n, D')
+        ref_head: Mapping[str, Any],  # the same of the reference, as ref_weight, …
+        labels: Tensor | None = None,  # (n,), to demote
+    ) -> Tensor:  # scalar
+        return linear_kl(
+            hidden, ref_hidden=ref_hidden, labels=labels, demotion=self.demotion,
+            reduction="sum", **head, **ref_head,
+        )  # fmt: skip

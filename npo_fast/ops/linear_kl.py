@@ -1,0 +1,200 @@
+"""KL divergence of one linear head from another, with all its gradients, in one pass."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from npo_fast.ops.autocast import autocast_inputs, no_autocast
+from npo_fast.ops.checks import check_head, check_label_values, check_labels
+from npo_fast.ops.head import CHUNK_BYTES, Head, HeadGradients, scale_
+from npo_fast.ops.linear_log_probs import blocks
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def linear_kl(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (N, D')
+    ref_weight: Tensor,  # (V, D')
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ref_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    labels: Tensor | None = None,  # (N,)
+    demotion: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:  # scalar
+    """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, never holding the logits.
+
+        z_n    = logit_scale * softcap(W h_n + b),       p_n     = softmax(z_n)
+        zref_n = ref_logit_scale * ref_softcap(W_ref href_n + b_ref) - demotion * onehot(y_n)
+        KL_n   = sum_v p_ref_n (log p_ref_n - log p_n),  p_ref_n = softmax(zref_n)
+        dKL_n / dz_n = p_n - p_ref_n
+
+    The reference needs no model in memory: its hidden states and its head are enough. The forward
+    pass computes the gradients too, with both chunks of logits side by side (6NDV + 2ND'V flops).
+    With ``labels`` the reference is taken to like them less by ``demotion``: the target of UNDIAL.
+
+    Args:
+        hidden: rows of the model, (N, D), fp32, bf16, fp16 or fp64.
+        weight: the head, (V, D), in the dtype of ``hidden``. Frozen: its GEMM is not done.
+        ref_hidden: the same rows under the reference, (N, D'), in the dtype of ``hidden``.
+        ref_weight: the reference's head, (V, D'), in the same dtype.
+        bias, ref_bias: (V,) or None.
+        softcap, ref_softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
+        logit_scale, ref_logit_scale: factors on the (capped) logits.
+        labels: the tokens to demote, (N,), int64 or int32, in [0, V); None demotes nothing.
+        demotion: nats that the reference's logit of each label is lowered by, 0 or more.
+        reduction: "mean" over rows, or "sum".
+        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold of both.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The
+        reference is a constant.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or labels that do not fit together, an unknown
+            reduction, or a demotion without labels.
+
+    Source: KL on retain data as in NPO (arXiv 2404.05868, section 2); UNDIAL, arXiv 2402.10052.
+    """
+    op = "linear_kl"
+    if torch.compiler.is_compiling():
+        return _between_graphs(
+            hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, softcap=softcap,
+            logit_scale=logit_scale, ref_softcap=ref_softcap, ref_logit_scale=ref_logit_scale,
+            labels=labels, demotion=demotion, reduction=reduction, chunk_rows=chunk_rows,
+        )  # fmt: skip
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = autocast_inputs(ref_hidden, ref_weight, ref_bias)
+    check_head(op, hidden, weight, bias, softcap)
+    check_head(op, ref_hidden, ref_weight, ref_bias, ref_softcap, prefix="ref_")
+    _check_pair(op, hidden, weight, ref_hidden, ref_weight)
+    if labels is not None:
+        check_labels(op, hidden, labels)
+        check_label_values(op, labels, len(weight))
+        labels = labels.long()
+    if not 0 <= demotion < float("inf") or (demotion and labels is None):
+        raise ValueError(
+            f"{op}: demotion must be 0 or more and comes with labels, got {demotion}"
+            f"{' without labels' if labels is None else ''}"
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
+    scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
+    head = Head(weight, bias, softcap, logit_scale)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
+    step = chunk_rows or head.chunk_rows(CHUNK_BYTES // 2)  # two share the budget
+    if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    with no_autocast(hidden):
+        return _LinearKL.apply(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels,
+            softcap, logit_scale, ref_softcap, ref_logit_scale, demotion, scale, step,
+        )  # fmt: skip
+
+
+# labels are checked and chunks made on the host, where torch.compile cannot follow
+_between_graphs = torch.compiler.disable(linear_kl)
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.settings = inputs[7:]
+        value, ctx.gradients = _kl_and_gradients(ctx.needs_input_grad[:3], *inputs)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # another backward through a retained graph starts anew
+            needs = ctx.needs_input_grad[:3]
+            _, gradients = _kl_and_gradients(needs, *ctx.saved_tensors, *ctx.settings)
+        return *scale_(gradients, upstream), *([None] * 11)
+
+
+def _kl_and_gradients(
+    needs: tuple[bool, bool, bool],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    labels: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+    demotion: float,
+    scale: float,
+    step: int,
+) -> tuple[Tensor, Gradients]:
+    """The one pass: the scaled sum of KL over rows, and gradients of hidden, weight and bias."""
+    head = Head(weight, bias, softcap, logit_scale)
+    ref_head = Head(ref_weight, ref_bias, ref_softcap, ref_logit_scale)
+    gradients = HeadGradients(head, hidden, needs)
+    rows_alive = min(step, len(hidden))
+    buffer, ref_buffer = head.buffer(rows_alive), ref_head.buffer(rows_alive)
+    total = hidden.new_zeros((), dtype=torch.float64)
+    for rows in blocks(slice(0, len(hidden)), step):
+        logits = head.logits(hidden[rows], buffer)
+        ref_logits = ref_head.logits(ref_hidden[rows], ref_buffer)
+        ref_activation = ref_softcap, ref_logit_scale
+        if labels is not None and demotion:
+            ref_activation = _demote_(ref_logits, labels[rows], demotion, *ref_activation)
+        kl = torch.ops.npo_fast.row_kl_(logits, ref_logits, softcap, logit_scale, *ref_activation)
+        total += kl.sum(dtype=torch.float64)
+        if any(needs):
+            gradients.add(rows, hidden[rows], None, logits, torch.full_like(kl, scale))
+    return (total * scale).to(head.wide_dtype), gradients.finish()
+
+
+def _demote_(
+    logits: Tensor,  # (R, V) raw
+    labels: Tensor,  # (R,)
+    demotion: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[float | None, float]:
+    """Lowers ``z`` at the labels, in place; returns the softcap and scale still to be applied."""
+    if softcap is not None:  # a capped logit minus the demotion may lie below the cap
+        logits.div_(softcap).tanh_().mul_(softcap * logit_scale)
+        softcap, logit_scale = None, 1.0
+    lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / logit_scale
+    logits.scatter_(1, labels.unsqueeze(1), lowered)
+    return softcap, logit_scale
+
+
+def _check_pair(
+    op: str, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> None:
+    if len(ref_hidden) != len(hidden) or len(ref_weight) != len(weight):
+        raise ValueError(
+            f"{op}: the reference must have the rows and the vocabulary of the model, got "
+            f"ref_hidden {tuple(ref_hidden.shape)} for hidden {tuple(hidden.shape)} and "
+            f"ref_weight {tuple(ref_weight.shape)} for weight {tuple(weight.shape)}"
+        )
+    if ref_hidden.dtype != hidden.dtype:
+        raise ValueError(
+            f"{op}: model and reference must have one dtype, got {hidden.dtype} and "
+            f"{ref_hidden.dtype}"
+        )
+    if ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"{op}: hidden is on {hidden.device} but ref_hidden on {ref_hidden.device}"
+        )
