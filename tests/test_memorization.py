@@ -33,6 +33,7 @@ from tests.tiny import FACTS, save_tiny_model
         ([1, 1, 1, 1], 1.0, 1.0),  # the question alone brings it out
         ([0, 1, 1, 1], 0.75, 0.75),  # after one token all the rest follows
         ([1, 1, 0, 1], 0.75, 0.25),
+        ([0, 1, 0, 1], 0.5, 0.25),  # the last mistake counts, not the first
         ([1, 1, 1, 0], 0.75, 0.0),  # no prefix helps
         ([0], 0.0, 0.0),
     ],
