@@ -1,8 +1,10 @@
 """What the paper says of its experiment, beside what came out. Source: arXiv 2404.05868."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from npo_fast.synthetic.experiment import BETAS, Curves, Experiment
@@ -119,19 +121,29 @@ def _dominates(curves: Curves, best: str, others: Sequence[str], claim: str) -> 
             (x, name) for name in others if (x := _retain_at(curves, name, level)) is not None
         ]
         if not rivals:
-            measured.append(f"at {level:g}: {own:.4f}, no other gets there")
+            measured.append(f"{level:g}: {own:.4f}, no other gets there")
             continue
         rival, name = min(rivals)
         holds = holds and own <= rival
-        measured.append(f"at {level:g}: {own:.4f}, {name} {rival:.4f}")
-    text = "retain distance once the forget distance is " + "; ".join(measured)
+        measured.append(f"{level:g}: {own:.4f}, {name} {rival:.4f}")
+    text = "least retain distance at a forget distance of at most " + "; ".join(measured)
     return Claim("alpha 1", f"{best}: {claim}", text, holds and bool(measured))
 
 
 def _retain_at(curves: Curves, name: str, level: float) -> float | None:
-    forget, retain = (x.mean(1) for x in curves.of(name))
-    reached = forget <= level
-    return float(retain[reached].min()) if reached.any() else None
+    """Least retain distance where the forget distance is at most ``level``.
+
+    Between two measured steps the path is straight on logarithmic axes.
+    """
+    forget, retain = (x.mean(1).log() for x in curves.of(name))
+    target, reached = math.log(level), forget <= math.log(level)
+    if not reached.any():
+        return None
+    crossing = (reached[1:] != reached[:-1]).nonzero().flatten()
+    before, after = forget[crossing], forget[crossing + 1]
+    share = (target - before) / (after - before)
+    between = retain[crossing].lerp(retain[crossing + 1], share)
+    return float(torch.cat([retain[reached], between]).min().exp())
 
 
 def _coincide(curves: Curves) -> Claim:
@@ -151,22 +163,28 @@ def _smallest(curves: Curves) -> Claim:
 
 
 def _tends_to_ga(curves: Curves) -> Claim:
-    """Largest difference of mean distances from GA's, relative to GA's largest."""
-    gaps = []
-    for beta in BETAS:
-        pairs = zip(curves.of(f"NPO, beta {beta:g}"), curves.of("GA"), strict=True)
-        gaps.append(max(_difference(npo, ga) for npo, ga in pairs))
-    measured = ", ".join(f"beta {b:g}: {gap:.0%}" for b, gap in zip(BETAS, gaps, strict=True))
+    """Largest difference of mean distances from GA's up to a step, relative to GA's largest."""
+    measured, holds = [], True
+    for steps in (2000, 10000):
+        gaps = [_distance_to_ga(curves, f"NPO, beta {beta:g}", steps) for beta in BETAS]
+        holds = holds and gaps == sorted(gaps)
+        cells = (f"beta {b:g}: {gap:.0%}" for b, gap in zip(BETAS, gaps, strict=True))
+        measured.append(f"in {steps} steps {', '.join(cells)}")
     return Claim(
         "alpha 1",
         "NPO's curves tend to GA's as beta -> 0",
-        f"largest difference, of GA's largest distance: {measured}",
-        gaps == sorted(gaps),
+        f"largest difference, of GA's largest distance: {'; '.join(measured)}",
+        holds,
     )
 
 
-def _difference(npo: Tensor, ga: Tensor) -> float:
-    return float((npo.mean(1) - ga.mean(1)).abs().max() / ga.mean(1).max())
+def _distance_to_ga(curves: Curves, name: str, steps: int) -> float:
+    last = sum(step <= steps for step in curves.steps)
+    worst = 0.0
+    for npo, ga in zip(curves.of(name), curves.of("GA"), strict=True):
+        mean = ga[:last].mean(1)
+        worst = max(worst, float((npo[:last].mean(1) - mean).abs().max() / mean.max()))
+    return worst
 
 
 def _laws(theory: Theory) -> list[Claim]:

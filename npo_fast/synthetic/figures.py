@@ -39,7 +39,7 @@ def draw(experiment: Experiment, theory: Theory, folder: Path) -> list[Path]:
 
 
 def _over_steps(plt: Any, curves: Curves, title: str) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for name in curves.names:
         color, line = STYLES[name]
         for axes, values in zip((left, right), curves.of(name), strict=True):
@@ -47,7 +47,7 @@ def _over_steps(plt: Any, curves: Curves, title: str) -> Any:
     figure.suptitle(title)
     _label(left, "step", "forget distance, KL(retrained || model)")
     _label(right, "step", "retain distance, KL(retrained || model)")
-    left.legend(ncols=2, fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -72,7 +72,7 @@ def _pareto(plt: Any, curves: Curves) -> Any:
 
 
 def _small_beta(plt: Any, curves: Curves) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     shades = plt.get_cmap("viridis")(np.linspace(0.9, 0, len(curves.names) - 1))
     for axes, which in ((left, 0), (right, 1)):
         for name, shade in zip(curves.names[1:], reversed(shades), strict=True):
@@ -81,14 +81,14 @@ def _small_beta(plt: Any, curves: Curves) -> Any:
     figure.suptitle("alpha 1, lr 5e-4: NPO tends to GA as beta -> 0")
     _label(left, "step", "forget distance")
     _label(right, "step", "retain distance")
-    left.legend(fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
 def _theorem(plt: Any, theory: Theory) -> Any:
     figure, grid = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     shades = plt.get_cmap("viridis")
-    for law in theory.laws:
+    for law in sorted(theory.laws, key=lambda law: (law.samples, law.eta)):
         first = ("GA", "NPO").index(law.loss)
         panels: list[tuple[int, Sequence[float], float, str]] = []
         if law.eta == RATE:
@@ -113,6 +113,7 @@ def _theorem(plt: Any, theory: Theory) -> Any:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    figure.suptitle(f"left: eta {RATE:g}; right: n_f {SIZE}; points measured, lines fitted")
     grid[0].set_ylabel("distance from the start in the norm of X^T X")
     return figure
 
