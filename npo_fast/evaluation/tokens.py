@@ -30,7 +30,7 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
     """Log-probs from the same kernel as the losses; the logits of all N are never there at once."""
     rows = len(labels)
     found = TokenScores(
-        log_probs=head.log_probs(hidden, labels),
+        log_probs=hidden.new_empty(rows, dtype=head.wide_dtype),
         greedy=torch.empty_like(labels, dtype=torch.bool),
         mean=hidden.new_empty(rows, dtype=head.wide_dtype),
         std=hidden.new_empty(rows, dtype=head.wide_dtype),
@@ -42,6 +42,8 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
         logits = head.logits(hidden[part], buffer)
         found.greedy[part] = logits.argmax(-1) == labels[part]
         _moments(head, logits, found.mean[part], found.std[part])
+        # last: it writes over the logits
+        found.log_probs[part] = head.differentiate_(logits, hidden[part], labels[part])
     return found
 
 

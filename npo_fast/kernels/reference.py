@@ -157,7 +157,7 @@ def linear_log_probs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # in the dtypes of hidden, weight, bias; empty: not wanted
     wide = _wide(hidden.dtype)
     d_hidden, d_weight, d_bias = (
-        torch.zeros_like(one, dtype=wide) for one in _gradients(hidden, weight, bias, needs)
+        torch.zeros_like(one, dtype=wide) for one in empty_gradients(hidden, weight, bias, needs)
     )
     at_label = -torch.expm1(log_probs)  # onehot - softmax cancels at a sure token
     for rows in _row_tiles(hidden):
@@ -178,7 +178,8 @@ def linear_log_probs_backward(
                 d_weight[columns].addmm_(gradient.t(), block)
             if needs[2] and bias is not None:
                 d_bias[columns] += gradient.sum(dim=0)
-    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(hidden.dtype)
+    bias_dtype = hidden.dtype if bias is None else bias.dtype
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(bias_dtype)
 
 
 def row_kl_(
@@ -305,7 +306,7 @@ def _column_tiles(
         yield columns, logits
 
 
-def _gradients(
+def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of hidden, weight and bias; empty where one is not wanted."""
@@ -344,7 +345,7 @@ def _linear_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _linear_backward_fake(
     g: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(hidden, weight, bias, rest[-1])
+    return empty_gradients(hidden, weight, bias, rest[-1])
 
 
 def _row_kl_fake(logits: Tensor, *_: Any) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npo_fast.kernels.reference import empty_gradients
 from npo_fast.ops.autocast import no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_label_values
-from npo_fast.ops.head import Head
-from npo_fast.ops.one_pass import Plan, SequenceLoss, loss_and_gradients
+from npo_fast.ops.head import Head, or_empty
+from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_and_gradients
 
 _numbered: dict[SequenceLoss, int] = {}
 
@@ -22,18 +23,10 @@ def loss_number(loss: SequenceLoss) -> int:
     return _numbered.setdefault(loss, len(_numbered))
 
 
-def sequence_loss(
-    plan: Plan,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # scalar, (S,)
-    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+def sequence_loss(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+    needs = [t is not None and t.requires_grad for t in inputs[:3]]
     value, sequence_log_probs, *_ = torch.ops.npo_fast.linear_sequence_loss(
-        hidden, weight, bias, labels, cu_seqlens, ref_log_probs, loss_number(plan.loss),
+        *inputs, loss_number(plan.loss),
         plan.softcap, plan.logit_scale, plan.count, plan.chunk_rows, needs,
     )  # fmt: skip
     return value, sequence_log_probs.detach()
@@ -60,27 +53,20 @@ def _operator(
     plan = Plan(list(_numbered)[loss], softcap, logit_scale, count, chunk_rows)
     with no_autocast(hidden):
         value, sequence_log_probs, gradients = loss_and_gradients(
-            plan, (needs[0], needs[1], needs[2]),
-            hidden, weight, bias, labels, cu_seqlens, ref_log_probs,
-        )  # fmt: skip
-    grad_hidden, grad_weight, grad_bias = (
-        hidden.new_empty(0) if gradient is None else gradient for gradient in gradients
-    )
-    return value, sequence_log_probs, grad_hidden, grad_weight, grad_bias
+            plan,
+            (needs[0], needs[1], needs[2]),
+            Inputs(hidden, weight, bias, labels, cu_seqlens, ref_log_probs),
+        )
+    return value, sequence_log_probs, *or_empty(gradients, hidden, weight, bias)
 
 
 @_operator.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None, loss: int, softcap: float | None, logit_scale: float,
-    count: int, chunk_rows: int, needs: list[bool],
+    *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     value = hidden.new_empty((), dtype=Head(weight).wide_dtype)
-    gradients = (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
-        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
-    )
+    gradients = empty_gradients(hidden, weight, bias, rest[-1])
     return value, value.new_empty(cu_seqlens.shape[0] - 1), *gradients
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
+from npo_fast.kernels.reference import empty_gradients
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
 CHUNK_BYTES = 96 << 20  # logits alive at a time
@@ -16,6 +17,10 @@ CHUNK_BYTES = 96 << 20  # logits alive at a time
 # whole pass with its fourth GEMM.
 LEAST_ROWS = {2: 128, 4: 16}
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
+
+
+Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,16 @@ class Head:
         self, hidden: Tensor, labels: Tensor, buffer: Tensor
     ) -> tuple[Tensor, Tensor]:  # (R,) log-probs and (R, V) their gradient in the raw logits
         logits = self.logits(hidden, buffer)
+        return self.differentiate_(logits, hidden, labels), logits
+
+    def differentiate_(
+        self, logits: Tensor, hidden: Tensor, labels: Tensor
+    ) -> Tensor:  # (R, V) logits of (R, D) -> (R,) log-probs; logits <- their gradient
         target = self._target_logits(hidden, labels)
         log_probs, _ = torch.ops.npo_fast.row_log_probs_(
             logits, labels, target, self.softcap, self.logit_scale
         )
-        return log_probs, logits
+        return log_probs
 
     def hidden_gradient(self, logits_gradient: Tensor) -> Tensor:  # (R, V) -> (R, D)
         tiles = self._weight_tiles()
@@ -118,14 +128,14 @@ class HeadGradients:
         self,
         head: Head,
         hidden: Tensor,
-        needs: tuple[bool, bool, bool],
+        needs: Needs,
         skip_below: float = 0.0,
         skipped: Skipped | None = None,
     ) -> None:
         self.head = head
         self.skip_below, self.skipped = skip_below, skipped
         weight, bias = head.weight, head.bias
-        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.hidden = hidden.new_empty(hidden.shape) if needs[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=head.wide_dtype) if needs[1] else None
         self.beta = 0  # the first chunk overwrites: a pass of zeros over the head is not cheap
         self.bias = None
@@ -167,7 +177,7 @@ class HeadGradients:
             self.bias += torch.mv(logits_gradient.t().to(g.dtype), g.squeeze(1))
         self.beta = 1
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self) -> Gradients:
         """The gradients in the dtypes of their parameters."""
         weight, bias = self.weight, self.bias
         if weight is not None and self.beta == 0:  # no rows at all
@@ -179,9 +189,18 @@ class HeadGradients:
         )
 
 
-def scale_(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], upstream: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def or_empty(
+    gradients: Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an operator returns, which knows no None."""
+    nothing = empty_gradients(hidden, weight, bias, (False, False, False))
+    d_hidden, d_weight, d_bias = (
+        empty if one is None else one for one, empty in zip(gradients, nothing, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
+
+
+def scale_(gradients: Gradients, upstream: Tensor) -> Gradients:
     """In place: autograd then keeps these buffers instead of copies."""
     if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
         for one in gradients:

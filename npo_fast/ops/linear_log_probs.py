@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npo_fast.kernels.reference import empty_gradients
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import LEAST_ROWS, Head, HeadGradients
+from npo_fast.ops.head import LEAST_ROWS, Head, HeadGradients, or_empty
 
 
 def linear_log_probs(
@@ -122,22 +123,14 @@ def _backward(
         for rows in blocks(slice(0, len(hidden)), chunk_rows):
             found, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows], buffer)
             gradients.add(rows, hidden[rows], found, logits_gradient, g[rows])
-    d_hidden, d_weight, d_bias = (
-        hidden.new_empty(0) if one is None else one for one in gradients.finish()
-    )
-    return d_hidden, d_weight, d_bias
+    return or_empty(gradients.finish(), hidden, weight, bias)
 
 
 @_backward.register_fake
 def _(
     g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = rest[-1]
-    return (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else 0),
-    )
+    return empty_gradients(hidden, weight, bias, rest[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

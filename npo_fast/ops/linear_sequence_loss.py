@@ -18,7 +18,7 @@ from npo_fast.ops.checks import (
 )
 from npo_fast.ops.head import Head, scale_
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
-from npo_fast.ops.one_pass import Gradients, Plan, SequenceLoss, loss_alone, loss_and_gradients
+from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
 
 Reduction = Literal["mean", "token_mean", "sum"]
@@ -127,12 +127,12 @@ def linear_sequence_loss(
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     plan = Plan(loss, softcap, logit_scale, max(count, 1), step, skip_below, skipped)
-    tensors = hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs
+    inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
     if torch.compiler.is_compiling():
-        return compiled.sequence_loss(plan, *tensors)
+        return compiled.sequence_loss(plan, inputs)
     check_label_values(op, labels, len(weight))
     with no_autocast(hidden):
-        return _LinearSequenceLoss.apply(plan, *tensors)
+        return _LinearSequenceLoss.apply(plan, *inputs)
 
 
 # the loss is differentiated, or rows are chosen, on the host, where torch.compile cannot follow
@@ -145,18 +145,19 @@ class _LinearSequenceLoss(torch.autograd.Function):
         ctx.plan, ctx.gradients, needs = plan, None, ctx.needs_input_grad[1:4]
         ctx.save_for_backward(*tensors)
         if any(needs):
-            value, sequence_log_probs, ctx.gradients = loss_and_gradients(plan, needs, *tensors)
+            value, sequence_log_probs, ctx.gradients = loss_and_gradients(
+                plan, needs, Inputs(*tensors)
+            )
         else:
-            value, sequence_log_probs = loss_alone(plan, *tensors)
+            value, sequence_log_probs = loss_alone(plan, Inputs(*tensors))
         ctx.mark_non_differentiable(sequence_log_probs)
         return value, sequence_log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: Gradients | None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
             plan, needs = replace(ctx.plan, skipped=None), ctx.needs_input_grad[1:4]
-            _, _, gradients = loss_and_gradients(plan, needs, *ctx.saved_tensors)
+            _, _, gradients = loss_and_gradients(plan, needs, Inputs(*ctx.saved_tensors))
         return None, *scale_(gradients, upstream), None, None, None

@@ -12,20 +12,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.head import Head, HeadGradients
+from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs
 from npo_fast.ops.linear_log_probs import blocks
 from npo_fast.ops.skipping import Skipped
 
 Reference = Literal["sequence", "token"] | None
-Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class SequenceLoss(Protocol):
@@ -52,6 +50,17 @@ class SequenceLoss(Protocol):
     ) -> Tensor: ...  # (s,), or (s / group,) where group is 2 or more
 
 
+class Inputs(NamedTuple):
+    """The tensors of one call, in the order in which autograd and the operator see them."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (S + 1,)
+    ref_log_probs: Tensor | None  # (S,) or (N,)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one call decides before it meets a tensor."""
@@ -65,34 +74,20 @@ class Plan:
     skipped: Skipped | None = None
 
 
-def loss_alone(
-    plan: Plan,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # scalar, (S,)
-    head = Head(weight, bias, plan.softcap, plan.logit_scale)
-    log_probs = head.log_probs(hidden, labels)
-    offsets = _beside(cu_seqlens, hidden.device)
-    value = plan.loss(log_probs, offsets, ref_log_probs).sum() / plan.count
+def loss_alone(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+    head = Head(inputs.weight, inputs.bias, plan.softcap, plan.logit_scale)
+    log_probs = head.log_probs(inputs.hidden, inputs.labels)
+    offsets = _beside(inputs.cu_seqlens, inputs.hidden.device)
+    value = plan.loss(log_probs, offsets, inputs.ref_log_probs).sum() / plan.count
     return value, segment_sum(log_probs, offsets)
 
 
 def loss_and_gradients(
-    plan: Plan,
-    needs: Needs,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None,
-) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,), gradients of hidden, weight and bias
+    plan: Plan, needs: Needs, inputs: Inputs
+) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,)
     if plan.chunk_rows == 0:
-        return _without_logits(plan, needs, hidden, weight, bias, labels, cu_seqlens, ref_log_probs)
+        return _without_logits(plan, needs, inputs)
+    hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
     head = Head(weight, bias, plan.softcap, plan.logit_scale)
     step, scale = plan.chunk_rows, 1 / plan.count
     gradients = HeadGradients(head, hidden, needs, plan.skip_below, plan.skipped)
@@ -122,15 +117,9 @@ def loss_and_gradients(
 
 
 def _without_logits(
-    plan: Plan,
-    needs: Needs,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    ref_log_probs: Tensor | None,
-) -> tuple[Tensor, Tensor, Gradients]:
+    plan: Plan, needs: Needs, inputs: Inputs
+) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,)
+    hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
     settings, scale = (plan.softcap, plan.logit_scale), 1 / plan.count
     log_probs, lse = torch.ops.npo_fast.linear_log_probs(hidden, weight, labels, bias, *settings)
     offsets = _beside(cu_seqlens, hidden.device)
