@@ -8,7 +8,8 @@ from torch import Tensor
 from npo_fast.data import PackedBatch, Sequence, Template, pack
 from npo_fast.evaluation.suite import Suite
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.ops.head import CHUNK_BYTES, Head
+from npo_fast.ops.head import Head
+from npo_fast.ops.linear_kl import divergences
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,11 @@ class ReferenceStates:
         for batch in pack(sequences, micro_batch_tokens):
             hidden = lm.hidden(batch.to(lm.device))
             reference = torch.cat([self.hidden[name][i] for i in batch.indices]).to(hidden)
-            values = _kl(self.head, reference, lm.linear_head, hidden)
-            parts = values.cpu().split(_answer_lengths(batch))
+            chunks = divergences(lm.linear_head, hidden, self.head, reference)
+            parts = torch.cat([kl for _, kl, _ in chunks]).cpu().split(_answer_lengths(batch))
             for index, part in zip(batch.indices, parts, strict=True):
                 found[index] = float(part.mean())
         return found
-
-
-def _kl(ref_head: Head, ref_hidden: Tensor, head: Head, hidden: Tensor) -> Tensor:  # (N,)
-    """``sum_v p_ref(v) (log p_ref(v) - log p(v))`` a row, two chunks of logits side by side."""
-    step = head.chunk_rows(CHUNK_BYTES // 2)
-    buffer, ref_buffer = head.buffer(step), ref_head.buffer(step)
-    values = []
-    for ours, theirs in zip(hidden.split(step), ref_hidden.split(step), strict=True):
-        logits, ref_logits = head.logits(ours, buffer), ref_head.logits(theirs, ref_buffer)
-        activations = head.softcap, head.logit_scale, ref_head.softcap, ref_head.logit_scale
-        values.append(torch.ops.npo_fast.row_kl_(logits, ref_logits, *activations))
-    return torch.cat(values)
 
 
 def _answer_lengths(batch: PackedBatch) -> list[int]:

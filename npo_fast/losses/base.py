@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from npo_fast.ops import Reference, segment_sum
@@ -76,6 +77,14 @@ class OfTokens(ABC):
     def _weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
         ref = None if ref_log_probs is None else ref_log_probs.to(log_probs.dtype)
         return self.weight(log_probs.detach(), ref)
+
+
+def log_sigmoid_penalty(
+    x: Tensor,  # beta * (a log-ratio)
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """``-(2 / beta) * logsigmoid(-x)`` and its derivative in ``x / beta``, ``2 * sigmoid(x)``."""
+    return -(2 / beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x)
 
 
 def check_positive(loss: object, *fields: str) -> None:

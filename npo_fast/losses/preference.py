@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.losses.base import OfSequence, check_finite, check_positive
+from npo_fast.losses.base import OfSequence, check_finite, check_positive, log_sigmoid_penalty
 from npo_fast.ops import Reference
 
 
@@ -33,9 +32,8 @@ class DPO(OfSequence):
     ) -> tuple[Tensor, Tensor]:
         assert ref is not None
         r = log_prob - ref
-        x = self.beta * (r[1::2] - r[::2])
-        slope = 2 * torch.sigmoid(x)
-        return -(2 / self.beta) * F.logsigmoid(-x), torch.stack([-slope, slope], dim=1).flatten()
+        values, slope = log_sigmoid_penalty(self.beta * (r[1::2] - r[::2]), self.beta)
+        return values, torch.stack([-slope, slope], dim=1).flatten()
 
 
 @dataclass(frozen=True)
@@ -62,5 +60,5 @@ class KTO(OfSequence):
         self, log_prob: Tensor, tokens: Tensor, ref: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         assert ref is not None
-        x = self.beta * (log_prob - ref) - self.z
-        return 1 - (2 / self.beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x)
+        values, slope = log_sigmoid_penalty(self.beta * (log_prob - ref) - self.z, self.beta)
+        return 1 + values, slope

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.losses.base import OfSequence, check_finite, check_positive
+from npo_fast.losses.base import OfSequence, check_finite, check_positive, log_sigmoid_penalty
 from npo_fast.ops import Reference, linear_sequence_loss
 
 
@@ -56,8 +55,7 @@ class NPO(OfSequence):
         self, log_prob: Tensor, tokens: Tensor, ref: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         assert ref is not None
-        x = self.beta * (log_prob - ref)
-        return -(2 / self.beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x)
+        return log_sigmoid_penalty(self.beta * (log_prob - ref), self.beta)
 
     def value_and_weight(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -85,7 +83,8 @@ class SimNPO(OfSequence):
     ) -> tuple[Tensor, Tensor]:
         length = tokens.clamp(min=1)
         x = self.beta * (log_prob / length + self.delta)
-        return -(2 / self.beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x) / length
+        values, slope = log_sigmoid_penalty(x, self.beta)
+        return values, slope / length
 
 
 def npo_loss(

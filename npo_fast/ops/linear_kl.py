@@ -1,5 +1,7 @@
 """KL divergence of one linear head from another, with all its gradients, in one pass."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -8,10 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import CHUNK_BYTES, Head, HeadGradients, scale_
+from npo_fast.ops.head import CHUNK_BYTES, Gradients, Head, HeadGradients, Needs, scale_
 from npo_fast.ops.linear_log_probs import blocks
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def linear_kl(
@@ -91,18 +91,26 @@ def linear_kl(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
-    head = Head(weight, bias, softcap, logit_scale)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
-    step = chunk_rows or head.chunk_rows(CHUNK_BYTES // 2)  # two share the budget
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
+    of_head, of_ref = (softcap, logit_scale), (ref_softcap, ref_logit_scale)
+    plan = _Plan(of_head, of_ref, demotion, scale, chunk_rows)
     with no_autocast(hidden):
-        return _LinearKL.apply(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels,
-            softcap, logit_scale, ref_softcap, ref_logit_scale, demotion, scale, step,
-        )  # fmt: skip
+        return _LinearKL.apply(plan, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one call decides before it meets a tensor."""
+
+    of_head: tuple[float | None, float]  # softcap, logit_scale
+    of_ref: tuple[float | None, float]
+    demotion: float
+    scale: float  # what the sum over rows is multiplied by
+    chunk_rows: int | None
 
 
 # labels are checked and chunks made on the host, where torch.compile cannot follow
@@ -111,10 +119,10 @@ _between_graphs = torch.compiler.disable(linear_kl)
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.settings = inputs[7:]
-        value, ctx.gradients = _kl_and_gradients(ctx.needs_input_grad[:3], *inputs)
+    def forward(ctx: Any, plan: _Plan, *tensors: Any) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors)
+        value, ctx.gradients = _kl_and_gradients(plan, ctx.needs_input_grad[1:4], *tensors)
         return value
 
     @staticmethod
@@ -122,13 +130,14 @@ class _LinearKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
-            needs = ctx.needs_input_grad[:3]
-            _, gradients = _kl_and_gradients(needs, *ctx.saved_tensors, *ctx.settings)
-        return *scale_(gradients, upstream), *([None] * 11)
+            needs = ctx.needs_input_grad[1:4]
+            _, gradients = _kl_and_gradients(ctx.plan, needs, *ctx.saved_tensors)
+        return None, *scale_(gradients, upstream), None, None, None, None
 
 
 def _kl_and_gradients(
-    needs: tuple[bool, bool, bool],
+    plan: _Plan,
+    needs: Needs,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -136,32 +145,41 @@ def _kl_and_gradients(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     labels: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ref_softcap: float | None,
-    ref_logit_scale: float,
-    demotion: float,
-    scale: float,
-    step: int,
 ) -> tuple[Tensor, Gradients]:
     """The one pass: the scaled sum of KL over rows, and gradients of hidden, weight and bias."""
-    head = Head(weight, bias, softcap, logit_scale)
-    ref_head = Head(ref_weight, ref_bias, ref_softcap, ref_logit_scale)
+    head, ref_head = Head(weight, bias, *plan.of_head), Head(ref_weight, ref_bias, *plan.of_ref)
     gradients = HeadGradients(head, hidden, needs)
-    rows_alive = min(step, len(hidden))
-    buffer, ref_buffer = head.buffer(rows_alive), ref_head.buffer(rows_alive)
     total = hidden.new_zeros((), dtype=torch.float64)
-    for rows in blocks(slice(0, len(hidden)), step):
-        logits = head.logits(hidden[rows], buffer)
-        ref_logits = ref_head.logits(ref_hidden[rows], ref_buffer)
-        ref_activation = ref_softcap, ref_logit_scale
-        if labels is not None and demotion:
-            ref_activation = _demote_(ref_logits, labels[rows], demotion, *ref_activation)
-        kl = torch.ops.npo_fast.row_kl_(logits, ref_logits, softcap, logit_scale, *ref_activation)
+    for rows, kl, logits_gradient in divergences(
+        head, hidden, ref_head, ref_hidden, plan.chunk_rows, labels, plan.demotion
+    ):
         total += kl.sum(dtype=torch.float64)
         if any(needs):
-            gradients.add(rows, hidden[rows], None, logits, torch.full_like(kl, scale))
-    return (total * scale).to(head.wide_dtype), gradients.finish()
+            g = torch.full_like(kl, plan.scale)
+            gradients.add(rows, hidden[rows], None, logits_gradient, g)
+    return (total * plan.scale).to(head.wide_dtype), gradients.finish()
+
+
+def divergences(
+    head: Head,
+    hidden: Tensor,  # (N, D)
+    ref_head: Head,
+    ref_hidden: Tensor,  # (N, D')
+    chunk_rows: int | None = None,
+    labels: Tensor | None = None,  # (N,)
+    demotion: float = 0.0,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, their KL (R,) and its gradient in the raw logits (R, V), which the next ones reuse."""
+    step = chunk_rows or head.chunk_rows(CHUNK_BYTES // 2)  # two share the budget
+    buffers = [one.buffer(min(step, len(hidden))) for one in (head, ref_head)]
+    for rows in blocks(slice(0, len(hidden)), step):
+        logits = head.logits(hidden[rows], buffers[0])
+        ref_logits = ref_head.logits(ref_hidden[rows], buffers[1])
+        of_ref = ref_head.softcap, ref_head.logit_scale
+        if labels is not None and demotion:
+            of_ref = _demote_(ref_logits, labels[rows], demotion, *of_ref)
+        kl = torch.ops.npo_fast.row_kl_(logits, ref_logits, head.softcap, head.logit_scale, *of_ref)
+        yield rows, kl, logits
 
 
 def _demote_(

@@ -78,28 +78,28 @@ class Experiment:
 
 
 def run(seeds: Sequence[int], steps: Steps, say: Callable[[str], None]) -> Experiment:
-    found = {}
-    for alpha, tried in ((1.0, GAP), (0.0, NO_GAP)):
-        world = draw(seeds, alpha)
-        say(f"alpha {alpha:g}: {steps.learn} steps on all data and on the retain data")
-        reference, retrained = learn(world, steps.learn)
+    short = steps.unlearn, steps.unlearn_every
+    long = steps.small_beta, steps.small_beta_every
+    gap, small_beta = _curves(seeds, 1.0, steps.learn, [(GAP, *short), (SMALL_BETA, *long)], say)
+    (no_gap,) = _curves(seeds, 0.0, steps.learn, [(NO_GAP, *short)], say)
+    return Experiment(gap, no_gap, small_beta)
 
-        def unlearn(
-            tried: Sequence[Method],
-            n: int,
-            every: int,
-            alpha: float = alpha,
-            world: World = world,
-            reference: Tensor = reference,
-            retrained: Tensor = retrained,
-        ) -> Curves:
-            say(f"alpha {alpha:g}: {n} steps of {', '.join(method.name for method in tried)}")
-            return measure(alpha, world, reference, retrained, tried, n, every)
 
-        found[alpha] = unlearn(tried, steps.unlearn, steps.unlearn_every)
-        if alpha == 1:
-            small_beta = unlearn(SMALL_BETA, steps.small_beta, steps.small_beta_every)
-    return Experiment(found[1.0], found[0.0], small_beta)
+def _curves(
+    seeds: Sequence[int],
+    alpha: float,
+    learning_steps: int,
+    runs: Sequence[tuple[Sequence[Method], int, int]],  # methods, steps, how often to measure
+    say: Callable[[str], None],
+) -> list[Curves]:
+    world = draw(seeds, alpha)
+    say(f"alpha {alpha:g}: {learning_steps} steps on all data and on the retain data")
+    reference, retrained = learn(world, learning_steps)
+    found = []
+    for tried, steps, every in runs:
+        say(f"alpha {alpha:g}: {steps} steps of {', '.join(method.name for method in tried)}")
+        found.append(measure(alpha, world, reference, retrained, tried, steps, every))
+    return found
 
 
 def learn(world: World, steps: int) -> tuple[Tensor, Tensor]:
