@@ -27,9 +27,10 @@ body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--page);
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; }
 p { max-width: 46rem; } .soft, .missing { color: var(--soft); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: max-content; min-width: 100%;
+  font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
-  max-width: 22rem; overflow-wrap: anywhere; min-width: 5.5rem; }
+  max-width: 18rem; overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; } th { background: var(--box); font-weight: 600; }
 figure { margin: 0; } .figure { display: block; width: 100%; max-width: 46rem; height: auto;
   font-family: inherit; stroke-linejoin: round; }
@@ -50,7 +51,8 @@ li { margin: .5rem 0; }
   :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --line: #bbb;
     --box: #f2f2f2; }
   body { max-width: none; font-size: 11px; } .scroll { overflow: visible; border: 0; }
-  table { font-size: .7rem; } th, td { padding: .2rem .35rem; min-width: 0; }
+  table { width: 100%; font-size: .6rem; }
+  th, td { padding: .15rem .25rem; overflow-wrap: anywhere; }
   article, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
 }
 </style>

@@ -67,10 +67,10 @@ class RunRecord:
             return measures(self.result, other), "eval/ logs"
         if look := self.facts.get("best") or (self.looks[-1] if self.looks else None):
             first = self.setting("watch", "eval_records")
-            return dict(look), f"step {look['step']}, first {first} records"
+            return dict(look), f"step {look['step']}, up to {first} records a set"
         after = self.facts.get("after") or {}
         first = self.setting("report", "report_records")
-        return dict(after), f"first {first} records" if after else "nothing"
+        return dict(after), f"up to {first} records a set" if after else "nothing"
 
     def answers(self, part: str, when: str) -> list[Answer]:
         """To the ``forget`` or ``retain`` set, ``before`` or ``after`` the run."""

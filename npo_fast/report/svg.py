@@ -55,7 +55,7 @@ def tradeoff(
         axes.axhline(MEANINGFUL, color=_INK, alpha=0.6, linestyle="--", linewidth=1)
         axes.annotate("0.05", (1, MEANINGFUL), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=9)  # fmt: skip
-        axes.set_yscale("log")
+        _logarithmic(axes, "y")
         axes.margins(0.12)
         if names:
             axes.legend()
@@ -74,7 +74,7 @@ def truth_ratios(ratios: Mapping[str, Array], anchors: Mapping[str, Array]) -> s
             _ecdf(axes, values, **_style(i) | {"marker": ""}, label=name)
         for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
             _ecdf(axes, values, color=_INK, linestyle=dash, linewidth=1.4, label=name)
-        axes.set_xscale("log")
+        _logarithmic(axes, "x")
         axes.set_ylim(0, 1)
         axes.legend()
 
@@ -102,7 +102,7 @@ def curves(
         if line is not None:
             axes.axhline(line, color=_INK, alpha=0.6, linestyle="--", linewidth=1)
         if log and any(value > 0 for _, _, y in series.values() for value in y):
-            axes.set_yscale("log")
+            _logarithmic(axes, "y")
         axes.legend()
 
     return _svg(key, title, "step", unit, draw, (4.6, 3.1))
@@ -115,6 +115,15 @@ def _at(points: Sequence[Point]) -> tuple[list[float | None], list[float]]:
 def _ecdf(axes: Any, values: Array, **style: Any) -> None:
     values = np.sort(np.maximum(values, SMALLEST))
     axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
+
+
+def _logarithmic(axes: Any, which: str) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")  # the usual labels, 10^k, need TeX
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def _style(i: int) -> dict[str, Any]:
