@@ -32,7 +32,7 @@ table { border-collapse: collapse; width: max-content; min-width: 100%;
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   max-width: 18rem; overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; } th { background: var(--box); font-weight: 600; }
-figure { margin: 0; } .figure { display: block; width: 100%; max-width: 46rem; height: auto;
+figure { margin: 0; } .figure { display: block; width: 100%; max-width: 42rem; height: auto;
   font-family: inherit; stroke-linejoin: round; }
 .grid { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }

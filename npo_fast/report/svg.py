@@ -62,7 +62,7 @@ def tradeoff(
 
     return _svg(
         "tradeoff", "Forget quality against model utility", "model utility",
-        "forget quality (KS p-value)", draw, (6.4, 4.4),
+        "forget quality (KS p-value)", draw, (5.2, 3.8),
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def truth_ratios(ratios: Mapping[str, Array], anchors: Mapping[str, Array]) -> s
 
     return _svg(
         "truth-ratios", "Truth ratio on the forget set", "truth ratio, P(wrong) / P(right)",
-        "share of items at or below", draw, (6.4, 4.0),
+        "share of items at or below", draw, (5.2, 3.5),
     )  # fmt: skip
 
 
