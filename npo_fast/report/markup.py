@@ -51,8 +51,8 @@ li { margin: .5rem 0; }
   :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --line: #bbb;
     --box: #f2f2f2; }
   body { max-width: none; font-size: 11px; } .scroll { overflow: visible; border: 0; }
-  table { width: 100%; font-size: .6rem; }
-  th, td { padding: .15rem .25rem; overflow-wrap: anywhere; }
+  table { width: 100%; font-size: .5rem; } th, td { padding: .15rem .2rem; }
+  .figure { max-width: 13cm; } .grid { grid-template-columns: 1fr 1fr; }
   article, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
 }
 </style>
