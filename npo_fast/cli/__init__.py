@@ -57,6 +57,11 @@ VERBS = {
         "The NPO paper's synthetic experiment and theorem beside its claims, a few minutes",
         "npo-fast synthetic",
     ),
+    "report": Verb(
+        "Measure",
+        "One HTML page about runs: forgetting against utility, curves, answers side by side",
+        "npo-fast report runs/npo runs/ga --retrained runs/retrained",
+    ),
     "bench": Verb(
         "Measure",
         "Time and memory of the losses beside their peers (loss), or the GPU kernels (kernels)",

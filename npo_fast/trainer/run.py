@@ -91,6 +91,8 @@ class Run:
 
     def finish(self, status: str = "finished", **facts: Any) -> None:
         self._steps.close()
+        if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
+            facts["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self.facts |= {"status": status, "ended": _now(), **facts}
         self._write_facts()
 

@@ -1,0 +1,171 @@
+"""Run folders as a report sees them: records, measures, and the commands that make more."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npo_fast.errors import UserError
+from npo_fast.evaluation.course import measures
+from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
+
+SETS = {"forget": FORGET, "retain": RETAIN}
+_GROUPS = ("model", "data", "method", "training")  # of the settings: what makes the run again
+
+
+@dataclass(frozen=True)
+class Answer:
+    question: str  # with its template around it where it is from an evaluation log
+    truth: str
+    text: str
+
+    def answers(self, question: str, truth: str) -> bool:
+        """Whether it is to the same question, with a template around either or not."""
+        same = question in self.question or self.question in question
+        return same and self.truth.strip() == truth.strip()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run folder."""
+
+    name: str
+    folder: Path
+    facts: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]]
+    looks: Sequence[Mapping[str, Any]]  # evaluations.jsonl
+    result: Result  # logs in eval/; empty where there are none
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        settings: Mapping[str, Any] = self.facts.get("settings", {})
+        return settings
+
+    @property
+    def method(self) -> str:
+        name = self.settings.get("method", {}).get("method")
+        return str(name or self.facts.get("command", "unknown"))
+
+    @property
+    def time_s(self) -> float | None:
+        """Of the optimiser steps alone, without loading, evaluating and saving."""
+        return sum(step["time_ms"] for step in self.steps) / 1000 if self.steps else None
+
+    def setting(self, group: str, name: str) -> Any:
+        return self.settings.get(group, {}).get(name)
+
+    def measured(self, retrained: Result) -> tuple[dict[str, Any], str]:
+        """Measures of the final model, and what they were measured on.
+
+        Raises:
+            UserError: the retrained model's logs are of other forget items.
+        """
+        if self.result:
+            other = retrained if FORGET in retrained else None
+            return measures(self.result, other), "eval/ logs"
+        if look := self.facts.get("best") or (self.looks[-1] if self.looks else None):
+            first = self.setting("watch", "eval_records")
+            return dict(look), f"step {look['step']}, up to {first} records a set"
+        after = self.facts.get("after") or {}
+        first = self.setting("report", "report_records")
+        return dict(after), f"up to {first} records a set" if after else "nothing"
+
+    def answers(self, part: str, when: str) -> list[Answer]:
+        """To the ``forget`` or ``retain`` set, ``before`` or ``after`` the run."""
+        if when == "after" and (found := logged_answers(self.result, part)):
+            return found
+        rows = self.facts.get(when, {}).get(part, {}).get("answers", [])
+        return [Answer(row["question"], row["truth"], row["answer"]) for row in rows]
+
+    def flat_settings(self) -> Iterator[tuple[str, Any]]:
+        for group, values in self.settings.items():
+            for name, value in values.items():
+                if group != "run" and value is not None:
+                    yield name, value
+
+    def command(self, *more: str) -> str:
+        """The ``npo-fast`` command that makes the run in a new folder, with ``more`` flags."""
+        words = ["npo-fast", str(self.facts.get("command", "unlearn"))]
+        for group in _GROUPS:
+            for name, value in self.settings.get(group, {}).items():
+                flag = f"--{name.replace('_', '-')}"
+                if value is True:
+                    words.append(flag)
+                elif value not in (None, False, "", "auto"):
+                    words += [flag, str(value)]
+        return shlex.join([*words, "--output", f"{self.folder}-again", *more])
+
+    def evaluate_command(self) -> str:
+        words = ["npo-fast", "evaluate", "--model", str(self.folder)]
+        for name in ("data", "forget", "retain"):
+            if value := self.setting("data", name):
+                words += [f"--{name}", str(value)]
+        if not self.setting("data", "forget"):
+            words += ["--forget", "FORGET"]
+        return shlex.join([*words, "--output", str(self.folder / "eval")])
+
+
+def load_run(folder: Path, name: str) -> RunRecord:
+    """
+    Raises:
+        UserError: the folder is not a run's, or a record in it cannot be read.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        raise UserError(
+            f"{str(folder)!r} is not a run folder, it holds no run.json: name the --output of "
+            "npo-fast unlearn or npo-fast finetune"
+        )
+    facts = _parse(file, file.read_text(encoding="utf-8"))
+    logs = folder / "eval"
+    evaluated = any((logs / log).is_file() for log in LOGS)
+    return RunRecord(
+        name,
+        folder,
+        facts,
+        _lines(folder / "steps.jsonl"),
+        _lines(folder / "evaluations.jsonl"),
+        load_result(logs) if evaluated else {},
+    )
+
+
+def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Runs by the shortest ends of their paths that tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError("a run was named twice: name each folder once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return [
+        load_run(folder, "/".join(path.parts[-depth:]))
+        for folder, path in zip(folders, paths, strict=True)
+    ]
+
+
+def logged_answers(result: Result, part: str) -> list[Answer]:
+    rows = result.get(SETS[part], {}).get("generated_text", [])
+    if isinstance(rows, Mapping):  # published logs may be keyed by index
+        rows = [rows[key] for key in sorted(rows, key=int)]
+    return [Answer(row[0], row[2], row[1]) for row in rows]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # a run that goes on, or was killed, may end in half a line
+    return [_parse(file, line) for line in lines]
+
+
+def _parse(file: Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}")
+    return content
