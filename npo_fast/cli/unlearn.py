@@ -137,7 +137,7 @@ def run(command: Command) -> None:
         raise UserError(
             f"{method.method} compares with no hidden states; leave out --reference-cache"
         )
-    command.run.check()
+    command.run.check(command.model)
     watched = _watched(command)
     records = data.load()
     answers = data.load_answers(records["forget"], wanted, command.training.seed)
