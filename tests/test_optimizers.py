@@ -1,5 +1,6 @@
 """Small states, gradients that are never together, recomputed activations: the same training."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,7 +10,7 @@ from torch.nn import Parameter
 
 from npo_fast.cli import main
 from npo_fast.errors import NonFiniteError, TornStepError, UserError
-from npo_fast.methods import METHODS, build_method
+from npo_fast.methods import build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer, keep_states_on_cpu, step_one_at_a_time
@@ -84,12 +85,14 @@ def test_bf16_weights_move_by_steps_that_rounding_to_nearest_loses(name):
     moved = {}
     for kind in ("adamw", name):
         parameter = Parameter(torch.ones(64, 256, dtype=torch.bfloat16))
-        optimizer = build_optimizer([parameter], kind, lr=1e-4, weight_decay=0.0)
+        hears = pytest.warns if kind == "adamw" else contextlib.nullcontext
+        with hears(*[UserWarning] * (kind == "adamw")):
+            optimizer = build_optimizer([parameter], kind, lr=1e-4, weight_decay=0.0)
         for _ in range(10):
             parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-        moved[kind] = float(1 - parameter.float().mean())
-    assert moved["adamw"] == 0.0
+        moved[kind] = float(1 - parameter.detach().float().mean())
+    assert moved["adamw"] == 0.0, "and it warns of that"
     assert moved[name] == pytest.approx(10 * 1e-4, rel=0.1)
 
 
@@ -107,33 +110,22 @@ def test_training_in_bf16_gains_by_rounding_at_random():
     assert share(gained) > 1.5 * share(lost)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("max_norm", [0.5, math.inf])
-def test_a_step_in_backward_is_the_ordinary_step(method, max_norm):
-    """Clipped and not; the losses of all streams in one pass, whatever the method."""
-    ordinary, in_backward = lm_of(), lm_of()
-    settings = dataclasses.replace(SETTINGS, max_grad_norm=max_norm)
-    expected = run(ordinary, settings, method)
-    found = run(in_backward, dataclasses.replace(settings, step_in_backward=True), method)
+@pytest.mark.parametrize("method", ["NPO+RT", "DPO+KL", "KTO+RT", "IDK+RT"])
+def test_a_step_in_backward_is_the_ordinary_step_clipped_by_the_same_norm(method):
+    """Several streams, pairs, KL, a baseline: all in one pass through the model."""
+    settings = dataclasses.replace(SETTINGS, max_grad_norm=0.5)
+    expected = run(lm_of(), settings, method)
+    found = run(lm_of(), dataclasses.replace(settings, step_in_backward=True), method)
+    assert expected[0].grad_norm > 0.5, "there is something to clip"
     for one, other in zip(expected, found, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4, abs=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
         assert other.log_probs == pytest.approx(one.log_probs, rel=1e-4)
-    assert any(record.grad_norm > 0.5 for record in expected), "there was something to clip"
-    first, second = lm_of(), lm_of()  # AdamW's first steps are signs: compare plain gradients
-    one_step = dataclasses.replace(settings, epochs=1, batch_size=7, lr=1e-3)
-    run(first, one_step, method)
-    run(second, dataclasses.replace(one_step, step_in_backward=True), method)
-    apart = [
-        float(((p - q).abs() > 1e-6).float().mean())
-        for p, q in zip(weights(first), weights(second), strict=True)
-    ]
-    assert max(apart) < 0.02, "where a gradient is 0 but for rounding, its sign is a coin"
 
 
-def test_the_same_pack_gives_the_same_weights_to_the_last_digits():
-    """One stream, so both ways see one pack; nothing to clip."""
-    settings = dataclasses.replace(SETTINGS, batch_size=7, max_grad_norm=math.inf)
+@pytest.mark.parametrize("max_norm", [0.5, math.inf])
+def test_the_same_pack_gives_the_same_weights_to_the_last_digits(max_norm):
+    settings = dataclasses.replace(SETTINGS, batch_size=7, max_grad_norm=max_norm)
     ordinary, in_backward = lm_of(), lm_of()
     run(ordinary, settings, "NPO")
     run(in_backward, dataclasses.replace(settings, step_in_backward=True), "NPO")

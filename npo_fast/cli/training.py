@@ -178,6 +178,16 @@ def check_vocabulary(lm: "CausalLM", sources: Mapping[str, list[Sequence]]) -> N
                 )
 
 
+def check_fit(
+    lm: "CausalLM", prepared: Prepared, terms: tuple[Term, ...], training: TrainSettings
+) -> None:
+    """What only the loaded model can tell, before hours are spent."""
+    from npo_fast.trainer.loop import check_settings
+
+    check_vocabulary(lm, prepared.sources)
+    check_settings(lm, prepared.sources, terms, training)
+
+
 def run_training(
     command: Any,
     verb: str,
@@ -196,7 +206,7 @@ def run_training(
     from npo_fast.trainer.loop import train
     from npo_fast.trainer.run import Run
 
-    check_vocabulary(lm, prepared.sources)
+    check_fit(lm, prepared, terms, training)
     if course is not None:  # first: it may refuse, and the folder may hold an earlier run
         course.begin()
     facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}

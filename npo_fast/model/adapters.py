@@ -6,6 +6,7 @@ A folder with an adapter is one that peft knows (``adapter_config.json``,
 """
 
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,8 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)
     here = Path(base)
@@ -102,9 +104,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise UserError(f"the adapter in {folder} does not fit its base: {reason}") from error
     if getattr(model, "is_quantized", False):
         return adapted
-    merged = adapted.merge_and_unload()
-    merged.name_or_path = str(folder)
-    return merged
+    return adapted.merge_and_unload()
 
 
 def merge_adapter(lm: CausalLM) -> None:

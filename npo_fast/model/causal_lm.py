@@ -114,13 +114,13 @@ class CausalLM:
         Raises:
             UserError: the model does not know how.
         """
+        # transformers gave it a new name in 5.x
+        new = getattr(self.model, "activation_checkpointing_enable", None)
+        enable = new or self.model.gradient_checkpointing_enable
         try:
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            enable({"use_reentrant": False})
         except ValueError as error:
-            name = type(self.model).__name__
-            raise UserError(f"{name} has no gradient checkpointing: leave it out") from error
+            raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
 
     @contextmanager
     def within(self, wrapper: Any) -> Iterator[None]:

@@ -125,7 +125,7 @@ def _source(name: str) -> dict[str, str]:
         if not path.is_file():
             raise UserError(f"no GGUF file {name!r}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not any((path / n).exists() for n in ("config.json", ADAPTER_CONFIG)):
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
             raise UserError(

@@ -16,7 +16,7 @@ from npo_fast.losses import KL
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
-from npo_fast.trainer.optimizers import build_optimizer
+from npo_fast.trainer.optimizers import build_optimizer, trained
 from npo_fast.trainer.order import (
     check_step_in_backward,
     driving_sources,
@@ -65,6 +65,7 @@ def train(
             not to be finite after other tensors took their step.
         UserError: settings that do not fit the model, the data or the device.
     """
+    check_settings(lm, sources, terms, settings)
     model = lm.model
     sources = {name: sources[name] for term in terms for name in term.reads}
     driving = driving_sources(sources)
@@ -74,7 +75,8 @@ def train(
     optimizer = build_optimizer(
         model.parameters(), settings.optimizer, settings.lr, settings.weight_decay
     )
-    update = _update(lm, sources, terms, settings, optimizer)
+    kind_of_update = StepInBackward if settings.step_in_backward else WholeStep
+    update: Update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
     if settings.gradient_checkpointing:
         lm.recompute_activations()
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
@@ -127,27 +129,27 @@ def train(
         yield record
 
 
-def _update(
-    lm: CausalLM,
-    sources: Sources,
-    terms: tuple[Term, ...],
-    settings: TrainSettings,
-    optimizer: torch.optim.Optimizer,
-) -> Update:
+def check_settings(
+    lm: CausalLM, sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
+) -> None:
+    """What ``train`` would refuse, at once.
+
+    Raises:
+        UserError: settings that do not fit the model, the data or the device.
+    """
+    trained(lm.model.parameters(), settings.optimizer)
     if settings.offload_optimizer and lm.device.type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
             "leave it out"
         )
-    if not settings.step_in_backward:
-        return WholeStep(optimizer, settings.max_grad_norm, settings.offload_optimizer)
-    if not lm.packs:
-        raise UserError(
-            f"--step-in-backward takes a whole step at once, and {type(lm.model).__name__} takes "
-            "one sequence at a time: leave it out"
-        )
-    check_step_in_backward(sources, terms, settings)
-    return StepInBackward(optimizer, settings.max_grad_norm, settings.offload_optimizer)
+    if settings.step_in_backward:
+        if not lm.packs:
+            raise UserError(
+                f"--step-in-backward takes a whole step at once, and {lm.name} takes one sequence "
+                "at a time: leave it out"
+            )
+        check_step_in_backward(sources, terms, settings)
 
 
 def _passes(

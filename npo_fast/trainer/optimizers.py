@@ -1,5 +1,7 @@
 """Optimizers by name: what they keep for each weight, and where they keep it."""
 
+import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -20,6 +22,24 @@ def check_optimizer(name: Optimizer) -> None:
     """
     if name != "adamw" and find_spec("torchao") is None:
         raise UserError(f"--optimizer {name} comes from torchao: pip install torchao")
+
+
+def trained(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
+    """Those that require a gradient.
+
+    Raises:
+        UserError: there are none, or none that the optimizer is for.
+    """
+    own = [p for p in parameters if p.requires_grad]
+    if not own:
+        raise UserError("no weight of this model can be trained: add --lora-rank 16")
+    if name == "adamw-bf16" and all(p.dtype != torch.bfloat16 for p in own):
+        kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
+        raise UserError(
+            f"--optimizer adamw-bf16 rounds bf16 weights, and those to train are {kinds}: "
+            "add --dtype bf16 (LoRA weights are always fp32), or use another --optimizer"
+        )
+    return own
 
 
 def build_optimizer(
@@ -43,25 +63,27 @@ def build_optimizer(
     Raises:
         UserError: nothing to train, torchao is not installed, or adamw-bf16 without bf16 weights.
     """
-    own = [p for p in parameters if p.requires_grad]
-    if not own:
-        raise UserError("no weight of this model can be trained: add --lora-rank 16")
     check_optimizer(name)
+    own = trained(parameters, name)
     if name == "adamw":
+        if any(p.dtype == torch.bfloat16 for p in own):
+            warnings.warn(
+                "adamw rounds bf16 weights to the nearest, which loses steps of less than 1/512 of "
+                "a weight: --optimizer adamw-bf16 or adamw-8bit rounds at random, --dtype fp32 "
+                "keeps them",
+                stacklevel=2,
+            )
         return torch.optim.AdamW(own, lr=lr, weight_decay=weight_decay, fused=True)
-    if name == "adamw-bf16" and all(p.dtype != torch.bfloat16 for p in own):
-        kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
-        raise UserError(
-            f"--optimizer adamw-bf16 rounds bf16 weights, and those to train are {kinds}: "
-            "add --dtype bf16 (LoRA weights are always fp32), or use another --optimizer"
-        )
     kind = _torchao("AdamW8bit" if name == "adamw-8bit" else "_AdamW", own[0].device)
     return kind(own, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
 
 
 def _torchao(name: str, device: torch.device) -> Any:
-    import torchao.optim
-
+    logging.disable(logging.WARNING)  # of GPU libraries that none of this needs
+    try:
+        import torchao.optim
+    finally:
+        logging.disable(logging.NOTSET)
     kind = getattr(torchao.optim, name)
     return kind if device.type != "cpu" else type(name, (_Eager, kind), {})
 
