@@ -169,7 +169,7 @@ def test_the_command_line_trains_an_adapter_and_its_run_loads_like_any_other(tmp
         return main([verb, "--model", name, *verbs[verb], "--json", *more])
 
     for name, more in {
-        "lora": ["--eval-every", "1", "--keep-best", "forget probability", "--save-every", "1"],
+        "lora": ["--eval-every", "1", "--keep-best", "retain.probability", "--save-every", "1"],
         "merged": ["--merge"],
         "qlora": ["--quantize", "4bit", "--dtype", "bf16", "--gradient-checkpointing"],
     }.items():

@@ -1,8 +1,8 @@
 """LoRA and QLoRA through peft: a few new weights beside frozen ones, 4 bits wide if asked for.
 
-A folder with an adapter is one that peft knows (``adapter_config.json``,
-``adapter_model.safetensors``) and holds the base model's ``config.json`` too: its
-``quantization_config`` says that the base was 4 bits wide.
+A folder with an adapter is one that peft and transformers know (``adapter_config.json``,
+``adapter_model.safetensors``); ``quantization_config.json`` beside them says how the base was
+quantised while it trained.
 """
 
 import json
@@ -17,7 +17,7 @@ from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 
 Quantize = Literal["none", "4bit"]
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
 
 
 def check_libraries(quantize: Quantize, lora_rank: int) -> None:
@@ -86,11 +86,6 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
-def was_four_bit(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
-
-
 def load_adapter(model: Any, folder: Path) -> Any:
     """The base model with the adapter merged into it; over 4-bit weights it stays beside them."""
     if find_spec("peft") is None:
@@ -104,7 +99,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise UserError(f"the adapter in {folder} does not fit its base: {reason}") from error
     if getattr(model, "is_quantized", False):
         return adapted
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
 
 
 def merge_adapter(lm: CausalLM) -> None:
@@ -113,11 +108,13 @@ def merge_adapter(lm: CausalLM) -> None:
 
 
 def write_weights(lm: CausalLM, folder: Path) -> None:
-    """The model, or its adapter alone with the configuration of the base."""
+    """The model, or its adapter alone."""
     with lm.generating() as model:  # its own attention, not ours, goes into config.json
         model.save_pretrained(folder, safe_serialization=True)
         if lm.adapted:
-            model.config.save_pretrained(folder)
+            if lm.quantized:
+                quantization = model.config.quantization_config.to_json_string()
+                (folder / QUANTIZATION).write_text(quantization, encoding="utf-8")
             (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in
 
 

@@ -9,13 +9,13 @@ import torch
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import (
     ADAPTER_CONFIG,
+    QUANTIZATION,
     Quantize,
     adapter_base,
     add_lora,
     check_libraries,
     four_bit,
     load_adapter,
-    was_four_bit,
 )
 from npo_fast.model.causal_lm import CausalLM
 
@@ -72,7 +72,7 @@ def _load_weights(name: str, dtype: torch.dtype, where: torch.device, quantize: 
 
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file():
-        four = quantize == "4bit" or was_four_bit(folder)
+        four = quantize == "4bit" or (folder / QUANTIZATION).exists()
         base = _load_weights(adapter_base(folder), dtype, where, "4bit" if four else "none")
         return load_adapter(base, folder)
     source: dict[str, Any] = _source(name)
