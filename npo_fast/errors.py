@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite; training stopped before the weights changed."""
+
+
+class TornStepError(NonFiniteError):
+    """As above, but some tensors had taken their step: the weights are of no step."""

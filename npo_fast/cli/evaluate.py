@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+
+import tyro
 
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Common, Toggle
@@ -43,7 +45,11 @@ class OptionalModel(ModelOptions):
     """Which model, where, and how text becomes tokens."""
 
     model: str = ""
-    """Hub name, folder, run folder of npo-fast, or .gguf file."""
+    """Hub name, folder (of a LoRA adapter too), run folder of npo-fast, or .gguf file."""
+    quantize: Literal["none", "4bit"] = "none"
+    """"4bit" loads the weights as NF4 (bitsandbytes)."""
+    lora_rank: tyro.conf.Suppress[int] = 0
+    lora_alpha: tyro.conf.Suppress[int | None] = None
 
 
 @dataclass(frozen=True)

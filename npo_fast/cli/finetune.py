@@ -31,7 +31,7 @@ class Command:
 def run(command: Command) -> None:
     if not command.data.train and command.data.data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
-    command.run.check()
+    command.run.check(command.model)
     records = {"train": load_records(command.data.train, command.data.data)}
     named = {"train": command.data.train}
     prepared = prepare(command.model, command.training, records, named, FINETUNE)

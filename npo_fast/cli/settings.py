@@ -36,7 +36,11 @@ def parse(command: type[T], arguments: list[str], verb: str, about: Verb) -> T:
         description=f"{about.help}.\n\nExample: {about.example}",
         args=arguments,
         default=default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.HelptextFromCommentsOff,
+            tyro.conf.FlagCreatePairsOff,
+        ),
     )
 
 

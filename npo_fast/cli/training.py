@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from npo_fast.cli.console import follow, say
 from npo_fast.cli.settings import Common, Toggle
 from npo_fast.data import Record, Sequence, Template
-from npo_fast.errors import NonFiniteError, UserError
+from npo_fast.errors import NonFiniteError, TornStepError, UserError
 from npo_fast.methods import Term, turns
-from npo_fast.trainer.order import driving_sources, steps_per_epoch
+from npo_fast.trainer.optimizers import check_optimizer
+from npo_fast.trainer.order import check_step_in_backward, driving_sources, steps_per_epoch
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
@@ -26,7 +27,7 @@ class ModelOptions:
     """Which model, where, and how text becomes tokens."""
 
     model: str
-    """Hub name, folder, run folder of npo-fast, or .gguf file."""
+    """Hub name, folder (of a LoRA adapter too), run folder of npo-fast, or .gguf file."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """"plain" is Question: …/Answer: …; "auto" the chat template where there is one."""
     max_length: int = 512
@@ -36,6 +37,21 @@ class ModelOptions:
     device: str = "auto"
     attention: str = "auto"
     """A transformers attention implementation; "auto" is FlashAttention where it can run."""
+    quantize: Literal["none", "4bit"] = "none"
+    """"4bit" loads the weights as NF4 (bitsandbytes), to train with --lora-rank: QLoRA."""
+    lora_rank: int = 0
+    """Train an adapter of this rank on every linear layer but the LM head; 0 trains all weights."""
+    lora_alpha: int | None = None
+    """The adapter's scale times its rank; else twice the rank."""
+
+    def check_training(self) -> None:
+        from npo_fast.model.adapters import check_libraries
+
+        check_libraries(self.quantize, self.lora_rank)
+        if self.quantize == "4bit" and not self.lora_rank:
+            raise UserError("4-bit weights stay as they are: train beside them with --lora-rank 16")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise UserError("--lora-alpha scales an adapter: add --lora-rank 16")
 
     def load_template(self) -> Template:
         from npo_fast.model.load import load_tokenizer
@@ -46,11 +62,23 @@ class ModelOptions:
         from npo_fast.model.load import load_model
 
         say(f"loading {self.model}")
-        lm = load_model(self.model, dtype=self.dtype, device=self.device, attention=self.attention)
-        parameters = sum(p.numel() for p in lm.model.parameters())
-        dtype = str(lm.dtype).removeprefix("torch.")
+        lm = load_model(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            attention=self.attention,
+            quantize=self.quantize,
+            lora_rank=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+        )
+        parameters = lm.model.num_parameters()
+        trained = ""
+        if self.lora_rank:
+            own = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
+            trained = f" ({own / 1e6:.2f}M of them to train)"
+        dtype = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
         say(
-            f"{type(lm.model).__name__}, {parameters / 1e6:.1f}M parameters, {dtype} on "
+            f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {dtype} on "
             f"{lm.device}, attention {lm.attention}"
         )
         return lm
@@ -66,12 +94,19 @@ class RunOptions(Common):
     """Replace the run that is in the output folder."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves the final model alone."""
+    merge: bool = False
+    """With --lora-rank: save the final model with whole weights, not as an adapter."""
     dry_run: Annotated[bool, Toggle] = False
     """Check everything that can be checked without loading the model, and say what would run."""
 
-    def check(self) -> None:
+    def check(self, model: ModelOptions) -> None:
         from npo_fast.trainer.run import check_output
 
+        if self.merge and (not model.lora_rank or model.quantize != "none"):
+            raise UserError(
+                "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "
+                "--quantize"
+            )
         check_output(self.output, self.overwrite)
 
 
@@ -108,6 +143,8 @@ def prepare(
     terms: tuple[Term, ...],
 ) -> Prepared:
     """Everything that can fail on the user's side, first."""
+    options.check_training()
+    check_optimizer(training.optimizer)
     each_batch = turns(terms, training.schedule)
     template = options.load_template()
     sources, truncated = {}, {}
@@ -120,6 +157,8 @@ def prepare(
         cut = f", {truncated[source]} cut to {template.max_length}" if truncated[source] else ""
         tokens = sum(len(s.input_ids) for s in sources[source])
         say(f"{source}: {len(sources[source])} records, {tokens} tokens{cut} ({name})")
+    if training.step_in_backward:
+        check_step_in_backward(sources, terms, training)
     (driving, *_) = driving_sources({s: sources[s] for term in terms for s in term.reads})
     per_epoch = steps_per_epoch(len(sources[driving]), training.batch_size)
     steps = training.epochs * per_epoch * len(each_batch)
@@ -139,6 +178,16 @@ def check_vocabulary(lm: "CausalLM", sources: Mapping[str, list[Sequence]]) -> N
                 )
 
 
+def check_fit(
+    lm: "CausalLM", prepared: Prepared, terms: tuple[Term, ...], training: TrainSettings
+) -> None:
+    """What only the loaded model can tell, before hours are spent."""
+    from npo_fast.trainer.loop import check_settings
+
+    check_vocabulary(lm, prepared.sources)
+    check_settings(lm, prepared.sources, terms, training)
+
+
 def run_training(
     command: Any,
     verb: str,
@@ -153,10 +202,11 @@ def run_training(
     course: "Course | None" = None,
 ) -> dict[str, Any]:
     """Trains, saves and returns what ``run.json`` says in the end."""
+    from npo_fast.model.adapters import merge_adapter
     from npo_fast.trainer.loop import train
     from npo_fast.trainer.run import Run
 
-    check_vocabulary(lm, prepared.sources)
+    check_fit(lm, prepared, terms, training)
     if course is not None:  # first: it may refuse, and the folder may hold an earlier run
         course.begin()
     facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
@@ -183,11 +233,13 @@ def run_training(
                     break
     except NonFiniteError as error:
         kept = "no step was taken, so there is nothing to keep"
-        if last is not None:
+        if isinstance(error, TornStepError):
+            kept = "nothing was saved of them; earlier checkpoints stay where they are"
+        elif last is not None:
             folder = run.checkpoint(lm, tokenizer, last.step, keep_older=True)
             kept = f"that model is in {folder}, earlier checkpoints beside it"
         run.finish("stopped", error=str(error))
-        raise NonFiniteError(f"{error}. {kept[0].upper()}{kept[1:]}") from error
+        raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except BaseException as error:
         run.finish("stopped", error=f"{type(error).__name__}: {error}")
         raise
@@ -195,6 +247,8 @@ def run_training(
     if course is not None and course.best:
         chosen["best"] = {"measure": course.options.keep_best, **course.best}
         run.restore_best(lm)
+    if run_options.merge:
+        merge_adapter(lm)
     folder = run.save_model(lm, tokenizer)
     say(f"model saved in {folder}")
     run.finish("finished", final=dataclasses.asdict(last) if last else {}, **chosen, **report())

@@ -9,7 +9,7 @@ import numpy as np
 
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Toggle
-from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
+from npo_fast.cli.training import ModelOptions, RunOptions, check_fit, prepare, run_training
 from npo_fast.data import Record, alternated, load_records, load_refusals, refused
 from npo_fast.errors import UserError
 from npo_fast.evaluation.course import Course, WatchOptions, value_of
@@ -140,7 +140,7 @@ def run(command: Command) -> None:
         raise UserError(
             f"{method.method} compares with no hidden states; leave out --reference-cache"
         )
-    command.run.check()
+    command.run.check(command.model)
     watched = _watched(command)
     records = data.load()
     answers = data.load_answers(records["forget"], wanted, command.training.seed)
@@ -153,6 +153,7 @@ def run(command: Command) -> None:
     from npo_fast.trainer.reference_cache import reference_cache_for
 
     lm = command.model.load_model()
+    check_fit(lm, prepared, terms, command.training)
     look = _Look(command.report, lm, prepared.template, records)
     course = _course(command, lm, prepared.template, *watched) if watched else None
     before = look.take("before")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,6 +51,29 @@ def pack(sequences: Iterable[Sequence], max_tokens: int, group: int = 1) -> Iter
         tokens += length
     if batch:
         yield _collate(batch)
+
+
+def join(packs: list[PackedBatch]) -> PackedBatch:
+    """Packs one after another as one, for a single pass through the model."""
+    if len(packs) == 1:
+        return packs[0]
+    tokens = list(accumulate((len(p.input_ids) for p in packs), initial=0))
+    answers = list(accumulate((len(p.labels) for p in packs), initial=0))
+
+    def offsets(name: str, starts: list[int]) -> Tensor:
+        parts = [getattr(p, name)[1:] + start for p, start in zip(packs, starts, strict=False)]
+        return torch.cat([getattr(packs[0], name)[:1], *parts])
+
+    return PackedBatch(
+        input_ids=torch.cat([p.input_ids for p in packs]),
+        position_ids=torch.cat([p.position_ids for p in packs]),
+        cu_seqlens=offsets("cu_seqlens", tokens),
+        rows=torch.cat([p.rows + start for p, start in zip(packs, tokens, strict=False)]),
+        labels=torch.cat([p.labels for p in packs]),
+        answer_cu_seqlens=offsets("answer_cu_seqlens", answers),
+        lengths=tuple(length for p in packs for length in p.lengths),
+        indices=tuple(index for p in packs for index in p.indices),
+    )
 
 
 def _collate(units: list[tuple[Sequence, ...]]) -> PackedBatch:

@@ -35,6 +35,11 @@ class CausalLM:
         self.head = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
+        if hasattr(self.head, "base_layer"):
+            raise UserError(
+                "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
+                "it into the model (peft's merge_and_unload), or leave the head out of its targets"
+            )
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
@@ -53,6 +58,20 @@ class CausalLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
+
+    @property
+    def name(self) -> str:
+        """The class of the model, under an adapter too."""
+        return type(self.model.get_base_model() if self.adapted else self.model).__name__
+
+    @property
+    def adapted(self) -> bool:
+        """A peft adapter lies over the weights."""
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def quantized(self) -> bool:
+        return bool(getattr(self.model, "is_quantized", False))
 
     @property
     def vocabulary(self) -> int:
@@ -88,6 +107,20 @@ class CausalLM:
     def log_probs(self, batch: PackedBatch) -> Tensor:  # (N,)
         """Log-probability of every answer token."""
         return linear_log_probs(self.hidden(batch), labels=batch.labels, **self.head_arguments)
+
+    def recompute_activations(self) -> None:
+        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again.
+
+        Raises:
+            UserError: the model does not know how.
+        """
+        # transformers gave it a new name in 5.x
+        new = getattr(self.model, "activation_checkpointing_enable", None)
+        enable = new or self.model.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
 
     @contextmanager
     def within(self, wrapper: Any) -> Iterator[None]:

@@ -7,44 +7,96 @@ from typing import Any
 import torch
 
 from npo_fast.errors import UserError
+from npo_fast.model.adapters import (
+    ADAPTER_CONFIG,
+    QUANTIZATION,
+    Quantize,
+    adapter_base,
+    add_lora,
+    check_libraries,
+    four_bit,
+    load_adapter,
+)
 from npo_fast.model.causal_lm import CausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", attention: str = "auto"
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    quantize: Quantize = "none",
+    lora_rank: int = 0,
+    lora_alpha: int | None = None,
 ) -> CausalLM:
     """A causal language model, probed and ready to train.
 
     Args:
-        name: hub name, folder of ``save_pretrained``, a ``.gguf`` file or a folder with one.
+        name: hub name, folder of ``save_pretrained``, a ``.gguf`` file or a folder with one, or a
+            folder with a LoRA adapter, which is merged into its base model unless that is 4 bits
+            wide.
         dtype: "fp32", "bf16" or "fp16"; "auto" is bf16 on a GPU that has it, else fp32.
         device: a torch device; "auto" is the GPU where there is one.
         attention: a transformers attention implementation; "auto" is FlashAttention where it is
             installed and the GPU has it, else scaled dot-product attention a sequence at a time.
+        quantize: "4bit" loads the linear layers as NF4 (bitsandbytes), for LoRA on top.
+        lora_rank: above 0, a new adapter of this rank is all that trains.
+        lora_alpha: its scale times the rank; twice the rank where it is not given.
 
     Raises:
-        UserError: nothing there, or not a causal language model.
+        UserError: nothing there, not a causal language model, or a library is missing.
     """
-    from transformers import AutoModelForCausalLM
-
+    check_libraries(quantize, lora_rank)
     where = torch.device(_default_device() if device == "auto" else device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     half = where.type == "cuda" and torch.cuda.is_bf16_supported()
     number = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if half else torch.float32
-    source = _source(name)
-    model = _load(AutoModelForCausalLM, name, dtype=number, **source)
+    model = _load_weights(name, number, where, quantize)
+    if lora_rank:
+        if hasattr(model, "peft_config"):
+            raise UserError(
+                f"{name!r} is an adapter on 4-bit weights, and takes no second one: start from "
+                "its base model"
+            )
+        alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+        model = add_lora(model, _folder(name), lora_rank, alpha)
+    return CausalLM(model, attention)
+
+
+def _load_weights(name: str, dtype: torch.dtype, where: torch.device, quantize: Quantize) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(_folder(name))
+    if (folder / ADAPTER_CONFIG).is_file():
+        four = quantize == "4bit" or (folder / QUANTIZATION).exists()
+        base = _load_weights(adapter_base(folder), dtype, where, "4bit" if four else "none")
+        return load_adapter(base, folder)
+    source: dict[str, Any] = _source(name)
+    if quantize == "4bit":
+        check_libraries(quantize, 0)
+        if "gguf_file" in source:
+            raise UserError("--quantize 4bit takes a model with whole weights, not a GGUF file")
+        return _load(
+            AutoModelForCausalLM, name, dtype=dtype, device_map={"": where},
+            quantization_config=four_bit(dtype), **source,
+        )  # fmt: skip
+    model = _load(AutoModelForCausalLM, name, dtype=dtype, **source)
     if "gguf_file" in source:
         model = _dequantised(model)
-    return CausalLM(model.to(where), attention)
+    return model.to(where)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, with a padding token for generation."""
     from transformers import AutoTokenizer
 
+    folder = Path(_folder(name))
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
+        return load_tokenizer(adapter_base(folder))
     tokenizer = _load(AutoTokenizer, name, **_source(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
@@ -57,17 +109,23 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _source(name: str) -> dict[str, str]:
-    """Where ``from_pretrained`` finds it: a hub name or folder, and a GGUF file in it."""
+def _folder(name: str) -> str:
+    """The model of a run, or the name itself."""
     path = Path(name)
     if (path / "run.json").is_file() and (path / "model").is_dir():
-        path = path / "model"
-        name = str(path)
+        return str(path / "model")
+    return name
+
+
+def _source(name: str) -> dict[str, str]:
+    """Where ``from_pretrained`` finds it: a hub name or folder, and a GGUF file in it."""
+    name = _folder(name)
+    path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no GGUF file {name!r}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not any((path / n).exists() for n in ("config.json", ADAPTER_CONFIG)):
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
             raise UserError(

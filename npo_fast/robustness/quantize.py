@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 
 
@@ -39,7 +40,12 @@ def quantize_(lm: CausalLM, bits: int, group: int = 128) -> int:
     """Rounds every linear layer of the decoder in place; returns how many weights that were.
 
     Embeddings, norms, biases and the LM head stay, as is the custom.
+
+    Raises:
+        UserError: the weights are quantised already.
     """
+    if lm.quantized:
+        raise UserError("these weights are 4 bits wide already: leave out --quantize")
     count = 0
     for module in lm.decoder.modules():
         if module is lm.head or not isinstance(module, (nn.Linear, Conv1D)):

@@ -1,6 +1,7 @@
 """The training loop: fine-tuning and every unlearning method, one step record at a time."""
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
@@ -9,17 +10,26 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from npo_fast.data import PackedBatch, Sequence, pack
-from npo_fast.errors import NonFiniteError
+from npo_fast.data import PackedBatch, Sequence, join, pack
+from npo_fast.errors import NonFiniteError, TornStepError, UserError
 from npo_fast.losses import KL
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
-from npo_fast.trainer.order import driving_sources, side_by_side, step_batches, steps_per_epoch
+from npo_fast.trainer.optimizers import build_optimizer, trained
+from npo_fast.trainer.order import (
+    check_step_in_backward,
+    driving_sources,
+    side_by_side,
+    step_batches,
+    steps_per_epoch,
+)
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.update import StepInBackward, Update, WholeStep
 
 Sources = Mapping[str, list[Sequence]]
+Stream = tuple[str, ...]  # sources whose sequences take turns in a micro-batch
 References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
@@ -45,22 +55,30 @@ def train(
         references: what ``reference_log_probs`` returned, where a term needs it.
         reference_cache: hidden states of the reference, where a term is a KL.
 
+    ``step_in_backward`` takes the whole step through the model at once, and never holds all
+    gradients; ``StepInBackward`` says how it clips.
+
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
             good step, and the message names the step and the samples.
+        TornStepError: the same with ``step_in_backward`` and no clipping, where a gradient is found
+            not to be finite after other tensors took their step.
+        UserError: settings that do not fit the model, the data or the device.
     """
+    check_settings(lm, sources, terms, settings)
     model = lm.model
     sources = {name: sources[name] for term in terms for name in term.reads}
     driving = driving_sources(sources)
     each_batch = turns(terms, settings.schedule)
     per_epoch = steps_per_epoch(len(sources[driving[0]]), settings.batch_size) * len(each_batch)
     total = settings.epochs * per_epoch
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        fused=True,
+    optimizer = build_optimizer(
+        model.parameters(), settings.optimizer, settings.lr, settings.weight_decay
     )
+    kind_of_update = StepInBackward if settings.step_in_backward else WholeStep
+    update: Update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
+    if settings.gradient_checkpointing:
+        lm.recompute_activations()
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda done: _linear_schedule(done, warmup, total))
     torch.manual_seed(settings.seed)
@@ -70,48 +88,106 @@ def train(
     steps = ((batch, turn) for batch in batches for turn in each_batch)
     for step, (batch, turn) in enumerate(steps, start=1):
         started = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"]
+        lr = float(optimizer.param_groups[0]["lr"])
         batch = {name: batch[name] for term in turn for name in term.reads}
         packs = {name: pack(batch[name], settings.micro_batch_tokens) for name in batch}
         turn = with_baselines(lm, turn, packs, references)
         counts = {term.name: count(term, batch) for term in turn}
         values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
-        log_probs: dict[str, Tensor] = {}
-        for stream in dict.fromkeys(term.stream for term in turn):
-            own = [term for term in turn if term.stream == stream]
-            sums = torch.zeros(len(stream), device=lm.device)
-            sequences = side_by_side(batch, stream)
-            for micro in pack(sequences, settings.micro_batch_tokens, group=len(stream)):
-                loss, found, sequence_log_probs = micro_step(
-                    lm, micro, own, counts, references, reference_cache
-                )
-                loss.backward()
-                for name, value in found.items():
-                    values[name] = values[name] + value
-                sums = sums + sequence_log_probs.view(-1, len(stream)).sum(dim=0)
-            log_probs |= zip(stream, sums / len(batch[stream[0]]), strict=True)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-
+        sums: dict[Stream, Tensor] = {}
+        for together in _passes(batch, turn, settings):
+            loss, found, log_prob_sums = _forward(
+                lm, together, turn, counts, references, reference_cache
+            )
+            update.add(loss)
+            for name, value in found.items():
+                values[name] = values[name] + value
+            for stream, value in log_prob_sums.items():
+                sums[stream] = sums[stream] + value if stream in sums else value
+        whole_loss = sum(term.coefficient * float(values[term.name]) for term in turn)
+        grad_norm = update.apply(whole_loss)
         record = StepRecord(
             step=step,
             steps=total,
             epoch=step / per_epoch,
-            loss=sum(term.coefficient * float(values[term.name]) for term in turn),
+            loss=whole_loss,
             terms={name: float(value) for name, value in values.items()},
-            log_probs={source: float(value) for source, value in log_probs.items()},
-            grad_norm=float(grad_norm),
+            log_probs={
+                source: float(value) / len(batch[source])
+                for stream, of_each in sums.items()
+                for source, value in zip(stream, of_each, strict=True)
+            },
+            grad_norm=grad_norm,
             lr=lr,
             tokens=sum(len(s.input_ids) for sequences in batch.values() for s in sequences),
-            time_ms=0.0,
+            time_ms=1e3 * (time.perf_counter() - started),
         )
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-            optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(_non_finite_message(record, batch))
-        optimizer.step()
+            kind = TornStepError if update.torn else NonFiniteError
+            raise kind(_non_finite_message(record, batch, update.torn))
         scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        elapsed = 1e3 * (time.perf_counter() - started)
-        yield StepRecord(**{**vars(record), "time_ms": elapsed})
+        yield record
+
+
+def check_settings(
+    lm: CausalLM, sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
+) -> None:
+    """What ``train`` would refuse, at once.
+
+    Raises:
+        UserError: settings that do not fit the model, the data or the device.
+    """
+    trained(lm.model.parameters(), settings.optimizer)
+    if settings.offload_optimizer and lm.device.type == "cpu":
+        raise UserError(
+            "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
+            "leave it out"
+        )
+    if settings.step_in_backward:
+        if not lm.packs:
+            raise UserError(
+                f"--step-in-backward takes a whole step at once, and {lm.name} takes one sequence "
+                "at a time: leave it out"
+            )
+        check_step_in_backward(sources, terms, settings)
+
+
+def _passes(
+    batch: Mapping[str, list[Sequence]], turn: Iterable[Term], settings: TrainSettings
+) -> list[list[tuple[Stream, PackedBatch]]]:
+    """What goes through the model at a time: a micro-batch of one stream, or the whole step."""
+    limit = sys.maxsize if settings.step_in_backward else settings.micro_batch_tokens
+    micros: list[tuple[Stream, PackedBatch]] = [
+        (stream, micro)
+        for stream in dict.fromkeys(term.stream for term in turn)
+        for micro in pack(side_by_side(batch, stream), limit, group=len(stream))
+    ]
+    return [micros] if settings.step_in_backward else [[one] for one in micros]
+
+
+def _forward(
+    lm: CausalLM,
+    together: list[tuple[Stream, PackedBatch]],
+    turn: Iterable[Term],
+    counts: Mapping[str, int],
+    references: References | None,
+    reference_cache: ReferenceCache | None,
+) -> tuple[Tensor, dict[str, Tensor], dict[Stream, Tensor]]:
+    """Loss and terms of one pass through the model, and the summed log-probs of each source."""
+    packs = [micro.to(lm.device) for _, micro in together]
+    parts = lm.states(join(packs)).split([len(micro.input_ids) for micro in packs])
+    loss = torch.zeros((), device=lm.device)
+    values: dict[str, Tensor] = {}
+    sums: dict[Stream, Tensor] = {}
+    for (stream, _), micro, states in zip(together, packs, parts, strict=True):
+        own = [term for term in turn if term.stream == stream]
+        value, found, log_probs = micro_step(
+            lm, micro, own, counts, references, reference_cache, states
+        )
+        loss = loss + value
+        values |= found
+        sums[stream] = log_probs.view(-1, len(stream)).sum(dim=0)
+    return loss, values, sums
 
 
 def micro_step(
@@ -121,13 +197,16 @@ def micro_step(
     counts: Mapping[str, int | Tensor],
     references: References | None,
     reference_cache: ReferenceCache | None = None,
+    states: Tensor | None = None,  # (T, D)
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
 
-    The terms are those of one stream, whose sources take turns in the micro-batch.
+    The terms are those of one stream, whose sources take turns in the micro-batch; ``states`` are
+    the model's, where they are known.
     """
     micro = micro.to(lm.device)
-    states = lm.states(micro)
+    if states is None:
+        states = lm.states(micro)
     hidden = states[micro.rows]
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
@@ -238,15 +317,21 @@ def _linear_schedule(done: int, warmup: int, total: int) -> float:
     return max(0.0, (total - done) / max(1, total - warmup))
 
 
-def _non_finite_message(record: StepRecord, batch: Mapping[str, list[Sequence]]) -> str:
+def _non_finite_message(record: StepRecord, batch: Mapping[str, list[Sequence]], torn: int) -> str:
     shown = "; ".join(
         f"{source} records {', '.join(str(s.index + 1) for s in sequences[:8])}"
         + (f" and {len(sequences) - 8} more" if len(sequences) > 8 else "")
         for source, sequences in batch.items()
     )
     values = ", ".join(f"{name} {value:.4g}" for name, value in record.terms.items())
+    kept = f"the weights stay those of step {record.step - 1}"
+    if torn:
+        kept = (
+            f"{torn} tensors had taken their step by then, so these weights are of no use (a "
+            "finite --max-grad-norm measures the norm first)"
+        )
     return (
         f"step {record.step}: the loss is {record.loss:.4g} ({values}) with gradient norm "
-        f"{record.grad_norm:.4g}; the weights stay those of step {record.step - 1}. "
+        f"{record.grad_norm:.4g}; {kept}. "
         f"Samples: {shown}. A smaller --lr or fp32 weights (--dtype fp32) usually cure it"
     )

@@ -7,6 +7,8 @@ import torch
 
 from npo_fast.data import Sequence
 from npo_fast.errors import UserError
+from npo_fast.methods import Term, turns
+from npo_fast.trainer.settings import TrainSettings
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -61,6 +63,39 @@ def side_by_side(batch: Mapping[str, list[Sequence]], stream: Iterable[str]) -> 
         for unit in zip(*(batch[name] for name in stream), strict=True)
         for sequence in unit
     ]
+
+
+def largest_step(
+    sources: Mapping[str, list[Sequence]], terms: tuple[Term, ...], settings: TrainSettings
+) -> int:
+    """Tokens of the longest step of a run."""
+    sources = {name: sources[name] for term in terms for name in term.reads}
+    batches = step_batches(
+        sources, driving_sources(sources), settings.batch_size, settings.epochs, settings.seed
+    )
+    each_batch = turns(terms, settings.schedule)
+    streams = [dict.fromkeys(term.stream for term in turn) for turn in each_batch]
+    return max(
+        sum(len(s.input_ids) for stream in own for name in stream for s in batch[name])
+        for batch in batches
+        for own in streams
+    )
+
+
+def check_step_in_backward(
+    sources: Mapping[str, list[Sequence]], terms: tuple[Term, ...], settings: TrainSettings
+) -> None:
+    """
+    Raises:
+        UserError: a step has more tokens than a micro-batch may.
+    """
+    tokens = largest_step(sources, terms, settings)
+    if tokens > settings.micro_batch_tokens:
+        raise UserError(
+            f"--step-in-backward takes a whole step at once, and the largest has {tokens} tokens "
+            f"(micro_batch_tokens is {settings.micro_batch_tokens}): add --micro-batch-tokens "
+            f"{tokens}, with --gradient-checkpointing where memory is short, or lower --batch-size"
+        )
 
 
 def _endless(sequences: list[Sequence], key: str) -> Iterator[Sequence]:

@@ -6,6 +6,8 @@ evaluations.jsonl   one evaluation a line, where any were asked for
 checkpoints/step-N  model and tokenizer, complete or absent
 checkpoints/best    the same of the best evaluation
 model               the final model and tokenizer
+
+With LoRA each of these models is the adapter alone.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ import torch
 from npo_fast import __version__
 from npo_fast.data import Sequence
 from npo_fast.errors import UserError
+from npo_fast.model.adapters import read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import save_folder
@@ -79,10 +82,7 @@ class Run:
     def restore_best(self, lm: CausalLM) -> None:
         """The weights of ``keep_best``, in place."""
         with no_progress_bars():
-            best = type(lm.model).from_pretrained(
-                self.folder / "checkpoints" / "best", dtype=lm.dtype
-            )
-        lm.model.load_state_dict(best.state_dict())
+            read_weights(lm, self.folder / "checkpoints" / "best")
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         folder = self.folder / "model"
@@ -118,11 +118,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def save_model(lm: CausalLM, tokenizer: Any, folder: Path) -> None:
     def write(where: Path) -> None:
-        with (
-            no_progress_bars(),
-            lm.generating() as model,
-        ):  # its own attention, not ours, goes into config.json
-            model.save_pretrained(where, safe_serialization=True)
+        with no_progress_bars():
+            write_weights(lm, where)
         tokenizer.save_pretrained(where)
 
     save_folder(folder, write)
@@ -139,7 +136,10 @@ def data_fingerprint(sequences: list[Sequence]) -> str:
 def versions() -> dict[str, str]:
     """Of everything that can change a number."""
     found = {"npo_fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "safetensors", "numpy", "scipy"):
+    for package in (
+        "torch", "transformers", "triton", "safetensors", "numpy", "scipy", "torchao", "peft",
+        "bitsandbytes",
+    ):  # fmt: skip
         try:
             found[package] = version(package)
         except PackageNotFoundError:

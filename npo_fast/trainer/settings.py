@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from npo_fast.errors import UserError
 from npo_fast.methods import Schedule
+from npo_fast.trainer.optimizers import Optimizer
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,31 @@ class TrainSettings:
     warmup_steps: int | None = None
     """Steps of the rise; the first epoch where it is not given."""
     max_grad_norm: float = 1.0
-    """Gradients of a larger norm are scaled down to it."""
+    """Gradients of a larger norm are scaled down to it; inf clips nothing."""
     micro_batch_tokens: int = 2048
     """Tokens that go through the model at a time: memory, not results, depends on it."""
     schedule: Schedule = "summed"
     """"alternating": a step on the forget data, then one on the retain data, in turns."""
+    optimizer: Optimizer = "adamw"
+    """adamw-8bit and adamw-bf16 (torchao) have small states and round bf16 weights at random, so
+    that small steps add up; adamw rounds them to the nearest."""
+    step_in_backward: bool = False
+    """Apply each gradient as it arises and free it. A step is one micro-batch then, and clipping
+    takes a second backward: --max-grad-norm inf does without."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in CPU memory (with a GPU)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
     seed: int = 0
     """Order of the data, draws of refusals, and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "batch_size", "max_grad_norm", "micro_batch_tokens"):
+        for name in ("epochs", "lr", "batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise UserError(f"{name} must be positive, got {value}")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm must be positive or inf, got {self.max_grad_norm}")
         if self.weight_decay < 0:
             raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
 

@@ -1,0 +1,130 @@
+"""LoRA and QLoRA through peft: a few new weights beside frozen ones, 4 bits wide if asked for.
+
+A folder with an adapter is one that peft and transformers know (``adapter_config.json``,
+``adapter_model.safetensors``); ``quantization_config.json`` beside them says how the base was
+quantised while it trained.
+"""
+
+import json
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from npo_fast.errors import UserError
+from npo_fast.model.causal_lm import CausalLM
+
+Quantize = Literal["none", "4bit"]
+ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
+
+
+def check_libraries(quantize: Quantize, lora_rank: int) -> None:
+    """
+    Raises:
+        UserError: a library that these need is not installed, or the rank is negative.
+    """
+    if lora_rank < 0:
+        raise UserError(f"lora_rank must be 0 (off) or more, got {lora_rank}")
+    wanted = [("peft", "LoRA")] if lora_rank else []
+    if quantize == "4bit":
+        wanted += [("bitsandbytes", "--quantize 4bit"), ("accelerate", "--quantize 4bit")]
+    for library, use in wanted:
+        if find_spec(library) is None:
+            raise UserError(f"{use} needs {library}: pip install {library}")
+
+
+def four_bit(dtype: torch.dtype) -> Any:
+    """QLoRA's weights: NF4 in blocks of 64, scales quantised too; products are in ``dtype``.
+
+    Source: QLoRA (arXiv 2305.14314).
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
+    """``W x + (alpha / rank) B A x`` in every linear layer but the LM head; only A, B train.
+
+    A is drawn from a fixed seed and B is 0, so that the model is the same to the bit until the
+    first step: reference log-probs of before training need no copy of it. Both are fp32.
+
+    Args:
+        base: what the adapter will name as its base model.
+
+    Source: LoRA (arXiv 2106.09685) equation 3.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    for parameter in model.parameters():  # a 4-bit model's norms and head would train otherwise
+        parameter.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, config)
+    here = Path(base)
+    config.base_model_name_or_path = str(here.resolve()) if here.exists() else base
+    return adapted.eval()
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that the adapter in this folder belongs to."""
+    found = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = found.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path")
+    return base
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The base model with the adapter merged into it; over 4-bit weights it stays beside them."""
+    if find_spec("peft") is None:
+        raise UserError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft")
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the adapter in {folder} does not fit its base: {reason}") from error
+    if getattr(model, "is_quantized", False):
+        return adapted
+    return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
+
+
+def merge_adapter(lm: CausalLM) -> None:
+    """``W + (alpha / rank) B A`` becomes the weight, in place: a plain Hugging Face model."""
+    lm.model = lm.model.merge_and_unload()
+
+
+def write_weights(lm: CausalLM, folder: Path) -> None:
+    """The model, or its adapter alone."""
+    with lm.generating() as model:  # its own attention, not ours, goes into config.json
+        model.save_pretrained(folder, safe_serialization=True)
+        if lm.adapted:
+            if lm.quantized:
+                quantization = model.config.quantization_config.to_json_string()
+                (folder / QUANTIZATION).write_text(quantization, encoding="utf-8")
+            (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in
+
+
+def read_weights(lm: CausalLM, folder: Path) -> None:
+    """What ``write_weights`` wrote, into the same model, in place."""
+    if lm.adapted:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        weights = load_peft_weights(str(folder), device=str(lm.device))
+        set_peft_model_state_dict(lm.model, weights)
+    else:
+        saved = type(lm.model).from_pretrained(folder, dtype=lm.dtype)
+        lm.model.load_state_dict(saved.state_dict())

@@ -1,0 +1,141 @@
+"""Optimizers by name: what they keep for each weight, and where they keep it."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from npo_fast.errors import UserError
+
+Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
+
+
+def check_optimizer(name: Optimizer) -> None:
+    """
+    Raises:
+        UserError: its library is not installed.
+    """
+    if name != "adamw" and find_spec("torchao") is None:
+        raise UserError(f"--optimizer {name} comes from torchao: pip install torchao")
+
+
+def trained(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
+    """Those that require a gradient.
+
+    Raises:
+        UserError: there are none, or none that the optimizer is for.
+    """
+    own = [p for p in parameters if p.requires_grad]
+    if not own:
+        raise UserError("no weight of this model can be trained: add --lora-rank 16")
+    if name == "adamw-bf16" and all(p.dtype != torch.bfloat16 for p in own):
+        kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
+        raise UserError(
+            f"--optimizer adamw-bf16 rounds bf16 weights, and those to train are {kinds}: "
+            "add --dtype bf16 (LoRA weights are always fp32), or use another --optimizer"
+        )
+    return own
+
+
+def build_optimizer(
+    parameters: Iterable[Parameter], name: Optimizer, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW over the parameters that require a gradient.
+
+    ================  =====================  ==========================================
+    name              states of a weight     new weight, where weights are bf16
+    ================  =====================  ==========================================
+    adamw             2 of the weight's own  rounded to the nearest: small steps vanish
+    adamw-8bit        2 x 1 byte + 1/32      rounded at random, right on average
+    adamw-bf16        2 x 2 bytes            rounded at random, right on average
+    ================  =====================  ==========================================
+
+    The first is PyTorch's fused one, the others are torchao's: of the two well-kept libraries with
+    8-bit states it alone rounds stochastically (bitsandbytes rounds to the nearest, which loses
+    steps below 1/512 of a weight), and it has the bf16 one too. 8-bit states: tensors below 4096
+    values, or not a multiple of 256, keep theirs whole.
+
+    Raises:
+        UserError: nothing to train, torchao is not installed, or adamw-bf16 without bf16 weights.
+    """
+    check_optimizer(name)
+    own = trained(parameters, name)
+    if name == "adamw":
+        if any(p.dtype == torch.bfloat16 for p in own):
+            warnings.warn(
+                "adamw rounds bf16 weights to the nearest, which loses steps of less than 1/512 of "
+                "a weight: --optimizer adamw-bf16 or adamw-8bit rounds at random, --dtype fp32 "
+                "keeps them",
+                stacklevel=2,
+            )
+        return torch.optim.AdamW(own, lr=lr, weight_decay=weight_decay, fused=True)
+    kind = _torchao("AdamW8bit" if name == "adamw-8bit" else "_AdamW", own[0].device)
+    return kind(own, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
+
+
+def _torchao(name: str, device: torch.device) -> Any:
+    logging.disable(logging.WARNING)  # of GPU libraries that none of this needs
+    try:
+        import torchao.optim
+    finally:
+        logging.disable(logging.NOTSET)
+    kind = getattr(torchao.optim, name)
+    return kind if device.type != "cpu" else type(name, (_Eager, kind), {})
+
+
+class _Eager:
+    """torchao compiles its update once a shape: on a CPU, half a minute and a C++ compiler."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return super().step(closure)  # type: ignore[misc]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step_one_at_a_time(optimizer: torch.optim.Optimizer) -> None:
+    """The same as ``optimizer.step()``, with the states of one tensor in use at a time."""
+    waiting = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
+    for parameter, _ in waiting:
+        parameter.grad = None
+    for parameter, gradient in waiting:
+        parameter.grad = gradient
+        optimizer.step()
+        parameter.grad = None
+
+
+def keep_states_on_cpu(optimizer: torch.optim.Optimizer) -> None:
+    """States lie in CPU memory and visit the GPU for the step of their tensor.
+
+    For an optimizer that steps a tensor at a time. torchao's ``CPUOffloadOptimizer`` is not used:
+    it copies gradients away during the backward, before they can be clipped.
+    """
+
+    def fetch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, name, state in _states_in_use(optimizer):
+            optimizer.state[parameter][name] = state.to(parameter.device, non_blocking=True)
+
+    def park(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, name, state in _states_in_use(optimizer):
+            at_rest = state.to("cpu")
+            if parameter.is_cuda and type(at_rest) is Tensor:
+                at_rest = at_rest.pin_memory()
+            optimizer.state[parameter][name] = at_rest
+
+    optimizer.register_step_pre_hook(fetch)
+    optimizer.register_step_post_hook(park)
+
+
+def _states_in_use(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Parameter, str, Tensor]]:
+    for parameter in parameters_of(optimizer):
+        if parameter.grad is not None:
+            for name, state in list(optimizer.state.get(parameter, {}).items()):
+                if isinstance(state, Tensor) and state.numel() > 1:  # the step count stays
+                    yield parameter, name, state

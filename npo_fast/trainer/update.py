@@ -1,0 +1,138 @@
+"""From losses to new weights: all gradients first, or each one applied where it arises."""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from npo_fast.trainer.optimizers import keep_states_on_cpu, parameters_of, step_one_at_a_time
+
+
+class Update(Protocol):
+    """One step of the optimizer, from the losses of its micro-batches."""
+
+    torn: int
+    """Tensors that were changed before a later gradient of the same step was not finite."""
+
+    def add(self, loss: Tensor) -> None:
+        """Takes the loss of a micro-batch; the step's is their sum."""
+
+    def apply(self, loss: float) -> float:
+        """Changes the weights if the step's ``loss`` and the gradient norm are finite.
+
+        Returns the global norm of the gradient before clipping. No gradient is left afterwards.
+        """
+
+
+class WholeStep:
+    """Gradients add up in ``.grad``; the optimizer sees them together."""
+
+    torn = 0
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
+    ) -> None:
+        self.optimizer, self.max_norm, self.offload = optimizer, max_norm, offload
+        if offload:
+            keep_states_on_cpu(optimizer)
+
+    def add(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def apply(self, loss: float) -> float:
+        parameters = parameters_of(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
+        if math.isfinite(loss) and math.isfinite(norm):
+            if self.offload:
+                step_one_at_a_time(self.optimizer)
+            else:
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class StepInBackward:
+    """Each tensor is stepped, and its gradient freed, as soon as the backward completes it.
+
+    The global norm must be known before the first tensor changes. With a finite ``max_norm`` the
+    backward therefore runs twice: once to measure the norm, gradients freed as they come, once to
+    step with them scaled. The result is that of ``WholeStep``, a step that is not finite changes
+    nothing, and the second backward costs its time. With ``max_norm`` infinite one backward does:
+    nothing is clipped, and gradients are checked one tensor at a time: none that is not finite is
+    applied, but tensors nearer to the loss have changed by then (``torn``).
+
+    Takes one loss a step: gradients of two backwards would have to be held to be added up.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
+    ) -> None:
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self.torn = 0
+        self._loss: Tensor | None = None
+        if offload:
+            keep_states_on_cpu(optimizer)
+
+    def add(self, loss: Tensor) -> None:
+        assert self._loss is None, "a step in backward is one micro-batch"
+        self._loss = loss
+
+    def apply(self, loss: float) -> float:
+        own, self._loss = self._loss, None
+        assert own is not None
+        if not math.isfinite(loss):
+            return math.nan
+        if math.isinf(self.max_norm):
+            return self._backward_unclipped(own)
+        norm = self._backward(own, lambda parameter, norm: None, retain_graph=True)
+        if math.isfinite(norm):
+            scale = min(1.0, self.max_norm / (norm + 1e-6))  # as clip_grad_norm_ has it
+            self._backward(own, lambda parameter, norm: self._step(parameter, scale))
+        return norm
+
+    def _backward_unclipped(self, loss: Tensor) -> float:
+        changed, finite = 0, True
+
+        def step_while_finite(parameter: Parameter, norm: Tensor) -> None:
+            nonlocal changed, finite
+            finite = finite and math.isfinite(float(norm))
+            if finite:
+                self._step(parameter)
+                changed += 1
+
+        norm = self._backward(loss, step_while_finite)
+        self.torn = 0 if finite else changed
+        return norm
+
+    def _backward(
+        self, loss: Tensor, use: Callable[[Parameter, Tensor], None], retain_graph: bool = False
+    ) -> float:
+        """Hands each gradient with its norm to ``use`` and frees it; returns the global norm."""
+        norms: list[Tensor] = []
+
+        def completed(parameter: Tensor) -> None:
+            assert isinstance(parameter, Parameter)
+            assert parameter.grad is not None
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=wide))
+            use(parameter, norms[-1])
+            parameter.grad = None
+
+        parameters = parameters_of(self.optimizer)
+        hooks = [p.register_post_accumulate_grad_hook(completed) for p in parameters]
+        try:
+            loss.backward(retain_graph=retain_graph)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def _step(self, parameter: Parameter, scale: float = 1.0) -> None:
+        """The others have no gradient now, so the optimizer steps this one alone."""
+        assert parameter.grad is not None
+        if scale < 1:
+            parameter.grad.mul_(scale)
+        self.optimizer.step()
