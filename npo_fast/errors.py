@@ -7,3 +7,15 @@ class UserError(ValueError):
 
 class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite; training stopped before the weights changed."""
+
+
+class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's own names are taken
+    """One sequence alone does not fit; training stopped before the weights changed."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A signal ended the run; what it takes to go on is saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import cycle
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import driving_sources, side_by_side, step_batches, steps_per_epoch
+from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.state import TrainState, random_state, set_random_state
 
 Sources = Mapping[str, list[Sequence]]
 References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
@@ -30,6 +32,7 @@ def train(
     settings: TrainSettings,
     references: References | None = None,
     reference_cache: ReferenceCache | None = None,
+    state: TrainState | None = None,
 ) -> Iterator[StepRecord]:
     """Minimises ``sum(term.coefficient * term)`` and yields a record after every step.
 
@@ -44,8 +47,11 @@ def train(
         sources: tokenised data by source name; those that no term uses are left alone.
         references: what ``reference_log_probs`` returned, where a term needs it.
         reference_cache: hidden states of the reference, where a term is a KL.
+        state: where to begin, with the weights of that step in ``lm``; kept up to date, so that
+            it can be saved after any step. None begins at step 0.
 
     Raises:
+        OutOfMemory: one sequence alone does not fit; weights as below.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
             good step, and the message names the step and the samples.
     """
@@ -64,44 +70,31 @@ def train(
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda done: _linear_schedule(done, warmup, total))
     torch.manual_seed(settings.seed)
+    state = TrainState() if state is None else state
+    state.attach(lm.device, optimizer=optimizer, scheduler=scheduler)
+    state.micro_batch_tokens = state.micro_batch_tokens or settings.micro_batch_tokens
     model.train()
 
     batches = step_batches(sources, driving, settings.batch_size, settings.epochs, settings.seed)
     steps = ((batch, turn) for batch in batches for turn in each_batch)
-    for step, (batch, turn) in enumerate(steps, start=1):
+    for batch, turn in islice(steps, state.step, None):
         started = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"]
         batch = {name: batch[name] for term in turn for name in term.reads}
-        packs = {name: pack(batch[name], settings.micro_batch_tokens) for name in batch}
-        turn = with_baselines(lm, turn, packs, references)
-        counts = {term.name: count(term, batch) for term in turn}
-        values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
-        log_probs: dict[str, Tensor] = {}
-        for stream in dict.fromkeys(term.stream for term in turn):
-            own = [term for term in turn if term.stream == stream]
-            sums = torch.zeros(len(stream), device=lm.device)
-            sequences = side_by_side(batch, stream)
-            for micro in pack(sequences, settings.micro_batch_tokens, group=len(stream)):
-                loss, found, sequence_log_probs = micro_step(
-                    lm, micro, own, counts, references, reference_cache
-                )
-                loss.backward()
-                for name, value in found.items():
-                    values[name] = values[name] + value
-                sums = sums + sequence_log_probs.view(-1, len(stream)).sum(dim=0)
-            log_probs |= zip(stream, sums / len(batch[stream[0]]), strict=True)
+        values, log_probs = whole_gradient(lm, batch, turn, state, references, reference_cache)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
 
         record = StepRecord(
-            step=step,
+            step=state.step + 1,
             steps=total,
-            epoch=step / per_epoch,
+            epoch=(state.step + 1) / per_epoch,
             loss=sum(term.coefficient * float(values[term.name]) for term in turn),
             terms={name: float(value) for name, value in values.items()},
             log_probs={source: float(value) for source, value in log_probs.items()},
             grad_norm=float(grad_norm),
             lr=lr,
             tokens=sum(len(s.input_ids) for sequences in batch.values() for s in sequences),
+            micro_batch_tokens=state.micro_batch_tokens,
             time_ms=0.0,
         )
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
@@ -110,8 +103,79 @@ def train(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        state.step = record.step
         elapsed = 1e3 * (time.perf_counter() - started)
         yield StepRecord(**{**vars(record), "time_ms": elapsed})
+
+
+def whole_gradient(
+    lm: CausalLM,
+    batch: Mapping[str, list[Sequence]],
+    terms: tuple[Term, ...],
+    state: TrainState,
+    references: References | None,
+    reference_cache: ReferenceCache | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradient of one step, in smaller micro-batches where memory runs out.
+
+    A second try begins with no gradient and with the random numbers of the first: it makes the
+    step that smaller micro-batches would have made from the start. They stay small afterwards.
+    """
+    while True:
+        assert state.micro_batch_tokens is not None
+        random = random_state(lm.device)
+        try:
+            return accumulate(
+                lm, batch, terms, state.micro_batch_tokens, references, reference_cache
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # here, where the error has let go of its frames and they of their activations
+        lm.model.zero_grad(set_to_none=True)
+        set_random_state(random, lm.device)
+        if lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        units = [
+            sum(len(batch[name][i].input_ids) for name in stream)
+            for stream in dict.fromkeys(term.stream for term in terms)
+            for i in range(len(batch[stream[0]]))
+        ]
+        state.micro_batch_tokens = halved(state.micro_batch_tokens, units, state.step + 1, reason)
+
+
+def accumulate(
+    lm: CausalLM,
+    batch: Mapping[str, list[Sequence]],
+    terms: tuple[Term, ...],
+    micro_batch_tokens: int,
+    references: References | None,
+    reference_cache: ReferenceCache | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Adds the gradient of the whole batch, a micro-batch at a time.
+
+    Returns the value of each term and the mean log-prob of a sequence of each source.
+    """
+    packs = {name: pack(batch[name], micro_batch_tokens) for name in batch}
+    terms = with_baselines(lm, terms, packs, references)
+    counts = {term.name: count(term, batch) for term in terms}
+    values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
+    log_probs: dict[str, Tensor] = {}
+    for stream in dict.fromkeys(term.stream for term in terms):
+        own = [term for term in terms if term.stream == stream]
+        sums = torch.zeros(len(stream), device=lm.device)
+        sequences = side_by_side(batch, stream)
+        for micro in pack(sequences, micro_batch_tokens, group=len(stream)):
+            loss, found, sequence_log_probs = micro_step(
+                lm, micro, own, counts, references, reference_cache
+            )
+            loss.backward()
+            for name, value in found.items():
+                values[name] = values[name] + value
+            sums = sums + sequence_log_probs.view(-1, len(stream)).sum(dim=0)
+        log_probs |= zip(stream, sums / len(batch[stream[0]]), strict=True)
+    return values, log_probs
 
 
 def micro_step(
