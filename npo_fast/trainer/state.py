@@ -63,24 +63,31 @@ class TrainState:
         Raises:
             DamagedError: ``state.pt`` cannot be read, or a file beside it has another size now.
         """
-        try:
-            saved = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-            if saved["format"] != FORMAT:
-                raise DamagedError(f"{STATE} has the format {saved['format']}, not {FORMAT}")
-            state = cls(saved["step"], saved["micro_batch_tokens"])
-            expected = saved["bytes"]
-        except FileNotFoundError:
-            raise DamagedError(f"it has no {STATE}") from None
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
-                pickle.UnpicklingError) as error:  # fmt: skip
-            reason = str(error).partition("\n")[0]
-            raise DamagedError(f"{STATE} cannot be read: {reason}") from error
+        saved = load_tensors(folder / STATE)
+        if saved.get("format") != FORMAT:
+            raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
+        state = cls(saved["step"], saved["micro_batch_tokens"])
         found = _sizes(folder)
-        for name, size in expected.items():
+        for name, size in saved["bytes"].items():
             if found.get(name) != size:
                 raise DamagedError(f"{name} has {found.get(name, 0)} bytes, not {size}")
         state._saved = saved
         return state
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        DamagedError: there is no such file, or it is not what ``torch.save`` wrote.
+    """
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DamagedError(f"it has no {file.name}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedError(f"{file.name} cannot be read: {reason}") from error
+    return content
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
