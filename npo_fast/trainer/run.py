@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -84,22 +85,24 @@ class Run:
     @classmethod
     def resume(cls, folder: Path, facts: Mapping[str, Any], step: int) -> "Run":
         """The folder as it was after ``step`` steps: later records are those of lost steps."""
-        steps = _locked(folder)
+        lines = _locked(folder)
         record = step_of(folder, step)
-        steps.truncate(record[1] if record else 0)
+        lines.truncate(record[1] if record else 0)
         if (folder / EVALUATIONS).exists():
             looks = list(_lines(folder / EVALUATIONS))
             kept = [end for look, end in looks if look["step"] <= step]
             os.truncate(folder / EVALUATIONS, kept[-1] if kept else 0)
         recover(folder / "checkpoints" / "best")
-        kept_folders = ("best", step_name(step))
-        for path in (folder / "checkpoints").glob("*"):  # lost steps, and saves that were cut off
-            if path.name not in kept_folders:
-                shutil.rmtree(path)
+        names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+        so_far = [
+            name for name in names if re.fullmatch(r"step-\d+", name) and name <= step_name(step)
+        ]
+        for name in {*names} - {"best", *so_far[-1:]}:
+            shutil.rmtree(folder / "checkpoints" / name)
         resumed = [*facts.get("resumed", ()), {"step": step, "at": _now()}]
         ended = ("ended", "error")
         facts = {name: value for name, value in facts.items() if name not in ended}
-        return cls(folder, {**facts, "status": "running", "resumed": resumed}, steps)
+        return cls(folder, {**facts, "status": "running", "resumed": resumed}, lines)
 
     def log(self, record: StepRecord) -> None:
         self._steps.write(json.dumps(asdict(record)) + "\n")
@@ -163,6 +166,8 @@ class Run:
 
     def finish(self, status: str = "finished", **facts: Any) -> None:
         self._steps.close()
+        if status == "finished":  # nothing goes on from here
+            (self.folder / REFERENCES).unlink(missing_ok=True)
         if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
             facts["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self.facts |= {"status": status, "ended": _now(), **facts}
