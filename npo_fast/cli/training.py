@@ -84,6 +84,7 @@ class RunOptions(Common):
             UserError: it is not the run that these facts describe.
         """
         from npo_fast.trainer.resume import unfinished_run
+        from npo_fast.trainer.run import versions
 
         found = None if self.overwrite else unfinished_run(self.output)
         if found is None:
@@ -98,6 +99,9 @@ class RunOptions(Common):
             say(f"the run in {self.output} was trained already: going on after the last step")
         else:
             say(f"going on with the run in {self.output} after step {found.state.step}")
+        then, now = found.facts.get("versions", {}), versions()
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            say(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
         return found
 
 
