@@ -165,3 +165,9 @@ def test_a_cache_for_a_method_that_has_no_use_for_it_is_refused(home, tmp_path, 
     options = ("--method", "NPO+RT", "--reference-cache", str(tmp_path / "reference"))
     assert unlearn(home, tmp_path / "run", *options) == 2
     assert "NPO+RT compares with no hidden states" in capsys.readouterr().err
+
+
+def test_other_answers_that_the_method_does_not_read_are_refused(home, tmp_path, capsys):
+    for flag in ("--idk", "--alternate"):
+        assert unlearn(home, tmp_path / "run", "--method", "NPO", flag, "answers.jsonl") == 2
+        assert f"NPO reads no such answers; leave out {flag}" in capsys.readouterr().err

@@ -140,6 +140,9 @@ def run(command: Command) -> None:
     data = command.data
     if data.retain is None and "retain" in wanted:
         raise UserError(f"{method.method} keeps what --retain names; name it, or use NPO")
+    for source, flag in (("idk", data.idk), ("alternate", data.alternate)):
+        if flag is not None and source not in wanted:
+            raise UserError(f"{method.method} reads no such answers; leave out --{source}")
     if method.reference_cache is not None and all(t.loss.reference != "hidden" for t in terms):
         raise UserError(
             f"{method.method} compares with no hidden states; leave out --reference-cache"
