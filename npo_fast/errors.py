@@ -11,3 +11,15 @@ class NonFiniteError(UserError):
 
 class TornStepError(NonFiniteError):
     """As above, but some tensors had taken their step: the weights are of no step."""
+
+
+class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's own names are taken
+    """One sequence alone does not fit; training stopped before the weights changed."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A signal ended the run; what it takes to go on is saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

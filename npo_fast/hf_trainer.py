@@ -27,9 +27,10 @@ from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import UserError
 from npo_fast.methods import Coefficients, Positions, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import References, micro_step, reference_log_probs, with_baselines
+from npo_fast.trainer.loop import reference_log_probs
 from npo_fast.trainer.order import driving_sources, permutation, side_by_side
 from npo_fast.trainer.reference_cache import reference_cache_for
+from npo_fast.trainer.step import References, micro_step, with_baselines
 
 if find_spec("accelerate") is None:
     raise ImportError(

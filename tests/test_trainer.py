@@ -11,10 +11,11 @@ from npo_fast.errors import NonFiniteError, UserError
 from npo_fast.methods import FINETUNE, METHODS, Coefficients, build_method, coefficients_of
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
-from npo_fast.trainer.loop import reference_log_probs, train, with_baselines
+from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import side_by_side, step_batches
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.step import with_baselines
 from tests.conftest import VOCABULARY, tiny_model
 
 

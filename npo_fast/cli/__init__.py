@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from npo_fast.errors import NonFiniteError, UserError
+from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 1 (the run failed) or 2 (a mistake in the call)."""
+    """Runs one verb; returns the exit code.
+
+    0, 1 (the run failed), 2 (a mistake in the call), or 128 + the signal that ended it.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
@@ -91,12 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         module = importlib.import_module(f"npo_fast.cli.{verb}")
         module.run(parse(module.Command, rest, verb, VERBS[verb]))
-    except NonFiniteError as error:
+    except (NonFiniteError, OutOfMemory) as error:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)
     except OSError as error:
         return _fail(error, 1)
+    except Interrupted as stop:
+        print(f"npo-fast: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         return _fail("interrupted; complete checkpoints and records stay where they are", 130)
     return 0

@@ -27,7 +27,7 @@ def follow(records: Iterable[StepRecord], what: str) -> Iterator[StepRecord]:
     try:
         for record in records:
             if bar is None:
-                bar = _bar(record.steps, what, "step")
+                bar = _bar(record.steps, what, "step", record.step - 1)
             terms = {name: f"{value:.3g}" for name, value in record.terms.items()}
             bar.set_postfix({**terms, "grad": f"{record.grad_norm:.2g}"}, refresh=False)
             bar.update()
@@ -57,9 +57,11 @@ def progress(what: str) -> Iterator[Any]:
             bar.close()
 
 
-def _bar(total: int, what: str, unit: str) -> "tqdm[Any]":
+def _bar(total: int, what: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause)
+    return tqdm(
+        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause
+    )
 
 
 def table(rows: Iterable[Iterable[str]], header: Iterable[str]) -> str:

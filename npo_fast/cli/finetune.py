@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from npo_fast.cli.console import say, show
-from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_training
+from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_facts, run_training
 from npo_fast.data import load_records
 from npo_fast.errors import UserError
 from npo_fast.methods import FINETUNE
@@ -35,11 +35,12 @@ def run(command: Command) -> None:
     records = {"train": load_records(command.data.train, command.data.data)}
     named = {"train": command.data.train}
     prepared = prepare(command.model, command.training, records, named, FINETUNE)
+    earlier = command.run.unfinished(run_facts(command, "finetune", prepared))
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
         return
     lm = command.model.load_model()
-    facts = run_training(command, "finetune", command.run, prepared, lm, FINETUNE, command.training)
+    facts = run_training(command, "finetune", prepared, lm, FINETUNE, earlier)
     final = facts["final"]
     say()
     show(

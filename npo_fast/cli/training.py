@@ -1,25 +1,27 @@
 """What ``finetune`` and ``unlearn`` share: from options to a run folder with a trained model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from npo_fast.cli.console import follow, say
 from npo_fast.cli.settings import Common, Toggle
 from npo_fast.data import Record, Sequence, Template
-from npo_fast.errors import NonFiniteError, TornStepError, UserError
+from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, driving_sources, steps_per_epoch
-from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
     from npo_fast.evaluation.course import Course
     from npo_fast.model.causal_lm import CausalLM
-    from npo_fast.trainer.loop import References
     from npo_fast.trainer.reference_cache import ReferenceCache
+    from npo_fast.trainer.resume import Unfinished
+    from npo_fast.trainer.run import Run
+    from npo_fast.trainer.step import References
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class RunOptions(Common):
     overwrite: Annotated[bool, Toggle] = False
     """Replace the run that is in the output folder."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves the final model alone."""
+    """Steps between checkpoints, from which the same command goes on after a crash; 0 makes one
+    only when Ctrl-C or SIGTERM interrupts the run."""
     merge: bool = False
     """With --lora-rank: save the final model with whole weights, not as an adapter."""
     dry_run: Annotated[bool, Toggle] = False
@@ -108,6 +111,33 @@ class RunOptions(Common):
                 "--quantize"
             )
         check_output(self.output, self.overwrite)
+
+    def unfinished(self, facts: Mapping[str, Any]) -> "Unfinished | None":
+        """The run in the folder to go on with, if there is one.
+
+        Raises:
+            UserError: it is not the run that these facts describe.
+        """
+        from npo_fast.trainer.resume import unfinished_run
+        from npo_fast.trainer.run import versions
+
+        found = None if self.overwrite else unfinished_run(self.output)
+        if found is None:
+            return None
+        found.check(facts)
+        for damage in found.damaged:
+            say(f"ignored, for it is damaged: {damage}")
+        if found.weights is None:
+            say(f"the run in {self.output} ended without a checkpoint: it starts again at step 0")
+            return None
+        if found.trained:
+            say(f"the run in {self.output} was trained already: going on after the last step")
+        else:
+            say(f"going on with the run in {self.output} after step {found.state.step}")
+        then, now = found.facts.get("versions", {}), versions()
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            say(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -188,68 +218,142 @@ def check_fit(
     check_settings(lm, prepared.sources, terms, training)
 
 
+def run_facts(command: Any, verb: str, prepared: Prepared) -> dict[str, Any]:
+    """What makes two runs the same run, as far as it is known before a weight is loaded."""
+    return {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What only the model as it was can tell."""
+
+    before: Mapping[str, Any] = field(default_factory=dict)  # of the report
+    references: "References | None" = None
+    reference_cache: "ReferenceCache | None" = None
+
+
 def run_training(
     command: Any,
     verb: str,
-    run_options: RunOptions,
     prepared: Prepared,
     lm: "CausalLM",
     terms: tuple[Term, ...],
-    training: TrainSettings,
-    references: "References | None" = None,
+    earlier: "Unfinished | None" = None,
+    origin: Origin = Origin(),
     report: Callable[[], Mapping[str, Any]] = dict,
-    reference_cache: "ReferenceCache | None" = None,
     course: "Course | None" = None,
 ) -> dict[str, Any]:
-    """Trains, saves and returns what ``run.json`` says in the end."""
+    """Trains, or goes on with what ``earlier`` began; returns what ``run.json`` says in the end."""
     from npo_fast.model.adapters import merge_adapter
+    from npo_fast.trainer.interrupt import StopSignal
     from npo_fast.trainer.loop import train
-    from npo_fast.trainer.run import Run
+    from npo_fast.trainer.state import TrainState
 
-    check_fit(lm, prepared, terms, training)
-    if course is not None:  # first: it may refuse, and the folder may hold an earlier run
-        course.begin()
-    facts = {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
-    run = Run(run_options.output, run_options.overwrite, {**facts, "attention": lm.attention})
+    check_fit(lm, prepared, terms, command.training)
+    state = TrainState() if earlier is None else earlier.state
+    facts = run_facts(command, verb, prepared)
+    run = _open_run(command.run, facts, lm, earlier, origin, course)
     tokenizer = prepared.template.tokenizer
+    again = "the same command" + (" without --overwrite" if command.run.overwrite else "")
     last = None
-    steps = train(lm, prepared.sources, terms, training, references, reference_cache)
-    if course is not None:
-        run.log_evaluation(course.start)
     try:
-        for record in follow(steps, verb):
-            run.log(record)
-            last = record
-            every = run_options.save_every
-            if every and record.step % every == 0 and record.step < record.steps:
-                run.checkpoint(lm, tokenizer, record.step)
-            if course is not None and course.due(record.step, record.steps):
-                better = course.look(record.step, record.epoch)
-                run.log_evaluation(course.last)
-                if better:
-                    run.keep_best(lm, tokenizer)
-                if course.over():
-                    say(f"{course.options.stop_when} at step {record.step}: stopped")
-                    break
+        with StopSignal() as stop:
+            steps: Iterable[StepRecord] = ()
+            if "final" not in run.facts:
+                steps = train(
+                    lm, prepared.sources, terms, command.training, origin.references,
+                    origin.reference_cache, state,
+                )  # fmt: skip
+            tokens = state.micro_batch_tokens or command.training.micro_batch_tokens
+            every = command.run.save_every
+            for record in follow(steps, verb):
+                last = record
+                run.log(record)
+                if record.micro_batch_tokens < tokens:
+                    tokens = record.micro_batch_tokens
+                    say(f"out of memory at step {record.step}: {tokens} tokens at a time from here")
+                    run.note(micro_batch_tokens=tokens)
+                if course is not None and course.due(record.step, record.steps):
+                    better = course.look(record.step, record.epoch)
+                    run.log_evaluation(course.last)
+                    if better:
+                        run.keep_best(lm, tokenizer, course.last)
+                    if course.over():
+                        say(f"{course.options.stop_when} at step {record.step}: stopped")
+                        break
+                due = stop.number or (every and record.step % every == 0)
+                if due and record.step < record.steps:
+                    run.checkpoint(lm, tokenizer, record.step, state)
+                    if stop.number:
+                        raise Interrupted(
+                            f"interrupted after step {record.step} of {record.steps}; {again} "
+                            "goes on from there",
+                            stop.number,
+                        )
+            if last is not None:
+                chosen = {}
+                if course is not None and course.best:
+                    chosen["best"] = {"measure": course.options.keep_best, **course.best}
+                    run.restore_best(lm)
+                if command.run.merge:
+                    merge_adapter(lm)
+                say(f"model saved in {run.save_model(lm, tokenizer)}")
+                run.note(final=dataclasses.asdict(last), **chosen)
+            if stop.number:
+                raise Interrupted(
+                    f"interrupted after the last step; {again} makes the report", stop.number
+                )
+        results = report()
     except NonFiniteError as error:
         kept = "no step was taken, so there is nothing to keep"
         if isinstance(error, TornStepError):
             kept = "nothing was saved of them; earlier checkpoints stay where they are"
-        elif last is not None:
-            folder = run.checkpoint(lm, tokenizer, last.step, keep_older=True)
+        elif state.step:
+            folder = run.checkpoint(lm, tokenizer, state.step)
             kept = f"that model is in {folder}, earlier checkpoints beside it"
         run.finish("stopped", error=str(error))
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
+    except OutOfMemory as error:
+        if state.step:
+            run.checkpoint(lm, tokenizer, state.step, state)
+        run.finish("interrupted", error=str(error))
+        raise OutOfMemory(f"{error}. Where there is more memory, {again} goes on") from error
     except BaseException as error:
-        run.finish("stopped", error=f"{type(error).__name__}: {error}")
+        run.finish("interrupted", error=f"{type(error).__name__}: {error}")
         raise
-    chosen = {}
-    if course is not None and course.best:
-        chosen["best"] = {"measure": course.options.keep_best, **course.best}
-        run.restore_best(lm)
-    if run_options.merge:
-        merge_adapter(lm)
-    folder = run.save_model(lm, tokenizer)
-    say(f"model saved in {folder}")
-    run.finish("finished", final=dataclasses.asdict(last) if last else {}, **chosen, **report())
+    run.finish("finished", **results)
     return run.facts
+
+
+def _open_run(
+    options: RunOptions,
+    facts: Mapping[str, Any],
+    lm: "CausalLM",
+    earlier: "Unfinished | None",
+    origin: Origin,
+    course: "Course | None",
+) -> "Run":
+    """A new run folder, or that of ``earlier`` with its weights in ``lm``."""
+    from npo_fast.model.adapters import merge_adapter, read_weights
+    from npo_fast.trainer.run import Run
+
+    facts = {**facts, "attention": lm.attention}
+    if origin.reference_cache is not None:
+        facts["reference"] = origin.reference_cache.made_from
+    if earlier is None:
+        if course is not None:  # first: it may refuse, and the folder may hold an earlier run
+            course.begin()
+        before = {"before": origin.before} if origin.before else {}
+        run = Run.begin(options.output, options.overwrite, {**facts, **before}, origin.references)
+        if course is not None:
+            run.log_evaluation(course.start)
+        return run
+    earlier.check(facts)
+    assert earlier.weights is not None
+    if earlier.trained and options.merge:
+        merge_adapter(lm)
+    read_weights(lm, earlier.weights)
+    run = Run.resume(earlier.folder, earlier.facts, earlier.state.step)
+    if course is not None:
+        course.go_on(run.evaluations(), run.best())
+    return run

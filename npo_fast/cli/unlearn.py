@@ -9,7 +9,15 @@ import numpy as np
 
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Toggle
-from npo_fast.cli.training import ModelOptions, RunOptions, check_fit, prepare, run_training
+from npo_fast.cli.training import (
+    ModelOptions,
+    Origin,
+    RunOptions,
+    check_fit,
+    prepare,
+    run_facts,
+    run_training,
+)
 from npo_fast.data import Record, alternated, load_records, load_refusals, refused
 from npo_fast.errors import UserError
 from npo_fast.evaluation.course import Course, WatchOptions, value_of
@@ -145,6 +153,7 @@ def run(command: Command) -> None:
     records = data.load()
     answers = data.load_answers(records["forget"], wanted, command.training.seed)
     prepared = prepare(command.model, command.training, {**records, **answers}, data.named(), terms)
+    earlier = command.run.unfinished(run_facts(command, "unlearn", prepared))
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
         return
@@ -156,27 +165,22 @@ def run(command: Command) -> None:
     check_fit(lm, prepared, terms, command.training)
     look = _Look(command.report, lm, prepared.template, records)
     course = _course(command, lm, prepared.template, *watched) if watched else None
-    before = look.take("before")
-    references = reference_log_probs(
-        lm, prepared.sources, terms, command.training.micro_batch_tokens
-    )
-    cache = reference_cache_for(
-        terms,
-        lm,
-        prepared.sources,
-        command.training.micro_batch_tokens,
-        method.reference_cache,
-    )
+    tokens = command.training.micro_batch_tokens
+    references: References | None
+    if earlier is None:
+        before = look.take("before")
+        references = reference_log_probs(lm, prepared.sources, terms, tokens)
+    else:
+        before, references = earlier.facts.get("before", {}), earlier.references
+    cache = reference_cache_for(terms, lm, prepared.sources, tokens, method.reference_cache)
     after: dict[str, Any] = {}
 
     def report() -> Mapping[str, Any]:
         after.update(look.take("after"))
-        return {"before": before, "after": after} if after else {}
+        return {"after": after} if after else {}
 
-    facts = run_training(
-        command, "unlearn", command.run, prepared, lm, terms, command.training, references, report,
-        cache, course,
-    )  # fmt: skip
+    origin = Origin(before, references, cache)
+    facts = run_training(command, "unlearn", prepared, lm, terms, earlier, origin, report, course)
     say()
     show(
         {"output": str(command.run.output), **facts},

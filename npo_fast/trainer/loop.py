@@ -1,36 +1,31 @@
 """The training loop: fine-tuning and every unlearning method, one step record at a time."""
 
 import math
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import cycle
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from npo_fast.data import PackedBatch, Sequence, join, pack
+from npo_fast.data import Sequence, pack
 from npo_fast.errors import NonFiniteError, TornStepError, UserError
-from npo_fast.losses import KL
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
+from npo_fast.ops import segment_sum
 from npo_fast.trainer.optimizers import build_optimizer, trained
 from npo_fast.trainer.order import (
     check_step_in_backward,
     driving_sources,
-    side_by_side,
     step_batches,
     steps_per_epoch,
 )
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.state import TrainState
+from npo_fast.trainer.step import References, Sources, whole_gradient
 from npo_fast.trainer.update import StepInBackward, Update, WholeStep
-
-Sources = Mapping[str, list[Sequence]]
-Stream = tuple[str, ...]  # sources whose sequences take turns in a micro-batch
-References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
 def train(
@@ -40,6 +35,7 @@ def train(
     settings: TrainSettings,
     references: References | None = None,
     reference_cache: ReferenceCache | None = None,
+    state: TrainState | None = None,
 ) -> Iterator[StepRecord]:
     """Minimises ``sum(term.coefficient * term)`` and yields a record after every step.
 
@@ -54,11 +50,14 @@ def train(
         sources: tokenised data by source name; those that no term uses are left alone.
         references: what ``reference_log_probs`` returned, where a term needs it.
         reference_cache: hidden states of the reference, where a term is a KL.
+        state: where to begin, with the weights of that step in ``lm``; kept up to date, so that
+            it can be saved after any step. None begins at step 0.
 
     ``step_in_backward`` takes the whole step through the model at once, and never holds all
     gradients; ``StepInBackward`` says how it clips.
 
     Raises:
+        OutOfMemory: one sequence alone does not fit; weights as below.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
             good step, and the message names the step and the samples.
         TornStepError: the same with ``step_in_backward`` and no clipping, where a gradient is found
@@ -82,50 +81,40 @@ def train(
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda done: _linear_schedule(done, warmup, total))
     torch.manual_seed(settings.seed)
+    state = TrainState() if state is None else state
+    state.attach(lm.device, optimizer=optimizer, scheduler=scheduler)
+    state.micro_batch_tokens = state.micro_batch_tokens or settings.micro_batch_tokens
     model.train()
 
     batches = step_batches(sources, driving, settings.batch_size, settings.epochs, settings.seed)
     steps = ((batch, turn) for batch in batches for turn in each_batch)
-    for step, (batch, turn) in enumerate(steps, start=1):
+    for batch, turn in islice(steps, state.step, None):
         started = time.perf_counter()
         lr = float(optimizer.param_groups[0]["lr"])
         batch = {name: batch[name] for term in turn for name in term.reads}
-        packs = {name: pack(batch[name], settings.micro_batch_tokens) for name in batch}
-        turn = with_baselines(lm, turn, packs, references)
-        counts = {term.name: count(term, batch) for term in turn}
-        values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
-        sums: dict[Stream, Tensor] = {}
-        for together in _passes(batch, turn, settings):
-            loss, found, log_prob_sums = _forward(
-                lm, together, turn, counts, references, reference_cache
-            )
-            update.add(loss)
-            for name, value in found.items():
-                values[name] = values[name] + value
-            for stream, value in log_prob_sums.items():
-                sums[stream] = sums[stream] + value if stream in sums else value
-        whole_loss = sum(term.coefficient * float(values[term.name]) for term in turn)
-        grad_norm = update.apply(whole_loss)
+        values, log_probs = whole_gradient(
+            lm, batch, turn, settings, state, update, references, reference_cache
+        )
+        loss = sum(term.coefficient * values[term.name] for term in turn)
+        grad_norm = update.apply(loss)
         record = StepRecord(
-            step=step,
+            step=state.step + 1,
             steps=total,
-            epoch=step / per_epoch,
-            loss=whole_loss,
-            terms={name: float(value) for name, value in values.items()},
-            log_probs={
-                source: float(value) / len(batch[source])
-                for stream, of_each in sums.items()
-                for source, value in zip(stream, of_each, strict=True)
-            },
+            epoch=(state.step + 1) / per_epoch,
+            loss=loss,
+            terms=values,
+            log_probs=log_probs,
             grad_norm=grad_norm,
             lr=lr,
             tokens=sum(len(s.input_ids) for sequences in batch.values() for s in sequences),
+            micro_batch_tokens=state.micro_batch_tokens,
             time_ms=1e3 * (time.perf_counter() - started),
         )
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
             kind = TornStepError if update.torn else NonFiniteError
             raise kind(_non_finite_message(record, batch, update.torn))
         scheduler.step()
+        state.step = record.step
         yield record
 
 
@@ -150,128 +139,6 @@ def check_settings(
                 "at a time: leave it out"
             )
         check_step_in_backward(sources, terms, settings)
-
-
-def _passes(
-    batch: Mapping[str, list[Sequence]], turn: Iterable[Term], settings: TrainSettings
-) -> list[list[tuple[Stream, PackedBatch]]]:
-    """What goes through the model at a time: a micro-batch of one stream, or the whole step."""
-    limit = sys.maxsize if settings.step_in_backward else settings.micro_batch_tokens
-    micros: list[tuple[Stream, PackedBatch]] = [
-        (stream, micro)
-        for stream in dict.fromkeys(term.stream for term in turn)
-        for micro in pack(side_by_side(batch, stream), limit, group=len(stream))
-    ]
-    return [micros] if settings.step_in_backward else [[one] for one in micros]
-
-
-def _forward(
-    lm: CausalLM,
-    together: list[tuple[Stream, PackedBatch]],
-    turn: Iterable[Term],
-    counts: Mapping[str, int],
-    references: References | None,
-    reference_cache: ReferenceCache | None,
-) -> tuple[Tensor, dict[str, Tensor], dict[Stream, Tensor]]:
-    """Loss and terms of one pass through the model, and the summed log-probs of each source."""
-    packs = [micro.to(lm.device) for _, micro in together]
-    parts = lm.states(join(packs)).split([len(micro.input_ids) for micro in packs])
-    loss = torch.zeros((), device=lm.device)
-    values: dict[str, Tensor] = {}
-    sums: dict[Stream, Tensor] = {}
-    for (stream, _), micro, states in zip(together, packs, parts, strict=True):
-        own = [term for term in turn if term.stream == stream]
-        value, found, log_probs = micro_step(
-            lm, micro, own, counts, references, reference_cache, states
-        )
-        loss = loss + value
-        values |= found
-        sums[stream] = log_probs.view(-1, len(stream)).sum(dim=0)
-    return loss, values, sums
-
-
-def micro_step(
-    lm: CausalLM,
-    micro: PackedBatch,
-    terms: Iterable[Term],
-    counts: Mapping[str, int | Tensor],
-    references: References | None,
-    reference_cache: ReferenceCache | None = None,
-    states: Tensor | None = None,  # (T, D)
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
-
-    The terms are those of one stream, whose sources take turns in the micro-batch; ``states`` are
-    the model's, where they are known.
-    """
-    micro = micro.to(lm.device)
-    if states is None:
-        states = lm.states(micro)
-    hidden = states[micro.rows]
-    loss = hidden.new_zeros((), dtype=torch.float32)
-    values = {}
-    sequence_log_probs = None
-    for term in terms:
-        if isinstance(term.loss, KL):
-            assert reference_cache is not None, f"{term.name} needs a reference cache"
-            value = term.loss(
-                states if term.positions == "all" else hidden,
-                lm.head_arguments,
-                reference_cache.hidden(term.source, micro.indices),
-                reference_cache.head_arguments,
-                labels=micro.labels if term.loss.demotion else None,
-            )
-        else:
-            value, sequence_log_probs = linear_sequence_loss(
-                hidden,
-                labels=micro.labels,
-                cu_seqlens=micro.answer_cu_seqlens,
-                loss=term.loss,
-                ref_log_probs=_reference(term.loss, term, micro, references),
-                reduction="sum",
-                **lm.head_arguments,
-            )
-        value = value / counts[term.name]
-        values[term.name] = value.detach()
-        loss = loss + term.coefficient * value
-    if sequence_log_probs is None:  # every term is a KL, which makes none on its way
-        with torch.no_grad():
-            log_probs = linear_log_probs(hidden, labels=micro.labels, **lm.head_arguments)
-            sequence_log_probs = segment_sum(log_probs, micro.answer_cu_seqlens)
-    return loss, values, sequence_log_probs
-
-
-def _reference(
-    loss: SequenceLoss, term: Term, micro: PackedBatch, references: References | None
-) -> Tensor | None:  # (s,) or (n,)
-    if loss.reference is None:
-        return None
-    assert references is not None, f"{term.name} needs reference log-probs"
-    of_each = [references[name][i] for name, i in zip(cycle(term.stream), micro.indices)]
-    join = torch.stack if loss.reference == "sequence" else torch.cat
-    return join(of_each).to(micro.labels.device)
-
-
-@torch.no_grad()
-def with_baselines(
-    lm: CausalLM,
-    terms: Iterable[Term],
-    packs: Mapping[str, Iterable[PackedBatch]],  # source -> its sequences of the whole step
-    references: References | None,
-) -> tuple[Term, ...]:
-    """The terms with their baselines: the mean log-ratio of the baseline source, in this step."""
-    found = []
-    for term in terms:
-        if term.baseline is not None:
-            assert references is not None, f"{term.name} needs reference log-probs"
-            ratios = []
-            for micro in packs[term.baseline]:
-                ref = torch.stack([references[term.baseline][i] for i in micro.indices])
-                token_log_probs = lm.log_probs(micro.to(lm.device))
-                ratios.append(segment_sum(token_log_probs, micro.answer_cu_seqlens).cpu() - ref)
-            term = term.at_baseline(float(torch.cat(ratios).mean()))
-        found.append(term)
-    return tuple(found)
 
 
 @torch.no_grad()
@@ -301,14 +168,6 @@ def reference_log_probs(
         references[source] = torch.stack(found) if kind == "sequence" else found
     lm.model.train(was_training)
     return references
-
-
-def count(term: Term, batch: Mapping[str, list[Sequence]]) -> int:
-    """What the term's sum over the step is divided by."""
-    sequences = [s for name in term.over or (term.source,) for s in batch.get(name, ())]
-    everywhere = term.positions == "all"
-    tokens = sum(len(s.input_ids) if everywhere else s.answer_length for s in sequences)
-    return {"mean": len(sequences), "token_mean": tokens, "sum": 1}[term.reduction]
 
 
 def _linear_schedule(done: int, warmup: int, total: int) -> float:

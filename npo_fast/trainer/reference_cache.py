@@ -45,7 +45,8 @@ class ReferenceCache:
         owned: TemporaryDirectory[str] | None = None,  # goes with this object
     ) -> None:
         self.owned = owned
-        self.positions: Positions = facts["made_from"]["positions"]
+        self.made_from: Mapping[str, Any] = facts["made_from"]
+        self.positions: Positions = self.made_from["positions"]
         self.device = device
         head = load_file(folder / HEAD, device=str(device))
         self.head_arguments = {
@@ -117,12 +118,10 @@ def reference_cache(
             another model, other data or other positions; or the model's states are not finite.
     """
     owned = None
-    made_from: dict[str, Any] = {"positions": positions}
     if folder is None:
         owned = TemporaryDirectory(prefix="npo-fast-")
         folder = Path(owned.name, "reference")
-    else:
-        made_from = fingerprint(lm, sources, positions)
+    made_from = fingerprint(lm, sources, positions)
     if not folder.exists():
         save_folder(folder, lambda where: _write(lm, sources, where, made_from, micro_batch_tokens))
     return ReferenceCache(folder, _checked_facts(folder, made_from), lm.device, owned)

@@ -3,18 +3,22 @@
 run.json            what was asked for, with which versions, on which data, and how it ended
 steps.jsonl         one step record a line, written as it happens
 evaluations.jsonl   one evaluation a line, where any were asked for
-checkpoints/step-N  model and tokenizer, complete or absent
-checkpoints/best    the same of the best evaluation
+references.pt       log-probs of the model as it was, where the method compares with them
+checkpoints/step-N  model, tokenizer and the state to go on from, complete or absent
+checkpoints/best    model and tokenizer of the best evaluation, and that evaluation
 model               the final model and tokenizer
 
 With LoRA each of these models is the adapter alone.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -29,60 +33,135 @@ from npo_fast.errors import UserError
 from npo_fast.model.adapters import read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.progress import no_progress_bars
-from npo_fast.model.save import save_folder
+from npo_fast.model.save import recover, save_folder, sync
 from npo_fast.trainer.settings import StepRecord
+from npo_fast.trainer.state import TrainState
 
+UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
+RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
+REFERENCES, LOOK = "references.pt", "evaluation.json"
 CONTENT = (
-    "run.json", "steps.jsonl", "evaluations.jsonl", "checkpoints", "model", "eval", "eval-steps",
+    STEPS, EVALUATIONS, REFERENCES, "checkpoints", "model", "eval", "eval-steps",
 )  # fmt: skip
 
 
 class Run:
-    """Creates the folder, refuses one that holds something else, and keeps it consistent."""
+    """Keeps the folder consistent; one process at a time has it."""
 
-    def __init__(self, folder: Path, overwrite: bool, facts: Mapping[str, Any]) -> None:
-        """
+    def __init__(self, folder: Path, facts: Mapping[str, Any], steps: TextIO | None = None) -> None:
+        """Use ``begin`` or ``resume``."""
+        self.folder, self.facts = folder, dict(facts)
+        self._write_facts()
+        self._steps = _locked(folder) if steps is None else steps
+
+    @classmethod
+    def begin(
+        cls,
+        folder: Path,
+        overwrite: bool,
+        facts: Mapping[str, Any],
+        references: Mapping[str, Any] | None = None,
+    ) -> "Run":
+        """An empty folder for a new run, which keeps the ``references`` to resume with.
+
         Raises:
-            UserError: the folder holds another run and ``overwrite`` is false, or holds files
-                that are not a run's.
+            UserError: the folder holds another run and ``overwrite`` is false, or files that are
+                not a run's, or a run that goes on.
         """
         check_output(folder, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_unused(folder)
         for name in CONTENT:
             path = folder / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.facts = {"status": "running", "started": _now(), "versions": versions(), **facts}
-        self._write_facts()
-        self._steps: TextIO = (folder / "steps.jsonl").open("w", encoding="utf-8")
+        beginning = {"status": "running", "started": _now(), "versions": versions()}
+        run = cls(folder, {**beginning, **facts})
+        if references:
+            torch.save(dict(references), folder / REFERENCES)
+            sync(folder / REFERENCES)
+            sync(folder)
+        return run
+
+    @classmethod
+    def resume(cls, folder: Path, facts: Mapping[str, Any], step: int) -> "Run":
+        """The folder as it was after ``step`` steps: later records are those of lost steps."""
+        lines = _locked(folder)
+        record = step_of(folder, step)
+        lines.truncate(record[1] if record else 0)
+        if (folder / EVALUATIONS).exists():
+            looks = list(_lines(folder / EVALUATIONS))
+            kept = [end for look, end in looks if look["step"] <= step]
+            os.truncate(folder / EVALUATIONS, kept[-1] if kept else 0)
+        recover(folder / "checkpoints" / "best")
+        names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+        so_far = [
+            name for name in names if re.fullmatch(r"step-\d+", name) and name <= step_name(step)
+        ]
+        for name in {*names} - {"best", *so_far[-1:]}:
+            shutil.rmtree(folder / "checkpoints" / name)
+        resumed = [*facts.get("resumed", ()), {"step": step, "at": _now()}]
+        ended = ("ended", "error")
+        facts = {name: value for name, value in facts.items() if name not in ended}
+        return cls(folder, {**facts, "status": "running", "resumed": resumed}, lines)
 
     def log(self, record: StepRecord) -> None:
         self._steps.write(json.dumps(asdict(record)) + "\n")
         self._steps.flush()
 
     def log_evaluation(self, look: Mapping[str, Any]) -> None:
-        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(look) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def checkpoint(self, lm: CausalLM, tokenizer: Any, step: int, keep_older: bool = False) -> Path:
-        """Model and tokenizer after ``step``; once it is complete, older ones go."""
-        folder = self.folder / "checkpoints" / f"step-{step:06d}"
-        save_model(lm, tokenizer, folder)
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [look for look, _ in _lines(self.folder / EVALUATIONS)]
+
+    def checkpoint(
+        self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
+    ) -> Path:
+        """Model and tokenizer after ``step``, and with a ``state`` what it takes to go on.
+
+        Once a checkpoint to go on from is complete, older ones are deleted.
+        """
+        os.fsync(self._steps.fileno())  # the records of its steps are never behind a checkpoint
+        folder = self.folder / "checkpoints" / step_name(step)
+        if folder.exists():
+            return folder
+        save_model(lm, tokenizer, folder, None if state is None else state.save)
         for old in sorted(folder.parent.glob("step-*")):
-            if old != folder and not keep_older:
-                shutil.rmtree(old)
+            if old != folder and state is not None:
+                # out of sight first: what is half deleted must not look like a checkpoint
+                shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
         return folder
 
-    def keep_best(self, lm: CausalLM, tokenizer: Any) -> None:
-        save_model(lm, tokenizer, self.folder / "checkpoints" / "best")
+    def keep_best(self, lm: CausalLM, tokenizer: Any, look: Mapping[str, Any]) -> None:
+        def write(folder: Path) -> None:
+            (folder / LOOK).write_text(json.dumps(look), encoding="utf-8")
+
+        save_model(lm, tokenizer, self._best, write)
+
+    def best(self) -> dict[str, Any]:
+        """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
+        file = self._best / LOOK
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def restore_best(self, lm: CausalLM) -> None:
         """The weights of ``keep_best``, in place."""
         with no_progress_bars():
-            read_weights(lm, self.folder / "checkpoints" / "best")
+            read_weights(lm, self._best)
+
+    @property
+    def _best(self) -> Path:
+        return self.folder / "checkpoints" / "best"
+
+    def note(self, **facts: Any) -> None:
+        """Puts facts into ``run.json`` at once."""
+        self.facts |= facts
+        self._write_facts()
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         folder = self.folder / "model"
@@ -91,36 +170,105 @@ class Run:
 
     def finish(self, status: str = "finished", **facts: Any) -> None:
         self._steps.close()
+        if status == "finished":  # nothing goes on from here
+            (self.folder / REFERENCES).unlink(missing_ok=True)
         if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
             facts["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self.facts |= {"status": status, "ended": _now(), **facts}
         self._write_facts()
 
     def _write_facts(self) -> None:
-        partial = self.folder / "run.json.partial"
+        partial = self.folder / f"{RUN}.partial"
         partial.write_text(json.dumps(self.facts, indent=2, default=str), encoding="utf-8")
-        partial.replace(self.folder / "run.json")
+        sync(partial)
+        partial.replace(self.folder / RUN)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds another run, or anything that is not a run."""
+    """Refuses a folder that holds a run that came to its end, or anything that is not a run."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the output {folder} is a file; name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    partial = folder / f"{RUN}.partial"  # of a run that was killed before it began
+    if not folder.exists() or not set(folder.iterdir()) - {partial}:
         return
-    if not (folder / "run.json").exists():
+    if not (folder / RUN).exists():
         raise UserError(f"the output {folder} holds files that are not a run; name another folder")
-    if not overwrite:
+    if not overwrite and read_facts(folder).get("status") not in UNFINISHED:
         raise UserError(
             f"the output {folder} holds another run; name another folder or add --overwrite"
         )
 
 
-def save_model(lm: CausalLM, tokenizer: Any, folder: Path) -> None:
+def read_facts(folder: Path) -> dict[str, Any]:
+    """``run.json``; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / RUN
+    try:
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
+    return facts
+
+
+def check_unused(folder: Path) -> None:
+    """
+    Raises:
+        UserError: another process writes to the run in the folder.
+    """
+    if (folder / STEPS).exists():
+        _locked(folder).close()
+
+
+def _locked(folder: Path) -> TextIO:
+    """``steps.jsonl``, to append to; the lock ends with the process, however that ends."""
+    file = (folder / STEPS).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"another process writes to the run in {folder}; stop it or name another --output"
+        ) from error
+    return file
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def step_of(folder: Path, step: int) -> tuple[dict[str, Any], int] | None:
+    """The record of a step, and the byte of ``steps.jsonl`` where it ends."""
+    found = (line for line in _lines(folder / STEPS) if line[0]["step"] == step)
+    return next(found, None)
+
+
+def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole line and where it ends; a process that was killed may leave half of one."""
+    end = 0
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        end += len(line)
+        try:
+            yield json.loads(line), end
+        except ValueError:
+            return
+
+
+def save_model(
+    lm: CausalLM, tokenizer: Any, folder: Path, more: Callable[[Path], None] | None = None
+) -> None:
+    """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent."""
+
     def write(where: Path) -> None:
         with no_progress_bars():
             write_weights(lm, where)
         tokenizer.save_pretrained(where)
+        if more is not None:
+            more(where)
 
     save_folder(folder, write)
 

@@ -24,7 +24,8 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; inf clips nothing."""
     micro_batch_tokens: int = 2048
-    """Tokens that go through the model at a time: memory, not results, depends on it."""
+    """Tokens that go through the model at a time: memory, not results, depends on it. Halved
+    where memory runs out."""
     schedule: Schedule = "summed"
     """"alternating": a step on the forget data, then one on the retain data, in turns."""
     optimizer: Optimizer = "adamw"
@@ -64,4 +65,5 @@ class StepRecord:
     grad_norm: float
     lr: float
     tokens: int
+    micro_batch_tokens: int  # those of the settings, or fewer since memory ran out
     time_ms: float

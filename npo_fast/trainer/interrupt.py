@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as a wish: the run ends after the step it is in, and can go on later."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_NOTE = b"\nstopping after this step; a second signal stops at once\n"
+
+
+class StopSignal:
+    """Inside, the first SIGINT or SIGTERM is only noted, in ``number``; a second does its worst.
+
+    Handlers can be set from the main thread alone: in another one signals stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        os.write(2, _NOTE)  # a handler may not touch the buffered streams

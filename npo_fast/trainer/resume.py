@@ -1,0 +1,102 @@
+"""An unfinished run in a folder: whether it is the same one, and where it can go on."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npo_fast.errors import UserError
+from npo_fast.trainer.run import REFERENCES, UNFINISHED, check_unused, read_facts, step_of
+from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
+
+_INDIFFERENT = "reference_cache"  # where hidden states are kept changes no number
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that was killed or interrupted."""
+
+    folder: Path
+    facts: dict[str, Any]  # its run.json
+    weights: Path | None  # of its last complete checkpoint; None: it has to start anew
+    state: TrainState = field(default_factory=TrainState)
+    references: dict[str, Any] | None = None  # log-probs of the model as it was
+    trained: bool = False  # the weights are the final ones
+    damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: a fact that this run shares with the one in the folder is another there.
+        """
+        here = json.loads(json.dumps(facts, default=str))
+        if found := list(_differences(self.facts, here)):
+            raise UserError(
+                f"the output {self.folder} holds an unfinished run that differs: "
+                f"{'; '.join(found)}. Start it as it was to go on, add --overwrite to begin anew, "
+                "or name another --output"
+            )
+
+
+def unfinished_run(folder: Path) -> Unfinished | None:
+    """The run in ``folder`` if it has not come to its end.
+
+    Raises:
+        UserError: another process is at work on it.
+    """
+    facts = read_facts(folder)
+    if facts.get("status") not in UNFINISHED:
+        return None
+    check_unused(folder)
+    if "final" in facts and (folder / "model").is_dir():
+        state = TrainState(facts["final"]["step"])
+        return Unfinished(folder, facts, folder / "model", state, trained=True)
+    damaged: list[str] = []
+    references = None
+    for checkpoint in _newest_first(folder / "checkpoints"):
+        try:
+            state = TrainState.load(checkpoint)
+            if step_of(folder, state.step) is None:
+                raise DamagedError(f"steps.jsonl has no line for step {state.step}")
+            if (folder / REFERENCES).exists():
+                references = load_tensors(folder / REFERENCES)
+            return Unfinished(folder, facts, checkpoint, state, references, damaged=tuple(damaged))
+        except DamagedError as error:
+            damaged.append(f"{checkpoint}: {error}")
+    return Unfinished(folder, facts, None, damaged=tuple(damaged))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    old, new = _settings(there), _settings(here)
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            yield f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+    for name in here:
+        if name != "settings" and there.get(name) != here[name]:
+            yield from _of_one_fact(name, there.get(name), here[name])
+
+
+def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, without those of the run folder."""
+    return {
+        name: value
+        for group, values in facts.get("settings", {}).items()
+        for name, value in values.items()
+        if group != "run" and name != _INDIFFERENT
+    }
+
+
+def _of_one_fact(name: str, old: Any, new: Any) -> Iterator[str]:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        yield f"{name} is {old!r} there and {new!r} here"
+        return
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            yield f"{name} {key} has changed" if name == "data" else f"the {name}'s {key} differs"

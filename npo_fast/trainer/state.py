@@ -1,0 +1,112 @@
+"""What a run needs beside its weights to go on as if it had never stopped."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+STATE = "state.pt"
+
+
+class Stateful(Protocol):
+    """An optimizer, a learning rate schedule."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+class TrainState:
+    """Where a run stands after ``step`` steps.
+
+    The order of the data is a function of the seed and the step, so the step stands for it. The
+    loop ``attach``es what carries a state of its own; a state that was read from a checkpoint puts
+    it, and the random numbers, where they were.
+    """
+
+    def __init__(self, step: int = 0, micro_batch_tokens: int | None = None) -> None:
+        self.step = step
+        self.micro_batch_tokens = micro_batch_tokens  # None: as the settings say
+        self._parts: dict[str, Stateful] = {}
+        self._device = torch.device("cpu")
+        self._saved: dict[str, Any] = {}
+
+    def attach(self, device: torch.device, **parts: Stateful) -> None:
+        self._parts, self._device = parts, device
+        if self._saved:
+            for name, part in parts.items():
+                part.load_state_dict(self._saved["parts"][name])
+            set_random_state(self._saved["random"], device)
+            self._saved = {}
+
+    def save(self, folder: Path) -> None:
+        """Writes ``state.pt`` beside the files that are in the folder already."""
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "random": random_state(self._device),
+            "bytes": _sizes(folder),
+        }
+        torch.save(content, folder / STATE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TrainState":
+        """
+        Raises:
+            DamagedError: ``state.pt`` cannot be read, or a file beside it has another size now.
+        """
+        saved = load_tensors(folder / STATE)
+        if saved.get("format") != FORMAT:
+            raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
+        state = cls(saved["step"], saved["micro_batch_tokens"])
+        found = _sizes(folder)
+        for name, size in saved["bytes"].items():
+            if found.get(name) != size:
+                raise DamagedError(f"{name} has {found.get(name, 0)} bytes, not {size}")
+        state._saved = saved
+        return state
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        DamagedError: there is no such file, or it is not what ``torch.save`` wrote.
+    """
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DamagedError(f"it has no {file.name}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedError(f"{file.name} cannot be read: {reason}") from error
+    return content
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """What the next dropout mask depends on."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != STATE
+    }

@@ -1,0 +1,238 @@
+"""One step of training: from a batch to the gradient of all its terms."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from npo_fast.data import PackedBatch, Sequence, join, pack
+from npo_fast.errors import OutOfMemory
+from npo_fast.losses import KL
+from npo_fast.methods import Term
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
+from npo_fast.trainer.order import side_by_side
+from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
+from npo_fast.trainer.reference_cache import ReferenceCache
+from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.state import TrainState, random_state, set_random_state
+from npo_fast.trainer.update import Update
+
+Sources = Mapping[str, list[Sequence]]
+Stream = tuple[str, ...]  # sources whose sequences take turns in a micro-batch
+References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
+
+
+def whole_gradient(
+    lm: CausalLM,
+    batch: Sources,
+    terms: tuple[Term, ...],
+    settings: TrainSettings,
+    state: TrainState,
+    update: Update,
+    references: References | None,
+    reference_cache: ReferenceCache | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Hands the losses of one step to ``update``, in smaller micro-batches where memory runs out.
+
+    A second try begins with no gradient and with the random numbers of the first: it makes the
+    step that smaller micro-batches would have made from the start. They stay small afterwards.
+
+    Returns the value of each term and the mean log-prob of a sequence of each source.
+    """
+    while True:
+        assert state.micro_batch_tokens is not None
+        together = settings.step_in_backward
+        tokens = sys.maxsize if together else state.micro_batch_tokens
+        random = random_state(lm.device)
+        try:
+            return _accumulate(
+                lm, batch, terms, tokens, together, update, references, reference_cache
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # here, where the error has let go of its frames and they of their activations
+        lm.model.zero_grad(set_to_none=True)
+        set_random_state(random, lm.device)
+        if lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if together:
+            raise OutOfMemory(
+                f"step {state.step + 1}: out of memory ({reason}), and --step-in-backward takes a "
+                "whole step at once; add --gradient-checkpointing or lower --batch-size"
+            )
+        units = [
+            sum(len(batch[name][i].input_ids) for name in stream)
+            for stream in _streams(terms)
+            for i in range(len(batch[stream[0]]))
+        ]
+        state.micro_batch_tokens = halved(state.micro_batch_tokens, units, state.step + 1, reason)
+
+
+def _accumulate(
+    lm: CausalLM,
+    batch: Sources,
+    terms: tuple[Term, ...],
+    micro_batch_tokens: int,
+    together: bool,
+    update: Update,
+    references: References | None,
+    reference_cache: ReferenceCache | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    packs = {name: pack(batch[name], micro_batch_tokens) for name in batch}
+    terms = with_baselines(lm, terms, packs, references)
+    counts = {term.name: count(term, batch) for term in terms}
+    values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
+    sums: dict[Stream, Tensor] = {}
+    for micros in _passes(batch, terms, micro_batch_tokens, together):
+        loss, found, log_prob_sums = _forward(
+            lm, micros, terms, counts, references, reference_cache
+        )
+        update.add(loss)
+        for name, value in found.items():
+            values[name] = values[name] + value
+        for stream, value in log_prob_sums.items():
+            sums[stream] = sums[stream] + value if stream in sums else value
+    log_probs = {
+        source: float(value) / len(batch[source])
+        for stream, of_each in sums.items()
+        for source, value in zip(stream, of_each, strict=True)
+    }
+    return {name: float(value) for name, value in values.items()}, log_probs
+
+
+def _streams(terms: Iterable[Term]) -> list[Stream]:
+    return list(dict.fromkeys(term.stream for term in terms))
+
+
+def _passes(
+    batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool
+) -> list[list[tuple[Stream, PackedBatch]]]:
+    """What goes through the model at a time: a micro-batch of one stream, or all ``together``."""
+    micros: list[tuple[Stream, PackedBatch]] = [
+        (stream, micro)
+        for stream in _streams(terms)
+        for micro in pack(side_by_side(batch, stream), micro_batch_tokens, group=len(stream))
+    ]
+    return [micros] if together else [[one] for one in micros]
+
+
+def _forward(
+    lm: CausalLM,
+    micros: list[tuple[Stream, PackedBatch]],
+    terms: Iterable[Term],
+    counts: Mapping[str, int],
+    references: References | None,
+    reference_cache: ReferenceCache | None,
+) -> tuple[Tensor, dict[str, Tensor], dict[Stream, Tensor]]:
+    """Loss and terms of one pass through the model, and the summed log-probs of each source."""
+    packs = [micro.to(lm.device) for _, micro in micros]
+    parts = lm.states(join(packs)).split([len(micro.input_ids) for micro in packs])
+    loss = torch.zeros((), device=lm.device)
+    values: dict[str, Tensor] = {}
+    sums: dict[Stream, Tensor] = {}
+    for (stream, _), micro, states in zip(micros, packs, parts, strict=True):
+        own = [term for term in terms if term.stream == stream]
+        value, found, log_probs = micro_step(
+            lm, micro, own, counts, references, reference_cache, states
+        )
+        loss = loss + value
+        values |= found
+        sums[stream] = log_probs.view(-1, len(stream)).sum(dim=0)
+    return loss, values, sums
+
+
+def micro_step(
+    lm: CausalLM,
+    micro: PackedBatch,
+    terms: Iterable[Term],
+    counts: Mapping[str, int | Tensor],
+    references: References | None,
+    reference_cache: ReferenceCache | None = None,
+    states: Tensor | None = None,  # (T, D)
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
+
+    The terms are those of one stream, whose sources take turns in the micro-batch; ``states`` are
+    the model's, where they are known.
+    """
+    micro = micro.to(lm.device)
+    if states is None:
+        states = lm.states(micro)
+    hidden = states[micro.rows]
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    values = {}
+    sequence_log_probs = None
+    for term in terms:
+        if isinstance(term.loss, KL):
+            assert reference_cache is not None, f"{term.name} needs a reference cache"
+            value = term.loss(
+                states if term.positions == "all" else hidden,
+                lm.head_arguments,
+                reference_cache.hidden(term.source, micro.indices),
+                reference_cache.head_arguments,
+                labels=micro.labels if term.loss.demotion else None,
+            )
+        else:
+            value, sequence_log_probs = linear_sequence_loss(
+                hidden,
+                labels=micro.labels,
+                cu_seqlens=micro.answer_cu_seqlens,
+                loss=term.loss,
+                ref_log_probs=_reference(term.loss, term, micro, references),
+                reduction="sum",
+                **lm.head_arguments,
+            )
+        value = value / counts[term.name]
+        values[term.name] = value.detach()
+        loss = loss + term.coefficient * value
+    if sequence_log_probs is None:  # every term is a KL, which makes none on its way
+        with torch.no_grad():
+            log_probs = linear_log_probs(hidden, labels=micro.labels, **lm.head_arguments)
+            sequence_log_probs = segment_sum(log_probs, micro.answer_cu_seqlens)
+    return loss, values, sequence_log_probs
+
+
+def _reference(
+    loss: SequenceLoss, term: Term, micro: PackedBatch, references: References | None
+) -> Tensor | None:  # (s,) or (n,)
+    if loss.reference is None:
+        return None
+    assert references is not None, f"{term.name} needs reference log-probs"
+    of_each = [references[name][i] for name, i in zip(cycle(term.stream), micro.indices)]
+    join = torch.stack if loss.reference == "sequence" else torch.cat
+    return join(of_each).to(micro.labels.device)
+
+
+@torch.no_grad()
+def with_baselines(
+    lm: CausalLM,
+    terms: Iterable[Term],
+    packs: Mapping[str, Iterable[PackedBatch]],  # source -> its sequences of the whole step
+    references: References | None,
+) -> tuple[Term, ...]:
+    """The terms with their baselines: the mean log-ratio of the baseline source, in this step."""
+    found = []
+    for term in terms:
+        if term.baseline is not None:
+            assert references is not None, f"{term.name} needs reference log-probs"
+            ratios = []
+            for micro in packs[term.baseline]:
+                ref = torch.stack([references[term.baseline][i] for i in micro.indices])
+                token_log_probs = lm.log_probs(micro.to(lm.device))
+                ratios.append(segment_sum(token_log_probs, micro.answer_cu_seqlens).cpu() - ref)
+            term = term.at_baseline(float(torch.cat(ratios).mean()))
+        found.append(term)
+    return tuple(found)
+
+
+def count(term: Term, batch: Mapping[str, list[Sequence]]) -> int:
+    """What the term's sum over the step is divided by."""
+    sequences = [s for name in term.over or (term.source,) for s in batch.get(name, ())]
+    everywhere = term.positions == "all"
+    tokens = sum(len(s.input_ids) if everywhere else s.answer_length for s in sequences)
+    return {"mean": len(sequences), "token_mean": tokens, "sum": 1}[term.reduction]
