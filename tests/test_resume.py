@@ -18,10 +18,11 @@ from npo_fast.cli import main
 from npo_fast.demo.lab import train_tokenizer
 from npo_fast.errors import NonFiniteError, OutOfMemory
 from npo_fast.methods import build_method
+from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.reference_cache import reference_cache_for
-from npo_fast.trainer.run import restore_weights, save_model
+from npo_fast.trainer.run import save_model
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import DamagedError, TrainState
 from tests.conftest import tiny_model
@@ -289,7 +290,7 @@ def test_weights_and_state_of_a_checkpoint_are_exact(tmp_path, method, schedule,
             break
     torch.manual_seed(77)
     other = dropout_lm(dtype)
-    restore_weights(other, tmp_path / "step")
+    read_weights(other, tmp_path / "step")
     torch.rand(5)
     rest = steps_for(other, settings, TrainState.load(tmp_path / "step"), method)
     assert losses + [record.loss for record in rest] == expected

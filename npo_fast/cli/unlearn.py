@@ -166,12 +166,11 @@ def run(command: Command) -> None:
     look = _Look(command.report, lm, prepared.template, records)
     course = _course(command, lm, prepared.template, *watched) if watched else None
     tokens = command.training.micro_batch_tokens
-    references: References | None
     if earlier is None:
         before = look.take("before")
         references = reference_log_probs(lm, prepared.sources, terms, tokens)
     else:
-        before, references = earlier.facts.get("before", {}), earlier.references
+        before, references = earlier.facts.get("before", {}), earlier.references or {}
     cache = reference_cache_for(terms, lm, prepared.sources, tokens, method.reference_cache)
     after: dict[str, Any] = {}
 
