@@ -38,13 +38,13 @@ def packed_attention(
     assert query.shape[0] == 1, tuple(query.shape)
     assert sum(lengths) == tokens, (lengths, tokens)
     blocks = [(length, len(tuple(run))) for length, run in groupby(lengths)]
-    tokens_of = [length * count for length, count in blocks]
-    # split, not slices: their gradients are joined once, and not each padded to the whole pack
-    states = zip(*(x[0].split(tokens_of, dim=1) for x in (query, key, value)), strict=True)
-    out = [
-        _attend(*(_as_block(x, *block) for x in own), scaling, dropout, softcap, sliding_window)
-        for block, own in zip(blocks, states, strict=True)
-    ]
+    # split, not slices: the gradients are joined once instead of each padded to the whole pack
+    sizes = [length * count for length, count in blocks]
+    parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    out = []
+    for block, part in zip(blocks, parts, strict=True):
+        q, k, v = (_as_block(x, *block) for x in part)
+        out.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))
     return torch.cat(out).unsqueeze(0), None
 
 
