@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,9 @@ class Settings:
     """Of each side, a step."""
     micro_batch_tokens: tuple[int, ...] = (2048,)
     """Ours, once for each."""
-    only: str | None = None
+    measure: tuple[Literal["time", "peak"], ...] = ("time", "peak")
+    """What is measured now; the rest of the result file stays."""
+    peak_of: str | None = None
     """One way's peak memory alone, printed as JSON: "padded", or ours as its tokens."""
     output: Path = Path("benchmarks/results/step.json")
 
@@ -155,8 +158,8 @@ def reference_of(sources: Sources, model: str, micro_batch_tokens: int) -> dict:
     )
 
 
-def measure_times(settings: Settings, sources: Sources, model: str) -> dict[str, list[float]]:
-    """Milliseconds of each way's steps, round by round."""
+def time_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str, Any]:
+    """The ways step in turn on the same batches; the first round warms up."""
     started = time.perf_counter()
     references = reference_of(sources, model, settings.micro_batch_tokens[0])
     reference_ms = 1e3 * (time.perf_counter() - started) / (settings.rounds + 1)
@@ -169,10 +172,20 @@ def measure_times(settings: Settings, sources: Sources, model: str) -> dict[str,
             found[way] = next(steps)
             if round_ > 0:
                 times_ms[way].append(1e3 * (time.perf_counter() - started))
-        print(round_, found, {way: round(t[-1]) for way, t in times_ms.items() if t}, flush=True)
-        for way, step in found.items():
-            check_agrees(way, step, found[PADDED])
-    return {**times_ms, "reference, once, a batch": [reference_ms]}
+            print(round_, way, found[way], times_ms[way][-1:], flush=True)
+            check_agrees(way, found[way], found[PADDED])
+    timed = {source: own[settings.sequences :] for source, own in sources.items()}
+    tokens = sum(len(s.input_ids) for own in timed.values() for s in own)
+    return {
+        "mean_tokens_a_step": tokens / settings.rounds,
+        "times_ms": times_ms,
+        "median_ms": {way: statistics.median(own) for way, own in times_ms.items()},
+        "padded_over_ours": {
+            way: statistics.median(a / b for a, b in zip(times_ms[PADDED], own, strict=True))
+            for way, own in times_ms.items()
+        },
+        "reference_ms_once_a_batch": reference_ms,
+    }
 
 
 def check_agrees(way: str, step: Step, truth: Step) -> None:
@@ -195,7 +208,7 @@ def measure_peak(way: str, settings: Settings, sources: Sources, model: str) -> 
 
 def peak_in_fresh_process(way: str, settings: Settings, model: str) -> float:
     command = [
-        sys.executable, __file__, "--only", way, "--tofu", settings.tofu, "--model", model,
+        sys.executable, __file__, "--peak-of", way, "--tofu", settings.tofu, "--model", model,
         "--rounds", "1", "--sequences", str(settings.sequences),
     ]  # fmt: skip
     # mapped one by one, what is freed goes back to the system and counts when it is used again
@@ -208,34 +221,24 @@ def main(settings: Settings) -> None:
     origin = provenance()  # now: a commit made meanwhile is not what runs
     model = settings.model or find_smollm2()
     sources = load_sources(settings, model)
-    if settings.only is not None:
-        measure_peak(settings.only, settings, sources, model)
+    if settings.peak_of is not None:
+        measure_peak(settings.peak_of, settings, sources, model)
         return
-    times_ms = measure_times(settings, sources, model)
-    peaks = {way: peak_in_fresh_process(way, settings, model) for way in settings.ways}
-    steps = settings.rounds + 1
-    widest = {
-        source: max(len(s.input_ids) for s in sequences) for source, sequences in sources.items()
-    }
     result = {
         "what": "one NPO+RT training step of SmolLM2-135M on TOFU forget10, fp32",
-        "provenance": origin,
         "sequences_a_step": dict.fromkeys(sources, settings.sequences),
-        "mean_tokens_a_step": sum(
-            len(s.input_ids) for own in sources.values() for s in own
-        ) / steps,
-        "longest_sequence": widest,
-        "times_ms": times_ms,
-        "median_ms": {way: statistics.median(found) for way, found in times_ms.items()},
-        "padded_over_ours": {
-            way: statistics.median(
-                a / b for a, b in zip(times_ms[PADDED], times_ms[way], strict=True)
-            )
-            for way in settings.ways
-        },
-        "peak_mib": peaks,
-        "peak_over_padded": {way: peak / peaks[PADDED] for way, peak in peaks.items()},
-    }  # fmt: skip
+    }
+    if settings.output.exists():
+        result = json.loads(settings.output.read_text())
+    if "time" in settings.measure:
+        result["time"] = {"provenance": origin, **time_of_steps(settings, sources, model)}
+    if "peak" in settings.measure:
+        peaks = {way: peak_in_fresh_process(way, settings, model) for way in settings.ways}
+        result["peak"] = {
+            "provenance": origin,
+            "peak_mib": peaks,
+            "over_padded": {way: peak / peaks[PADDED] for way, peak in peaks.items()},
+        }
     settings.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
