@@ -37,17 +37,18 @@ def packed_attention(
     lengths = sequence_lengths if sequence_lengths is not None else (tokens,)
     assert query.shape[0] == 1, tuple(query.shape)
     assert sum(lengths) == tokens, (lengths, tokens)
-    out, start = [], 0
-    for length, run in groupby(lengths):
-        count = len(tuple(run))
-        stop = start + count * length
-        q, k, v = (_as_block(x[0, :, start:stop], count, length) for x in (query, key, value))
+    blocks = [(length, len(tuple(run))) for length, run in groupby(lengths)]
+    # split, not slices: the gradients are joined once instead of each padded to the whole pack
+    sizes = [length * count for length, count in blocks]
+    parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    out = []
+    for block, part in zip(blocks, parts, strict=True):
+        q, k, v = (_as_block(x, *block) for x in part)
         out.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))
-        start = stop
     return torch.cat(out).unsqueeze(0), None
 
 
-def _as_block(states: Tensor, count: int, length: int) -> Tensor:
+def _as_block(states: Tensor, length: int, count: int) -> Tensor:
     """(heads, count * length, dim) -> (count, heads, length, dim)"""
     return states.unflatten(1, (count, length)).transpose(0, 1)
 

@@ -1,7 +1,7 @@
 """A causal language model as what the loss needs: hidden states of packed tokens, and a head."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,7 +182,7 @@ class CausalLM:
     def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
         if self.attention == PACKED_ATTENTION:
             boundaries: dict[str, Any] = {"sequence_lengths": batch.lengths} if self.packs else {}
-        elif self.attention.startswith("flash_attention"):
+        elif "flash" in self.attention:  # of any version, or a kernel of the hub
             longest = max(batch.lengths)
             boundaries = {
                 "cu_seq_lens_q": batch.cu_seqlens,
@@ -278,14 +278,25 @@ def _native_attention(model: Any) -> str:
 
 
 def _best_attention(device: torch.device, dtype: torch.dtype) -> str:
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+    from transformers import utils
+
+    def installed(version: int) -> bool:
+        available = getattr(utils, f"is_flash_attn_{version}_available", None)
+        return available is not None and available()  # transformers 5.0 does not know all of them
 
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
-            return "flash_attention_3"
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
+        version = flash_version(torch.cuda.get_device_capability(device)[0], installed)
+        if version is not None:
+            return f"flash_attention_{version}"
     return PACKED_ATTENTION
+
+
+def flash_version(major: int, installed: Callable[[int], bool]) -> int | None:
+    """FlashAttention for GPUs of compute capability ``major``: 3 is Hopper's, 4 Blackwell's."""
+    own = {9: 3, 10: 4}.get(major)
+    if own is not None and installed(own):
+        return own
+    return 2 if major >= 8 and installed(2) else None
 
 
 def _whole_log_probs(model: Any, one: PackedBatch) -> Tensor:

