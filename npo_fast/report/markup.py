@@ -15,7 +15,7 @@ $mark
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Unlearning report</title>
+<title>$title</title>
 <style>
 :root { color-scheme: light dark; --page: #fff; --ink: #1d2025; --soft: #5d636d;
   --line: #d9dce1; --box: #f5f6f8; }
@@ -32,7 +32,8 @@ table { border-collapse: collapse; width: max-content; min-width: 100%;
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   max-width: 18rem; overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; } th { background: var(--box); font-weight: 600; }
-figure { margin: 0; } .figure { display: block; width: 100%; max-width: 42rem; height: auto;
+figure { margin: 0; } figcaption { font-size: .9rem; color: var(--soft); }
+.figure { display: block; width: 100%; max-width: 42rem; height: auto;
   font-family: inherit; stroke-linejoin: round; }
 .grid { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
@@ -58,7 +59,7 @@ li { margin: .5rem 0; }
 </style>
 </head>
 <body>
-<h1>Unlearning report</h1>
+<h1>$title</h1>
 $sections
 <p class="soft">npo-fast $version</p>
 </body>

@@ -89,6 +89,7 @@ class Report:
     def html(self) -> str:
         return PAGE.substitute(
             mark=MARK,
+            title="Unlearning report",
             version=__version__,
             sections="\n".join(
                 f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
