@@ -1,0 +1,112 @@
+"""The paper's claims beside what a study found, counted over seeds."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from npo_fast.report.figures import MEANINGFUL
+from npo_fast.study.results import KEPT, Look, Runs, best_quality, collapse_step, utility_share
+from npo_fast.study.trials import BETAS, EXPERIMENTS, GA_RT, LIMIT, NPO_RT, OVERLAPS, Trial
+
+NEVER = float("inf")
+
+
+def claims(runs: Runs) -> list[dict[str, Any]]:
+    """Rows of a table: what is claimed, what was seen, in how many seeds it holds."""
+    rows = []
+    for other in (GA_RT, LIMIT):
+        if NPO_RT in runs and other in runs:
+            rows.append(_more_robust(runs, other))
+    if Trial("GA") in runs and Trial("NPO") in runs:
+        rows.append(_slower(runs))
+    if NPO_RT in runs:
+        rows.append(_alone(runs))
+    if LIMIT in runs and all(Trial(beta=beta) in runs for beta in (BETAS[0], BETAS[-1])):
+        rows.append(_tends(runs))
+    ends = [replace(t, overlap=o) for t in (NPO_RT, GA_RT) for o in (OVERLAPS[0], OVERLAPS[-1])]
+    if all(trial in runs for trial in ends):
+        rows.append(_entangled(runs))
+    return rows
+
+
+def _more_robust(runs: Runs, other: Trial) -> dict[str, Any]:
+    pairs = [(utility_share(a), utility_share(b)) for a, b in _pairs(runs, NPO_RT, other)]
+    ours, theirs = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    return _counted(
+        f"NPO+RT keeps more utility than {other.name}",
+        f"at the end {ours:.0%} against {theirs:.0%}",
+        [a > b for a, b in pairs],
+    )
+
+
+def _slower(runs: Runs) -> dict[str, Any]:
+    steps = [
+        tuple(NEVER if (s := collapse_step(looks)) is None else s for looks in pair)
+        for pair in _pairs(runs, Trial("NPO"), Trial("GA"))
+    ]
+    npo, ga = (statistics.median_low(values) for values in zip(*steps, strict=True))
+    return _counted(
+        "Without retain data NPO collapses later than GA",
+        f"median step {_step(npo)} against {_step(ga)}",
+        [a > b for a, b in steps],
+    )
+
+
+def _alone(runs: Runs) -> dict[str, Any]:
+    others = [t for t in EXPERIMENTS["methods"] if t in runs and t != NPO_RT]
+    passed = {
+        trial.name: [best_quality(looks) > MEANINGFUL for looks in runs[trial]]
+        for trial in (NPO_RT, *others)
+    }
+    seen = ", ".join(f"{name} {sum(found)}" for name, found in passed.items() if any(found))
+    own = passed.pop(NPO_RT.name)
+    return _counted(
+        f"NPO+RT alone forgets (p > 0.05) and keeps utility (here: {KEPT:.0%})",
+        f"seeds in which an evaluation does: {seen or 'none'}",
+        [ok and not any(found[i] for found in passed.values()) for i, ok in enumerate(own)],
+    )
+
+
+def _tends(runs: Runs) -> dict[str, Any]:
+    small, large = (
+        [_distance(a, b) for a, b in _pairs(runs, Trial(beta=beta), LIMIT)]
+        for beta in (BETAS[0], BETAS[-1])
+    )
+    return _counted(
+        "NPO+RT tends to GA+RT (per sequence) as beta goes to 0",
+        f"mean distance of the utility curves {statistics.fmean(small):.3f} at beta {BETAS[0]:g}, "
+        f"{statistics.fmean(large):.3f} at {BETAS[-1]:g}",
+        [a < b for a, b in zip(small, large, strict=True)],
+    )
+
+
+def _entangled(runs: Runs) -> dict[str, Any]:
+    def loss(trial: Trial) -> list[float]:
+        pairs = _pairs(runs, *(replace(trial, overlap=o) for o in (OVERLAPS[0], OVERLAPS[-1])))
+        return [utility_share(apart) - utility_share(shared) for apart, shared in pairs]
+
+    npo, ga = loss(NPO_RT), loss(GA_RT)
+    return _counted(
+        "Entanglement costs NPO+RT less utility than GA+RT (asked by reviewers, not in the paper)",
+        f"utility lost from overlap 0 to 1: {statistics.fmean(npo):+.1%} against "
+        f"{statistics.fmean(ga):+.1%}",
+        [a < b for a, b in zip(npo, ga, strict=True)],
+    )
+
+
+def _pairs(runs: Runs, one: Trial, other: Trial) -> list[tuple[list[Look], list[Look]]]:
+    """The looks of both at each seed, as far as both have them."""
+    return list(zip(runs[one], runs[other], strict=False))
+
+
+def _distance(a: list[Look], b: list[Look]) -> float:
+    shares = [abs(utility_share(a, i) - utility_share(b, i)) for i in range(len(a))]
+    return statistics.fmean(shares)
+
+
+def _counted(claim: str, seen: str, holds: list[bool]) -> dict[str, Any]:
+    return {"the paper": claim, "here": seen, "holds": f"{sum(holds)} of {len(holds)} seeds"}
+
+
+def _step(value: float) -> str:
+    return "never" if value == NEVER else f"{value:g}"
