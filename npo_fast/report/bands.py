@@ -16,7 +16,7 @@ class Band:
     middle: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    mark: float | None = None  # the x at which a cross is set on the line
+    mark: float | None = None  # the one of ``x`` at which a cross is set on the line
 
 
 def bands(
@@ -43,7 +43,7 @@ def bands(
                 above = [high - m for m, high in zip(band.middle, band.high, strict=True)]
                 axes.errorbar(band.x, band.middle, yerr=(below, above), capsize=3, **look)
             if band.mark is not None:
-                at = min(range(len(band.x)), key=lambda i: abs(band.x[i] - band.mark))
+                at = list(band.x).index(band.mark)
                 axes.plot(band.x[at], band.middle[at], "X", color=look["color"], markersize=10,
                           markeredgecolor=INK, zorder=5)  # fmt: skip
         _finish(axes, log, line)

@@ -136,8 +136,8 @@ class StudyPage:
                 lines[trial.name] = (_INDEX[trial.name], found)
         text = (
             "Overlap is the share of forgotten authors whose first and family names kept authors "
-            "have too, and of forgotten facts that are worded like kept ones and whose value a kept "
-            "author has too. At 0 they share no word of a name, no wording and no value."
+            "have too, and of forgotten facts that are worded like kept ones and whose value a "
+            "kept author has too. At 0 they share no word of a name, no wording and no value."
         )
         return f"<p>{escape(text)}</p>\n" + self._pair(
             "overlap", "overlap", lines, "", _say_overlap
@@ -169,7 +169,7 @@ class StudyPage:
         return _grid(figures)
 
     def _schedule(self) -> str:
-        group = {t.schedule: t for t in EXPERIMENTS["schedule"] if t in self.runs}
+        group = {str(t.schedule): t for t in EXPERIMENTS["schedule"] if t in self.runs}
         text = (
             "One step on the summed loss of a batch, or a step on its forget half and then one on "
             "its retain half: twice the steps for the same passes over the data. Adam divides each "

@@ -43,8 +43,8 @@ class StudySettings:
     world: DemoSettings = SMALL
     unlearning: TrainSettings = TrainSettings(epochs=12, lr=1e-3, micro_batch_tokens=4096)
     retain: float = 5.0  # the paper's, to forget half
-    looks_every: int = 3  # batches of forget data
-    look_records: int = 30  # first records of each set to keep, for the utility
+    looks_every: int = 4  # batches of forget data
+    look_records: int = 20  # first records of each set to keep, for the utility
     look_tokens: int = 14  # longest answer there
 
     def describe(self) -> dict[str, Any]:
