@@ -73,10 +73,14 @@ class StudyPage:
             "What the paper says, and what came out",
             html_table(["the paper", "here", "holds"], claims(self.runs)),
         )
-        yield "When utility collapses", self._methods()
-        yield "Beta of NPO+RT", self._beta()
-        yield "Forgotten facts entangled with kept ones", self._overlap()
-        yield "Steps in turns", self._schedule()
+        for title, name, body in (
+            ("When utility collapses", "methods", self._methods),
+            ("Beta of NPO+RT", "beta", self._beta),
+            ("Forgotten facts entangled with kept ones", "overlap", self._overlap),
+            ("Steps in turns", "schedule", self._schedule),
+        ):
+            if sum(trial in self.runs for trial in EXPERIMENTS[name]) > 1:
+                yield title, body()
         yield "Where the numbers come from", self._origin()
 
     def _methods(self) -> str:
