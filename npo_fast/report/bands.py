@@ -48,7 +48,7 @@ def bands(
                           markeredgecolor=INK, zorder=5)  # fmt: skip
         _finish(axes, log, line)
 
-    return figure(key, title, x, y, draw, (5.2, 3.9))
+    return figure(key, title, x, y, draw, (4.6, 3.9))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def crosses(
                           elinewidth=1, **look)  # fmt: skip
         _finish(axes, log, line)
 
-    return figure(key, title, x, y, draw, (5.2, 3.9))
+    return figure(key, title, x, y, draw, (4.6, 3.9))
 
 
 def _finish(axes: Any, log: str, line: float | None) -> None:

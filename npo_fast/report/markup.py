@@ -31,7 +31,10 @@ table { border-collapse: collapse; width: max-content; min-width: 100%;
   font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   max-width: 18rem; overflow-wrap: break-word; }
-tr:last-child td { border-bottom: 0; } th { background: var(--box); font-weight: 600; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
+tr:last-child td { border-bottom: 0; }
+th, th:first-child { background: var(--box); font-weight: 600; }
+@media (max-width: 40rem) { th:first-child, td:first-child { max-width: 8rem; } }
 figure { margin: 0; } figcaption { font-size: .9rem; color: var(--soft); }
 .figure { display: block; width: 100%; max-width: 42rem; height: auto;
   font-family: inherit; stroke-linejoin: round; }
@@ -86,11 +89,16 @@ def side_by_side(asked: Answer, columns: Mapping[str, Sequence[Answer]]) -> str:
         found = (one.text for one in answers if one.answers(asked.question, asked.truth))
         if (answer := next(found, None)) is not None:
             cells[name] = answer
+    return card(asked.question, cells)
+
+
+def card(title: str, cells: Mapping[str, str]) -> str:
+    """A box with named texts side by side."""
     body = "\n".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(answer) or '(nothing)'}</dd></div>"
-        for name, answer in cells.items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(content) or '(nothing)'}</dd></div>"
+        for name, content in cells.items()
     )
-    return f"<article>\n<h3>{escape(asked.question)}</h3>\n<dl>\n{body}\n</dl>\n</article>"
+    return f"<article>\n<h3>{escape(title)}</h3>\n<dl>\n{body}\n</dl>\n</article>"
 
 
 def note(sentence: str) -> str:

@@ -66,11 +66,14 @@ def tradeoff(
     )  # fmt: skip
 
 
-def truth_ratios(ratios: Mapping[str, Array], anchors: Mapping[str, Array]) -> str:
+def truth_ratios(
+    ratios: Mapping[str, tuple[int, Array]],  # run -> its index, its values
+    anchors: Mapping[str, Array],
+) -> str:
     """Empirical distribution functions; forget quality tests the largest vertical gap."""
 
     def draw(axes: Any) -> None:
-        for i, (name, values) in enumerate(ratios.items()):
+        for name, (i, values) in ratios.items():
             _ecdf(axes, values, **line_style(i) | {"marker": ""}, label=name)
         for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
             _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=name)
@@ -118,12 +121,16 @@ def _ecdf(axes: Any, values: Array, **style: Any) -> None:
 
 
 def logarithmic(axes: Any, which: str) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")  # the usual labels, 10^k, need TeX
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axis = getattr(axes, f"{which}axis")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")  # the usual labels, 10^k, need TeX
+    axis.set_major_formatter(plain)
+    low, high = axis.get_view_interval()
+    if high / low < 30:  # too few powers of ten to read a value by
+        axis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        axis.set_minor_formatter(plain)
 
 
 def line_style(i: int) -> dict[str, Any]:
