@@ -1,8 +1,7 @@
 """The paper's claims beside what a study found, counted over seeds."""
 
 import statistics
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from npo_fast.report.figures import MEANINGFUL
 from npo_fast.study.results import KEPT, Look, Runs, best_quality, collapse_step, utility_share
@@ -11,8 +10,15 @@ from npo_fast.study.trials import BETAS, EXPERIMENTS, GA_RT, LIMIT, NPO_RT, OVER
 NEVER = float("inf")
 
 
-def claims(runs: Runs) -> list[dict[str, Any]]:
-    """Rows of a table: what is claimed, what was seen, in how many seeds it holds."""
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    seen: str
+    holds: str  # in how many seeds
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """Those for which the trials are there."""
     rows = []
     for other in (GA_RT, LIMIT):
         if NPO_RT in runs and other in runs:
@@ -29,7 +35,7 @@ def claims(runs: Runs) -> list[dict[str, Any]]:
     return rows
 
 
-def _more_robust(runs: Runs, other: Trial) -> dict[str, Any]:
+def _more_robust(runs: Runs, other: Trial) -> Claim:
     pairs = [(utility_share(a), utility_share(b)) for a, b in _pairs(runs, NPO_RT, other)]
     ours, theirs = (statistics.fmean(values) for values in zip(*pairs, strict=True))
     return _counted(
@@ -39,7 +45,7 @@ def _more_robust(runs: Runs, other: Trial) -> dict[str, Any]:
     )
 
 
-def _slower(runs: Runs) -> dict[str, Any]:
+def _slower(runs: Runs) -> Claim:
     steps = [
         tuple(NEVER if (s := collapse_step(looks)) is None else s for looks in pair)
         for pair in _pairs(runs, Trial("NPO"), Trial("GA"))
@@ -52,7 +58,7 @@ def _slower(runs: Runs) -> dict[str, Any]:
     )
 
 
-def _alone(runs: Runs) -> dict[str, Any]:
+def _alone(runs: Runs) -> Claim:
     others = [t for t in EXPERIMENTS["methods"] if t in runs and t != NPO_RT]
     passed = {
         trial.name: [best_quality(looks) > MEANINGFUL for looks in runs[trial]]
@@ -67,7 +73,7 @@ def _alone(runs: Runs) -> dict[str, Any]:
     )
 
 
-def _tends(runs: Runs) -> dict[str, Any]:
+def _tends(runs: Runs) -> Claim:
     small, large = (
         [_distance(a, b) for a, b in _pairs(runs, Trial(beta=beta), LIMIT)]
         for beta in (BETAS[0], BETAS[-1])
@@ -80,7 +86,7 @@ def _tends(runs: Runs) -> dict[str, Any]:
     )
 
 
-def _entangled(runs: Runs) -> dict[str, Any]:
+def _entangled(runs: Runs) -> Claim:
     def loss(trial: Trial) -> list[float]:
         pairs = _pairs(runs, *(replace(trial, overlap=o) for o in (OVERLAPS[0], OVERLAPS[-1])))
         return [utility_share(apart) - utility_share(shared) for apart, shared in pairs]
@@ -104,8 +110,8 @@ def _distance(a: list[Look], b: list[Look]) -> float:
     return statistics.fmean(shares)
 
 
-def _counted(claim: str, seen: str, holds: list[bool]) -> dict[str, Any]:
-    return {"the paper": claim, "here": seen, "holds": f"{sum(holds)} of {len(holds)} seeds"}
+def _counted(claim: str, seen: str, holds: list[bool]) -> Claim:
+    return Claim(claim, seen, f"{sum(holds)} of {len(holds)} seeds")
 
 
 def _step(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from npo_fast._version import __version__
 from npo_fast.report.bands import Band, Cross, bands, crosses
 from npo_fast.report.figures import MEANINGFUL
-from npo_fast.report.markup import MARK, PAGE, html_table
+from npo_fast.report.markup import MARK, PAGE, card, html_table
 from npo_fast.report.svg import SMALLEST
 from npo_fast.study.claims import claims
 from npo_fast.study.results import (
@@ -69,10 +69,12 @@ class StudyPage:
 
     def _sections(self) -> Iterator[tuple[str, str]]:
         yield "What it is", f"<p>{escape(_INTRO)}</p>"
-        yield (
-            "What the paper says, and what came out",
-            html_table(["the paper", "here", "holds"], claims(self.runs)),
-        )
+        cards = [
+            card(claim.text, {"here": claim.seen, "holds": claim.holds})
+            for claim in claims(self.runs)
+        ]
+        if cards:
+            yield "What the paper says, and what came out", "\n".join(cards)
         for title, name, body in (
             ("When utility collapses", "methods", self._methods),
             ("Beta of NPO+RT", "beta", self._beta),
