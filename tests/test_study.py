@@ -8,6 +8,7 @@ import pytest
 
 from npo_fast.demo.world import AUTHOR_RELATIONS, OTHER_WORDINGS, make_world
 from npo_fast.errors import UserError
+from npo_fast.study.claims import claims
 from npo_fast.study.page import StudyPage
 from npo_fast.study.results import (
     Spread,
@@ -133,6 +134,16 @@ def test_gradient_ascent_per_sequence_is_the_limit_of_npo():
         replace(GA_RT, beta=0.1).terms(5.0)
 
 
+def test_claims_compare_the_runs_of_one_seed():
+    runs = {
+        NPO_RT: {1: looks(1.0, 0.9), 2: looks(1.0, 0.2)},
+        GA_RT: {0: looks(1.0, 1.0), 1: looks(1.0, 0.8)},
+    }
+    found = claims(runs)[0]
+    assert found.text == "NPO+RT keeps more utility than GA+RT"
+    assert (found.seen, found.holds) == ("at the end 90% against 80%", "1 of 1 seeds")
+
+
 def test_every_trial_of_the_experiments_can_be_built():
     for trials in EXPERIMENTS.values():
         for trial in trials:
@@ -158,7 +169,7 @@ def folder(tmp_path_factory):
 
 def test_a_run_leaves_looks_from_step_0_to_the_last(folder):
     runs = by_trial(load_study(folder)[:1])
-    (npo,), (turns,) = runs[NPO_RT], runs[Trial(schedule="alternating")]
+    npo, turns = runs[NPO_RT][0], runs[Trial(schedule="alternating")][0]
     assert [look["step"] for look in npo] == [0, 1, 2]
     assert [look["step"] for look in turns] == [0, 2, 4]
     assert [look["epoch"] for look in turns] == [look["epoch"] for look in npo]

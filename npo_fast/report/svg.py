@@ -13,8 +13,11 @@ from npo_fast.report.figures import MEANINGFUL, Point
 
 SMALLEST = 1e-50  # p-values below are drawn here, for the logarithmic axis
 INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones
-_COLORS = ("#3b82d6", "#d9822b", "#2a9d6f", "#b565c9", "#d9534f", "#1fa2b5")
-_MARKERS = "os^Dvp"
+_COLORS = (
+    "#3b82d6", "#d9822b", "#2a9d6f", "#b565c9", "#d9534f", "#1fa2b5", "#a3873a", "#85888f",
+    "#7a9a1f",
+)  # fmt: skip
+_MARKERS = "os^Dvph<>"
 _DASHES = ("-", "--", "-.", ":")
 _STYLE: dict[str, Any] = {
     **dict.fromkeys(

@@ -35,6 +35,7 @@ from npo_fast.study.trials import (
 
 TITLE = "Small-world study of unlearning"
 UTILITY, QUALITY = "model utility, share of the start", "forget quality (KS p-value)"
+NPO_BETA = 0.1  # the paper's
 Measure = Callable[[list[Look]], float]
 _FIRST = ("GA", "GA+RT", "GA+RT per sequence", "NPO", "NPO+RT")
 _INDEX = {trial.name: i for i, trial in enumerate(EXPERIMENTS["methods"])}
@@ -117,7 +118,7 @@ class StudyPage:
                 "Up and right is better: forgotten as if never taught, and the rest kept.",
             )
         )
-        rows = [_row(trial, self.runs[trial]) for trial in trials]
+        rows = [_row(trial, list(self.runs[trial].values())) for trial in trials]
         table = html_table(list(rows[0]), rows) if rows else ""
         return f"<p>{escape(_COLLAPSE)}</p>\n{_grid(figures)}\n{table}"
 
@@ -185,12 +186,12 @@ class StudyPage:
             _figure(
                 bands("schedule-utility", "NPO+RT: utility", "epoch", UTILITY,
                       self._curves(group, True, "epoch", numbered=True)),
-                _say_schedule(group, self.runs, False),
+                _say_ends(group, self.runs, False),
             ),
             _figure(
                 bands("schedule-quality", "NPO+RT: forget quality", "epoch", QUALITY,
                       self._curves(group, False, "epoch", numbered=True), "y", MEANINGFUL),
-                _say_schedule(group, self.runs, True),
+                _say_ends(group, self.runs, True),
             ),
         ]  # fmt: skip
         return f"<p>{escape(text)}</p>\n{_grid(figures)}"
@@ -200,7 +201,7 @@ class StudyPage:
     ) -> dict[str, Band]:
         found = {}
         for n, (name, trial) in enumerate(group.items()):
-            seeds = self.runs[trial]
+            seeds = list(self.runs[trial].values())
             looks = range(len(seeds[0]))
             spreads = [
                 _triple([utility_share(s, at) for s in seeds]) if share
@@ -216,7 +217,7 @@ class StudyPage:
     def _triple(
         self, trial: Trial, measure: Measure, log: bool = False
     ) -> tuple[float, float, float]:
-        return _triple([measure(looks) for looks in self.runs[trial]], log)
+        return _triple([measure(looks) for looks in self.runs[trial].values()], log)
 
     def _origin(self) -> str:
         first = self.study[0]
@@ -299,7 +300,7 @@ def _grid(figures: Sequence[str]) -> str:
 def _say_collapse(group: Mapping[str, Trial], runs: Runs) -> str:
     gone, stay = [], []
     for name, trial in group.items():
-        steps = [s for looks in runs[trial] if (s := collapse_step(looks)) is not None]
+        steps = [s for looks in runs[trial].values() if (s := collapse_step(looks)) is not None]
         if steps:
             count = f"{len(steps)} of {len(runs[trial])} seeds"
             gone.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
@@ -311,7 +312,7 @@ def _say_collapse(group: Mapping[str, Trial], runs: Runs) -> str:
 
 def _say_quality(group: Mapping[str, Trial], runs: Runs) -> str:
     counts = [
-        f"{name} {sum(best_quality(looks) > MEANINGFUL for looks in runs[trial])}"
+        f"{name} {sum(best_quality(looks) > MEANINGFUL for looks in runs[trial].values())}"
         for name, trial in group.items()
     ]
     total = max(len(runs[trial]) for trial in group.values())
@@ -322,34 +323,28 @@ def _say_quality(group: Mapping[str, Trial], runs: Runs) -> str:
 
 
 def _say_beta(runs: Runs, quality: bool) -> str:
-    ends = [beta for beta in BETAS if Trial(beta=beta) in runs]
-    trials = {f"beta {beta:g}": runs[Trial(beta=beta)] for beta in (ends[0], 0.1, ends[-1])
-              if Trial(beta=beta) in runs}  # fmt: skip
-    if LIMIT in runs:
-        trials[LIMIT.name] = runs[LIMIT]
-    return _say_ends(trials, quality)
+    betas = [beta for beta in BETAS if Trial(beta=beta) in runs]
+    shown = [beta for beta in betas if beta in (betas[0], NPO_BETA, betas[-1])]
+    trials = {f"beta {beta:g}": Trial(beta=beta) for beta in shown}
+    return _say_ends(trials | {LIMIT.name: LIMIT}, runs, quality)
 
 
 def _say_overlap(runs: Runs, quality: bool) -> str:
     trials = {
-        f"{trial.name} at overlap {o:g}": runs[at]
+        f"{trial.name} at overlap {overlap:g}": replace(trial, overlap=overlap)
         for trial in (NPO_RT, GA_RT)
-        for o in (OVERLAPS[0], OVERLAPS[-1])
-        if (at := replace(trial, overlap=o)) in runs
+        for overlap in (OVERLAPS[0], OVERLAPS[-1])
     }
-    return _say_ends(trials, quality)
+    return _say_ends(trials, runs, quality)
 
 
-def _say_schedule(group: Mapping[str, Trial], runs: Runs, quality: bool) -> str:
-    return _say_ends({name: runs[trial] for name, trial in group.items()}, quality)
-
-
-def _say_ends(trials: Mapping[str, list[list[Look]]], quality: bool) -> str:
-    """What each ends with."""
+def _say_ends(trials: Mapping[str, Trial], runs: Runs, quality: bool) -> str:
+    """What each of those that were run ends with."""
+    found = {name: list(runs[trial].values()) for name, trial in trials.items() if trial in runs}
     if quality:
-        parts = [f"{n} {powers([_last_quality(x) for x in s])}" for n, s in trials.items()]
+        parts = [f"{n} {powers([_last_quality(x) for x in s])}" for n, s in found.items()]
         return f"Forget quality at the end, range over seeds: {'; '.join(parts)}."
-    parts = [f"{name} {plus_minus([utility_share(x) for x in s])}" for name, s in trials.items()]
+    parts = [f"{name} {plus_minus([utility_share(x) for x in s])}" for name, s in found.items()]
     return f"Utility at the end: {'; '.join(parts)}."
 
 

@@ -14,7 +14,7 @@ from npo_fast.study.trials import StudySettings, Trial
 COLLAPSED = 0.5  # of the utility at step 0
 KEPT = 0.85  # of it: what a look must have kept to be the best
 Look = Mapping[str, float]
-Runs = dict[Trial, list[list[Look]]]  # the looks of every seed
+Runs = dict[Trial, dict[int, list[Look]]]  # the looks of every seed
 
 
 @dataclass(frozen=True)
@@ -114,5 +114,5 @@ def by_trial(study: Iterable[Mapping[str, Any]]) -> Runs:
     runs: Runs = {}
     for content in study:
         for run in content["runs"]:
-            runs.setdefault(Trial(**run["trial"]), []).append(run["looks"])
+            runs.setdefault(Trial(**run["trial"]), {})[content["seed"]] = run["looks"]
     return runs
