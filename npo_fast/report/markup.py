@@ -38,7 +38,7 @@ th, th:first-child { background: var(--box); font-weight: 600; }
 figure { margin: 0; } figcaption { font-size: .9rem; color: var(--soft); }
 .figure { display: block; width: 100%; max-width: 42rem; height: auto;
   font-family: inherit; stroke-linejoin: round; }
-.grid { display: grid; gap: 1rem;
+.grid { display: grid; gap: 1rem; margin-bottom: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
 article { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0; overflow: hidden; }
 article h3 { margin: 0; padding: .5rem .8rem; background: var(--box); font-size: .95rem;

@@ -281,8 +281,8 @@ def plus_minus(values: Sequence[float]) -> str:
 
 def powers(values: Sequence[float]) -> str:
     """The range of p-values."""
-    low, high = min(values), max(values)
-    return f"{_p(low)} to {_p(high)}"
+    low, high = _p(min(values)), _p(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _p(value: float) -> str:
@@ -306,8 +306,9 @@ def _say_collapse(group: Mapping[str, Trial], runs: Runs) -> str:
             gone.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
         else:
             stay.append(name)
-    told = f"Utility collapses with {_and(gone)}" if gone else "Utility collapses with none"
-    return told + (f"; it does not with {_and(stay)}." if stay else ".")
+    parts = [f"it collapses with {_and(gone)}"] if gone else []
+    parts += [f"it does not with {_and(stay)}"] if stay else []
+    return f"Utility: {'; '.join(parts)}."
 
 
 def _say_quality(group: Mapping[str, Trial], runs: Runs) -> str:
@@ -317,8 +318,8 @@ def _say_quality(group: Mapping[str, Trial], runs: Runs) -> str:
     ]
     total = max(len(runs[trial]) for trial in group.values())
     return (
-        f"Seeds of {total} in which an evaluation passes 0.05 with at least {KEPT:.0%} of the "
-        f"utility: {', '.join(counts)}."
+        f"Seeds of {total} in which some evaluation is above {MEANINGFUL} with {KEPT:.0%} of the "
+        f"utility left: {', '.join(counts)}."
     )
 
 
