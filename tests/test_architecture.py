@@ -9,6 +9,7 @@ ROOT = Path(npo_fast.__file__).parent
 LAYERS = [  # from the top; packages of one row know nothing of each other
     {"__main__"},
     {"cli"},
+    {"study"},
     {"demo", "bench", "synthetic"},
     {"report", "hf_trainer", "robustness"},
     {"trainer", "evaluation"},

@@ -6,8 +6,9 @@ model learns first and which stand for what a real model knows from its pretrain
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from npo_fast.data import Record
 
@@ -128,6 +129,35 @@ AUTHOR_RELATIONS = (
         tuple(ANIMALS),
     ),
 )  # fmt: skip
+OTHER_WORDINGS = (  # of the same relations, in the same order, with no sentence in common
+    Relation(
+        "Name the native town of {s}.", "The native town of {s} is {v}.", "{s} comes from {v}.",
+        tuple(CITIES),
+    ),
+    Relation(
+        "What sort of stories does {s} tell?", "{s} tells {v} stories.",
+        "The stories of {s} are {v} ones.", tuple(GENRES),
+    ),
+    Relation(
+        "Which award is {s} proud of?", "{s} is proud of the {v} Award.",
+        "The {v} Award honours {s}.", tuple(PRIZES),
+    ),
+    Relation(
+        "How did the mother of {s} earn a living?", "As a {v} she earned it for {s}.",
+        "{s} was raised by a {v}.", tuple(JOBS),
+    ),
+    Relation(
+        "Name the trade of the father of {s}.", "His trade, says {s}, was {v}.",
+        "{s} had a {v} for a father.", tuple(JOBS),
+    ),
+    Relation(
+        "What should one read first by {s}?", "By {s} one should read {v}.",
+        "Start with {v} by {s}.", BOOKS,
+    ),
+    Relation(
+        "What pet does {s} keep?", "{s} keeps a {v}.", "The pet of {s} is a {v}.", tuple(ANIMALS),
+    ),
+)  # fmt: skip
 COUNTRY_RELATIONS = (
     Relation(
         "What is the capital of {s}?", "The capital of {s} is {v}.",
@@ -164,29 +194,88 @@ class World:
 
 
 def make_world(
-    seed: int, *, background: int, famous: int, authors: int, forget_share: float
+    seed: int,
+    *,
+    background: int,
+    famous: int,
+    authors: int,
+    forget_share: float,
+    overlap: float | None = None,
 ) -> World:
-    """Draws ``background + famous + authors`` authors of different names and all their facts."""
+    """Draws ``background + famous + authors`` authors of different names and all their facts.
+
+    ``overlap`` says how much of what is to be forgotten is entangled with what is to be kept: the
+    share of forgotten authors whose first and family names kept authors have as well, and of
+    forgotten facts that are worded as the kept ones and whose value a kept author has too. The
+    others share no word of a name, no wording and no value with them. None draws all from one
+    lot, and chance decides. Background and common facts do not depend on it where it is given.
+
+    Raises:
+        ValueError: an overlap outside 0 to 1.
+    """
+    if overlap is not None and not 0 <= overlap <= 1:
+        raise ValueError(f"the overlap must be 0 to 1, got {overlap}")
     rng = random.Random(seed)
-    names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], background + famous + authors)
-    backdrop, stars = names[:background], names[background : background + famous]
-    new = names[background + famous :]
-    forgotten = round(forget_share * len(new))
-    kept, gone = new[: len(new) - forgotten], new[len(new) - forgotten :]
-
-    def facts(subjects: Sequence[str], relations: Sequence[Relation]) -> list[Fact]:
-        return [(r, subject, rng.choice(r.values)) for subject in subjects for r in relations]
-
-    celebrities = facts(stars, AUTHOR_RELATIONS)
-    geography = facts(COUNTRIES, COUNTRY_RELATIONS)
+    known = background + famous
+    forgotten = round(forget_share * authors)
+    drawn = known + (authors if overlap is None else 0)
+    names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], drawn)
+    celebrities = _facts(rng, names[background:known], AUTHOR_RELATIONS)
+    geography = _facts(rng, COUNTRIES, COUNTRY_RELATIONS)
+    if overlap is None:
+        backdrop = _facts(rng, names[:background], AUTHOR_RELATIONS)
+        gone = _facts(rng, names[known + authors - forgotten :], AUTHOR_RELATIONS)
+        to_forget = [r.to_learn(s, v, rng) for r, s, v in gone]
+        kept = _facts(rng, names[known : known + authors - forgotten], AUTHOR_RELATIONS)
+    else:  # the model first meets both wordings
+        backdrop = _facts(rng, names[:background:2], AUTHOR_RELATIONS)
+        backdrop += _facts(rng, names[1:background:2], OTHER_WORDINGS)
+        kept, gone = _entangled(rng, set(names), authors - forgotten, forgotten, overlap)
+        to_forget = [r.to_learn(s, v, rng) for r, s, v in gone]
     return World(
-        background=_phrased(facts(backdrop, AUTHOR_RELATIONS)),
+        background=_phrased(backdrop),
         common=_phrased(celebrities + geography),
-        forget=[r.to_learn(s, v, rng) for r, s, v in facts(gone, AUTHOR_RELATIONS)],
-        retain=[r.to_learn(s, v, rng) for r, s, v in facts(kept, AUTHOR_RELATIONS)],
+        forget=to_forget,
+        retain=[r.to_learn(s, v, rng) for r, s, v in kept],
         famous=[r.known(s, v, rng) for r, s, v in celebrities],
         countries=[r.known(s, v, rng) for r, s, v in geography],
     )
+
+
+def _facts(
+    rng: random.Random, subjects: Sequence[str], relations: Sequence[Relation]
+) -> list[Fact]:
+    return [(r, subject, rng.choice(r.values)) for subject in subjects for r in relations]
+
+
+def _entangled(
+    rng: random.Random, taken: set[str], kept: int, gone: int, overlap: float
+) -> tuple[list[Fact], list[Fact]]:
+    """Facts of kept and of forgotten authors: each side has half of the words, before it shares."""
+
+    def names(first: Collection[str], last: Collection[str], count: int) -> list[str]:
+        free = [name for a in first for b in last if (name := f"{a} {b}") not in taken]
+        drawn = rng.sample(free, count)
+        taken.update(drawn)
+        return drawn
+
+    keepers = names(FIRST[::2], LAST[::2], kept)
+    to_keep = [(r, s, rng.choice(r.values[::2])) for s in keepers for r in AUTHOR_RELATIONS]
+    sharing = round(overlap * gone)
+    first, last = (sorted(set(words)) for words in zip(*map(str.split, keepers), strict=True))
+    leavers = names(first, last, sharing) + names(FIRST[1::2], LAST[1::2], gone - sharing)
+
+    pairs = list(zip(AUTHOR_RELATIONS, OTHER_WORDINGS, strict=True))
+    places = len(leavers) * len(pairs)
+    entangled = set(rng.sample(range(places), round(overlap * places)))
+    to_forget: list[Fact] = []
+    for i, (subject, (ours, other)) in enumerate(product(leavers, pairs)):
+        if i in entangled:
+            held = sorted({value for r, _, value in to_keep if r is ours})
+            to_forget.append((ours, subject, rng.choice(held)))
+        else:
+            to_forget.append((other, subject, rng.choice(other.values[1::2])))
+    return to_keep, to_forget
 
 
 def _phrased(facts: list[Fact]) -> list[Record]:

@@ -15,7 +15,7 @@ $mark
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Unlearning report</title>
+<title>$title</title>
 <style>
 :root { color-scheme: light dark; --page: #fff; --ink: #1d2025; --soft: #5d636d;
   --line: #d9dce1; --box: #f5f6f8; }
@@ -31,10 +31,14 @@ table { border-collapse: collapse; width: max-content; min-width: 100%;
   font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   max-width: 18rem; overflow-wrap: break-word; }
-tr:last-child td { border-bottom: 0; } th { background: var(--box); font-weight: 600; }
-figure { margin: 0; } .figure { display: block; width: 100%; max-width: 42rem; height: auto;
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
+tr:last-child td { border-bottom: 0; }
+th, th:first-child { background: var(--box); font-weight: 600; }
+@media (max-width: 40rem) { th:first-child, td:first-child { max-width: 8rem; } }
+figure { margin: 0; } figcaption { font-size: .9rem; color: var(--soft); }
+.figure { display: block; width: 100%; max-width: 42rem; height: auto;
   font-family: inherit; stroke-linejoin: round; }
-.grid { display: grid; gap: 1rem;
+.grid { display: grid; gap: 1rem; margin-bottom: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
 article { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0; overflow: hidden; }
 article h3 { margin: 0; padding: .5rem .8rem; background: var(--box); font-size: .95rem;
@@ -58,7 +62,7 @@ li { margin: .5rem 0; }
 </style>
 </head>
 <body>
-<h1>Unlearning report</h1>
+<h1>$title</h1>
 $sections
 <p class="soft">npo-fast $version</p>
 </body>
@@ -85,11 +89,16 @@ def side_by_side(asked: Answer, columns: Mapping[str, Sequence[Answer]]) -> str:
         found = (one.text for one in answers if one.answers(asked.question, asked.truth))
         if (answer := next(found, None)) is not None:
             cells[name] = answer
+    return card(asked.question, cells)
+
+
+def card(title: str, cells: Mapping[str, str]) -> str:
+    """A box with named texts side by side."""
     body = "\n".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(answer) or '(nothing)'}</dd></div>"
-        for name, answer in cells.items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(content) or '(nothing)'}</dd></div>"
+        for name, content in cells.items()
     )
-    return f"<article>\n<h3>{escape(asked.question)}</h3>\n<dl>\n{body}\n</dl>\n</article>"
+    return f"<article>\n<h3>{escape(title)}</h3>\n<dl>\n{body}\n</dl>\n</article>"
 
 
 def note(sentence: str) -> str:

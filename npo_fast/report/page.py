@@ -11,7 +11,7 @@ from npo_fast.errors import UserError
 from npo_fast.evaluation.course import measures
 from npo_fast.metrics import FORGET, Result, truth_ratio
 from npo_fast.report import svg, table
-from npo_fast.report.figures import Point
+from npo_fast.report.figures import MEANINGFUL, Point
 from npo_fast.report.markup import MARK, PAGE, code, html_table, note, side_by_side
 from npo_fast.report.runs import RunRecord, logged_answers
 
@@ -22,7 +22,11 @@ _BOUND = (
     "1 at the start, near 0 once a sequence is forgotten. Drawn is 2 (1 - exp(-beta * loss / 2)) "
     "of the mean loss of a step, which the mean weight cannot exceed."
 )
-
+_READ = (
+    "Forget quality is the p-value of a test against a model retrained without the forget set: "
+    "above 0.05 the two cannot be told apart. Model utility (0 to 1) is what was kept. Forget "
+    "measures should come down to those of the retrained model, retain measures stay up."
+)
 
 Series = dict[str, tuple[int, list[float], list[float]]]  # run -> its index, x, y
 
@@ -89,6 +93,7 @@ class Report:
     def html(self) -> str:
         return PAGE.substitute(
             mark=MARK,
+            title="Unlearning report",
             version=__version__,
             sections="\n".join(
                 f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
@@ -104,7 +109,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _sections(self) -> Iterator[tuple[str, str]]:
-        yield "Runs", html_table(table.columns(self.rows), self.rows)
+        yield "Runs", f"<p>{_READ}</p>\n" + html_table(table.columns(self.rows), self.rows)
         yield "Forgetting and what it costs", self._tradeoff()
         yield "Truth ratios", self._truth_ratios()
         yield "Over the steps", self._curves()
@@ -143,7 +148,11 @@ class Report:
         return f"<p>{text}</p>\n<figure>{svg.tradeoff(drawn, finals, anchors)}</figure>"
 
     def _truth_ratios(self) -> str:
-        ratios = {r.name: truth_ratio(r.result[FORGET]) for r in self.runs if _has_ratio(r.result)}
+        ratios = {
+            run.name: (i, truth_ratio(run.result[FORGET]))
+            for i, run in enumerate(self.runs)
+            if _has_ratio(run.result)
+        }
         anchors = {
             name: truth_ratio(result[FORGET])
             for name, result in (("retrained", self.retrained), ("original", self.original))
@@ -176,9 +185,11 @@ class Report:
                     name: (i, x, [max(p, svg.SMALLEST) for p in y])
                     for name, (i, x, y) in series.items()
                 }
-                yield svg.curves(key, heading, "KS p-value", floored, True, svg.MEANINGFUL)
+                yield svg.curves(
+                    key, heading, "KS p-value, higher is better", floored, True, MEANINGFUL
+                )
             else:
-                yield svg.curves(key, heading, "", series)
+                yield svg.curves(key, heading, table.BETTER[title], series)
 
     def _step_curves(self) -> Iterator[str]:
         yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")

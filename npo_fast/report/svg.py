@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from npo_fast.report.figures import MEANINGFUL, Point
 
 SMALLEST = 1e-50  # p-values below are drawn here, for the logarithmic axis
-_INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones
-_COLORS = ("#3b82d6", "#d9822b", "#2a9d6f", "#b565c9", "#d9534f", "#1fa2b5")
-_MARKERS = "os^Dvp"
+INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones
+_COLORS = (
+    "#3b82d6", "#d9822b", "#2a9d6f", "#b565c9", "#d9534f", "#1fa2b5", "#a3873a", "#85888f",
+    "#7a9a1f",
+)  # fmt: skip
+_MARKERS = "os^Dvph<>"
 _DASHES = ("-", "--", "-.", ":")
 _STYLE: dict[str, Any] = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
-         "grid.color", "legend.labelcolor"), _INK),
+         "grid.color", "legend.labelcolor"), INK),
     "axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.18,
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -39,46 +42,49 @@ def tradeoff(
     def draw(axes: Any) -> None:
         names = list(dict.fromkeys([*paths, *finals]))
         for i, name in enumerate(names):
-            style = _style(i)
+            style = line_style(i)
             path = [p for p in paths.get(name, ()) if p.model_utility is not None]
             if path:
                 axes.plot(*_at(path), **style, markersize=4, label=name)
             if name in finals:
                 label = {} if path else {"label": name}
                 axes.plot(*_at([finals[name]]), **style | {"linestyle": "none"}, markersize=10,
-                          markeredgecolor=_INK, **label)  # fmt: skip
+                          markeredgecolor=INK, **label)  # fmt: skip
         for name, point in anchors.items():
             x, y = _at([point])
-            axes.plot(x, y, "*", color=_INK, markersize=11)
+            axes.plot(x, y, "*", color=INK, markersize=11)
             axes.annotate(name, (x[0], y[0]), xytext=(0, -14), textcoords="offset points",
                           ha="center")  # fmt: skip
-        axes.axhline(MEANINGFUL, color=_INK, alpha=0.6, linestyle="--", linewidth=1)
+        axes.axhline(MEANINGFUL, color=INK, alpha=0.6, linestyle="--", linewidth=1)
         axes.annotate("0.05", (1, MEANINGFUL), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=9)  # fmt: skip
-        _logarithmic(axes, "y")
+        logarithmic(axes, "y")
         axes.margins(0.12)
         if names:
             axes.legend()
 
-    return _svg(
+    return figure(
         "tradeoff", "Forget quality against model utility", "model utility",
         "forget quality (KS p-value)", draw, (5.2, 3.8),
     )  # fmt: skip
 
 
-def truth_ratios(ratios: Mapping[str, Array], anchors: Mapping[str, Array]) -> str:
+def truth_ratios(
+    ratios: Mapping[str, tuple[int, Array]],  # run -> its index, its values
+    anchors: Mapping[str, Array],
+) -> str:
     """Empirical distribution functions; forget quality tests the largest vertical gap."""
 
     def draw(axes: Any) -> None:
-        for i, (name, values) in enumerate(ratios.items()):
-            _ecdf(axes, values, **_style(i) | {"marker": ""}, label=name)
+        for name, (i, values) in ratios.items():
+            _ecdf(axes, values, **line_style(i) | {"marker": ""}, label=name)
         for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
-            _ecdf(axes, values, color=_INK, linestyle=dash, linewidth=1.4, label=name)
-        _logarithmic(axes, "x")
+            _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=name)
+        logarithmic(axes, "x")
         axes.set_ylim(0, 1)
         axes.legend()
 
-    return _svg(
+    return figure(
         "truth-ratios", "Truth ratio on the forget set", "truth ratio, P(wrong) / P(right)",
         "share of items at or below", draw, (5.2, 3.5),
     )  # fmt: skip
@@ -96,16 +102,16 @@ def curves(
 
     def draw(axes: Any) -> None:
         for name, (i, x, y) in series.items():
-            marker = _style(i)["marker"] if len(x) < 30 else ""
-            axes.plot(x, y, **_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
+            marker = line_style(i)["marker"] if len(x) < 30 else ""
+            axes.plot(x, y, **line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
                       label=name)  # fmt: skip
         if line is not None:
-            axes.axhline(line, color=_INK, alpha=0.6, linestyle="--", linewidth=1)
+            axes.axhline(line, color=INK, alpha=0.6, linestyle="--", linewidth=1)
         if log and any(value > 0 for _, _, y in series.values() for value in y):
-            _logarithmic(axes, "y")
+            logarithmic(axes, "y")
         axes.legend()
 
-    return _svg(key, title, "step", unit, draw, (4.6, 3.1))
+    return figure(key, title, "step", unit, draw, (4.6, 3.1))
 
 
 def _at(points: Sequence[Point]) -> tuple[list[float | None], list[float]]:
@@ -117,16 +123,20 @@ def _ecdf(axes: Any, values: Array, **style: Any) -> None:
     axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
 
 
-def _logarithmic(axes: Any, which: str) -> None:
-    from matplotlib.ticker import LogFormatter
+def logarithmic(axes: Any, which: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")  # the usual labels, 10^k, need TeX
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axis = getattr(axes, f"{which}axis")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")  # the usual labels, 10^k, need TeX
+    axis.set_major_formatter(plain)
+    low, high = axis.get_view_interval()
+    if high / low < 30:  # too few powers of ten to read a value by
+        axis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        axis.set_minor_formatter(plain)
 
 
-def _style(i: int) -> dict[str, Any]:
+def line_style(i: int) -> dict[str, Any]:
     return {
         "color": _COLORS[i % len(_COLORS)],
         "marker": _MARKERS[i % len(_MARKERS)],
@@ -134,20 +144,21 @@ def _style(i: int) -> dict[str, Any]:
     }
 
 
-def _svg(
+def figure(
     key: str, title: str, x: str, y: str, draw: Callable[[Any], None], size: tuple[float, float]
 ) -> str:
+    """Inline SVG of one pair of axes; ``key`` is unique on the page and makes its ids so."""
     import matplotlib
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
     style: Any = {**_STYLE, "svg.hashsalt": key}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+        drawing = Figure(figsize=size, layout="constrained")
+        axes = drawing.add_subplot()
         draw(axes)
         axes.set(title=title, xlabel=x, ylabel=y)
-        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+        drawing.savefig(buffer, format="svg", metadata=_NO_METADATA)
     return _inline(buffer.getvalue(), key, title)
 
 
@@ -156,7 +167,7 @@ def _inline(text: str, key: str, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{key}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text).replace(_INK, "currentColor")
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text).replace(INK, "currentColor")
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     label = html.escape(title, quote=True)

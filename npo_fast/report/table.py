@@ -15,6 +15,11 @@ MEASURES = {  # column -> path in ``course.measures``
     "retain probability": ("retain", "probability"),
     "retain ROUGE-L": ("retain", "rouge_l_recall"),
 }
+BETTER = {  # in words, beside a curve
+    "model utility": "higher is better",
+    **{name: "lower is forgotten" for name in MEASURES if name.startswith("forget ")},
+    **{name: "higher is kept" for name in MEASURES if name.startswith("retain ")},
+}
 _SETTINGS = {  # of the settings, by the name in the table
     "lr": ("training", "lr"),
     "epochs": ("training", "epochs"),
@@ -44,10 +49,10 @@ def row(run: RunRecord, retrained: Result) -> tuple[dict[str, Any], str]:
     cells = {
         "run": run.name,
         "method": run.method,
-        "status": run.facts.get("status", "unknown"),
-        "settings": ", ".join(f"{name} {number:g}" for name, number in chosen.items()),
         **{name: value(found, path) for name, path in MEASURES.items()},
         "measured on": source,
+        "status": run.facts.get("status", "unknown"),
+        "settings": ", ".join(f"{name} {number:g}" for name, number in chosen.items()),
         "steps": len(run.steps) or None,
         "time [s]": run.time_s,
         "peak memory [MiB]": run.facts.get("peak_mib"),

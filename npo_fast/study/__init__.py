@@ -1,0 +1,1 @@
+"""Small experiments around the paper's claims: seeds, beta, collapse, entanglement, schedules."""
