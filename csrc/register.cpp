@@ -17,8 +17,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t GRAIN = 1 << 15;  // logits below which a second thread costs more than it saves
-
 // The widest the processor has; PyTorch's own variable ATEN_CPU_CAPABILITY caps it.
 const Kernels& pick_kernels() {
 #ifdef NPO_X86
@@ -57,22 +55,31 @@ void check_rows(const char* op, const Tensor& logits, const Tensor& labels) {
                   op, ": labels must be (", logits.size(0), ",) int64, one a row of logits");
 }
 
-// Rows may be strided, columns may not: the copy is for layouts that no caller here makes.
-Tensor dense_columns(const Tensor& logits) {
-  const bool dense = logits.size(1) <= 1 || logits.stride(1) == 1;
-  return dense ? logits : torch::stable::contiguous(logits);
+// Columns may be strided, rows may not: the copy is for layouts that no caller here makes.
+Tensor dense_rows(const Tensor& logits) {
+  if (logits.size(0) <= 1 || logits.stride(0) == 1) return logits;
+  const Tensor columns = torch::stable::transpose(logits, 0, 1);
+  return torch::stable::transpose(torch::stable::contiguous(columns), 0, 1);
 }
 
 Logits logits_of(const Tensor& logits, std::optional<double> softcap, double logit_scale) {
-  return {logits.data_ptr(), logits.stride(0), softcap.value_or(0), logit_scale};
+  return {logits.data_ptr(), logits.stride(1), softcap.value_or(0), logit_scale};
 }
 
-// A row is one thread's: the result does not depend on how many there are.
-template <class Kernel, class SomeRows>
-void in_parallel(Kernel kernel, const SomeRows& rows, int64_t count) {
-  const int64_t grain = rows.columns < GRAIN ? GRAIN / (rows.columns + 1) + 1 : 1;
+template <class SomeRows>
+SomeRows rows_of(const char* op, const Tensor& logits, std::optional<double> softcap,
+                 double logit_scale) {
+  SomeRows rows{};
+  rows.dtype = dtype_of(op, logits);
+  rows.rows = logits.size(0);
+  rows.columns = logits.size(1);
+  rows.logits = logits_of(logits, softcap, logit_scale);
+  return rows;
+}
+
+void parallel_for(int64_t count, int64_t grain, Body body, const void* context) {
   torch::stable::parallel_for(
-      0, count, grain, [&](int64_t first, int64_t last) { kernel(rows, first, last); });
+      0, count, grain, [&](int64_t first, int64_t last) { body(context, first, last); });
 }
 
 std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
@@ -84,11 +91,8 @@ std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
   STD_TORCH_CHECK(!target_logits || (target_logits->dim() == 1 && target_logits->size(0) == count),
                   op, ": target_logits must be (", count, ",), one a row of logits");
   const Tensor dense_labels = torch::stable::contiguous(labels);
-  Tensor chunk = dense_columns(logits);
-  WholeRows rows{};
-  rows.dtype = dtype_of(op, logits);
-  rows.logits = logits_of(chunk, softcap, logit_scale);
-  rows.columns = vocabulary;
+  Tensor chunk = dense_rows(logits);
+  auto rows = rows_of<WholeRows>(op, chunk, softcap, logit_scale);
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
   for (int64_t row = 0; row < count; ++row) {
     const int64_t label = rows.labels[row];
@@ -106,7 +110,7 @@ std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
   }
   rows.log_probs = log_probs.data_ptr();
   rows.lse = lse.data_ptr();
-  in_parallel(kernels().row_log_probs, rows, count);
+  kernels().row_log_probs(rows, parallel_for);
   if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
   return {log_probs, lse};
 }
@@ -122,15 +126,12 @@ void tile_log_probs_(Tensor logits, Tensor labels, std::optional<double> softcap
                     op, ": others and target must be contiguous (", count, ",) float64");
   }
   const Tensor dense_labels = torch::stable::contiguous(labels);
-  const Tensor tile = dense_columns(logits);
-  TileRows rows{};
-  rows.dtype = dtype_of(op, logits);
-  rows.logits = logits_of(tile, softcap, logit_scale);
-  rows.columns = tile.size(1);
+  const Tensor tile = dense_rows(logits);
+  auto rows = rows_of<TileRows>(op, tile, softcap, logit_scale);
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
   rows.others = static_cast<double*>(others.data_ptr());
   rows.target = static_cast<double*>(target.data_ptr());
-  in_parallel(kernels().tile_log_probs, rows, count);
+  kernels().tile_log_probs(rows, parallel_for);
 }
 
 Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, double logit_scale,
@@ -142,17 +143,14 @@ Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, 
   STD_TORCH_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
                   ": logits and ref_logits must have one dtype");
   const int64_t count = logits.size(0);
-  Tensor chunk = dense_columns(logits);
-  const Tensor ref_chunk = dense_columns(ref_logits);
-  KlRows rows{};
-  rows.dtype = dtype_of(op, logits);
-  rows.logits = logits_of(chunk, softcap, logit_scale);
-  rows.columns = chunk.size(1);
+  Tensor chunk = dense_rows(logits);
+  const Tensor ref_chunk = dense_rows(ref_logits);
+  auto rows = rows_of<KlRows>(op, chunk, softcap, logit_scale);
   rows.ref_logits = logits_of(ref_chunk, ref_softcap, ref_logit_scale);
   const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
   Tensor kl = torch::stable::new_empty(logits, {count}, wide);
   rows.kl = kl.data_ptr();
-  in_parallel(kernels().row_kl, rows, count);
+  kernels().row_kl(rows, parallel_for);
   if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
   return kl;
 }

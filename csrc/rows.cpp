@@ -2,8 +2,13 @@
 // log_prob_n = z_n[y_n] - logsumexp(z_n)
 // a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 //
-// Two passes over a row: an online max and sum, then the gradient. Exponentials are computed twice
-// because a second one costs less than a third trip through the cache. The label is kept apart
+// A chunk lies column after column, so the lanes of a vector are rows: each keeps a max and a sum
+// of its own, and nothing is added up across a vector. Tiles of SLICE columns by STRIP rows go to
+// any thread; what they leave behind is joined in the order of the columns, so the result does not
+// depend on how many threads there are.
+//
+// Two passes over the chunk: an online max and sum, then the gradient. Exponentials are computed
+// twice because a second one costs less than a third trip through memory. The label is kept apart
 // from the other columns: log_prob = -log(1 + sum of the others / exp(z_y)) does not cancel where
 // the model is sure of the label, and target_logits needs no write into the chunk.
 //
@@ -19,8 +24,10 @@
 namespace npo_fast {
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // logits whose z waits in L1 between their max and their sum
-constexpr int UNROLL = 2;        // accumulators a loop: hide latency, yet fit the registers
+constexpr int64_t SLICE = 256;  // columns summed in the dtype of z, before fp64 takes over
+constexpr int64_t STRIP = 512;  // rows whose running max and sum stay in L1, beside ...
+constexpr int64_t DEPTH = 8;    // ... this many columns of z, which share one change of the max
+constexpr int64_t GRAIN = 1 << 15;  // logits below which a second thread costs more than it saves
 
 template <class F>
 struct Activated {
@@ -41,137 +48,224 @@ struct Activation {
   }
 };
 
-// The logsumexp of what has been added so far is max + log(sum).
+double higher(double a, double b) { return a > b ? a : b; }
+double lower(double a, double b) { return a > b ? b : a; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Uninitialised; vectors may be loaded up to the end and beyond.
+template <class F>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(new F[count + lanes<F>]) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { delete[] data_; }
+  F* at(int64_t index) const { return data_ + index; }
+  F& operator[](int64_t index) const { return data_[index]; }
+
+ private:
+  F* data_;
+};
+
+template <class Each>
+void for_each(ParallelFor parallel_for, int64_t count, int64_t logits_each, const Each& each) {
+  const auto body = [](const void* context, int64_t first, int64_t last) {
+    for (int64_t index = first; index < last; ++index) (*static_cast<const Each*>(context))(index);
+  };
+  parallel_for(count, GRAIN / (logits_each + 1) + 1, body, &each);
+}
+
+// The part of a chunk that one thread goes through at a time.
+struct Tile {
+  int64_t slice;  // counted from 0
+  int64_t row, rows, column, columns;
+};
+
+template <class Each>
+void for_tiles(ParallelFor parallel_for, const Rows& of, const Each& each) {
+  const int64_t strips = parts(of.rows, STRIP), slices = parts(of.columns, SLICE);
+  const int64_t logits = least(of.rows, STRIP) * least(of.columns, SLICE);
+  for_each(parallel_for, strips * slices, logits, [&](int64_t index) {
+    const int64_t slice = index / strips, row = index % strips * STRIP, column = slice * SLICE;
+    each(Tile{slice, row, least(STRIP, of.rows - row), column, least(SLICE, of.columns - column)});
+  });
+}
+
+template <class T>
+Vector<Wide<T>> load_up_to(const T* from, int64_t count) {
+  return count < lanes<Wide<T>> ? load_first(from, count) : load(from);
+}
+
+template <class T>
+void store_up_to(T* to, Vector<Wide<T>> value, int64_t count) {
+  count < lanes<Wide<T>> ? store_first(to, value, count) : store(to, value);
+}
+
+// Columns lie apart: the hardware does not see the next one coming. Harmless beyond the end.
+template <class T>
+void fetch(const T* from) {
+  __builtin_prefetch(from);
+}
+
+// exp(z - shift) is 0, not NaN, while every z is -inf
+template <class F>
+Vector<F> shift_of(Vector<F> max) {
+  return max == F(-INFINITY) ? Vector<F>{} : max;
+}
+
+// logsumexp = max + log(sum)
 struct LogSumExp {
   double max = -INFINITY;
   double sum = 0;
 
-  // exp(z - shift()) is 0, not NaN, while every z is -inf
   double shift() const { return max == -INFINITY ? 0 : max; }
   double value() const { return max + ::log(sum); }
 };
 
-double higher(double a, double b) { return a > b ? a : b; }
-double lower(double a, double b) { return a > b ? b : a; }
-
-template <class F>
-double largest(const F* z, int64_t count) {
-  Vector<F> most[UNROLL];
-  for (auto& one : most) one = broadcast(F(-INFINITY));
-  for (int64_t at = 0; at < count; at += UNROLL * lanes<F>) {
-    for (int k = 0; k < UNROLL; ++k) {
-      const Vector<F> value = load(z + at + k * lanes<F>);
-      most[k] = value > most[k] ? value : most[k];
-    }
-  }
-  F result = -INFINITY;
-  for (const auto& one : most) {
-    for (int lane = 0; lane < lanes<F>; ++lane) result = one[lane] > result ? one[lane] : result;
-  }
-  return result;
-}
-
-template <class F>
-double sum_of_exp(const F* z, int64_t count, F shift) {
-  Vector<F> sums[UNROLL] = {};
-  for (int64_t at = 0; at < count; at += UNROLL * lanes<F>) {
-    for (int k = 0; k < UNROLL; ++k) sums[k] += exp(load(z + at + k * lanes<F>) - shift);
-  }
-  double result = 0;
-  for (const auto& one : sums) {
-    for (int lane = 0; lane < lanes<F>; ++lane) result += one[lane];
-  }
-  return result;
-}
-
-// A NaN reaches the sum although no comparison in the max lets it through; so does +inf, as
-// inf - inf. Sums beyond a block are fp64: rounding does not grow with the vocabulary.
+// Of each row and slice, the largest z and the sum of exp(z - max); labels are left out.
 template <class T, bool capped>
-void add(LogSumExp& total, const T* logits, int64_t count, Activation<Wide<T>, capped> activation) {
+class SliceSums {
   using F = Wide<T>;
-  constexpr int64_t step = UNROLL * lanes<F>;
-  alignas(64) F z[BLOCK];
-  for (int64_t first = 0; first < count; first += BLOCK) {
-    const int64_t n = count - first < BLOCK ? count - first : BLOCK;
-    const int64_t padded = (n + step - 1) / step * step;
-    int64_t at = 0;
-    for (; at + lanes<F> <= n; at += lanes<F>) {
-      store(z + at, activation(load(logits + first + at)).z);
-    }
-    if (at < n) store(z + at, activation(load_first(logits + first + at, n - at)).z);
-    for (at = n; at < padded; ++at) z[at] = -INFINITY;
 
-    const double most = largest(z, padded);
-    if (most > total.max) {
-      total.sum *= ::exp(total.max - most);
-      total.max = most;
-    }
-    total.sum += sum_of_exp(z, padded, F(total.shift()));
+ public:
+  SliceSums(ParallelFor parallel_for, const Rows& of, const Logits& logits, const int64_t* labels)
+      : rows_(of.rows),
+        slices_(parts(of.columns, SLICE)),
+        max_(rows_ * slices_),
+        sum_(rows_ * slices_) {
+    const Activation<F, capped> activation(logits);
+    for_tiles(parallel_for, of,
+              [&](const Tile& tile) { add(tile, logits, activation, labels); });
   }
-}
+
+  LogSumExp of_row(int64_t row) const {
+    LogSumExp total;
+    for (int64_t at = row; at < rows_ * slices_; at += rows_) {
+      total.max = higher(total.max, max_[at]);
+    }
+    for (int64_t at = row; at < rows_ * slices_; at += rows_) {
+      total.sum += sum_[at] * ::exp(max_[at] - total.shift());
+    }
+    return total;
+  }
+
+ private:
+  // A NaN reaches the sum although no comparison in the max lets it through; so does +inf, as
+  // inf - inf.
+  void add(const Tile& tile, const Logits& logits, const Activation<F, capped>& activation,
+           const int64_t* labels) {
+    alignas(64) F z[DEPTH][STRIP];
+    alignas(64) F max[STRIP], sum[STRIP];
+    for (int64_t row = 0; row < STRIP; ++row) max[row] = -INFINITY, sum[row] = 0;
+    int64_t labelled[STRIP], count = 0;  // rows whose label lies in the slice
+    for (int64_t row = 0; labels && row < tile.rows; ++row) {
+      const int64_t column = labels[tile.row + row] - tile.column;
+      if (column >= 0 && column < tile.columns) labelled[count++] = row;
+    }
+
+    for (int64_t first = 0; first < tile.columns; first += DEPTH) {
+      const int64_t depth = least(DEPTH, tile.columns - first);
+      for (int64_t k = 0; k < DEPTH; ++k) {
+        const T* column = static_cast<const T*>(logits.data) +
+                          (tile.column + first + k) * logits.stride + tile.row;
+        for (int64_t at = 0; at < tile.rows; at += lanes<F>) {
+          store(z[k] + at, k < depth ? activation(load_up_to(column + at, tile.rows - at)).z
+                                     : broadcast(F(-INFINITY)));
+        }
+      }
+      for (int64_t one = 0; one < count; ++one) {
+        const int64_t k = labels[tile.row + labelled[one]] - tile.column - first;
+        if (k >= 0 && k < depth) z[k][labelled[one]] = -INFINITY;
+      }
+      const T* next = static_cast<const T*>(logits.data) +
+                      (tile.column + first + DEPTH) * logits.stride + tile.row;
+      for (int64_t at = 0; at < tile.rows; at += lanes<F>) {
+        const Vector<F> before = load(max + at);
+        Vector<F> most = before;
+        for (int64_t k = 0; k < DEPTH; ++k) {
+          const Vector<F> value = load(z[k] + at);
+          most = value > most ? value : most;
+        }
+        const Vector<F> shift = shift_of<F>(most);
+        Vector<F> terms[2] = {};
+        for (int64_t k = 0; k < DEPTH; ++k) {
+          fetch(next + k * logits.stride + at);
+          terms[k % 2] += exp(load(z[k] + at) - shift);
+        }
+        store(max + at, most);
+        store(sum + at, load(sum + at) * exp(before - shift) + (terms[0] + terms[1]));
+      }
+    }
+    const int64_t to = tile.slice * rows_ + tile.row;
+    memcpy(max_.at(to), max, tile.rows * sizeof(F));
+    memcpy(sum_.at(to), sum, tile.rows * sizeof(F));
+  }
+
+  int64_t rows_, slices_;
+  Scratch<F> max_, sum_;
+};
 
 template <class T, bool capped>
-void write_gradient(T* logits, int64_t count, Activation<Wide<T>, capped> activation,
-                    Wide<T> shift, Wide<T> share) {
-  using F = Wide<T>;
-  const auto gradient = [&](Vector<F> raw) {
-    const auto [z, slope] = activation(raw);
-    return exp(z - shift) * -share * slope;
-  };
-  int64_t at = 0;
-  for (; at + lanes<F> <= count; at += lanes<F>) store(logits + at, gradient(load(logits + at)));
-  if (at < count) {
-    store_first(logits + at, gradient(load_first(logits + at, count - at)), count - at);
-  }
-}
-
-template <class T, bool capped>
-void row_log_probs(const WholeRows& rows, int64_t row) {
+void row_log_probs(const WholeRows& rows, ParallelFor parallel_for) {
   using F = Wide<T>;
   const Activation<F, capped> activation(rows.logits);
-  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
-  const int64_t label = rows.labels[row];
+  T* logits = static_cast<T*>(rows.logits.data);
+  const int64_t stride = rows.logits.stride;
+  const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, rows.labels);
 
-  LogSumExp others;
-  add(others, logits, label, activation);
-  add(others, logits + label + 1, rows.columns - label - 1, activation);
-  const Activated<F> target =
-      activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
-                                    : load_first(logits + label, 1));
+  const Scratch<F> shift(rows.rows), share(rows.rows), at_label(rows.rows);
+  for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
+    const T* raw = logits + rows.labels[row] * stride + row;
+    const Activated<F> target =
+        activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
+                                      : load_first(raw, 1));
+    const LogSumExp others = sums.of_row(row);
+    const double z = target.z[0], rest = others.value();
+    const double above = ::log1p(::exp(lower(rest, z) - higher(rest, z)));
+    const double lse = higher(rest, z) + above;
+    const double log_prob = (z - higher(rest, z)) - above;  // NaN for z = +inf, as it should be
+    static_cast<F*>(rows.log_probs)[row] = F(log_prob);
+    static_cast<F*>(rows.lse)[row] = F(lse);
+    shift[row] = F(others.shift());
+    share[row] = F(-::exp(others.shift() - lse));
+    at_label[row] = F(-::expm1(log_prob)) * target.slope[0];
+  });
 
-  const double z = target.z[0];
-  const double rest = others.value();
-  const double above = ::log1p(::exp(lower(rest, z) - higher(rest, z)));
-  const double lse = higher(rest, z) + above;
-  const double log_prob = (z - higher(rest, z)) - above;  // NaN for z = +inf, as it should be
-  static_cast<F*>(rows.log_probs)[row] = F(log_prob);
-  static_cast<F*>(rows.lse)[row] = F(lse);
-
-  const double shift = others.shift();
-  write_gradient(logits, rows.columns, activation, F(shift), F(::exp(shift - lse)));
-  store_first(logits + label, F(-::expm1(log_prob)) * target.slope, 1);
+  for_tiles(parallel_for, rows, [&](const Tile& tile) {
+    for (int64_t column = tile.column; column < tile.column + tile.columns; ++column) {
+      T* to = logits + column * stride + tile.row;
+      for (int64_t at = 0; at < tile.rows; at += lanes<F>) {
+        fetch(to + DEPTH * stride + at);
+        const auto [z, slope] = activation(load_up_to(to + at, tile.rows - at));
+        const Vector<F> p = exp(z - load(shift.at(tile.row + at))) * load(share.at(tile.row + at));
+        store_up_to(to + at, p * slope, tile.rows - at);
+      }
+    }
+    for (int64_t row = tile.row; row < tile.row + tile.rows; ++row) {
+      const int64_t column = rows.labels[row];
+      if (column < tile.column || column >= tile.column + tile.columns) continue;
+      store_first(logits + column * stride + row, broadcast(at_label[row]), 1);
+    }
+  });
 }
 
 template <class T, bool capped>
-void tile_log_probs(const TileRows& rows, int64_t row) {
+void tile_log_probs(const TileRows& rows, ParallelFor parallel_for) {
   using F = Wide<T>;
   const Activation<F, capped> activation(rows.logits);
-  const T* logits = static_cast<const T*>(rows.logits.data) + row * rows.logits.stride;
-  const int64_t label = rows.labels[row];
-
-  LogSumExp others;
-  if (label < 0 || label >= rows.columns) {
-    add(others, logits, rows.columns, activation);
-  } else {
-    add(others, logits, label, activation);
-    add(others, logits + label + 1, rows.columns - label - 1, activation);
-    rows.target[row] = activation(load_first(logits + label, 1)).z[0];
-  }
-  const double before = rows.others[row], tile = others.value();
-  const double high = higher(before, tile);
-  if (high != -INFINITY) {
-    rows.others[row] = high + ::log1p(::exp(lower(before, tile) - high));
-  }
+  const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, rows.labels);
+  for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
+    const int64_t label = rows.labels[row];
+    if (label >= 0 && label < rows.columns) {
+      const T* raw = static_cast<const T*>(rows.logits.data) + label * rows.logits.stride + row;
+      rows.target[row] = activation(load_first(raw, 1)).z[0];
+    }
+    const double before = rows.others[row], tile = sums.of_row(row).value();
+    const double high = higher(before, tile);
+    if (high != -INFINITY) {
+      rows.others[row] = high + ::log1p(::exp(lower(before, tile) - high));
+    }
+  });
 }
 
 template <class F>
@@ -180,51 +274,65 @@ struct KlTerm {
 };
 
 template <class T, bool capped, bool ref_capped>
-void row_kl(const KlRows& rows, int64_t row) {
+void row_kl(const KlRows& rows, ParallelFor parallel_for) {
   using F = Wide<T>;
   const Activation<F, capped> activation(rows.logits);
   const Activation<F, ref_capped> ref_activation(rows.ref_logits);
-  T* logits = static_cast<T*>(rows.logits.data) + row * rows.logits.stride;
-  const T* ref_logits = static_cast<const T*>(rows.ref_logits.data) + row * rows.ref_logits.stride;
+  const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, nullptr);
+  const SliceSums<T, ref_capped> ref_sums(parallel_for, rows, rows.ref_logits, nullptr);
 
-  LogSumExp total, ref_total;
-  add(total, logits, rows.columns, activation);
-  add(ref_total, ref_logits, rows.columns, ref_activation);
-  const double lse = total.value(), ref_lse = ref_total.value();
-  const F shift = F(total.shift()), share = F(::exp(total.shift() - lse));
-  const F ref_shift = F(ref_total.shift()), ref_share = F(::exp(ref_total.shift() - ref_lse));
-  const F lse_difference = F(lse - ref_lse);
+  const Scratch<F> shift(rows.rows), share(rows.rows), lse_difference(rows.rows);
+  const Scratch<F> ref_shift(rows.rows), ref_share(rows.rows);
+  for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
+    const LogSumExp total = sums.of_row(row), ref_total = ref_sums.of_row(row);
+    shift[row] = F(total.shift());
+    share[row] = F(::exp(total.shift() - total.value()));
+    ref_shift[row] = F(ref_total.shift());
+    ref_share[row] = F(::exp(ref_total.shift() - ref_total.value()));
+    lse_difference[row] = F(total.value() - ref_total.value());
+  });
 
-  const auto term = [&](Vector<F> raw, Vector<F> ref_raw) -> KlTerm<F> {
+  const auto term = [&](Vector<F> raw, Vector<F> ref_raw, int64_t row) -> KlTerm<F> {
     const auto [z, slope] = activation(raw);
     const Vector<F> ref_z = ref_activation(ref_raw).z;
-    const Vector<F> p = exp(z - shift) * share;
-    const Vector<F> p_ref = exp(ref_z - ref_shift) * ref_share;
-    const Vector<F> x = (z - ref_z) - lse_difference;
+    const Vector<F> p = exp(z - load(shift.at(row))) * load(share.at(row));
+    const Vector<F> p_ref = exp(ref_z - load(ref_shift.at(row))) * load(ref_share.at(row));
+    const Vector<F> x = (z - ref_z) - load(lse_difference.at(row));
     const auto near = absolute<F>(x) < F(0.34);
     const Vector<F> tail = p_ref * exp_tail(near ? x : Vector<F>{});
     const Vector<F> difference = near ? p_ref * x + tail : p - p_ref;
     const Vector<F> value = near ? tail : difference - p_ref * x;
     return {p_ref == 0 ? p : value, difference * slope};  // 0 * log 0 = 0
   };
-  double kl = 0;
-  for (int64_t first = 0; first < rows.columns; first += BLOCK) {
-    const int64_t last = rows.columns - first < BLOCK ? rows.columns : first + BLOCK;
-    Vector<F> sum{};
-    int64_t at = first;
-    for (; at + lanes<F> <= last; at += lanes<F>) {
-      const KlTerm<F> one = term(load(logits + at), load(ref_logits + at));
-      sum += one.value;
-      store(logits + at, one.gradient);
+  const int64_t slices = parts(rows.columns, SLICE);
+  const Scratch<F> of_slice(rows.rows * slices);
+  for_tiles(parallel_for, rows, [&](const Tile& tile) {
+    alignas(64) F kl[STRIP] = {};
+    for (int64_t first = 0; first < tile.columns; first += DEPTH) {
+      const int64_t column = tile.column + first, depth = least(DEPTH, tile.columns - first);
+      T* to = static_cast<T*>(rows.logits.data) + column * rows.logits.stride + tile.row;
+      const T* ref = static_cast<const T*>(rows.ref_logits.data) +
+                     column * rows.ref_logits.stride + tile.row;
+      for (int64_t at = 0; at < tile.rows; at += lanes<F>) {
+        const int64_t left = tile.rows - at;
+        Vector<F> sum{};
+        for (int64_t k = 0; k < depth; ++k) {
+          const KlTerm<F> one = term(load_up_to(to + k * rows.logits.stride + at, left),
+                                     load_up_to(ref + k * rows.ref_logits.stride + at, left),
+                                     tile.row + at);
+          sum += one.value;
+          store_up_to(to + k * rows.logits.stride + at, one.gradient, left);
+        }
+        store(kl + at, load(kl + at) + sum);
+      }
     }
-    for (int lane = 0; lane < lanes<F>; ++lane) kl += sum[lane];
-    if (at == last) continue;
-    const int64_t rest = last - at;
-    const KlTerm<F> one = term(load_first(logits + at, rest), load_first(ref_logits + at, rest));
-    for (int64_t lane = 0; lane < rest; ++lane) kl += one.value[lane];
-    store_first(logits + at, one.gradient, rest);
-  }
-  static_cast<F*>(rows.kl)[row] = F(kl);
+    memcpy(of_slice.at(tile.slice * rows.rows + tile.row), kl, tile.rows * sizeof(F));
+  });
+  for_each(parallel_for, rows.rows, slices, [&](int64_t row) {
+    double kl = 0;
+    for (int64_t slice = 0; slice < slices; ++slice) kl += of_slice[slice * rows.rows + row];
+    static_cast<F*>(rows.kl)[row] = F(kl);
+  });
 }
 
 // kernel(whether there is a softcap), known to the compiler
@@ -246,24 +354,22 @@ void specialised(const Rows& rows, Kernel kernel) {
   });
 }
 
-void all_row_log_probs(const WholeRows& rows, int64_t first, int64_t last) {
+void any_row_log_probs(const WholeRows& rows, ParallelFor parallel_for) {
   specialised(rows, [&](auto zero, auto capped) {
-    for (int64_t row = first; row < last; ++row) row_log_probs<decltype(zero), capped>(rows, row);
+    row_log_probs<decltype(zero), capped>(rows, parallel_for);
   });
 }
 
-void all_tile_log_probs(const TileRows& rows, int64_t first, int64_t last) {
+void any_tile_log_probs(const TileRows& rows, ParallelFor parallel_for) {
   specialised(rows, [&](auto zero, auto capped) {
-    for (int64_t row = first; row < last; ++row) tile_log_probs<decltype(zero), capped>(rows, row);
+    tile_log_probs<decltype(zero), capped>(rows, parallel_for);
   });
 }
 
-void all_row_kl(const KlRows& rows, int64_t first, int64_t last) {
+void any_row_kl(const KlRows& rows, ParallelFor parallel_for) {
   specialised(rows, [&](auto zero, auto capped) {
     by_softcap(rows.ref_logits, [&](auto ref_capped) {
-      for (int64_t row = first; row < last; ++row) {
-        row_kl<decltype(zero), capped, ref_capped>(rows, row);
-      }
+      row_kl<decltype(zero), capped, ref_capped>(rows, parallel_for);
     });
   });
 }
@@ -271,7 +377,7 @@ void all_row_kl(const KlRows& rows, int64_t first, int64_t last) {
 }  // namespace
 
 namespace NPO_ISA {
-extern const Kernels kernels = {all_row_log_probs, all_tile_log_probs, all_row_kl};
+extern const Kernels kernels = {any_row_log_probs, any_tile_log_probs, any_row_kl};
 }
 
 }  // namespace npo_fast

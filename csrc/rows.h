@@ -7,18 +7,18 @@ namespace npo_fast {
 
 enum class Dtype { fp32, bf16, fp16, fp64 };
 
-// Raw logits of one model: C contiguous elements a row.
+// Raw logits of one model, a column (a token of the vocabulary) after another.
 struct Logits {
-  void* data;      // (R, C)
-  int64_t stride;  // elements from one row to the next
+  void* data;      // (C, R): R contiguous elements a column
+  int64_t stride;  // elements from one column to the next
   double softcap;  // 0: none
   double logit_scale;
 };
 
 struct Rows {
   Dtype dtype;
+  int64_t rows, columns;  // R, C
   Logits logits;
-  int64_t columns;  // C
 };
 
 // All of the vocabulary: log-probs, and logits <- d log_prob / d logits. fp32, or fp64 beside fp64.
@@ -42,11 +42,15 @@ struct KlRows : Rows {
   void* kl;           // (R,) fp32, or fp64 beside fp64
 };
 
-// Rows [first, last) of a chunk, as each instruction set has them.
+// Calls body(context, first, last) for ranges that make up [0, count), `grain` or more at a time.
+using Body = void (*)(const void* context, int64_t first, int64_t last);
+using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, const void* context);
+
+// As each instruction set has them.
 struct Kernels {
-  void (*row_log_probs)(const WholeRows&, int64_t first, int64_t last);
-  void (*tile_log_probs)(const TileRows&, int64_t first, int64_t last);
-  void (*row_kl)(const KlRows&, int64_t first, int64_t last);
+  void (*row_log_probs)(const WholeRows&, ParallelFor);
+  void (*tile_log_probs)(const TileRows&, ParallelFor);
+  void (*row_kl)(const KlRows&, ParallelFor);
 };
 
 // rows.cpp is compiled once for each of these; register.cpp picks at run time.

@@ -217,6 +217,24 @@ def test_rows_that_are_strided() -> None:
         assert torch.equal(canvas, untouched)
 
 
+@pytest.mark.parametrize("setting", SETTINGS[:2], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_chunks_of_columns_and_of_rows_give_the_same_bits(
+    dtype: torch.dtype, setting: tuple[float | None, float]
+) -> None:
+    """More rows and columns than a tile has, none of them a multiple of a vector."""
+    raw, labels = random_rows(1037, 523, dtype), random_labels(1037, 523)
+    expected = fused(raw, labels, *setting)
+    canvas = torch.full((523, 1040), torch.nan, dtype=dtype)
+    chunk = canvas[:, :1037].t().copy_(raw)
+    forward = tiled(chunk, labels, *setting, columns=300)
+    log_probs, lse = OPS.row_log_probs_(chunk, labels, None, *setting)
+    for got, truth in zip((log_probs, lse, chunk), expected, strict=True):
+        assert torch.equal(got, truth)
+    torch.testing.assert_close(forward[0], log_probs)
+    assert bool(canvas[:, 1037:].isnan().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_read_or_written_outside_the_rows(dtype: torch.dtype) -> None:
     canvas = torch.full((3, 140), torch.nan, dtype=dtype)
@@ -238,7 +256,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:
-    raw, labels = random_rows(9, 49157, torch.float32), random_labels(9, 49157)
+    raw, labels = random_rows(521, 5003, torch.float32), random_labels(521, 5003)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -352,20 +352,55 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
     assert largest == 30 * 500
 
 
-def half_forgotten(rows: int = 60) -> dict[str, object]:
+@pytest.mark.parametrize(("rows", "width"), [(37, 37), (37, 64), (128, 144)])
+@pytest.mark.parametrize(("softcap", "logit_scale", "bias"), HEADS)
+def test_rows_fewer_than_the_width_need_no_memory_for_logits(
+    rows, width, softcap, logit_scale, bias, monkeypatch
+):
+    """They lie where the gradient of the weight is written last, a slice after another."""
+    monkeypatch.setattr("npo_fast.ops.head.MOVED_BYTES", 8 * rows * 100)
+    tensors = inputs(rows, width, 1031, torch.float64, bias)
+    with torch.no_grad():
+        tensors["weight"].mul_(0.2)
+    labels = torch.randint(0, 1031, (rows,))
+    call = {
+        "labels": labels, "cu_seqlens": torch.tensor([0, 1, 1, 20, rows]), "loss": NPO(0.1),
+        "ref_log_probs": torch.full((4,), -30.0, dtype=torch.float64),
+        "softcap": softcap, "logit_scale": logit_scale, **tensors,
+    }  # fmt: skip
+    chunked = gradients(linear_sequence_loss(chunk_rows=20, **call)[0], tensors)
+    largest = 0
+    original = torch.Tensor.new_empty
+
+    def watch(self, *args, **kwargs):
+        nonlocal largest
+        out = original(self, *args, **kwargs)
+        if out.shape != tensors["weight"].shape:  # the gradient itself
+            largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", watch)
+    value, _ = linear_sequence_loss(**call)
+    assert largest <= max(rows * width, 1031)
+    for name, found in gradients(value, tensors).items():
+        torch.testing.assert_close(found, chunked[name], msg=name)
+
+
+def half_forgotten(rows: int = 60, width: int = 16) -> dict[str, object]:
     """Sure tokens beside unsure ones, and every second sequence far below its reference."""
-    tensors = inputs(rows, 16, 90, torch.float64, bias=True)
+    tensors = inputs(rows, width, 90, torch.float64, bias=True)
     labels = torch.randint(0, 90, (rows,))
     with torch.no_grad():
+        tensors["hidden"].mul_(4 / width**0.5)
         tensors["hidden"][::3] += 3 * tensors["weight"][labels[::3]]
     ref = torch.tensor([0.0, -2000.0] * 3, dtype=torch.float64)
     cu_seqlens = torch.arange(0, rows + 1, rows // 6, dtype=torch.int32)
     return {**tensors, "labels": labels, "cu_seqlens": cu_seqlens, "ref_log_probs": ref}
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 25, 7])
-def test_skipping_is_exact_at_zero_and_bounded_above(chunk_rows):
-    case = half_forgotten()
+@pytest.mark.parametrize(("chunk_rows", "width"), [(None, 16), (None, 64), (25, 16), (7, 16)])
+def test_skipping_is_exact_at_zero_and_bounded_above(chunk_rows, width):
+    case = half_forgotten(width=width)
     tensors = {name: case[name] for name in ("hidden", "weight", "bias")}
 
     def run(**options):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
-from npo_fast.kernels.reference import empty_gradients
+from npo_fast.kernels.reference import column_stride, empty_gradients, logits_room
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
 CHUNK_BYTES = 96 << 20  # logits alive at a time
@@ -17,6 +17,7 @@ CHUNK_BYTES = 96 << 20  # logits alive at a time
 # whole pass with its fourth GEMM.
 LEAST_ROWS = {2: 128, 4: 16}
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
+MOVED_BYTES = 8 << 20  # logits that make way for the weight's gradient at a time
 
 
 Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
@@ -52,7 +53,11 @@ class Head:
 
         A buffer a chunk would keep two alive at a time, and the CPU would map in each page anew.
         """
-        return self.weight.new_empty(rows, self.weight.shape[0], dtype=self.logits_dtype)
+        return logits_room(rows, len(self.weight), self.weight, self.logits_dtype)
+
+    def room_in_gradient(self, rows: int) -> bool:
+        """Whether the memory of the weight's gradient can hold the logits of so many rows."""
+        return self.weight.is_cpu and column_stride(rows) <= self.weight.shape[1]
 
     def logits(
         self, hidden: Tensor, buffer: Tensor
@@ -132,15 +137,29 @@ class HeadGradients:
         skip_below: float = 0.0,
         skipped: Skipped | None = None,
     ) -> None:
-        self.head = head
+        self.head, self.rows = head, len(hidden)
         self.skip_below, self.skipped = skip_below, skipped
         weight, bias = head.weight, head.bias
         self.hidden = hidden.new_empty(hidden.shape) if needs[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=head.wide_dtype) if needs[1] else None
+        self.holds_logits = False
         self.beta = 0  # the first chunk overwrites: a pass of zeros over the head is not cheap
         self.bias = None
         if bias is not None and needs[2]:
             self.bias = bias.new_zeros(bias.shape, dtype=head.wide_dtype)
+
+    def buffer(self, rows: int) -> Tensor:  # (rows, V)
+        """Room for the logits of one chunk after another.
+
+        The gradient of the weight is written last. A chunk of all rows, where they are fewer than
+        the hidden state is wide, lies at the end of its memory and takes none of its own.
+        """
+        single, head = rows == self.rows, self.head
+        self.holds_logits = self.weight is not None and single and head.room_in_gradient(rows)
+        if self.weight is None or not self.holds_logits:
+            return head.buffer(rows)
+        vocabulary, stride = len(self.weight), column_stride(rows)
+        return self.weight.view(-1)[-vocabulary * stride :].view(vocabulary, stride)[:, :rows].t()
 
     def add(
         self,
@@ -166,16 +185,29 @@ class HeadGradients:
             else:
                 self.hidden[rows] = 0
                 self.hidden[rows].index_copy_(0, kept, d_hidden.to(self.hidden.dtype))
+        if self.bias is not None:
+            self.bias += torch.mv(logits_gradient.t().to(g.dtype), g.squeeze(1))
         if self.weight is not None:
             scaled = (hidden * g).to(logits_gradient.dtype)
-            if logits_gradient.dtype == self.weight.dtype:
+            if self.holds_logits:
+                self._replace_logits(logits_gradient, scaled, self.weight)
+            elif logits_gradient.dtype == self.weight.dtype:
                 self.weight.addmm_(logits_gradient.t(), scaled, beta=self.beta)
             else:
                 product = torch.mm(logits_gradient.t(), scaled, out_dtype=self.weight.dtype)
                 self.weight = self.weight.add_(product) if self.beta else product
-        if self.bias is not None:
-            self.bias += torch.mv(logits_gradient.t().to(g.dtype), g.squeeze(1))
         self.beta = 1
+
+    def _replace_logits(self, logits_gradient: Tensor, scaled: Tensor, weight: Tensor) -> None:
+        """GEMM 3 into the memory in which the logits lie, a slice of the vocabulary at a time.
+
+        A slice of logits never begins before the slice of the gradient that takes its place, so
+        only the slice at hand has to move.
+        """
+        step = max(1, MOVED_BYTES // (max(1, len(scaled)) * scaled.itemsize))
+        pairs = zip(logits_gradient.split(step, dim=1), weight.split(step), strict=True)
+        for columns, out in pairs:
+            torch.mm(columns.t().clone(), scaled, out=out)
 
     def finish(self) -> Gradients:
         """The gradients in the dtypes of their parameters."""

@@ -37,7 +37,9 @@ def linear_log_probs(
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
         chunk_rows: rows whose logits are alive at a time in the backward pass; None takes what
-            96 MiB hold, 0 makes none. The forward pass never has more than a tile of 32 MiB.
+            96 MiB hold, or all of them where, on a CPU, they fit the memory that the weight's
+            gradient takes later; 0 makes none. The forward pass never has more than a tile of
+            32 MiB.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -48,14 +50,16 @@ def linear_log_probs(
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head("linear_log_probs", hidden, weight, bias, softcap)
     check_labels("linear_log_probs", hidden, labels)
-    step = resolve_chunk_rows("linear_log_probs", Head(weight, bias), chunk_rows)
+    step = resolve_chunk_rows("linear_log_probs", Head(weight, bias), len(hidden), chunk_rows)
     log_probs, _ = _forward(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
     return log_probs
 
 
-def resolve_chunk_rows(op: str, head: Head, chunk_rows: int | None) -> int:
-    """Rows a chunk; 0 for the operators that make no logits."""
+def resolve_chunk_rows(op: str, head: Head, count: int, chunk_rows: int | None) -> int:
+    """Rows a chunk, of ``count``; 0 for the operators that make no logits."""
     if chunk_rows is None:
+        if count and head.weight.requires_grad and head.room_in_gradient(count):
+            return count
         rows = head.chunk_rows()
         tiles = not head.weight.is_cpu and rows < LEAST_ROWS.get(head.logits_dtype.itemsize, 0)
         return 0 if tiles else rows
@@ -119,7 +123,7 @@ def _backward(
             )
         head = Head(weight, bias, softcap, logit_scale)
         gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]))
-        buffer = head.buffer(min(chunk_rows, len(hidden)))
+        buffer = gradients.buffer(min(chunk_rows, len(hidden)))
         for rows in blocks(slice(0, len(hidden)), chunk_rows):
             found, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows], buffer)
             gradients.add(rows, hidden[rows], found, logits_gradient, g[rows])

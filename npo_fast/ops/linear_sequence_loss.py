@@ -65,8 +65,9 @@ def linear_sequence_loss(
         logit_scale: factor on the (capped) logits.
         reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
             (their sum / number of tokens), "sum".
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold; 0 makes
-            no logits in memory at all, for 8NDV flops.
+        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold, or all of
+            them where, on a CPU, they fit the memory that the weight's gradient takes later; 0
+            makes no logits in memory at all, for 8NDV flops.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
             bound. Costs a GPU caller one synchronisation a chunk.
@@ -114,7 +115,7 @@ def linear_sequence_loss(
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
     values = sequences // max(loss.group, 1)
     count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
-    step = resolve_chunk_rows(op, Head(weight, bias), chunk_rows)
+    step = resolve_chunk_rows(op, Head(weight, bias), len(hidden), chunk_rows)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
             raise ValueError(

@@ -91,7 +91,7 @@ def loss_and_gradients(
     head = Head(weight, bias, plan.softcap, plan.logit_scale)
     step, scale = plan.chunk_rows, 1 / plan.count
     gradients = HeadGradients(head, hidden, needs, plan.skip_below, plan.skipped)
-    buffer = head.buffer(min(step, len(hidden)))
+    buffer = gradients.buffer(min(step, len(hidden)))
     total = hidden.new_zeros((), dtype=head.wide_dtype)
     sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
     for rows, sequences, offsets in _chunks(plan, cu_seqlens, hidden):
