@@ -10,7 +10,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"__main__"},
     {"cli"},
     {"demo", "bench", "synthetic"},
-    {"report", "hf_trainer", "robustness"},
+    {"report", "hf_trainer", "robustness", "memory"},
     {"trainer", "evaluation"},
     {"methods", "modules"},
     {"model"},
