@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from npo_fast.data import Sequence, pack
+from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import UserError
 from npo_fast.losses import KL
 from npo_fast.memory.model import Quantize, empty_lm, empty_model
@@ -32,7 +32,7 @@ KINDS = {
     "activations": "activations",
     "head": "loss and LM head",
     "backward": "backward temporaries",
-    "reference": "reference for KL",
+    "reference": "reference",
 }
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HEAD, BACKWARD, REFERENCE = KINDS
 CONTEXT_BYTES = 600 << 20  # CUDA context, loaded kernels, cuBLAS workspaces
@@ -106,7 +106,7 @@ def footprint(config: Any, planned: Planned) -> Footprint:
     """
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     lm = empty_lm(model, planned.gradient_checkpointing)
-    run = _StepRun(lm, planned)
+    run = StepRun(lm, planned)
     try:
         with run.tracker:
             run.step()
@@ -118,11 +118,7 @@ def footprint(config: Any, planned: Planned) -> Footprint:
             f"{type(model).__name__} looks at values while it runs, so it cannot run without "
             f"data: {reason}"
         ) from error
-    return Footprint(
-        parameters=sum(parameter_count(p) for p in model.parameters()),
-        trained=sum(p.numel() for p in run.trained),
-        bytes={kind: run.tracker.at_peak[kind] for kind in KINDS},
-    )
+    return run.footprint()
 
 
 def parameter_count(parameter: Parameter) -> int:
@@ -144,7 +140,7 @@ def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
     return 2 * values * size
 
 
-class _StepRun:
+class StepRun:
     """The step of the training loop under a tracker."""
 
     def __init__(self, lm: CausalLM, planned: Planned) -> None:
@@ -170,44 +166,73 @@ class _StepRun:
             for stream in dict.fromkeys(term.stream for term in terms)
         ]
         if self.planned.step_in_backward:
-            share = max(1, self.planned.micro_batch_tokens // len(streams))
-            self._backward(torch.stack([self._loss(own, share) for own in streams]).sum())
+            self.backward(self._whole_step(streams))
             return
+        self.fill_gradients()
+        of_a_kind = {self._kind(own): own for own in streams}  # such as NPO and retain NLL
+        for own in of_a_kind.values():
+            micro = self._micro(len(own[0].stream), self.planned.micro_batch_tokens)
+            self.backward(self._loss(own, micro, self.lm))
+        self.update(max(self.trained, key=torch.numel))
+
+    def fill_gradients(self) -> None:
+        """Those of earlier micro-batches."""
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)
             self.tracker.hold(parameter.grad, GRADIENTS)
-        of_a_kind = {self._kind(own): own for own in streams}  # such as NPO and retain NLL
-        for own in of_a_kind.values():
-            self._backward(self._loss(own, self.planned.micro_batch_tokens))
-        self._update(max(self.trained, key=torch.numel))
 
-    def _loss(self, terms: list[Term], tokens: int) -> Tensor:
-        (stream,) = {term.stream for term in terms}
-        length = self.planned.sequence_length
-        prompt = max(1, length // 4)
-        count = max(1, tokens // (length * len(stream)))
-        sequences = [Sequence((0,) * length, prompt, i) for i in range(count)]
-        (micro,) = pack(
-            [s for s in sequences for _ in stream], count * length * len(stream), len(stream)
+    def footprint(self) -> Footprint:
+        return Footprint(
+            parameters=sum(parameter_count(p) for p in self.lm.model.parameters()),
+            trained=sum(p.numel() for p in self.trained),
+            bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
         )
+
+    def _whole_step(self, streams: list[list[Term]]) -> Tensor:
+        """Through the decoder together: apart, all gradients of one would wait for the other's."""
+        share = max(1, self.planned.micro_batch_tokens // len(streams))
+        micros = [self._micro(len(own[0].stream), share) for own in streams]
+        sizes = [len(micro.input_ids) for micro in micros]
+        with FlashAttention():
+            joined = self._micro(1, sum(sizes)).to(self.lm.device)
+            parts = self.lm.states(joined).split(sizes)
+        lms = [cast("CausalLM", _Part(self.lm, part)) for part in parts]
+        return torch.stack(
+            [self._loss(*each) for each in zip(streams, micros, lms, strict=True)]
+        ).sum()
+
+    def _micro(self, group: int, tokens: int) -> PackedBatch:
+        length = self.planned.sequence_length
+        count = max(1, tokens // (length * group))
+        sequences = [Sequence((0,) * length, self._prompt, i) for i in range(count)]
+        each = [sequence for sequence in sequences for _ in range(group)]
+        (micro,) = pack(each, len(each) * length, group)
+        return micro
+
+    @property
+    def _prompt(self) -> int:
+        return max(1, self.planned.sequence_length // 4)
+
+    def _loss(self, terms: list[Term], micro: PackedBatch, lm: CausalLM) -> Tensor:
         terms = [term if term.baseline is None else term.at_baseline(0.0) for term in terms]
+        answer = torch.zeros(self.planned.sequence_length - self._prompt)
         references: dict[str, Tensor | list[Tensor]] = {}
         for term in terms:
             per_token = term.loss.reference == "token"
             for name in term.stream:
-                whole = [torch.zeros(length - prompt) for _ in sequences]
-                references[name] = whole if per_token else torch.zeros(count)
+                whole = [answer] * micro.sequences
+                references[name] = whole if per_token else torch.zeros(micro.sequences)
         everywhere = any(term.positions == "all" for term in terms)
-        rows = count * len(stream) * (length if everywhere else length - prompt)
+        rows = len(micro.input_ids if everywhere else micro.rows)
         cache = _Cache(self, rows) if any(isinstance(t.loss, KL) for t in terms) else None
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
             loss, _, _ = micro_step(
-                self.lm, micro, terms, counts, references, cast("ReferenceCache | None", cache)
+                lm, micro, terms, counts, references, cast("ReferenceCache | None", cache)
             )
         return loss
 
-    def _backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         self._from_now_on(BACKWARD)
         if self.planned.step_in_backward:
             loss.backward(retain_graph=True)
@@ -217,13 +242,13 @@ class _StepRun:
         assert parameter.grad is not None
         self.tracker.hold(parameter.grad, GRADIENTS)
         if self.planned.step_in_backward:
-            self._update(parameter)
+            self.update(parameter)
             parameter.grad = None
 
-    def _update(self, parameter: Tensor) -> None:
-        """PyTorch's fused AdamW needs no room; torchao's works on fp32 values of one tensor."""
+    def update(self, parameter: Tensor) -> None:
+        """PyTorch's fused AdamW needs no room; torchao's takes two fp32 copies (seen)."""
         if self.planned.optimizer != "adamw":
-            torch.empty(3, *parameter.shape, dtype=torch.float32, device="meta")
+            torch.empty(2, *parameter.shape, dtype=torch.float32, device="meta")
 
     def _from_now_on(self, kind: str) -> None:
         self.tracker.kind = kind
@@ -237,10 +262,20 @@ class _StepRun:
         return tuple((isinstance(t.loss, KL), t.positions, len(t.stream)) for t in terms)
 
 
+class _Part:
+    """A model whose hidden states have been computed with those of others."""
+
+    def __init__(self, lm: CausalLM, states: Tensor) -> None:
+        self.device, self.head_arguments, self._states = lm.device, lm.head_arguments, states
+
+    def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
+        return self._states
+
+
 class _Cache:
     """What ``ReferenceCache`` gives: the rows' hidden states, and the reference's head."""
 
-    def __init__(self, run: _StepRun, rows: int) -> None:
+    def __init__(self, run: StepRun, rows: int) -> None:
         self.run, self.rows = run, rows
         weight = run.lm.head.weight
         with run.tracker.counting_as(REFERENCE):
