@@ -75,7 +75,7 @@ class PaperRun(StepRun):
 
     def __init__(self, config: Any, planned: Planned) -> None:
         model = empty_model(config, planned.dtype, planned.lora_rank)
-        native = model.config._attn_implementation
+        native = model.config._attn_implementation  # of padded batches
         lm = empty_lm(model, planned.gradient_checkpointing)
         model.set_attn_implementation(native)
         super().__init__(lm, planned)

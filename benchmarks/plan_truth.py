@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ RANDOM = {  # weights do not matter to memory
     "Gemma2": {
         "vocab_size": 64000, "hidden_size": 576, "intermediate_size": 2304, "head_dim": 64,
         "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "sliding_window": 128, "query_pre_attn_scalar": 64,
+        "sliding_window": 32, "query_pre_attn_scalar": 64,
     },
 }  # fmt: skip
 RUNS: list[dict[str, Any]] = [
@@ -121,7 +122,7 @@ def measure(run: dict[str, Any]) -> dict[str, float]:
 
     name = run["model"]
     own = {key: value for key, value in run.items() if key != "model"}
-    planned = Planned(dtype="fp32", micro_batch_tokens=512, sequence_length=128, **own)
+    planned = Planned(dtype="fp32", micro_batch_tokens=256, sequence_length=64, **own)
     found = footprint(config_of(name), planned)
     # libraries, threads and compiled code are not the run's memory
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -169,7 +170,12 @@ def states_of_torchao() -> dict[str, int]:
 
 def in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     # mapped one by one, what is freed goes back to the system and counts when it is used again
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "TQDM_DISABLE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     done = subprocess.run(
         [sys.executable, __file__, "--one", json.dumps(request)],
         env=environment, capture_output=True, text=True,
@@ -182,6 +188,7 @@ def in_a_process(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.one is not None:
@@ -190,9 +197,10 @@ def main() -> None:
     from npo_fast.bench.provenance import provenance
 
     result: dict[str, Any] = {"states_8bit": in_a_process({}), "runs": []}
-    for run in RUNS:
-        result["runs"].append({**run, **in_a_process(run)})
-        print(json.dumps(result["runs"][-1]), flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for run, found in zip(RUNS, pool.map(in_a_process, RUNS), strict=True):
+            result["runs"].append({**run, **found})
+            print(json.dumps(result["runs"][-1]), flush=True)
     result |= provenance()
     options.result.write_text(json.dumps(result, indent=1) + "\n")
     states = result["states_8bit"]

@@ -1,5 +1,7 @@
 """Models without data: the shapes and the code of a real one, from its configuration alone."""
 
+import warnings
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -28,7 +30,7 @@ def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize 
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+            model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=DTYPES[dtype])
     except (ValueError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"not a causal language model: {reason}") from error
@@ -49,13 +51,14 @@ def empty_lm(model: Any, gradient_checkpointing: bool) -> CausalLM:
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave it out")
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={
-                "use_reentrant": False,
-                # a backward runs outside of such modes, and recomputes layers there
-                "context_fn": lambda: (FlashAttention(), FlashAttention()),
-            }
-        )
+        # a backward runs outside of such modes, and recomputes layers there
+        arguments = {
+            "use_reentrant": False,
+            "context_fn": lambda: (FlashAttention(), FlashAttention()),
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers gives it a new name
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     return lm
 
 
@@ -64,8 +67,10 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora-rank needs peft: pip install 'npo-fast[lora]'") from error
-    config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config).base_model.model
+    adapters = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return get_peft_model(model, adapters).base_model.model
 
 
 class NF4Linear(torch.nn.Linear):
