@@ -11,7 +11,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"cli"},
     {"study"},
     {"demo", "bench", "synthetic"},
-    {"report", "hf_trainer", "robustness"},
+    {"report", "hf_trainer", "robustness", "memory"},
     {"trainer", "evaluation"},
     {"methods", "modules"},
     {"model"},

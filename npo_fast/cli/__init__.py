@@ -29,6 +29,11 @@ VERBS = {
         "Versions, devices, which kernel serves which operator, what is missing",
         "npo-fast doctor",
     ),
+    "plan": Verb(
+        "Start here",
+        "The memory that a run will need, on which card it fits, and what makes it fit",
+        "npo-fast plan --model meta-llama/Llama-2-7b-chat-hf --card 24",
+    ),
     "unlearn": Verb(
         "Train",
         "Make a model forget one data set and keep another",

@@ -90,6 +90,21 @@ def _load_weights(name: str, dtype: torch.dtype, where: torch.device, quantize: 
     return model.to(where)
 
 
+def load_config(name: str) -> Any:
+    """The configuration of a model: a name as ``load_model`` takes it, or a config.json alone.
+
+    Raises:
+        UserError: nothing there, or not a configuration that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise UserError(f"no configuration file {name!r}")
+        return _load(AutoConfig, name, pretrained_model_name_or_path=name)
+    return _load(AutoConfig, name, **_source(name))
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, with a padding token for generation."""
     from transformers import AutoTokenizer

@@ -1,0 +1,166 @@
+"""``npo-fast plan``: what a run will need, before anyone rents a card."""
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from npo_fast.cli.console import say, show, table
+from npo_fast.cli.settings import Common, Toggle
+from npo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from npo_fast.memory import Advice, Footprint, Planned
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The run to plan; the flags are those of unlearn."""
+
+    model: str
+    """Hub name, folder, or config.json alone: no weights are needed or loaded."""
+    card: float | None = None
+    """GB of the card to fit; without it 12, 16, 24, 40, 48 and 80."""
+    method: str = "NPO+RT"
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the weights."""
+    micro_batch_tokens: int = 2048
+    """Tokens that go through the model at a time."""
+    sequence_length: int = 256
+    """Tokens of a sequence, prompt and answer."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-bf16"] = "adamw"
+    gradient_checkpointing: Annotated[bool, Toggle] = False
+    """Compute activations again in the backward instead of keeping them."""
+    step_in_backward: Annotated[bool, Toggle] = False
+    """Apply each gradient as it arises and free it."""
+    offload_optimizer: Annotated[bool, Toggle] = False
+    """Keep the optimizer's states in CPU memory."""
+    lora_rank: int = 0
+    """Train adapters of this rank instead of the weights."""
+    quantize: Literal["none", "4bit"] = "none"
+    """Weights below the adapters."""
+    ranks: int = 1
+    """GPUs that share the model (FSDP); the numbers are of one of them."""
+
+    def planned(self) -> "Planned":
+        from npo_fast.memory import Planned
+
+        return Planned(**{name: getattr(self, name) for name in Planned.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Command:
+    plan: PlanOptions
+    common: Common = field(default_factory=Common)
+
+
+def run(command: Command) -> None:
+    options = command.plan
+    if options.card is not None and not options.card > 0:
+        raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
+    if options.ranks < 1:
+        raise UserError(f"ranks must be 1 or more, got {options.ranks}")
+    planned = options.planned()
+
+    from npo_fast.memory import CARDS_GB, advise, flags, footprint, sharded
+    from npo_fast.model.load import load_config
+
+    config = load_config(options.model)
+
+    @cache
+    def measure(plan: "Planned") -> "Footprint":
+        say(" ".join(["a step without data", *flags(planned, plan)]))
+        return sharded(config, plan, footprint(config, plan), options.ranks)
+
+    found = measure(planned)
+    cards = CARDS_GB if options.card is None else (options.card,)
+    advice = [advise(planned, card, measure) for card in sorted(cards, reverse=True)]
+    show(
+        _facts(options, config, found, advice),
+        _text(options, config, found, advice),
+        command.common.json,
+    )
+
+
+def _facts(
+    options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]
+) -> dict[str, Any]:
+    from npo_fast.memory import flags
+
+    return {
+        "settings": vars(replace(options, model=config.model_type)),
+        "parameters": found.parameters,
+        "trained": found.trained,
+        "bytes": found.bytes,
+        "peak_bytes": found.peak,
+        "allowance_bytes": found.allowance,
+        "needed_bytes": found.needed,
+        "cards": [
+            {
+                "card_gb": one.card_gb,
+                "fits": one.fits and not one.switches,
+                "fits_with": flags(options.planned(), one.planned) if one.fits else None,
+                "needed_bytes": one.footprint.needed,
+            }
+            for one in reversed(advice)
+        ],
+    }
+
+
+def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]) -> str:
+    from npo_fast.memory.plan import FRAGMENTATION, KINDS
+
+    share = "" if options.ranks == 1 else f", one of {options.ranks} GPUs"
+    trained = "" if found.trained == found.parameters else f", {_count(found.trained)} trained"
+    lines = [
+        f"{config.model_type}, {_count(found.parameters)} parameters{trained}: {options.method} "
+        f"with {options.optimizer}, {options.dtype}, {options.micro_batch_tokens} tokens a pass"
+        f"{share}",
+        "",
+        "At its peak a step holds" + " " * 6 + "GiB",
+        *(_row(title, found.bytes[kind]) for kind, title in KINDS.items() if found.bytes[kind]),
+        _row("sum", found.peak),
+        _row("CUDA context, gaps", found.allowance),
+        _row("needed", found.needed),
+        "",
+        table(
+            (
+                [f"{one.card_gb:g} GB", _verdict(options, one), _gib(one.footprint.needed)]
+                for one in reversed(advice)
+            ),
+            ("card", "fits", "GiB"),
+        ),
+        "",
+        f"A card of 24 GB counts as {24e9 / GIB:.1f} GiB. Gaps: {FRAGMENTATION:.0%} of what comes "
+        "and goes.",
+    ]
+    if options.ranks > 1:
+        lines.append(
+            f"Weights, gradients, states and head are divided by {options.ranks}; two gathered "
+            "layers and one whole gradient are added."
+        )
+    if options.offload_optimizer:
+        lines.append("Optimizer states lie in CPU memory; the largest tensor's visit the GPU.")
+    return "\n".join(lines)
+
+
+def _row(title: str, size: int) -> str:
+    return f"  {title:<22}{_gib(size):>9}"
+
+
+def _verdict(options: PlanOptions, one: "Advice") -> str:
+    from npo_fast.memory import flags
+
+    if not one.switches:
+        return "yes" if one.fits else "no"
+    change = " ".join(flags(options.planned(), one.planned))
+    return f"with {change} ({'; '.join(one.costs)})" if one.fits else f"not even with {change}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

@@ -1,0 +1,113 @@
+"""Counts storages as they come and go, by what they are for.
+
+PyTorch has such a tracker (``torch.distributed._tools.mem_tracker``); the tests hold this one
+against it. It is private, knows nothing of a loss that makes gradients in its forward pass, and
+takes snapshots around every module, which a model of 80 layers feels.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tracker(TorchDispatchMode):
+    """Bytes alive by kind, and what they were when their sum was largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "activations"
+        """What a new storage counts as."""
+        self.alive: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self._storages: dict[int, tuple[Any, list[Any]]] = {}  # address -> weak reference, entry
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    @contextmanager
+    def counting_as(self, kind: str) -> Iterator[None]:
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def hold(self, tensor: Tensor, kind: str) -> None:
+        """Counts the tensor's storage as ``kind``, whatever it was before."""
+        storage = tensor.untyped_storage()
+        entry = self._entry(storage)
+        self.alive[entry[0]] -= entry[1]
+        entry[0] = kind
+        self.alive[kind] += entry[1]
+        self._look()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                self._entry(leaf.untyped_storage())
+        self._look()
+        return out
+
+    def _entry(self, storage: Any) -> list[Any]:  # kind, bytes
+        address = storage._cdata
+        if address not in self._storages:
+            entry = [self.kind, storage.nbytes()]
+            self.alive[self.kind] += entry[1]
+
+            def freed(_: Any) -> None:
+                del self._storages[address]
+                self.alive[entry[0]] -= entry[1]
+
+            self._storages[address] = weakref.ref(storage, freed), entry
+        return self._storages[address][1]
+
+    def _look(self) -> None:
+        if sum(self.alive.values()) > self.peak:
+            self.at_peak = self.alive.copy()
+
+
+class FlashAttention(TorchFunctionMode):
+    """Scaled dot-product attention that keeps output and logsumexp, as every fused kernel does.
+
+    Without it a tensor without data takes the unfused path, whose score matrix no run has.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = _flash if func is F.scaled_dot_product_attention else func
+        return call(*args, **kwargs or {})
+
+
+def _flash(
+    query: Tensor,  # (B, heads, L, dim)
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask.to(query.dtype)
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )
+    return out
