@@ -16,7 +16,7 @@ from npo_fast.memory.model import empty_lm, empty_model
 from npo_fast.memory.plan import KINDS, layer_bytes, state_bytes
 from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import METHODS, build_method
-from npo_fast.trainer.loop import micro_step
+from npo_fast.trainer.step import micro_step
 from tests.conftest import tiny_model
 
 SMALL = Planned(dtype="fp32", micro_batch_tokens=64, sequence_length=16)

@@ -87,8 +87,7 @@ def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str
     lines = [table((row(name, outcome) for name, outcome in outcomes.items()), header)]
     lines.append(
         "\nforget quality: p-value against the model that was never taught (above 0.05: no "
-        "difference seen)\nutility: of what was to be kept, and share of the original's\n"
-        "kept in the folder, and asked below: each method's model of the epoch of its peak"
+        "difference seen)\nutility: of what was to be kept, and share of the original's"
     )
     for which, record in demo.shown.items():
         lines += ["", f"{which}: {record.question}", f"  {'truth':<10}{record.answer}"]

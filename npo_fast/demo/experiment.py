@@ -12,7 +12,6 @@ from npo_fast import metrics
 from npo_fast.data import Record, Sequence, Template
 from npo_fast.demo.lab import new_model, train_tokenizer, weights
 from npo_fast.demo.world import World, make_world
-from npo_fast.evaluation.course import Course, WatchOptions
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.methods import FINETUNE, Coefficients, build_method
@@ -53,7 +52,7 @@ class Outcome:
     path: list[Point]
     peak: Point
     last: Point
-    answers: dict[str, str]  # of the peak, to a "forgotten" and to a "kept" question
+    answers: dict[str, str]  # to a "forgotten" and to a "kept" question, at the end
     time_s: float
 
 
@@ -117,10 +116,8 @@ class Demo:
             "retain": self._encode(self.world.retain),
         }
         references = reference_log_probs(lm, sources, terms, settings.micro_batch_tokens)
-        watch = WatchOptions(eval_every=1, keep_best="forget_quality")
-        course = Course(watch, lambda: self._forget_log(lm), self.retrained)
         path: list[Point] = []
-        best: Weights = {}
+        best: tuple[Point, Weights] | None = None
         folder = self.folder / _slug(method)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "steps.jsonl").open("w") as file:
@@ -128,23 +125,28 @@ class Demo:
                 file.write(json.dumps(asdict(record)) + "\n")
                 if not _ends_epoch(record):
                     continue
-                if course.look(record.step, record.epoch):
-                    best = weights(lm)
-                path.append(Point(round(record.epoch), course.last["forget_quality"]))
-        best_is_last = course.best is course.last
-        kept = self._measure(lm, _slug(method) if best_is_last else f"{_slug(method)}/last")
-        peak = path[-1] = self._point(path[-1].epoch, kept)
-        if not best_is_last:
-            lm.model.load_state_dict(best)
-            kept = self._measure(lm, _slug(method))
-            peak = self._point(round(course.best["epoch"]), kept)
-            path[peak.epoch - 1] = peak
+                point = Point(round(record.epoch), self._forget_quality(lm))
+                path.append(point)
+                if best is None or point.forget_quality > best[0].forget_quality:
+                    best = point, weights(lm)
+        assert best is not None
+        last = self._measure(lm, _slug(method))
+        path[-1] = self._point(path[-1].epoch, last)
         save_model(lm, self.tokenizer, folder / "model")
-        return Outcome(path, peak, path[-1], self._answers(kept), time.perf_counter() - started)
+        peak = path[-1]
+        if best[0].epoch != peak.epoch:
+            final = weights(lm)
+            lm.model.load_state_dict(best[1])
+            peak = self._point(best[0].epoch, self._measure(lm, f"{_slug(method)}/peak"))
+            path[peak.epoch - 1] = peak
+            lm.model.load_state_dict(final)
+        return Outcome(path, peak, path[-1], self._answers(last), time.perf_counter() - started)
 
-    def _forget_log(self, lm: CausalLM) -> metrics.Result:
+    def _forget_quality(self, lm: CausalLM) -> float:
         suite = {metrics.FORGET: self.world.forget}
-        return evaluate(lm, self.template, suite, EvaluationSettings(generate=False))
+        log = evaluate(lm, self.template, suite, EvaluationSettings(generate=False))
+        assert self.retrained is not None
+        return metrics.forget_quality(log, self.retrained)
 
     def _measure(self, lm: CausalLM, name: str) -> metrics.Result:
         settings = EvaluationSettings(generation_batch=256, max_new_tokens=24)

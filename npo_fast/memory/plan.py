@@ -20,8 +20,8 @@ from npo_fast.memory.model import Quantize, empty_lm, empty_model
 from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import Term, build_method
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import micro_step
 from npo_fast.trainer.reference_cache import ReferenceCache
+from npo_fast.trainer.step import micro_step
 
 GIB = 1 << 30
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]

@@ -4,10 +4,9 @@
     log_prob_n = z_n[y_n] - logsumexp(z_n)
 
 Not allocated: anything V-wide. A tile of logits lives in registers (tensor memory on sm_100) as
-fp32, adds to a running (peak, total) of its rows and is gone. The target logit is picked from the
-same fp32 tile and stays out of the sum, so that a sure token keeps its digits. The vocabulary is
-split between programs where the rows alone would leave the GPU idle; (splits, N) partial results
-meet in a fixed order.
+fp32, adds to a running (peak, total) of its rows and is gone; the target logit is picked from the
+same fp32 tile, so that a sure token cancels exactly. The vocabulary is split between programs
+where the rows alone would leave the GPU idle; (splits, N) partial results meet in a fixed order.
 """
 
 import torch
@@ -15,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npo_fast.kernels.reference import with_label
 from npo_fast.kernels.triton.config import TileConfig, processors, splits_that_fill, tile_config
 from npo_fast.kernels.triton.tiles import grouped, logits_tile, rows_inside
 
@@ -25,7 +23,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def linear_forward_kernel(
-    hidden, weight, bias, labels, split_others, split_target,
+    hidden, weight, bias, labels, split_lse, split_target,
     row_count, vocabulary, width, hidden_stride, weight_stride, tiles_per_split,
     softcap, logit_scale,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EVEN_WIDTH: tl.constexpr,
@@ -52,14 +50,13 @@ def linear_forward_kernel(
         z = tl.where(column[None, :] < vocabulary, z, -float("inf"))
         at_label = column[None, :] == label[:, None]
         target = tl.maximum(target, tl.max(tl.where(at_label, z, -float("inf")), axis=1))
-        z = tl.where(at_label, -float("inf"), z)
         new_peak = tl.maximum(peak, tl.max(z, axis=1))
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(z - new_peak[:, None]), axis=1)
         peak = new_peak
 
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     out = split.to(tl.int64) * row_count + row
-    tl.store(split_others + out, peak + tl.log(total), mask=row < row_count)
+    tl.store(split_lse + out, peak + tl.log(total), mask=row < row_count)
     tl.store(split_target + out, target, mask=row < row_count)
 
 
@@ -86,14 +83,15 @@ def linear_forward(
     splits = splits or splits_that_fill(row_blocks, processors(hidden.device))
     tiles_per_split = triton.cdiv(tiles, min(tiles, splits))
     splits = triton.cdiv(tiles, tiles_per_split)  # none of them empty
-    split_others = hidden.new_empty(splits, rows, dtype=torch.float32)
-    split_target = torch.empty_like(split_others)
+    split_lse = hidden.new_empty(splits, rows, dtype=torch.float32)
+    split_target = torch.empty_like(split_lse)
     linear_forward_kernel[(row_blocks * splits,)](
-        hidden, weight, bias, labels.contiguous(), split_others, split_target,
+        hidden, weight, bias, labels.contiguous(), split_lse, split_target,
         rows, vocabulary, width, hidden.stride(0), weight.stride(0), tiles_per_split,
         softcap or 1.0, logit_scale,
         HAS_BIAS=bias is not None, SOFTCAP=softcap is not None,
         EVEN_WIDTH=width % config.block_k == 0, **config.launch(),
     )  # fmt: skip
     # the label lies in one split, the others hold -inf
-    return with_label(split_others.logsumexp(dim=0), split_target.amax(dim=0))
+    lse = split_lse.logsumexp(dim=0)
+    return split_target.amax(dim=0) - lse, lse

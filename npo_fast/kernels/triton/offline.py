@@ -45,7 +45,7 @@ TYPES = {
     "hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "gradient": "*bf16",
     "d_weight": "*bf16", "d_hidden": "*fp32", "labels": "*i64", "cu_seqlens": "*i32",
     "target_logits": "*fp32", "log_probs": "*fp32", "lse": "*fp32", "lses": "*fp32",
-    "split_others": "*fp32", "split_target": "*fp32", "ref_log_probs": "*fp32", "values": "*fp32",
+    "split_lse": "*fp32", "split_target": "*fp32", "ref_log_probs": "*fp32", "values": "*fp32",
     "sequence_log_probs": "*fp32", "weights": "*fp32", "g": "*fp32", "keep": "*i8",
     "kept": "*i32", "kept_count": "*i32", "softcap": "fp32", "logit_scale": "fp32",
     "skip_below": "fp32", "beta": "fp32", "kls": "*fp32", "ref_softcap": "fp32",
