@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import AttentionInterface, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from npo_fast.bench.provenance import provenance
 from npo_fast.memory import Footprint, Planned, footprint, sharded
@@ -35,6 +36,9 @@ CONFIGS = {
         num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+# a name for which transformers looks at no mask: as with FlashAttention, none is made
+PADDED_ATTENTION = "plan_padded"
+AttentionInterface.register(PADDED_ATTENTION, sdpa_attention_forward)
 PADDED = 500  # tokens that the paper's code pads every sequence to
 
 
@@ -75,11 +79,11 @@ class PaperRun(StepRun):
 
     def __init__(self, config: Any, planned: Planned) -> None:
         model = empty_model(config, planned.dtype, planned.lora_rank)
-        native = model.config._attn_implementation  # of padded batches
         lm = empty_lm(model, planned.gradient_checkpointing)
-        model.set_attn_implementation(native)
+        model.set_attn_implementation(PADDED_ATTENTION)
         super().__init__(lm, planned)
         self.reference = empty_model(config, planned.dtype).eval()
+        self.reference.set_attn_implementation(PADDED_ATTENTION)
         for parameter in self.reference.parameters():
             self.tracker.hold(parameter, REFERENCE)
 

@@ -205,8 +205,15 @@ def test_the_command_says_what_it_found(folder, capsys):
     out = capsys.readouterr().out
     assert "weights" in out
     assert "24 GB" in out
-    assert len(out.splitlines()) < 25, "one screen"
-    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_what_does_not_fit_takes_one_screen(folder, capsys):
+    assert main(["plan", "--model", str(folder), "--card", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "no, even with all of these" in out
+    assert "--lora-rank 16 --quantize 4bit" in out
+    assert len(out.splitlines()) <= 25
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_json_adds_up(folder, capsys):

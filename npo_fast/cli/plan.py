@@ -111,6 +111,7 @@ def _facts(
 def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]) -> str:
     from npo_fast.memory.plan import FRAGMENTATION, KINDS
 
+    planned = options.planned()
     share = "" if options.ranks == 1 else f", one of {options.ranks} GPUs"
     trained = "" if found.trained == found.parameters else f", {_count(found.trained)} trained"
     lines = [
@@ -126,11 +127,12 @@ def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["A
         "",
         table(
             (
-                [f"{one.card_gb:g} GB", _verdict(options, one), _gib(one.footprint.needed)]
+                [f"{one.card_gb:g} GB", _gib(one.footprint.needed), _verdict(planned, one)]
                 for one in reversed(advice)
             ),
-            ("card", "fits", "GiB"),
+            ("card", "GiB", "fits"),
         ),
+        *_costs(planned, advice),
         "",
         f"A card of 24 GB counts as {24e9 / GIB:.1f} GiB. Gaps: {FRAGMENTATION:.0%} of what comes "
         "and goes.",
@@ -149,13 +151,22 @@ def _row(title: str, size: int) -> str:
     return f"  {title:<22}{_gib(size):>9}"
 
 
-def _verdict(options: PlanOptions, one: "Advice") -> str:
+def _verdict(planned: "Planned", one: "Advice") -> str:
     from npo_fast.memory import flags
 
-    if not one.switches:
-        return "yes" if one.fits else "no"
-    change = " ".join(flags(options.planned(), one.planned))
-    return f"with {change} ({'; '.join(one.costs)})" if one.fits else f"not even with {change}"
+    if not one.fits:
+        return "no, even with all of these" if one.switches else "no"
+    change = " ".join(flags(planned, one.planned))
+    return f"with {change}" if change else "yes"
+
+
+def _costs(planned: "Planned", advice: list["Advice"]) -> list[str]:
+    """Each switch that is advised, once."""
+    from npo_fast.memory import flags
+
+    advised = dict.fromkeys(switch for one in advice for switch in one.switches)
+    rows = [(" ".join(flags(planned, s.change(planned))), s.cost) for s in advised]
+    return ["", *(f"  {flag:<34}{cost}" for flag, cost in rows)] if rows else []
 
 
 def _gib(size: int) -> str:

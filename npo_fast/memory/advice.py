@@ -41,10 +41,6 @@ class Advice:
     switches: tuple[Switch, ...]
     footprint: Footprint
 
-    @property
-    def costs(self) -> list[str]:
-        return [switch.cost for switch in self.switches]
-
 
 def flags(before: Planned, after: Planned) -> list[str]:
     """What to add to the command line of ``before`` to get ``after``."""
