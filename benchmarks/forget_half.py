@@ -9,7 +9,7 @@ once more, at three times the rate if the forget answers are still likelier than
 model, else at a third of it. The run with the higher forget quality stands in the table, unless it
 kept less than half of the utility and the other did not.
 
-About two hours on two CPU cores. A run that is there already is not repeated, and
+A run that is there already is not repeated, and
 ``benchmarks/results/forget_half.json`` is written anew after each.
 """
 

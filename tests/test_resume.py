@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.run import save_model
 from npo_fast.trainer.settings import TrainSettings
@@ -372,3 +374,21 @@ def test_an_error_that_is_not_of_memory_passes_through():
     lm.decoder.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         next(steps_for(lm, TrainSettings(epochs=1, batch_size=7)))
+
+
+def test_a_new_process_reads_8_bit_states(tmp_path):
+    weight = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = build_optimizer([weight], "adamw-8bit", 1e-3, 0.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = TrainState(1)
+    state.attach(torch.device("cpu"), optimizer=optimizer)
+    state.save(tmp_path)
+    code = (
+        "import sys, pathlib; from npo_fast.trainer.optimizers import check_optimizer; "
+        "from npo_fast.trainer.state import TrainState; check_optimizer('adamw-8bit'); "
+        "print(TrainState.load(pathlib.Path(sys.argv[1])).step)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["1"], done.stderr

@@ -3,10 +3,10 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from npo_fast.cli.console import follow, number, progress, say, show, table
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -35,7 +35,7 @@ class DataOptions:
     """Log of the model trained without the forget set, on all its items: for forget quality."""
     output: Path = Path("runs/attack")
     """Folder for a folder of logs an attack, and attack.json."""
-    overwrite: Annotated[bool, Toggle] = False
+    overwrite: bool = False
     """Replace the attack that is in the output folder."""
 
 

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from npo_fast.cli.console import say, show, table
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class BenchOptions:
     """How often each candidate is timed, in turn; medians are reported."""
     peers: str = "all"
     """all, none, or some of plain,torch-lce,trl,cce,liger."""
-    scaling: Annotated[bool, Toggle] = False
+    scaling: bool = False
     """Ours and plain PyTorch over growing rows and vocabularies (up to --rows, --vocabulary)."""
     output: Path | None = None
     """JSON file for the result; with --scaling the plot lies beside it."""

@@ -5,10 +5,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from npo_fast.cli.console import follow, number, say, show, table
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class DemoOptions:
 
     output: Path = Path("npo-fast-demo")
     """Folder for the models, evaluation logs, step records and the plot."""
-    overwrite: Annotated[bool, Toggle] = False
+    overwrite: bool = False
     """Replace the demo that is in the output folder."""
     seed: int = 0
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from npo_fast.cli.console import number, progress, say, show, table
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -34,9 +34,9 @@ class DataOptions:
     """Log of the model trained without the forget set: forget quality compares with it."""
     output: Path | None = None
     """Folder for TOFU's log files."""
-    overwrite: Annotated[bool, Toggle] = False
+    overwrite: bool = False
     """Replace the logs that are in the output folder."""
-    no_utility: Annotated[bool, Toggle] = False
+    no_utility: bool = False
     """Leave out real authors and world facts."""
 
 

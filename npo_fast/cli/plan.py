@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npo_fast.cli.console import say, show, table
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
+from npo_fast.trainer.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from npo_fast.memory import Advice, Footprint, Planned
@@ -29,12 +30,12 @@ class PlanOptions:
     """Tokens that go through the model at a time."""
     sequence_length: int = 256
     """Tokens of a sequence, prompt and answer."""
-    optimizer: Literal["adamw", "adamw-8bit", "adamw-bf16"] = "adamw"
-    gradient_checkpointing: Annotated[bool, Toggle] = False
+    optimizer: Optimizer = "adamw"
+    gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
-    step_in_backward: Annotated[bool, Toggle] = False
+    step_in_backward: bool = False
     """Apply each gradient as it arises and free it."""
-    offload_optimizer: Annotated[bool, Toggle] = False
+    offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory."""
     lora_rank: int = 0
     """Train adapters of this rank instead of the weights."""

@@ -5,7 +5,7 @@ import difflib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 import yaml
@@ -14,14 +14,13 @@ from npo_fast.cli import Verb
 from npo_fast.errors import UserError
 
 T = TypeVar("T")
-Toggle = tyro.conf.FlagCreatePairsOff  # --overwrite, but no --no-overwrite
 
 
 @dataclasses.dataclass(frozen=True)
 class Common:
     """What every verb takes."""
 
-    json: Annotated[bool, Toggle] = False
+    json: bool = False
     """Print the result as one JSON object on standard output."""
     config: Path | None = None
     """YAML file with settings by flag name; flags override it."""
@@ -39,7 +38,7 @@ def parse(command: type[T], arguments: list[str], verb: str, about: Verb) -> T:
         config=(
             tyro.conf.OmitArgPrefixes,
             tyro.conf.HelptextFromCommentsOff,
-            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.FlagCreatePairsOff,  # --overwrite, but no --no-overwrite
         ),
     )
 

@@ -5,10 +5,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from npo_fast.cli.console import say, show, table
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ class SyntheticOptions:
 
     output: Path = Path("npo-fast-synthetic")
     """Folder for the claims, the figures, the curves and the result."""
-    overwrite: Annotated[bool, Toggle] = False
+    overwrite: bool = False
     """Replace the experiment that is in the output folder."""
     seeds: str = "0,1,2,3,4"
     """Seeds, separated by commas; figures show their mean and standard deviation."""
-    quick: Annotated[bool, Toggle] = False
+    quick: bool = False
     """A tenth of the steps: to see that it runs. The claims are not expected to hold."""
 
 

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npo_fast.cli.console import follow, say
-from npo_fast.cli.settings import Common, Toggle
+from npo_fast.cli.settings import Common
 from npo_fast.data import Record, Sequence, Template
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
@@ -92,14 +92,14 @@ class RunOptions(Common):
 
     output: Path = Path("runs/latest")
     """Folder for the model, the step records and run.json."""
-    overwrite: Annotated[bool, Toggle] = False
+    overwrite: bool = False
     """Replace the run that is in the output folder."""
     save_every: int = 0
     """Steps between checkpoints, from which the same command goes on after a crash; 0 makes one
     only when Ctrl-C or SIGTERM interrupts the run."""
     merge: bool = False
     """With --lora-rank: save the final model with whole weights, not as an adapter."""
-    dry_run: Annotated[bool, Toggle] = False
+    dry_run: bool = False
     """Check everything that can be checked without loading the model, and say what would run."""
 
     def check(self, model: ModelOptions) -> None:

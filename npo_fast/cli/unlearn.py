@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from npo_fast.cli.console import number, progress, say, show, table
-from npo_fast.cli.settings import Toggle
 from npo_fast.cli.training import (
     ModelOptions,
     Origin,
@@ -117,7 +116,7 @@ class MethodOptions:
 class ReportOptions:
     """A short look at the model before and after; ``npo-fast evaluate`` measures in full."""
 
-    no_report: Annotated[bool, Toggle] = False
+    no_report: bool = False
     report_records: int = 20
     """Records of each set to answer before and after."""
     max_new_tokens: int = 64

@@ -2,7 +2,7 @@
 
 import warnings
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from npo_fast.errors import UserError
 from npo_fast.memory.tracker import FlashAttention
+from npo_fast.model.adapters import Quantize, add_lora, check_libraries
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import DTYPES
-
-Quantize = Literal["none", "4bit"]
 
 
 def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize = "none") -> Any:
@@ -28,6 +27,8 @@ def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize 
     """
     from transformers import AutoModelForCausalLM
 
+    check_libraries("none", lora_rank)  # 4-bit weights are stood in for, without their library
+
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=DTYPES[dtype])
@@ -37,7 +38,7 @@ def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize 
     if quantize == "4bit":
         _quantise(model, model.get_output_embeddings())
     if lora_rank:
-        model = _with_adapters(model, lora_rank)
+        model = add_lora(model, config.name_or_path, lora_rank, alpha=lora_rank)
     model.config.use_cache = False
     return model.train()
 
@@ -60,17 +61,6 @@ def empty_lm(model: Any, gradient_checkpointing: bool) -> CausalLM:
             warnings.simplefilter("ignore", FutureWarning)  # transformers gives it a new name
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     return lm
-
-
-def _with_adapters(model: Any, rank: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora-rank needs peft: pip install 'npo-fast[lora]'") from error
-    adapters = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        return get_peft_model(model, adapters).base_model.model
 
 
 class NF4Linear(torch.nn.Linear):

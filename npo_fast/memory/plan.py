@@ -16,15 +16,16 @@ from torch.nn import Parameter
 from npo_fast.data import PackedBatch, Sequence, pack
 from npo_fast.errors import UserError
 from npo_fast.losses import KL
-from npo_fast.memory.model import Quantize, empty_lm, empty_model
+from npo_fast.memory.model import empty_lm, empty_model
 from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import Term, build_method
+from npo_fast.model.adapters import Quantize
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.reference_cache import ReferenceCache
-from npo_fast.trainer.step import micro_step
+from npo_fast.trainer.step import micro_step, streams_of
 
 GIB = 1 << 30
-Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 KINDS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -162,8 +163,7 @@ class StepRun:
     def step(self) -> None:
         terms = build_method(self.planned.method)
         streams = [
-            [term for term in terms if term.stream == stream]
-            for stream in dict.fromkeys(term.stream for term in terms)
+            [term for term in terms if term.stream == stream] for stream in streams_of(terms)
         ]
         if self.planned.step_in_backward:
             self.backward(self._whole_step(streams))
@@ -172,7 +172,7 @@ class StepRun:
         of_a_kind = {self._kind(own): own for own in streams}  # such as NPO and retain NLL
         for own in of_a_kind.values():
             micro = self._micro(len(own[0].stream), self.planned.micro_batch_tokens)
-            self.backward(self._loss(own, micro, self.lm))
+            self.backward(self._loss(own, micro))
         self.update(max(self.trained, key=torch.numel))
 
     def fill_gradients(self) -> None:
@@ -196,9 +196,8 @@ class StepRun:
         with FlashAttention():
             joined = self._micro(1, sum(sizes)).to(self.lm.device)
             parts = self.lm.states(joined).split(sizes)
-        lms = [cast("CausalLM", _Part(self.lm, part)) for part in parts]
         return torch.stack(
-            [self._loss(*each) for each in zip(streams, micros, lms, strict=True)]
+            [self._loss(*each) for each in zip(streams, micros, parts, strict=True)]
         ).sum()
 
     def _micro(self, group: int, tokens: int) -> PackedBatch:
@@ -213,7 +212,7 @@ class StepRun:
     def _prompt(self) -> int:
         return max(1, self.planned.sequence_length // 4)
 
-    def _loss(self, terms: list[Term], micro: PackedBatch, lm: CausalLM) -> Tensor:
+    def _loss(self, terms: list[Term], micro: PackedBatch, states: Tensor | None = None) -> Tensor:
         terms = [term if term.baseline is None else term.at_baseline(0.0) for term in terms]
         answer = torch.zeros(self.planned.sequence_length - self._prompt)
         references: dict[str, Tensor | list[Tensor]] = {}
@@ -228,8 +227,9 @@ class StepRun:
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
             loss, _, _ = micro_step(
-                lm, micro, terms, counts, references, cast("ReferenceCache | None", cache)
-            )
+                self.lm, micro, terms, counts, references, cast("ReferenceCache | None", cache),
+                states,
+            )  # fmt: skip
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -260,16 +260,6 @@ class StepRun:
     @staticmethod
     def _kind(terms: list[Term]) -> tuple[object, ...]:
         return tuple((isinstance(t.loss, KL), t.positions, len(t.stream)) for t in terms)
-
-
-class _Part:
-    """A model whose hidden states have been computed with those of others."""
-
-    def __init__(self, lm: CausalLM, states: Tensor) -> None:
-        self.device, self.head_arguments, self._states = lm.device, lm.head_arguments, states
-
-    def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
-        return self._states
 
 
 class _Cache:

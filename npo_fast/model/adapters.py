@@ -15,6 +15,7 @@ import torch
 
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.progress import no_progress_bars
 
 Quantize = Literal["none", "4bit"]
 ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
@@ -126,5 +127,6 @@ def read_weights(lm: CausalLM, folder: Path) -> None:
         weights = load_peft_weights(str(folder), device=str(lm.device))
         set_peft_model_state_dict(lm.model, weights)
     else:
-        saved = type(lm.model).from_pretrained(folder, dtype=lm.dtype)
+        with no_progress_bars():
+            saved = type(lm.model).from_pretrained(folder, dtype=lm.dtype)
         lm.model.load_state_dict(saved.state_dict())

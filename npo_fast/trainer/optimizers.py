@@ -16,12 +16,16 @@ Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 
 def check_optimizer(name: Optimizer) -> None:
-    """
+    """Imports its library, without which the states of a checkpoint cannot be read either.
+
     Raises:
-        UserError: its library is not installed.
+        UserError: the library is not installed.
     """
-    if name != "adamw" and find_spec("torchao") is None:
+    if name == "adamw":
+        return
+    if find_spec("torchao") is None:
         raise UserError(f"--optimizer {name} comes from torchao: pip install torchao")
+    _torchao()
 
 
 def trained(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
@@ -74,18 +78,19 @@ def build_optimizer(
                 stacklevel=2,
             )
         return torch.optim.AdamW(own, lr=lr, weight_decay=weight_decay, fused=True)
-    kind = _torchao("AdamW8bit" if name == "adamw-8bit" else "_AdamW", own[0].device)
+    kind = getattr(_torchao(), "AdamW8bit" if name == "adamw-8bit" else "_AdamW")
+    if own[0].device.type == "cpu":
+        kind = type(kind.__name__, (_Eager, kind), {})
     return kind(own, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
 
 
-def _torchao(name: str, device: torch.device) -> Any:
+def _torchao() -> Any:
     logging.disable(logging.WARNING)  # of GPU libraries that none of this needs
     try:
         import torchao.optim
     finally:
         logging.disable(logging.NOTSET)
-    kind = getattr(torchao.optim, name)
-    return kind if device.type != "cpu" else type(name, (_Eager, kind), {})
+    return torchao.optim
 
 
 class _Eager:

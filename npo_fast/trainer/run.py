@@ -151,8 +151,7 @@ class Run:
 
     def restore_best(self, lm: CausalLM) -> None:
         """The weights of ``keep_best``, in place."""
-        with no_progress_bars():
-            read_weights(lm, self._best)
+        read_weights(lm, self._best)
 
     @property
     def _best(self) -> Path:

@@ -67,7 +67,7 @@ def whole_gradient(
             )
         units = [
             sum(len(batch[name][i].input_ids) for name in stream)
-            for stream in _streams(terms)
+            for stream in streams_of(terms)
             for i in range(len(batch[stream[0]]))
         ]
         state.micro_batch_tokens = halved(state.micro_batch_tokens, units, state.step + 1, reason)
@@ -105,7 +105,7 @@ def _accumulate(
     return {name: float(value) for name, value in values.items()}, log_probs
 
 
-def _streams(terms: Iterable[Term]) -> list[Stream]:
+def streams_of(terms: Iterable[Term]) -> list[Stream]:
     return list(dict.fromkeys(term.stream for term in terms))
 
 
@@ -115,7 +115,7 @@ def _passes(
     """What goes through the model at a time: a micro-batch of one stream, or all ``together``."""
     micros: list[tuple[Stream, PackedBatch]] = [
         (stream, micro)
-        for stream in _streams(terms)
+        for stream in streams_of(terms)
         for micro in pack(side_by_side(batch, stream), micro_batch_tokens, group=len(stream))
     ]
     return [micros] if together else [[one] for one in micros]
@@ -204,8 +204,8 @@ def _reference(
         return None
     assert references is not None, f"{term.name} needs reference log-probs"
     of_each = [references[name][i] for name, i in zip(cycle(term.stream), micro.indices)]
-    join = torch.stack if loss.reference == "sequence" else torch.cat
-    return join(of_each).to(micro.labels.device)
+    put = torch.stack if loss.reference == "sequence" else torch.cat
+    return put(of_each).to(micro.labels.device)
 
 
 @torch.no_grad()
