@@ -4,7 +4,7 @@
     python benchmarks/forget_half.py --tofu FOLDER_OR_HUB_NAME --runs runs/half
 
 Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods, one rule for
-the learning rate: each method starts at 3e-5; where its forget quality stays below 0.05 it runs once
+the learning rate: each method starts at 6e-5; where its forget quality stays below 0.05 it runs once
 more, at three times the rate if the forget answers are still likelier than under the retrained
 model, else at a third of it. The run with the higher forget quality stands in the table, unless it
 kept less than half of the utility and the other did not.
@@ -34,8 +34,8 @@ from npo_fast.report.figures import MEANINGFUL
 RESULTS = Path(__file__).parent / "results"
 TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"
 METHODS = ("NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL")
-RATE, NOTCH = 3e-5, 3.0
-EPOCHS = {"teach": "8", "unlearn": "4"}
+RATE, NOTCH = 6e-5, 3.0
+EPOCHS = {"teach": "8", "unlearn": "2"}
 UTILITY_RECORDS = 20  # of the kept authors, the real authors and the world facts each
 MAX_NEW_TOKENS = 48
 ANSWERS_SHOWN = (3, 25, 47)  # one question of each forgotten author
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/half"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", type=Path, default=RESULTS / "forget_half.json")
-    parser.add_argument("--first-pass", action="store_true", help="no second learning rate")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="some of them, by name")
     options = parser.parse_args()
 
     experiment = Experiment(options.tofu, options.runs, options.seed)
@@ -126,8 +126,8 @@ def main() -> None:
         "original": metrics.summary(original, retrained),
         "retrained": metrics.summary(retrained, retrained),
     }
-    tried: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
-    logs: dict[str, dict[str, metrics.Result]] = {method: {} for method in METHODS}
+    tried: dict[str, dict[str, Any]] = {method: {} for method in options.methods}
+    logs: dict[str, dict[str, metrics.Result]] = {method: {} for method in options.methods}
 
     def run(method: str, rate: float) -> None:
         result = experiment.unlearn(method, rate)
@@ -145,11 +145,9 @@ def main() -> None:
         }
         options.result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-    for method in METHODS:
+    for method in options.methods:
         run(method, RATE)
-    if options.first_pass:
-        return
-    for method in METHODS:
+    for method in options.methods:
         rate = next_rate(tried[method][f"{RATE:g}"], anchors["retrained"])
         if rate is not None:
             run(method, rate)
