@@ -18,7 +18,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"losses", "metrics", "data"},
     {"ops", "memorization"},
     {"kernels"},
-    {"errors", "_version"},
+    {"errors", "ranks", "_version"},
 ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
+from npo_fast.ranks import leads, leave, rank, ranks
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Verb:
     group: str
     help: str
     example: str
+    on_ranks: bool = False
+    """Whether several processes can share the work (``torchrun``)."""
 
 
 VERBS = {
@@ -39,11 +42,13 @@ VERBS = {
         "Make a model forget one data set and keep another",
         "npo-fast unlearn --model my-model --forget forget.jsonl --retain retain.jsonl "
         "--output runs/npo",
+        on_ranks=True,
     ),
     "finetune": Verb(
         "Train",
         "Teach a model a data set (for a model to unlearn from, or a retrained yardstick)",
         "npo-fast finetune --model my-model --train facts.jsonl --output runs/taught",
+        on_ranks=True,
     ),
     "evaluate": Verb(
         "Measure",
@@ -95,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known verbs: {', '.join(VERBS)}"
             raise UserError(f"unknown verb {verb!r}; {hint}")
+        if ranks() > 1 and not VERBS[verb].on_ranks:
+            able = " and ".join(name for name, each in VERBS.items() if each.on_ranks)
+            raise UserError(f"{verb} runs on one process, not on {ranks()}: torchrun is for {able}")
         from npo_fast.cli.settings import parse
 
         module = importlib.import_module(f"npo_fast.cli.{verb}")
@@ -106,11 +114,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, 1)
     except Interrupted as stop:
-        print(f"npo-fast: {stop}", file=sys.stderr)
+        if leads():
+            print(f"npo-fast: {stop}", file=sys.stderr)
         return 128 + stop.signal
+    except RuntimeError as error:
+        if ranks() == 1 or not _is_lost_contact(error):
+            raise
+        return _fail(
+            "lost contact with another process of this run, which has ended or cannot be reached; "
+            "after its last checkpoint (--save-every) the same command goes on "
+            f"({str(error).partition(chr(10))[0]})",
+            1,
+        )
     except KeyboardInterrupt:
         return _fail("interrupted; complete checkpoints and records stay where they are", 130)
+    if ranks() > 1:
+        leave()
     return 0
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    from npo_fast.ranks import is_lost_contact
+
+    return is_lost_contact(error)
 
 
 def overview() -> str:
@@ -133,5 +159,6 @@ def overview() -> str:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"npo-fast: error: {error}", file=sys.stderr)
+    which = f" (process {rank()} of {ranks()})" if ranks() > 1 else ""
+    print(f"npo-fast: error{which}: {error}", file=sys.stderr, flush=True)
     return code

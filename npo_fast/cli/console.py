@@ -8,17 +8,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from npo_fast.ranks import leads
 from npo_fast.trainer.settings import StepRecord
 
 
 def say(text: str = "") -> None:
     """A line about what is going on, above a bar where there is one."""
-    tqdm.write(text, file=sys.stderr)
+    if leads():
+        tqdm.write(text, file=sys.stderr)
 
 
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
     """The result of a verb: the text, or one JSON object."""
-    print(json.dumps(result, default=str) if as_json else text, flush=True)
+    if leads():
+        print(json.dumps(result, default=str) if as_json else text, flush=True)
 
 
 def follow(records: Iterable[StepRecord], what: str) -> Iterator[StepRecord]:
@@ -60,8 +63,9 @@ def progress(what: str) -> Iterator[Any]:
 def _bar(total: int, what: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     return tqdm(
-        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause
-    )
+        total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause,
+        disable=not leads(),
+    )  # fmt: skip
 
 
 def table(rows: Iterable[Iterable[str]], header: Iterable[str]) -> str:

@@ -39,7 +39,7 @@ def run(command: Command) -> None:
     if command.run.dry_run:
         show({"dry_run": True, **prepared.facts()}, "dry run: all is well", command.run.json)
         return
-    lm = command.model.load_model()
+    lm = command.model.load_model(earlier)
     facts = run_training(command, "finetune", prepared, lm, FINETUNE, earlier)
     final = facts["final"]
     say()

@@ -141,7 +141,7 @@ def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["A
     if options.ranks > 1:
         lines.append(
             f"Weights, gradients, states and head are divided by {options.ranks}; two gathered "
-            "layers and one whole gradient are added."
+            "layers, one whole gradient and the answer rows of all GPUs are added."
         )
     if options.offload_optimizer:
         lines.append("Optimizer states lie in CPU memory; the largest tensor's visit the GPU.")

@@ -11,9 +11,10 @@ from npo_fast.cli.settings import Common
 from npo_fast.data import Record, Sequence, Template
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
+from npo_fast.ranks import join, leads, most, own_device, ranks
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, driving_sources, steps_per_epoch
-from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.settings import StepRecord, TrainSettings, check_ranks
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
     from npo_fast.evaluation.course import Course
@@ -52,6 +53,8 @@ class ModelOptions:
         check_libraries(self.quantize, self.lora_rank)
         if self.quantize == "4bit" and not self.lora_rank:
             raise UserError("4-bit weights stay as they are: train beside them with --lora-rank 16")
+        if self.quantize == "4bit" and ranks() > 1:
+            raise UserError(f"--quantize 4bit runs on one process, not on {ranks()}")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("--lora-alpha scales an adapter: add --lora-rank 16")
 
@@ -60,28 +63,43 @@ class ModelOptions:
 
         return Template(load_tokenizer(self.model), self.template, self.max_length)
 
-    def load_model(self) -> "CausalLM":
-        from npo_fast.model.load import load_model
+    def load_model(self, earlier: "Unfinished | None" = None) -> "CausalLM":
+        """The model as it was; several processes divide it, with ``earlier``'s weights.
+
+        A rank reads the whole model into CPU memory before it keeps its share.
+        """
+        from npo_fast.model.adapters import read_weights
+        from npo_fast.model.load import default_dtype, load_model
 
         say(f"loading {self.model}")
+        several, device, dtype = ranks() > 1, self.device, self.dtype
+        if several:
+            own, device = own_device(device), "cpu"
+            dtype = default_dtype(own) if dtype == "auto" else dtype
         lm = load_model(
             self.model,
-            dtype=self.dtype,
-            device=self.device,
-            attention=self.attention,
+            dtype=dtype,
+            device=device,
+            attention="auto" if several else self.attention,
             quantize=self.quantize,
             lora_rank=self.lora_rank,
             lora_alpha=self.lora_alpha,
         )
+        if several:
+            from npo_fast.model.sharding import shard
+
+            if earlier is not None and earlier.weights is not None:
+                read_weights(lm, earlier.weights)
+            shard(lm, join(own), self.attention)
         parameters = lm.model.num_parameters()
         trained = ""
         if self.lora_rank:
             own = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
             trained = f" ({own / 1e6:.2f}M of them to train)"
-        dtype = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
+        kept = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
         say(
-            f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {dtype} on "
-            f"{lm.device}, attention {lm.attention}"
+            f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {kept} on "
+            f"{f'{ranks()} times ' if several else ''}{lm.device}, attention {lm.attention}"
         )
         return lm
 
@@ -110,6 +128,8 @@ class RunOptions(Common):
                 "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "
                 "--quantize"
             )
+        if self.merge and ranks() > 1:
+            raise UserError("--merge runs on one process: leave it out, the adapter loads anywhere")
         check_output(self.output, self.overwrite)
 
     def unfinished(self, facts: Mapping[str, Any]) -> "Unfinished | None":
@@ -174,6 +194,7 @@ def prepare(
 ) -> Prepared:
     """Everything that can fail on the user's side, first."""
     options.check_training()
+    check_ranks(terms, training)
     check_optimizer(training.optimizer)
     each_batch = turns(terms, training.schedule)
     template = options.load_template()
@@ -281,14 +302,15 @@ def run_training(
                     if course.over():
                         say(f"{course.options.stop_when} at step {record.step}: stopped")
                         break
-                due = stop.number or (every and record.step % every == 0)
+                stopping = most(stop.number or 0, lm.device)
+                due = stopping or (every and record.step % every == 0)
                 if due and record.step < record.steps:
                     run.checkpoint(lm, tokenizer, record.step, state)
-                    if stop.number:
+                    if stopping:
                         raise Interrupted(
                             f"interrupted after step {record.step} of {record.steps}; {again} "
                             "goes on from there",
-                            stop.number,
+                            stopping,
                         )
             if last is not None:
                 chosen = {}
@@ -335,16 +357,19 @@ def _open_run(
 ) -> "Run":
     """A new run folder, or that of ``earlier`` with its weights in ``lm``."""
     from npo_fast.model.adapters import merge_adapter, read_weights
-    from npo_fast.trainer.run import Run
+    from npo_fast.trainer.run import Bystander, Run
 
     facts = {**facts, "attention": lm.attention}
+    if not leads():
+        return Bystander(options.output, facts if earlier is None else earlier.facts)
     if origin.reference_cache is not None:
         facts["reference"] = origin.reference_cache.made_from
     if earlier is None:
         if course is not None:  # first: it may refuse, and the folder may hold an earlier run
             course.begin()
         before = {"before": origin.before} if origin.before else {}
-        run = Run.begin(options.output, options.overwrite, {**facts, **before}, origin.references)
+        more = {**before, "processes": ranks()}
+        run = Run.begin(options.output, options.overwrite, {**facts, **more}, origin.references)
         if course is not None:
             run.log_evaluation(course.start)
         return run
@@ -352,7 +377,8 @@ def _open_run(
     assert earlier.weights is not None
     if earlier.trained and options.merge:
         merge_adapter(lm)
-    read_weights(lm, earlier.weights)
+    if ranks() == 1:  # else they are in: a model that is divided takes none
+        read_weights(lm, earlier.weights)
     run = Run.resume(earlier.folder, earlier.facts, earlier.state.step)
     if course is not None:
         course.go_on(run.evaluations(), run.best())

@@ -24,6 +24,7 @@ from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, tofu_suite
 from npo_fast.methods import Coefficients, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
+from npo_fast.ranks import ranks
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -160,7 +161,7 @@ def run(command: Command) -> None:
     from npo_fast.trainer.loop import reference_log_probs
     from npo_fast.trainer.reference_cache import reference_cache_for
 
-    lm = command.model.load_model()
+    lm = command.model.load_model(earlier)
     check_fit(lm, prepared, terms, command.training)
     look = _Look(command.report, lm, prepared.template, records)
     course = _course(command, lm, prepared.template, *watched) if watched else None
@@ -192,6 +193,8 @@ def _watched(command: Command) -> tuple[Suite, Result | None] | None:
     options, data = command.watch, command.data
     if not options.eval_every:
         return None
+    if ranks() > 1:
+        raise UserError(f"--eval-every answers questions on one process, not on {ranks()}")
     suite = tofu_suite(data.data, data.forget, data.retain)
     kept = {name: records[: options.eval_records] for name, records in suite.items()}
     if options.retrained is None:
@@ -235,6 +238,10 @@ class _Look:
 
     def take(self, when: str) -> dict[str, Any]:
         if self.options.no_report or self.options.report_records < 1:
+            return {}
+        if ranks() > 1:
+            if when == "after":
+                say("no look at the answers: npo-fast evaluate takes one, on one process")
             return {}
         from npo_fast.evaluation.evaluate import evaluate
 

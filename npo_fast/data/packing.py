@@ -43,7 +43,7 @@ def pack(sequences: Iterable[Sequence], max_tokens: int, group: int = 1) -> Iter
     batch: list[tuple[Sequence, ...]] = []
     tokens = 0
     for unit in zip(*[iter(sequences)] * group, strict=True):
-        length = sum(len(sequence.input_ids) for sequence in unit)
+        length = _tokens(unit)
         if batch and tokens + length > max_tokens:
             yield _collate(batch)
             batch, tokens = [], 0
@@ -51,6 +51,43 @@ def pack(sequences: Iterable[Sequence], max_tokens: int, group: int = 1) -> Iter
         tokens += length
     if batch:
         yield _collate(batch)
+
+
+def micro_batches(
+    sequences: Iterable[Sequence], max_tokens: int, group: int = 1, ranks: int = 1
+) -> list[list[PackedBatch]]:
+    """What goes through the model at a time: a pack for each of several processes.
+
+    Units of ``group`` sequences are dealt so that each process gets about as many tokens. One that
+    has no more to do takes a pack that no answer is asked of, so that all make as many passes.
+    """
+    if ranks == 1:
+        return [[one] for one in pack(sequences, max_tokens, group)]
+    units = list(zip(*[iter(sequences)] * group, strict=True))
+    dealt: list[list[Sequence]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for unit in sorted(units, key=_tokens, reverse=True):  # the longest first: they even out
+        least = tokens.index(min(tokens))
+        dealt[least] += unit
+        tokens[least] += _tokens(unit)
+    of_each = [list(pack(own, max_tokens, group)) for own in dealt]
+    passes = max(map(len, of_each))
+    return [[own[i] if i < len(own) else _idle(units[0]) for own in of_each] for i in range(passes)]
+
+
+def _tokens(unit: tuple[Sequence, ...]) -> int:
+    return sum(len(sequence.input_ids) for sequence in unit)
+
+
+def _idle(unit: tuple[Sequence, ...]) -> PackedBatch:
+    one = _collate([unit])
+    return replace(
+        one,
+        rows=one.rows[:0],
+        labels=one.labels[:0],
+        answer_cu_seqlens=one.answer_cu_seqlens[:1],
+        indices=(),
+    )
 
 
 def join(packs: list[PackedBatch]) -> PackedBatch:

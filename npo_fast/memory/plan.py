@@ -21,6 +21,7 @@ from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.ops.head import CHUNK_BYTES
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.step import micro_step, streams_of
@@ -282,18 +283,25 @@ class _Cache:
 def sharded(config: Any, planned: Planned, one: Footprint, ranks: int) -> Footprint:
     """One rank's share of ``one`` where weights are sharded over ``ranks`` (FSDP).
 
-    Weights, gradients, optimizer states and what the loss keeps of the head (its rows are divided
-    too) shrink by ``ranks``; two gathered decoder layers (the one at work and the next) and the
-    whole gradient of one are added. Activations stay: every rank has its own micro-batch.
+    Weights, gradients, optimizer states and the gradient of the head (its rows are divided too)
+    shrink by ``ranks``; two gathered decoder layers (the one at work and the next) and the whole
+    gradient of one are added. Each rank makes a chunk of logits of its own slice, for the answer
+    rows of all ranks, whose hidden states and their gradients it holds. Activations stay: every
+    rank has its own micro-batch.
     """
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
     if ranks == 1:
         return one
-    layer = layer_bytes(empty_model(config, planned.dtype, planned.lora_rank, planned.quantize))
+    model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
+    layer, head = layer_bytes(model), model.get_output_embeddings().weight
     bytes_ = dict(one.bytes)
+    logits = min(bytes_[HEAD], CHUNK_BYTES)
+    bytes_[HEAD] -= logits
     for kind in (WEIGHTS, GRADIENTS, OPTIMIZER, HEAD):
         bytes_[kind] = -(-bytes_[kind] // ranks)
+    answers = planned.micro_batch_tokens - planned.micro_batch_tokens // 4
+    bytes_[HEAD] += logits + 2 * ranks * answers * head.shape[1] * head.element_size()
     bytes_[WEIGHTS] += 2 * layer
     if not planned.lora_rank:
         bytes_[GRADIENTS] += layer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
@@ -108,10 +109,10 @@ def merge_adapter(lm: CausalLM) -> None:
     lm.model = lm.model.merge_and_unload()
 
 
-def write_weights(lm: CausalLM, folder: Path) -> None:
-    """The model, or its adapter alone."""
+def write_weights(lm: CausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """The model, or its adapter alone; the ``weights`` where the model's own are divided."""
     with lm.generating() as model:  # its own attention, not ours, goes into config.json
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
         if lm.adapted:
             if lm.quantized:
                 quantization = model.config.quantization_config.to_json_string()

@@ -16,6 +16,7 @@ from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.ops import linear_log_probs
 from npo_fast.ops.head import Head
+from npo_fast.ops.vocab_parallel import SlicedHead, VocabularySlice, gather_rows
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats; half precision: 0.25
 
@@ -45,9 +46,10 @@ class CausalLM:
         self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
         self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
         self.wrapper: Any = None
+        self.vocabulary_slice: VocabularySlice | None = None  # where ranks divide the model
         self.native_attention = _native_attention(model)
         self.packs = True
-        self.attention = self._choose_attention(attention)
+        self.choose_attention(attention)
         if probe:
             self._probe()
 
@@ -81,18 +83,35 @@ class CausalLM:
 
     @property
     def head_arguments(self) -> dict[str, Any]:
-        """``weight``, ``bias``, ``softcap`` and ``logit_scale`` as the operators take them."""
+        """``weight``, ``bias``, ``softcap`` and ``logit_scale`` as the operators take them.
+
+        Where ranks divide the model: of this rank's slice, and ``vocabulary`` says which it is.
+        """
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        sliced = {}
+        if self.vocabulary_slice is not None:
+            sliced = {"vocabulary": self.vocabulary_slice}
+            weight, bias = weight.to_local(), None if bias is None else bias.to_local()
         return {
-            "weight": self.head.weight,
-            "bias": getattr(self.head, "bias", None),
+            "weight": weight,
+            "bias": bias,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
+            **sliced,
         }
 
     @property
     def linear_head(self) -> Head:
         """The same as the chunk-wise code below the operators takes it."""
-        return Head(**self.head_arguments)
+        kind = Head if self.vocabulary_slice is None else SlicedHead
+        return kind(**self.head_arguments)
+
+    def on_all_ranks(self, rows: Tensor, packs: list[PackedBatch]) -> Tensor:  # (n, D) -> (N, D)
+        """From the answer rows of this rank's pack, one of ``packs``, those of all of them."""
+        if self.vocabulary_slice is None:
+            return rows
+        counts = [len(pack.rows) for pack in packs]
+        return gather_rows(rows, counts, self.vocabulary_slice.group)
 
     def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
         """Last hidden states of every token."""
@@ -106,7 +125,13 @@ class CausalLM:
 
     def log_probs(self, batch: PackedBatch) -> Tensor:  # (N,)
         """Log-probability of every answer token."""
-        return linear_log_probs(self.hidden(batch), labels=batch.labels, **self.head_arguments)
+        return self.log_probs_of(self.hidden(batch), batch.labels)
+
+    def log_probs_of(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
+        """Where ranks divide the model: of rows that all of them have, without a gradient."""
+        if self.vocabulary_slice is not None:
+            return self.linear_head.log_probs(hidden.detach(), labels)
+        return linear_log_probs(hidden, labels=labels, **self.head_arguments)
 
     def recompute_activations(self) -> None:
         """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again.
@@ -207,7 +232,8 @@ class CausalLM:
             hook.remove()
         return caught[0][0]
 
-    def _choose_attention(self, attention: str) -> str:
+    def choose_attention(self, attention: str) -> None:
+        """By its transformers name, or "auto" as ``load_model`` has it."""
         if attention == "auto":
             attention = _best_attention(self.device, self.dtype)
             if attention.startswith("flash") and not self.model._supports_flash_attn:
@@ -219,8 +245,8 @@ class CausalLM:
                 "sequences run one at a time",
                 stacklevel=3,
             )
-            return self.native_attention
-        return attention
+            attention = self.native_attention
+        self.attention = attention
 
     def _set_attention(self, attention: str) -> bool:
         if self.model.config._attn_implementation != attention:

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,8 +53,7 @@ def load_model(
     where = torch.device(_default_device() if device == "auto" else device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    half = where.type == "cuda" and torch.cuda.is_bf16_supported()
-    number = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if half else torch.float32
+    number = DTYPES[default_dtype(where) if dtype == "auto" else dtype]
     model = _load_weights(name, number, where, quantize)
     if lora_rank:
         if hasattr(model, "peft_config"):
@@ -118,6 +117,11 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def default_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bf16" if half else "fp32"
 
 
 def _default_device() -> str:

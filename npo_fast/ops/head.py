@@ -48,6 +48,11 @@ class Head:
         row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
         return max(1, (chunk_bytes or CHUNK_BYTES) // max(1, row_bytes))
 
+    @property
+    def least_rows(self) -> int:
+        """Below so many rows a chunk the operators without logits are better."""
+        return 0 if self.weight.is_cpu else LEAST_ROWS.get(self.logits_dtype.itemsize, 0)
+
     def buffer(self, rows: int) -> Tensor:  # (rows, V)
         """Room for the logits of one chunk after another.
 

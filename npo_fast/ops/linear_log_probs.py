@@ -10,7 +10,7 @@ from torch import Tensor
 from npo_fast.kernels.reference import empty_gradients
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import LEAST_ROWS, Head, HeadGradients, or_empty
+from npo_fast.ops.head import Head, HeadGradients, or_empty
 
 
 def linear_log_probs(
@@ -61,8 +61,7 @@ def resolve_chunk_rows(op: str, head: Head, count: int, chunk_rows: int | None) 
         if count and head.weight.requires_grad and head.room_in_gradient(count):
             return count
         rows = head.chunk_rows()
-        tiles = not head.weight.is_cpu and rows < LEAST_ROWS.get(head.logits_dtype.itemsize, 0)
-        return 0 if tiles else rows
+        return 0 if rows < head.least_rows else rows
     if chunk_rows < 0:
         raise ValueError(
             f"{op}: chunk_rows must be at least 1, 0 for no logits, or None, got {chunk_rows}"

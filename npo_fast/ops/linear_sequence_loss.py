@@ -16,10 +16,11 @@ from npo_fast.ops.checks import (
     check_labels,
     check_ref_log_probs,
 )
-from npo_fast.ops.head import Head, scale_
+from npo_fast.ops.head import scale_
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
+from npo_fast.ops.vocab_parallel import VocabularySlice
 
 Reduction = Literal["mean", "token_mean", "sum"]
 
@@ -39,6 +40,7 @@ def linear_sequence_loss(
     chunk_rows: int | None = None,
     skip_below: float = 0.0,
     skipped: Skipped | None = None,
+    vocabulary: VocabularySlice | None = None,
 ) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     """Loss of whole sequences straight from hidden states and the LM head.
 
@@ -72,6 +74,9 @@ def linear_sequence_loss(
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
             bound. Costs a GPU caller one synchronisation a chunk.
         skipped: filled with the share of rows left out and the bounds on the error.
+        vocabulary: on several processes, the slice of V that ``weight`` and ``bias`` hold the rows
+            of. All give the same other arguments and get the same values. ``hidden`` gets this
+            slice's part of its gradient: ``gather_rows`` adds up the parts.
 
     Returns:
         The scalar loss, differentiable once in hidden, weight and bias, and the detached
@@ -89,12 +94,12 @@ def linear_sequence_loss(
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
     op = "linear_sequence_loss"
-    in_graph = hasattr(loss, "value_and_weight") and skip_below == 0
+    in_graph = hasattr(loss, "value_and_weight") and skip_below == 0 and vocabulary is None
     if torch.compiler.is_compiling() and not in_graph:
         return _between_graphs(
             hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
             softcap=softcap, logit_scale=logit_scale, reduction=reduction, chunk_rows=chunk_rows,
-            skip_below=skip_below, skipped=skipped,
+            skip_below=skip_below, skipped=skipped, vocabulary=vocabulary,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(op, hidden, weight, bias, softcap)
@@ -115,29 +120,45 @@ def linear_sequence_loss(
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
     values = sequences // max(loss.group, 1)
     count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
-    step = resolve_chunk_rows(op, Head(weight, bias), len(hidden), chunk_rows)
+    if vocabulary is not None:
+        _check_slice(op, vocabulary, weight, chunk_rows)
+    plan = Plan(loss, softcap, logit_scale, max(count, 1), 1, skip_below, skipped, vocabulary)
+    head = plan.head(weight, bias)
+    step = resolve_chunk_rows(op, head, len(hidden), chunk_rows)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
             raise ValueError(
                 f"{op}: skip_below={skip_below} leaves rows out of a chunk of logits, and "
                 "chunk_rows=0 makes none; drop one of the two"
             )
-        step = Head(weight, bias).chunk_rows()
+        step = head.chunk_rows()
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    plan = Plan(loss, softcap, logit_scale, max(count, 1), step, skip_below, skipped)
+    plan = replace(plan, chunk_rows=step)
     inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
     if torch.compiler.is_compiling():
         return compiled.sequence_loss(plan, inputs)
-    check_label_values(op, labels, len(weight))
+    check_label_values(op, labels, vocabulary.vocabulary if vocabulary else len(weight))
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(plan, *inputs)
 
 
 # the loss is differentiated, or rows are chosen, on the host, where torch.compile cannot follow
 _between_graphs = torch.compiler.disable(linear_sequence_loss)
+
+
+def _check_slice(
+    op: str, vocabulary: VocabularySlice, weight: Tensor, chunk_rows: int | None
+) -> None:
+    if len(weight) != vocabulary.rows or not vocabulary.rows:
+        raise ValueError(
+            f"{op}: rank {vocabulary.rank} of {vocabulary.ranks} has {vocabulary.rows} rows of a "
+            f"vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
+        )
+    if chunk_rows == 0:
+        raise ValueError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")
 
 
 class _LinearSequenceLoss(torch.autograd.Function):

@@ -22,6 +22,7 @@ from npo_fast.ops.checks import capturing
 from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs
 from npo_fast.ops.linear_log_probs import blocks
 from npo_fast.ops.skipping import Skipped
+from npo_fast.ops.vocab_parallel import SlicedHead, VocabularySlice
 
 Reference = Literal["sequence", "token"] | None
 
@@ -72,10 +73,17 @@ class Plan:
     chunk_rows: int  # 0: no logits at all
     skip_below: float = 0.0
     skipped: Skipped | None = None
+    vocabulary: VocabularySlice | None = None  # weight and bias are those of a slice
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        arguments = (weight, bias, self.softcap, self.logit_scale)
+        if self.vocabulary is None:
+            return Head(*arguments)
+        return SlicedHead(*arguments, self.vocabulary)
 
 
 def loss_alone(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
-    head = Head(inputs.weight, inputs.bias, plan.softcap, plan.logit_scale)
+    head = plan.head(inputs.weight, inputs.bias)
     log_probs = head.log_probs(inputs.hidden, inputs.labels)
     offsets = _beside(inputs.cu_seqlens, inputs.hidden.device)
     value = plan.loss(log_probs, offsets, inputs.ref_log_probs).sum() / plan.count
@@ -88,7 +96,7 @@ def loss_and_gradients(
     if plan.chunk_rows == 0:
         return _without_logits(plan, needs, inputs)
     hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
-    head = Head(weight, bias, plan.softcap, plan.logit_scale)
+    head = plan.head(weight, bias)
     step, scale = plan.chunk_rows, 1 / plan.count
     gradients = HeadGradients(head, hidden, needs, plan.skip_below, plan.skipped)
     buffer = gradients.buffer(min(step, len(hidden)))

@@ -6,11 +6,17 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from npo_fast.ranks import leads, ranks
+
+_NOTE_OF_RANKS = b"\nstopping after this step\n"
 _NOTE = b"\nstopping after this step; a second signal stops at once\n"
 
 
 class StopSignal:
     """Inside, the first SIGINT or SIGTERM is only noted, in ``number``; a second does its worst.
+
+    Of several ranks all go on until they agree to stop, however often they are told: ``torchrun``
+    repeats the Ctrl-C that the terminal has sent them, and kills what has not ended 30 s later.
 
     Handlers can be set from the main thread alone: in another one signals stay as they are.
     """
@@ -35,6 +41,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if ranks() > 1:
+            if self.number is None and leads():
+                os.write(2, _NOTE_OF_RANKS)
+            self.number = number
+            return
         self.number = number
         for each, handler in self._before.items():
             signal.signal(each, handler)

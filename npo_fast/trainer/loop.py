@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from npo_fast.data import Sequence, pack
+from npo_fast.data import Sequence, join, micro_batches
 from npo_fast.errors import NonFiniteError, TornStepError, UserError
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
+from npo_fast.ranks import rank, ranks
 from npo_fast.trainer.optimizers import build_optimizer, trained
 from npo_fast.trainer.order import (
     check_step_in_backward,
@@ -22,7 +23,7 @@ from npo_fast.trainer.order import (
     steps_per_epoch,
 )
 from npo_fast.trainer.reference_cache import ReferenceCache
-from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.settings import StepRecord, TrainSettings, check_ranks
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, Sources, whole_gradient
 from npo_fast.trainer.update import StepInBackward, Update, WholeStep
@@ -80,8 +81,8 @@ def train(
         lm.recompute_activations()
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda done: _linear_schedule(done, warmup, total))
-    torch.manual_seed(settings.seed)
     state = TrainState() if state is None else state
+    torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * rank())  # 0 on the first
     state.attach(lm.device, optimizer=optimizer, scheduler=scheduler)
     state.micro_batch_tokens = state.micro_batch_tokens or settings.micro_batch_tokens
     model.train()
@@ -127,6 +128,7 @@ def check_settings(
         UserError: settings that do not fit the model, the data or the device.
     """
     trained(lm.model.parameters(), settings.optimizer)
+    check_ranks(terms, settings)
     if settings.offload_optimizer and lm.device.type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
@@ -157,8 +159,10 @@ def reference_log_probs(
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
     for source, kind in kinds.items():
         found = [torch.empty(0)] * len(sources[source])
-        for batch in pack(sources[source], micro_batch_tokens):
-            log_probs = lm.log_probs(batch.to(lm.device))
+        for packs in micro_batches(sources[source], micro_batch_tokens, ranks=ranks()):
+            batch = join(packs)
+            own = lm.hidden(packs[rank()].to(lm.device))
+            log_probs = lm.log_probs_of(lm.on_all_ranks(own, packs), batch.labels.to(lm.device))
             if kind == "sequence":
                 of_each = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
             else:

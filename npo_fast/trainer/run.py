@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from npo_fast import __version__
 from npo_fast.data import Sequence
@@ -34,6 +35,8 @@ from npo_fast.model.adapters import read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import recover, save_folder, sync
+from npo_fast.model.sharding import whole
+from npo_fast.ranks import leads
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState
 
@@ -129,9 +132,10 @@ class Run:
         """
         os.fsync(self._steps.fileno())  # the records of its steps are never behind a checkpoint
         folder = self.folder / "checkpoints" / step_name(step)
+        weights, more = whole_weights(lm), None if state is None else state.writer()
         if folder.exists():
             return folder
-        save_model(lm, tokenizer, folder, None if state is None else state.save)
+        save_model(lm, tokenizer, folder, more, weights)
         for old in sorted(folder.parent.glob("step-*")):
             if old != folder and state is not None:
                 # out of sight first: what is half deleted must not look like a checkpoint
@@ -164,7 +168,7 @@ class Run:
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         folder = self.folder / "model"
-        save_model(lm, tokenizer, folder)
+        save_model(lm, tokenizer, folder, weights=whole_weights(lm))
         return folder
 
     def finish(self, status: str = "finished", **facts: Any) -> None:
@@ -181,6 +185,34 @@ class Run:
         partial.write_text(json.dumps(self.facts, indent=2, default=str), encoding="utf-8")
         sync(partial)
         partial.replace(self.folder / RUN)
+
+
+class Bystander(Run):
+    """What every rank but the first has for a ``Run``: it helps to gather, and writes nothing."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.folder, self.facts = folder, dict(facts)
+
+    def log(self, record: StepRecord) -> None:
+        pass
+
+    def checkpoint(
+        self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
+    ) -> Path:
+        whole_weights(lm)
+        if state is not None:
+            state.writer()
+        return self.folder / "checkpoints" / step_name(step)
+
+    def note(self, **facts: Any) -> None:
+        self.facts |= facts
+
+    def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
+        whole_weights(lm)
+        return self.folder / "model"
+
+    def finish(self, status: str = "finished", **facts: Any) -> None:
+        self.facts |= {"status": status, **facts}
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -219,7 +251,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         UserError: another process writes to the run in the folder.
     """
-    if (folder / STEPS).exists():
+    if leads() and (folder / STEPS).exists():
         _locked(folder).close()
 
 
@@ -257,14 +289,23 @@ def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
             return
 
 
+def whole_weights(lm: CausalLM) -> dict[str, Tensor] | None:
+    """Those of a model that ranks divide, on the first of them; None where it is whole."""
+    return None if lm.vocabulary_slice is None else whole(lm.model.state_dict(keep_vars=True))
+
+
 def save_model(
-    lm: CausalLM, tokenizer: Any, folder: Path, more: Callable[[Path], None] | None = None
+    lm: CausalLM,
+    tokenizer: Any,
+    folder: Path,
+    more: Callable[[Path], None] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent."""
 
     def write(where: Path) -> None:
         with no_progress_bars():
-            write_weights(lm, where)
+            write_weights(lm, where, weights)
         tokenizer.save_pretrained(where)
         if more is not None:
             more(where)

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from npo_fast.errors import UserError
-from npo_fast.methods import Schedule
+from npo_fast.methods import Schedule, Term
+from npo_fast.ranks import ranks
 from npo_fast.trainer.optimizers import Optimizer
 
 
@@ -50,6 +51,24 @@ class TrainSettings:
             raise UserError(f"max_grad_norm must be positive or inf, got {self.max_grad_norm}")
         if self.weight_decay < 0:
             raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+
+
+def check_ranks(terms: tuple[Term, ...], settings: TrainSettings) -> None:
+    """
+    Raises:
+        UserError: several processes are asked for what only one can do.
+    """
+    if ranks() == 1:
+        return
+    refused = {
+        f"--optimizer {settings.optimizer}": settings.optimizer != "adamw",
+        "--step-in-backward": settings.step_in_backward,
+        "--offload-optimizer": settings.offload_optimizer,
+        **{f"a method with {term.name}": term.loss.reference == "hidden" for term in terms},
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UserError(f"{what} runs on one process, not on {ranks()}")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """What a run needs beside its weights to go on as if it had never stopped."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from npo_fast.model.sharding import divided_states, whole
+from npo_fast.ranks import ranks
 
 FORMAT = 1
 STATE = "state.pt"
@@ -41,21 +45,27 @@ class TrainState:
         self._parts, self._device = parts, device
         if self._saved:
             for name, part in parts.items():
-                part.load_state_dict(self._saved["parts"][name])
-            set_random_state(self._saved["random"], device)
+                saved = self._saved["parts"][name]
+                if isinstance(part, torch.optim.Optimizer):
+                    saved = divided_states(saved, part)
+                part.load_state_dict(saved)
+            if ranks() == 1:  # of several, each draws random numbers of its own
+                set_random_state(self._saved["random"], device)
             self._saved = {}
 
-    def save(self, folder: Path) -> None:
-        """Writes ``state.pt`` beside the files that are in the folder already."""
+    def writer(self) -> Callable[[Path], None]:
+        """Writes ``state.pt`` beside the files that are in a folder already.
+
+        Every rank has to ask for it, the first one alone to use it.
+        """
         content = {
             "format": FORMAT,
             "step": self.step,
             "micro_batch_tokens": self.micro_batch_tokens,
-            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "parts": whole({name: part.state_dict() for name, part in self._parts.items()}),
             "random": random_state(self._device),
-            "bytes": _sizes(folder),
         }
-        torch.save(content, folder / STATE)
+        return lambda folder: torch.save({**content, "bytes": _sizes(folder)}, folder / STATE)
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":

@@ -7,12 +7,13 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, Sequence, join, pack
+from npo_fast.data import PackedBatch, Sequence, join, micro_batches, pack
 from npo_fast.errors import OutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
+from npo_fast.ranks import rank, ranks
 from npo_fast.trainer.order import side_by_side
 from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
 from npo_fast.trainer.reference_cache import ReferenceCache
@@ -55,6 +56,12 @@ def whole_gradient(
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
+            if ranks() > 1:
+                raise OutOfMemory(
+                    f"step {state.step + 1}: out of memory ({reason}), and several processes "
+                    "cannot make the step again alone; lower --micro-batch-tokens or add "
+                    "--gradient-checkpointing"
+                ) from error
         # here, where the error has let go of its frames and they of their activations
         lm.model.zero_grad(set_to_none=True)
         set_random_state(random, lm.device)
@@ -88,9 +95,9 @@ def _accumulate(
     counts = {term.name: count(term, batch) for term in terms}
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
     sums: dict[Stream, Tensor] = {}
-    for micros in _passes(batch, terms, micro_batch_tokens, together):
+    for passed in _passes(batch, terms, micro_batch_tokens, together):
         loss, found, log_prob_sums = _forward(
-            lm, micros, terms, counts, references, reference_cache
+            lm, passed, terms, counts, references, reference_cache
         )
         update.add(loss)
         for name, value in found.items():
@@ -111,34 +118,35 @@ def streams_of(terms: Iterable[Term]) -> list[Stream]:
 
 def _passes(
     batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool
-) -> list[list[tuple[Stream, PackedBatch]]]:
-    """What goes through the model at a time: a micro-batch of one stream, or all ``together``."""
-    micros: list[tuple[Stream, PackedBatch]] = [
-        (stream, micro)
-        for stream in streams_of(terms)
-        for micro in pack(side_by_side(batch, stream), micro_batch_tokens, group=len(stream))
-    ]
-    return [micros] if together else [[one] for one in micros]
+) -> list[list[tuple[Stream, list[PackedBatch]]]]:
+    """What goes through the model at a time: micro-batches of one stream, or all ``together``."""
+    found: list[tuple[Stream, list[PackedBatch]]] = []
+    for stream in streams_of(terms):
+        sequences = side_by_side(batch, stream)
+        for packs in micro_batches(sequences, micro_batch_tokens, len(stream), ranks()):
+            found.append((stream, packs))
+    return [found] if together else [[one] for one in found]
 
 
 def _forward(
     lm: CausalLM,
-    micros: list[tuple[Stream, PackedBatch]],
+    passed: list[tuple[Stream, list[PackedBatch]]],  # a pack for each rank
     terms: Iterable[Term],
     counts: Mapping[str, int],
     references: References | None,
     reference_cache: ReferenceCache | None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[Stream, Tensor]]:
     """Loss and terms of one pass through the model, and the summed log-probs of each source."""
-    packs = [micro.to(lm.device) for _, micro in micros]
-    parts = lm.states(join(packs)).split([len(micro.input_ids) for micro in packs])
+    own_packs = [packs[rank()].to(lm.device) for _, packs in passed]
+    parts = lm.states(join(own_packs)).split([len(one.input_ids) for one in own_packs])
     loss = torch.zeros((), device=lm.device)
     values: dict[str, Tensor] = {}
     sums: dict[Stream, Tensor] = {}
-    for (stream, _), micro, states in zip(micros, packs, parts, strict=True):
+    for (stream, packs), one, states in zip(passed, own_packs, parts, strict=True):
         own = [term for term in terms if term.stream == stream]
+        hidden = lm.on_all_ranks(states[one.rows], packs)
         value, found, log_probs = micro_step(
-            lm, micro, own, counts, references, reference_cache, states
+            lm, join(packs), own, counts, references, reference_cache, states, hidden
         )
         loss = loss + value
         values |= found
@@ -154,16 +162,18 @@ def micro_step(
     references: References | None,
     reference_cache: ReferenceCache | None = None,
     states: Tensor | None = None,  # (T, D)
+    hidden: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
 
     The terms are those of one stream, whose sources take turns in the micro-batch; ``states`` are
-    the model's, where they are known.
+    the model's, and ``hidden`` those of the answer rows, where they are known.
     """
     micro = micro.to(lm.device)
     if states is None:
         states = lm.states(micro)
-    hidden = states[micro.rows]
+    if hidden is None:
+        hidden = states[micro.rows]
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
     sequence_log_probs = None

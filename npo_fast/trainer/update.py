@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from npo_fast.trainer.optimizers import keep_states_on_cpu, parameters_of, step_one_at_a_time
@@ -44,7 +45,8 @@ class WholeStep:
 
     def apply(self, loss: float) -> float:
         parameters = parameters_of(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
+        total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if math.isfinite(loss) and math.isfinite(norm):
             if self.offload:
                 step_one_at_a_time(self.optimizer)

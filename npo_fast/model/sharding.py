@@ -1,0 +1,166 @@
+"""One model over several processes: PyTorch's FSDP2 for the decoder, slices for embedding and head.
+
+Every rank keeps its share of each weight, as a ``DTensor`` in rows. A decoder layer is gathered
+when it is its turn and its gradients are summed into the shares (``fully_shard``). Embedding and
+head, the two that are as long as the vocabulary, are never gathered
+(``npo_fast.ops.vocab_parallel``).
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from npo_fast.errors import UserError
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.ops.vocab_parallel import VocabularySlice, vocab_parallel_embedding
+from npo_fast.ranks import leads
+
+
+class VocabularyParallelEmbedding(nn.Module):
+    def __init__(self, whole: nn.Embedding, vocabulary: VocabularySlice) -> None:
+        super().__init__()
+        self.weight, self.padding_idx, self.vocabulary = whole.weight, whole.padding_idx, vocabulary
+
+    def forward(self, ids: Tensor) -> Tensor:  # (…) -> (…, D)
+        weight = local(self.weight)
+        flat = vocab_parallel_embedding(ids.flatten(), weight, self.vocabulary, self.padding_idx)
+        return flat.view(*ids.shape, -1)
+
+
+def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
+    """Leaves this rank's share of ``lm`` on its device, in place.
+
+    Args:
+        attention: as ``load_model`` has it, chosen anew for the device.
+
+    Raises:
+        UserError: a model that cannot be divided.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    embedding, head = lm.model.get_input_embeddings(), lm.head
+    _check(lm, embedding, mesh)
+    tied = head.weight is embedding.weight
+    embedding.weight = _divided(embedding.weight, mesh)
+    head.weight = embedding.weight if tied else _divided(head.weight, mesh)
+    if head.bias is not None:
+        head.bias = _divided(head.bias, mesh)
+    group = mesh.get_group()
+    read = VocabularySlice(group, len(embedding.weight))
+    own = VocabularyParallelEmbedding(embedding, read).train(lm.model.training)
+    lm.model.set_input_embeddings(own)
+    # sums, not means: each rank's loss is its part of the whole step's
+    arguments: dict[str, Any] = {"mesh": mesh, "ignored_params": set(_ignored(own, head))}
+    for module in (*_layers(lm.decoder), lm.decoder):
+        fully_shard(module, mp_policy=_policy(module), reshard_after_forward=True, **arguments)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    lm.vocabulary_slice = VocabularySlice(group, len(head.weight))
+    lm.choose_attention(attention)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows, differentiable; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(state: Any) -> Any:
+    """A state dict with whole tensors, on the CPU of the first rank; empty tensors on others.
+
+    Every rank has to take part where something is divided.
+    """
+    seen: dict[int, Tensor] = {}  # tied weights stay one tensor
+
+    def of_one(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: of_one(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [of_one(each) for each in value]
+        if not isinstance(value, DTensor):
+            return value
+        if id(value) not in seen:
+            full = value.full_tensor().detach()
+            seen[id(value)] = full.cpu() if leads() else full.new_empty(0, device="cpu")
+        return seen[id(value)]
+
+    return of_one(state)
+
+
+def like(value: Tensor, example: Tensor) -> Tensor:
+    """``value``, divided as ``example`` is."""
+    if not isinstance(example, DTensor):
+        return value
+    value = value.to(example.dtype)
+    return distribute_tensor(value, example.device_mesh, example.placements, src_data_rank=None)
+
+
+def divided_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's ``whole`` state dict, each state divided as its parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def of_one(parameter: Tensor, value: Any) -> Any:
+        same = isinstance(value, Tensor) and value.shape == parameter.shape
+        return like(value, parameter) if same else value
+
+    states = {
+        i: {name: of_one(parameters[i], value) for name, value in of_parameter.items()}
+        for i, of_parameter in state["state"].items()
+    }
+    return {**state, "state": states}
+
+
+def _divided(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+    return nn.Parameter(rows, requires_grad=parameter.requires_grad)
+
+
+def _ignored(*modules: nn.Module) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters()]
+
+
+def _policy(module: nn.Module) -> Any:
+    """Gradients are summed in fp32 where weights are half as wide."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+    return MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
+
+
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's repeated layers: the longest list of modules in it."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len, default=()))
+
+
+def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
+    ranks = mesh.size()
+    if lm.quantized:
+        raise UserError(
+            "4-bit weights (bitsandbytes) cannot be divided: use one process"
+        )
+    if not lm.packs:
+        raise UserError(
+            f"{lm.name} takes one sequence at a time, and several processes need packs: use one"
+        )
+    if type(embedding) is not nn.Embedding or type(lm.head) is not nn.Linear:
+        kinds = f"{type(embedding).__name__} and {type(lm.head).__name__}"
+        raise UserError(
+            f"{lm.name} reads and predicts tokens with {kinds}, not a plain Embedding and Linear: "
+            "use one process"
+        )
+    for weight in (embedding.weight, lm.head.weight):
+        if (ranks - 1) * -(-len(weight) // ranks) >= len(weight):
+            raise UserError(
+                f"a vocabulary of {len(weight)} leaves one of {ranks} processes without a token: "
+                "start fewer"
+            )
+    if lm.decoder.get_input_embeddings() is not embedding:
+        warnings.warn(
+            f"{lm.name} keeps its embedding outside of the decoder: every rank holds it whole",
+            stacklevel=3,
+        )

@@ -1,0 +1,208 @@
+"""A head, and an embedding, whose rows lie in slices on several processes (ranks).
+
+Each rank makes the logits of its slice alone. Two numbers a row go around: the logsumexp over the
+slice, and the label's logit where the slice has it.
+
+    lse_n = logsumexp over ranks of lse_n(slice),    l_n = z_n[y_n] - lse_n
+
+The row kernel normalises over the slice; ``exp(lse_n(slice) - lse_n)``, one number a row, is what
+its gradient lacks. All ranks then know every log-prob, evaluate the same loss, and hold the
+gradient of their own slice. The gradient of ``hidden`` is a sum over ranks, which the backward of
+``gather_rows`` takes on its way back to those whose rows they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from npo_fast.ops.head import Head
+
+# newer names since PyTorch 2.13, which warns of the older ones
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class VocabularySlice:
+    """Rows ``[first, first + rows)`` of V; as ``torch.chunk`` cuts, so the last may be fewer."""
+
+    group: dist.ProcessGroup
+    vocabulary: int  # V
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def most_rows(self) -> int:
+        return -(-self.vocabulary // self.ranks)
+
+    @property
+    def first(self) -> int:
+        return self.rank * self.most_rows
+
+    @property
+    def rows(self) -> int:
+        return max(0, min(self.vocabulary - self.first, self.most_rows))
+
+    def own(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels counted from ``first`` and kept inside, and which of them the slice has."""
+        local = labels - self.first
+        return local.clamp(0, self.rows - 1), (local >= 0) & (local < self.rows)
+
+
+@dataclass(frozen=True)
+class SlicedHead(Head):
+    """A ``Head`` whose weight and bias are those of ``vocabulary``'s slice."""
+
+    vocabulary: VocabularySlice | None = None
+
+    @property
+    def _slice(self) -> VocabularySlice:
+        assert self.vocabulary is not None
+        return self.vocabulary
+
+    @property
+    def least_rows(self) -> int:
+        return 0  # the operators without logits do not know of slices
+
+    def chunk_rows(self, chunk_bytes: int | None = None) -> int:
+        """Those of the largest slice, so that all ranks take the same chunks."""
+        own = super().chunk_rows(chunk_bytes)
+        return max(1, own * len(self.weight) // self._slice.most_rows)
+
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
+        column, mine = self._slice.own(labels)
+        found, lse = torch.ops.npo_fast.linear_log_probs(
+            hidden, self.weight, column, self.bias, self.softcap, self.logit_scale
+        )
+        log_probs, _ = self._combine(found + lse, lse, mine)
+        return log_probs
+
+    def differentiate_(
+        self, logits: Tensor, hidden: Tensor, labels: Tensor
+    ) -> Tensor:  # (R, V) logits of (R, D) -> (R,) log-probs; logits <- their gradient
+        column, mine = self._slice.own(labels)
+        target = self._target_logits(hidden, column)
+        if target is None:
+            target = logits.gather(1, column.unsqueeze(1)).squeeze(1).clone()
+        _, own_lse = torch.ops.npo_fast.row_log_probs_(
+            logits, column, target, self.softcap, self.logit_scale
+        )
+        z = self.activate(target)
+        log_probs, lse = self._combine(z, own_lse, mine)
+        logits.mul_(torch.exp(own_lse - lse).unsqueeze(1))
+        slope = self.logit_scale * torch.ones_like(z)
+        if self.softcap is not None:
+            slope *= 1 - torch.tanh(target.to(z.dtype) / self.softcap).square()
+        at_label = torch.where(mine, -torch.expm1(log_probs), -torch.exp(z - lse)) * slope
+        logits.scatter_(1, column.unsqueeze(1), at_label.to(logits.dtype).unsqueeze(1))
+        return log_probs
+
+    def _combine(
+        self,
+        z: Tensor,  # (R,) at the column that stands for the label
+        lse: Tensor,  # (R,) over the slice
+        mine: Tensor,  # (R,) whether the slice has the label
+    ) -> tuple[Tensor, Tensor]:  # log_probs and lse over the whole vocabulary
+        own = torch.stack([lse, torch.where(mine, z, 0.0)])
+        of_all = _all_gather(own, len(own), self._slice.group)
+        lse = of_all[:, 0].logsumexp(dim=0)
+        return of_all[:, 1].sum(dim=0) - lse, lse
+
+
+def gather_rows(
+    rows: Tensor,  # (counts[rank], D)
+    counts: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Tensor:  # (sum(counts), D)
+    """The rows of all ranks, one rank's after another's; gradients are summed over ranks."""
+    return _GatherRows.apply(rows, tuple(counts), group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        of_all = _all_gather(rows, max(counts), group)
+        return torch.cat([each[:count] for each, count in zip(of_all, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        counts, group = ctx.counts, ctx.group
+        wide = torch.promote_types(upstream.dtype, torch.float32)
+        of_all = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=wide)
+        for each, part in zip(of_all, upstream.split(list(counts)), strict=True):
+            each[: len(part)] = part
+        own = _reduce_scatter(of_all, group)[: counts[dist.get_rank(group)]]
+        return own.to(upstream.dtype), None, None
+
+
+def vocab_parallel_embedding(
+    ids: Tensor,  # (T,) of this rank; T may differ between ranks
+    weight: Tensor,  # (rows, D) of the slice
+    vocabulary: VocabularySlice,
+    padding_id: int | None = None,
+) -> Tensor:  # (T, D)
+    """``weight[ids]`` with the whole weight; the row of ``padding_id`` gets no gradient."""
+    return _Embedding.apply(weight, ids, vocabulary, padding_id)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, vocabulary: VocabularySlice, padding_id: int | None
+    ) -> Tensor:
+        group = vocabulary.group
+        ctx.most = most = _largest(len(ids), ids.device, group)
+        of_all = _all_gather(ids, most, group)
+        row, mine = vocabulary.own(of_all)
+        # what fills up the shorter ranks is id 0, of which nothing is kept and nothing comes back
+        embedded = weight[row] * mine.unsqueeze(-1).to(weight.dtype)
+        if padding_id is not None:
+            mine &= of_all != padding_id
+        ctx.save_for_backward(row, mine)
+        ctx.group, ctx.rows = group, len(weight)
+        return _reduce_scatter(embedded, group)[: len(ids)]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        row, mine = ctx.saved_tensors
+        of_all = _all_gather(upstream, ctx.most, ctx.group) * mine.unsqueeze(-1)
+        gradient = torch.ops.aten.embedding_dense_backward(of_all, row, ctx.rows, -1, False)
+        return gradient, None, None, None
+
+
+def _all_gather(own: Tensor, most: int, group: dist.ProcessGroup) -> Tensor:  # (ranks, most, …)
+    """Zeros stand after the rows of ranks that have fewer than ``most``."""
+    ranks = dist.get_world_size(group)
+    filled = own.new_zeros(most, *own.shape[1:])
+    filled[: len(own)] = own
+    of_all = own.new_empty(ranks * most, *own.shape[1:])
+    if of_all.numel():
+        _ALL_GATHER(of_all, filled, group=group)
+    return of_all.unflatten(0, (ranks, most))
+
+
+def _reduce_scatter(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(ranks, n, …) -> (n, …): the sum over ranks of what they have for this one."""
+    own = torch.empty_like(of_all[0])
+    if own.numel():
+        _REDUCE_SCATTER(own, of_all.contiguous().flatten(0, 1), group=group)
+    return own
+
+
+def _largest(value: int, device: torch.device, group: dist.ProcessGroup) -> int:
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return int(found)

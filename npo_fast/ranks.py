@@ -1,0 +1,84 @@
+"""Several processes that train one model (``torchrun``): which one this is, and what all agree on.
+
+Every process reads the same data in the same order and takes its share of each step. The first one
+alone writes files and speaks.
+"""
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+PATIENCE = timedelta(minutes=30)  # the first process may be writing a large model meanwhile
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leads() -> bool:
+    return rank() == 0
+
+
+def own_device(device: str) -> "torch.device":
+    """``device``, or for "auto" and "cuda" the GPU that is this process's own."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(device)
+
+
+def join(device: "torch.device", **arguments: Any) -> "DeviceMesh":
+    """Meets the other processes; returns the mesh of all of them.
+
+    Args:
+        arguments: of ``init_process_group``; its environment variables where there are none.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, **arguments)
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def most(value: int, device: "torch.device") -> int:
+    """The largest of all processes' values; its own where it is alone."""
+    if ranks() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether another process has gone, by the word of the library that talks to it."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    libraries = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in libraries)
