@@ -54,6 +54,7 @@ class Case:
 
 SHORT = Planned(gradient_checkpointing=True)
 SMALL = Planned(gradient_checkpointing=True, optimizer="adamw-8bit")
+SHARDED = Planned(gradient_checkpointing=True, optimizer="adamw-bf16")
 IN_BACKWARD = Planned(gradient_checkpointing=True, optimizer="adamw-8bit", step_in_backward=True)
 ADAPTERS = Planned(gradient_checkpointing=True, lora_rank=16)
 ON_4BIT = Planned(gradient_checkpointing=True, lora_rank=16, quantize="4bit")
@@ -66,8 +67,9 @@ CASES = (
     Case("LoRA", "Llama-3.1-8B", ADAPTERS, most_gib=20),
     Case("QLoRA", "Llama-3.1-8B", ON_4BIT, most_gib=10),
     Case("LoRA, the paper's way", "Llama-3.1-8B", ADAPTERS, paper=True),
-    Case("8-bit states, one of 8 GPUs", "Llama-3.1-70B", SMALL, ranks=8),
-    Case("8-bit states, one of 16 GPUs", "Llama-3.1-70B", SMALL, ranks=16),
+    Case("bf16 states, one of 8 GPUs", "Llama-3.1-70B", SHARDED, ranks=8),
+    Case("bf16 states, one of 16 GPUs", "Llama-3.1-70B", SHARDED, ranks=16),
+    Case("LoRA, one of 4 GPUs", "Llama-3.1-70B", ADAPTERS, ranks=4),
 )
 
 

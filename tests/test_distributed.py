@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +27,7 @@ from npo_fast.ops import linear_sequence_loss
 from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, vocab_parallel_embedding
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.state import TrainState
 from tests.conftest import tiny_model
 from tests.test_resume import facts_of, lines
 from tests.test_trainer import sources
@@ -271,6 +273,32 @@ def test_several_processes_train_as_one(tmp_path, count, family, lora, method, c
         if gradient is not None:  # Adam makes whole steps of gradients that are rounding errors
             sure = (gradient.abs() > 1e-4 * scale) | (gradient == 0)
         torch.testing.assert_close(lead[2][name][sure], weight[sure], rtol=1e-3, atol=1e-4)
+
+
+def _train_in_bf16(mesh):
+    torch.manual_seed(0)
+    lm = CausalLM(tiny_model("Llama").to(torch.bfloat16))
+    if mesh is not None:
+        shard(lm, mesh)
+    terms, data, state = build_method("NPO+RT"), sources(), TrainState()
+    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, optimizer="adamw-bf16")
+    references = reference_log_probs(lm, data, terms, 60)
+    losses = [r.loss for r in train(lm, data, terms, settings, references, state=state)]
+    folder = Path(tempfile.mkdtemp())
+    state.writer()(folder)
+    return losses, torch.load(folder / "state.pt")["parts"]["optimizer"]["state"]
+
+
+def test_bf16_weights_are_rounded_at_random_and_their_states_gathered(tmp_path):
+    losses, states = _train_in_bf16(None)
+    first, second = on_ranks(2, tmp_path, _train_in_bf16)
+    assert first[0] == second[0] == pytest.approx(losses, rel=0.02)
+    assert first[1].keys() == states.keys()
+    for i, own in states.items():
+        for name, value in own.items():
+            assert first[1][i][name].shape == value.shape
+            assert first[1][i][name].dtype == value.dtype
+            assert not second[1][i][name].numel() or value.dim() == 0
 
 
 # --- the command line -----------------------------------------------------------------------------

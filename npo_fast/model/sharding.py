@@ -140,9 +140,7 @@ def _layers(decoder: nn.Module) -> list[nn.Module]:
 def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
     ranks = mesh.size()
     if lm.quantized:
-        raise UserError(
-            "4-bit weights (bitsandbytes) cannot be divided: use one process"
-        )
+        raise UserError("4-bit weights (bitsandbytes) cannot be divided: use one process")
     if not lm.packs:
         raise UserError(
             f"{lm.name} takes one sequence at a time, and several processes need packs: use one"

@@ -61,7 +61,7 @@ def check_ranks(terms: tuple[Term, ...], settings: TrainSettings) -> None:
     if ranks() == 1:
         return
     refused = {
-        f"--optimizer {settings.optimizer}": settings.optimizer != "adamw",
+        f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
         "--step-in-backward": settings.step_in_backward,
         "--offload-optimizer": settings.offload_optimizer,
         **{f"a method with {term.name}": term.loss.reference == "hidden" for term in terms},
