@@ -1,7 +1,7 @@
 """Unlearning under transformers.Trainer: the losses of our own loop, in another's loop."""
 
 import os
-import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -178,10 +178,14 @@ def test_what_cannot_work_is_refused_early(tmp_path):
         )
 
 
-def _process(rank: int, port: int, folder: str) -> None:
+def _process(rank: int, folder: str) -> None:
     """One of two: three sequences each, of unequal length."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    # they meet in a file: a port that was free a moment ago can be taken, and both then wait
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/meeting", timedelta(minutes=2), world_size=2, rank=rank
+    )
     one = trainer(folder, per_device_train_batch_size=3, ddp_backend="gloo", **SHORT)
     one.train()
     parameters = [p.detach() for p in one.model.parameters()]
@@ -196,10 +200,7 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
     """NPO is a mean over sequences, the retain loss one over tokens, of which each has its own."""
     whole = trainer(tmp_path, **SHORT)
     whole.train()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         logs, parameters = torch.load(tmp_path / f"{rank}.pt")
         for p, q in zip(parameters, whole.model.parameters(), strict=True):

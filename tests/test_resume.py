@@ -288,7 +288,7 @@ def test_weights_and_state_of_a_checkpoint_are_exact(tmp_path, method, schedule,
     for record in steps_for(one, settings, state, method):
         losses.append(record.loss)
         if record.step == 3:
-            save_model(one, Tokenless(), tmp_path / "step", state.save)
+            save_model(one, Tokenless(), tmp_path / "step", state.writer())
             break
     torch.manual_seed(77)
     other = dropout_lm(dtype)
@@ -311,7 +311,7 @@ def test_a_non_finite_step_after_a_resume_leaves_the_weights(tmp_path):
     settings = TrainSettings(epochs=3, batch_size=7, lr=1e-3)
     lm, state = dropout_lm(), TrainState()
     next(steps_for(lm, settings, state))
-    state.save(tmp_path)
+    state.writer()(tmp_path)
     good = {name: p.clone() for name, p in lm.model.named_parameters()}
     steps = steps_for(lm, settings, TrainState.load(tmp_path))
 
@@ -383,7 +383,7 @@ def test_a_new_process_reads_8_bit_states(tmp_path):
     optimizer.step()
     state = TrainState(1)
     state.attach(torch.device("cpu"), optimizer=optimizer)
-    state.save(tmp_path)
+    state.writer()(tmp_path)
     code = (
         "import sys, pathlib; from npo_fast.trainer.optimizers import check_optimizer; "
         "from npo_fast.trainer.state import TrainState; check_optimizer('adamw-8bit'); "

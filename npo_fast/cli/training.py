@@ -194,7 +194,7 @@ def prepare(
 ) -> Prepared:
     """Everything that can fail on the user's side, first."""
     options.check_training()
-    check_ranks(terms, training)
+    check_ranks(terms, training, ranks())
     check_optimizer(training.optimizer)
     each_batch = turns(terms, training.schedule)
     template = options.load_template()

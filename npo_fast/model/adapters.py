@@ -52,6 +52,18 @@ def four_bit(dtype: torch.dtype) -> Any:
     )
 
 
+def keep_layout(model: Any) -> Any:
+    """The 4-bit layers keep the layout that their backward reads.
+
+    On a CPU with AVX-512 bf16, bitsandbytes would repack a layer at its first forward without a
+    gradient, for the forward alone, and refuses sizes that are not multiples of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
     """``W x + (alpha / rank) B A x`` in every linear layer but the LM head; only A, B train.
 

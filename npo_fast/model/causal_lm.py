@@ -106,6 +106,15 @@ class CausalLM:
         kind = Head if self.vocabulary_slice is None else SlicedHead
         return kind(**self.head_arguments)
 
+    @property
+    def ranks(self) -> int:
+        """Processes that divide the model; 1 where it is whole, under DDP too."""
+        return 1 if self.vocabulary_slice is None else self.vocabulary_slice.ranks
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.vocabulary_slice is None else self.vocabulary_slice.rank
+
     def on_all_ranks(self, rows: Tensor, packs: list[PackedBatch]) -> Tensor:  # (n, D) -> (N, D)
         """From the answer rows of this rank's pack, one of ``packs``, those of all of them."""
         if self.vocabulary_slice is None:

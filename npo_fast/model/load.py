@@ -15,6 +15,7 @@ from npo_fast.model.adapters import (
     add_lora,
     check_libraries,
     four_bit,
+    keep_layout,
     load_adapter,
 )
 from npo_fast.model.causal_lm import CausalLM
@@ -79,10 +80,11 @@ def _load_weights(name: str, dtype: torch.dtype, where: torch.device, quantize: 
         check_libraries(quantize, 0)
         if "gguf_file" in source:
             raise UserError("--quantize 4bit takes a model with whole weights, not a GGUF file")
-        return _load(
+        quantized = _load(
             AutoModelForCausalLM, name, dtype=dtype, device_map={"": where},
             quantization_config=four_bit(dtype), **source,
         )  # fmt: skip
+        return keep_layout(quantized)
     model = _load(AutoModelForCausalLM, name, dtype=dtype, **source)
     if "gguf_file" in source:
         model = _dequantised(model)

@@ -14,7 +14,6 @@ from npo_fast.errors import NonFiniteError, TornStepError, UserError
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
-from npo_fast.ranks import rank, ranks
 from npo_fast.trainer.optimizers import build_optimizer, trained
 from npo_fast.trainer.order import (
     check_step_in_backward,
@@ -82,8 +81,8 @@ def train(
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda done: _linear_schedule(done, warmup, total))
     state = TrainState() if state is None else state
-    torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * rank())  # 0 on the first
-    state.attach(lm.device, optimizer=optimizer, scheduler=scheduler)
+    torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * lm.rank)  # 0 on the first
+    state.attach(lm.device, lm.ranks == 1, optimizer=optimizer, scheduler=scheduler)
     state.micro_batch_tokens = state.micro_batch_tokens or settings.micro_batch_tokens
     model.train()
 
@@ -128,7 +127,7 @@ def check_settings(
         UserError: settings that do not fit the model, the data or the device.
     """
     trained(lm.model.parameters(), settings.optimizer)
-    check_ranks(terms, settings)
+    check_ranks(terms, settings, lm.ranks)
     if settings.offload_optimizer and lm.device.type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
@@ -159,9 +158,9 @@ def reference_log_probs(
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
     for source, kind in kinds.items():
         found = [torch.empty(0)] * len(sources[source])
-        for packs in micro_batches(sources[source], micro_batch_tokens, ranks=ranks()):
+        for packs in micro_batches(sources[source], micro_batch_tokens, ranks=lm.ranks):
             batch = join(packs)
-            own = lm.hidden(packs[rank()].to(lm.device))
+            own = lm.hidden(packs[lm.rank].to(lm.device))
             log_probs = lm.log_probs_of(lm.on_all_ranks(own, packs), batch.labels.to(lm.device))
             if kind == "sequence":
                 of_each = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()

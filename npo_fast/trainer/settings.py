@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from npo_fast.errors import UserError
 from npo_fast.methods import Schedule, Term
-from npo_fast.ranks import ranks
 from npo_fast.trainer.optimizers import Optimizer
 
 
@@ -53,12 +52,12 @@ class TrainSettings:
             raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
 
 
-def check_ranks(terms: tuple[Term, ...], settings: TrainSettings) -> None:
+def check_ranks(terms: tuple[Term, ...], settings: TrainSettings, ranks: int) -> None:
     """
     Raises:
         UserError: several processes are asked for what only one can do.
     """
-    if ranks() == 1:
+    if ranks == 1:
         return
     refused = {
         f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
@@ -68,7 +67,7 @@ def check_ranks(terms: tuple[Term, ...], settings: TrainSettings) -> None:
     }
     for what, asked in refused.items():
         if asked:
-            raise UserError(f"{what} runs on one process, not on {ranks()}")
+            raise UserError(f"{what} runs on one process, not on {ranks}")
 
 
 @dataclass(frozen=True)

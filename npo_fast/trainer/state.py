@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from npo_fast.model.sharding import divided_states, whole
-from npo_fast.ranks import ranks
 
 FORMAT = 1
 STATE = "state.pt"
@@ -41,7 +40,8 @@ class TrainState:
         self._device = torch.device("cpu")
         self._saved: dict[str, Any] = {}
 
-    def attach(self, device: torch.device, **parts: Stateful) -> None:
+    def attach(self, device: torch.device, alone: bool = True, **parts: Stateful) -> None:
+        """``alone``: else this is one of several ranks, and draws random numbers of its own."""
         self._parts, self._device = parts, device
         if self._saved:
             for name, part in parts.items():
@@ -49,7 +49,7 @@ class TrainState:
                 if isinstance(part, torch.optim.Optimizer):
                     saved = divided_states(saved, part)
                 part.load_state_dict(saved)
-            if ranks() == 1:  # of several, each draws random numbers of its own
+            if alone:
                 set_random_state(self._saved["random"], device)
             self._saved = {}
 

@@ -13,7 +13,6 @@ from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
-from npo_fast.ranks import rank, ranks
 from npo_fast.trainer.order import side_by_side
 from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
 from npo_fast.trainer.reference_cache import ReferenceCache
@@ -56,7 +55,7 @@ def whole_gradient(
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
-            if ranks() > 1:
+            if lm.ranks > 1:
                 raise OutOfMemory(
                     f"step {state.step + 1}: out of memory ({reason}), and several processes "
                     "cannot make the step again alone; lower --micro-batch-tokens or add "
@@ -95,7 +94,7 @@ def _accumulate(
     counts = {term.name: count(term, batch) for term in terms}
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
     sums: dict[Stream, Tensor] = {}
-    for passed in _passes(batch, terms, micro_batch_tokens, together):
+    for passed in _passes(batch, terms, micro_batch_tokens, together, lm.ranks):
         loss, found, log_prob_sums = _forward(
             lm, passed, terms, counts, references, reference_cache
         )
@@ -117,13 +116,13 @@ def streams_of(terms: Iterable[Term]) -> list[Stream]:
 
 
 def _passes(
-    batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool
+    batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool, ranks: int
 ) -> list[list[tuple[Stream, list[PackedBatch]]]]:
     """What goes through the model at a time: micro-batches of one stream, or all ``together``."""
     found: list[tuple[Stream, list[PackedBatch]]] = []
     for stream in streams_of(terms):
         sequences = side_by_side(batch, stream)
-        for packs in micro_batches(sequences, micro_batch_tokens, len(stream), ranks()):
+        for packs in micro_batches(sequences, micro_batch_tokens, len(stream), ranks):
             found.append((stream, packs))
     return [found] if together else [[one] for one in found]
 
@@ -137,7 +136,7 @@ def _forward(
     reference_cache: ReferenceCache | None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[Stream, Tensor]]:
     """Loss and terms of one pass through the model, and the summed log-probs of each source."""
-    own_packs = [packs[rank()].to(lm.device) for _, packs in passed]
+    own_packs = [packs[lm.rank].to(lm.device) for _, packs in passed]
     parts = lm.states(join(own_packs)).split([len(one.input_ids) for one in own_packs])
     loss = torch.zeros((), device=lm.device)
     values: dict[str, Tensor] = {}
