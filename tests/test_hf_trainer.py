@@ -181,6 +181,7 @@ def test_what_cannot_work_is_refused_early(tmp_path):
 def _process(rank: int, folder: str) -> None:
     """One of two: three sequences each, of unequal length."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "nowhere", "MASTER_PORT": "0"}  # accelerate wants to see them
     torch.set_num_threads(1)
     # they meet in a file: a port that was free a moment ago can be taken, and both then wait
     torch.distributed.init_process_group(
