@@ -151,6 +151,36 @@ def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
         torch.testing.assert_close(torch.cat([own[i] for own in found]), gradient, **close)
 
 
+def _sure(mesh):
+    """fp32 rows that all but point at the labels' rows of the head."""
+    _, _, weight, _, labels = _problem(torch.float32)
+    hidden = (SURE * weight[labels]).requires_grad_()
+    vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
+    own = weight[vocabulary.first :][: vocabulary.rows].clone().requires_grad_()
+    value, log_probs = linear_sequence_loss(
+        hidden, own, labels, CU_SEQLENS, NLL(), vocabulary=vocabulary
+    )
+    value.backward()
+    return log_probs, own.grad
+
+
+SURE = 0.2
+
+
+def test_slices_keep_their_digits_where_the_model_is_sure(tmp_path):
+    _, _, weight, _, labels = _problem(torch.float32)
+    weight = weight.double().requires_grad_()
+    hidden = SURE * weight.detach()[labels]
+    value, log_probs = linear_sequence_loss(hidden, weight, labels, CU_SEQLENS, NLL())
+    value.backward()
+    assert -1e-3 < float(log_probs.max()) < -1e-9, "sure, and not certain"
+    found = on_ranks(2, tmp_path, _sure)
+    gradient = torch.cat([own[1] for own in found]).double()
+    error = (gradient - weight.grad).norm() / weight.grad.norm()
+    assert error < 1e-5
+    torch.testing.assert_close(found[0][0].double(), log_probs, rtol=1e-4, atol=0)
+
+
 def _embed(mesh):
     vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
     weight = _problem(torch.float64)[2]

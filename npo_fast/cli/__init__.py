@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,11 +81,17 @@ VERBS = {
 }
 
 
+# they tell every user of a CPU which GPU libraries cannot be loaded, and developers what is old
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 
     0, 1 (the run failed), 2 (a mistake in the call), or 128 + the signal that ended it.
     """
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())

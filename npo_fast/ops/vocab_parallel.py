@@ -1,9 +1,11 @@
 """A head, and an embedding, whose rows lie in slices on several processes (ranks).
 
-Each rank makes the logits of its slice alone. Two numbers a row go around: the logsumexp over the
-slice, and the label's logit where the slice has it.
+Each rank makes the logits of its slice alone. Two numbers a row go around: the logsumexp o_n over the
+slice without the label, and the label's logit where the slice has it.
 
-    lse_n = logsumexp over ranks of lse_n(slice),    l_n = z_n[y_n] - lse_n
+    l_n = -log(1 + exp(logsumexp over ranks of o_n - z_n[y_n])),    lse_n = z_n[y_n] - l_n
+
+(The label stays apart so that l_n keeps its digits where the model is sure of it.)
 
 The row kernel normalises over the slice; ``exp(lse_n(slice) - lse_n)``, one number a row, is what
 its gradient lacks. All ranks then know every log-prob, evaluate the same loss, and hold the
@@ -84,8 +86,7 @@ class SlicedHead(Head):
         found, lse = torch.ops.npo_fast.linear_log_probs(
             hidden, self.weight, column, self.bias, self.softcap, self.logit_scale
         )
-        log_probs, _ = self._combine(found + lse, lse, mine)
-        return log_probs
+        return self._combine(found, lse, mine)[0]
 
     def differentiate_(
         self, logits: Tensor, hidden: Tensor, labels: Tensor
@@ -94,11 +95,11 @@ class SlicedHead(Head):
         target = self._target_logits(hidden, column)
         if target is None:
             target = logits.gather(1, column.unsqueeze(1)).squeeze(1).clone()
-        _, own_lse = torch.ops.npo_fast.row_log_probs_(
+        found, own_lse = torch.ops.npo_fast.row_log_probs_(
             logits, column, target, self.softcap, self.logit_scale
         )
         z = self.activate(target)
-        log_probs, lse = self._combine(z, own_lse, mine)
+        log_probs, lse = self._combine(found, own_lse, mine)
         logits.mul_(torch.exp(own_lse - lse).unsqueeze(1))
         slope = self.logit_scale * torch.ones_like(z)
         if self.softcap is not None:
@@ -109,14 +110,18 @@ class SlicedHead(Head):
 
     def _combine(
         self,
-        z: Tensor,  # (R,) at the column that stands for the label
+        log_probs: Tensor,  # (R,) within the slice, of the label where that has it
         lse: Tensor,  # (R,) over the slice
         mine: Tensor,  # (R,) whether the slice has the label
     ) -> tuple[Tensor, Tensor]:  # log_probs and lse over the whole vocabulary
-        own = torch.stack([lse, torch.where(mine, z, 0.0)])
+        without_label = lse + torch.log(-torch.expm1(log_probs))
+        own = torch.stack(
+            [torch.where(mine, without_label, lse), torch.where(mine, log_probs + lse, 0.0)]
+        )
         of_all = _all_gather(own, len(own), self._slice.group)
-        lse = of_all[:, 0].logsumexp(dim=0)
-        return of_all[:, 1].sum(dim=0) - lse, lse
+        others, z = of_all[:, 0].logsumexp(dim=0), of_all[:, 1].sum(dim=0)
+        log_probs = -torch.nn.functional.softplus(others - z)
+        return log_probs, z - log_probs
 
 
 def gather_rows(
