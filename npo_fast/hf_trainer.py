@@ -208,7 +208,7 @@ class UnlearningTrainer(Trainer):
         total = torch.zeros((), device=self.lm.device)
         # Trainer's own autocast is around model.forward alone
         with self.lm.within(model), self.accelerator.autocast():
-            packs = {stream: [batch] for stream, batch in inputs.items()}
+            packs = {stream: [[batch]] for stream, batch in inputs.items()}
             terms = with_baselines(self.lm, self.terms, packs, self.references)
             counts = self._counts(terms, inputs)
             for stream, batch in inputs.items():

@@ -24,7 +24,12 @@ from npo_fast.model.adapters import add_lora
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.sharding import shard, whole
 from npo_fast.ops import linear_sequence_loss
-from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, vocab_parallel_embedding
+from npo_fast.ops.vocab_parallel import (
+    SlicedHead,
+    VocabularySlice,
+    gather_rows,
+    vocab_parallel_embedding,
+)
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState
@@ -149,6 +154,24 @@ def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
         torch.testing.assert_close(own[1], log_probs, **close)
     for i, gradient in enumerate((one.grad, weight.grad, bias.grad), start=2):
         torch.testing.assert_close(torch.cat([own[i] for own in found]), gradient, **close)
+
+
+@pytest.mark.parametrize("vocabulary", [32001, 50257, 128256, 151936])
+@pytest.mark.parametrize("count", [2, 5, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ranks_cut_the_same_chunks(vocabulary, count, dtype):
+    class Slice(VocabularySlice):
+        ranks, rank = count, 0
+
+    class LastSlice(VocabularySlice):
+        ranks, rank = count, count - 1
+
+    rows = set()
+    for own in (Slice(None, vocabulary), LastSlice(None, vocabulary)):
+        weight = torch.empty(own.rows, 8, dtype=dtype, device="meta")
+        rows.add(SlicedHead(weight, vocabulary=own).chunk_rows())
+    assert len(rows) == 1
+    assert rows.pop() > 1
 
 
 def _sure(mesh):

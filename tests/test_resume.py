@@ -203,6 +203,15 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(home, killed, file):
     assert_same_run(killed, home / "whole")
 
 
+def test_a_run_may_go_on_with_less_memory(home, tmp_path):
+    output = tmp_path / "run"
+    killed = ("os.rename", "step-000006.partial", 1, KILL)
+    assert start(home, output, at=killed) == -signal.SIGKILL
+    less = ("--micro-batch-tokens", "20", "--gradient-checkpointing")
+    assert start(home, output, *less) == 0, log_of(output)
+    assert [step["micro_batch_tokens"] for step in steps_of(output)] == [40] * 4 + [20] * 6
+
+
 def test_another_run_is_not_gone_on_with(home, killed, capsys):
     before = (killed / "steps.jsonl").read_bytes()
     shutil.copy(home / "retain.jsonl", killed.parent / "forget.jsonl")

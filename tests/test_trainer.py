@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from npo_fast.data import Sequence, pack
+from npo_fast.data import Sequence, micro_batches, pack
 from npo_fast.errors import NonFiniteError, UserError
 from npo_fast.methods import FINETUNE, METHODS, Coefficients, build_method, coefficients_of
 from npo_fast.model.causal_lm import CausalLM
@@ -96,11 +96,13 @@ def test_the_baseline_of_kto_is_that_of_the_whole_step():
     (term,) = build_method("KTO", Coefficients(beta=0.3))
     references = reference_log_probs(lm, data, (term,), 2048)
     for tokens in (16, 2048):
-        (at_start,) = with_baselines(lm, [term], {"idk": pack(data["idk"], tokens)}, references)
+        (at_start,) = with_baselines(
+            lm, [term], {"idk": micro_batches(data["idk"], tokens)}, references
+        )
         assert at_start.loss.z == pytest.approx(0.0, abs=1e-5)
     moved = {**references, "idk": references["idk"] - torch.arange(7.0)}
     for tokens in (16, 2048):
-        (later,) = with_baselines(lm, [term], {"idk": pack(data["idk"], tokens)}, moved)
+        (later,) = with_baselines(lm, [term], {"idk": micro_batches(data["idk"], tokens)}, moved)
         assert later.loss.z == pytest.approx(3.0, abs=1e-5)
 
 

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             "lost contact with another process of this run, which has ended or cannot be reached; "
             "after its last checkpoint (--save-every) the same command goes on "
-            f"({str(error).partition(chr(10))[0]})",
+            f"({error})",
             1,
         )
     except KeyboardInterrupt:

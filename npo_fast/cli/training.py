@@ -11,7 +11,7 @@ from npo_fast.cli.settings import Common
 from npo_fast.data import Record, Sequence, Template
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
-from npo_fast.ranks import join, leads, most, own_device, ranks
+from npo_fast.ranks import join, leads, most, own_device, rank, ranks
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, driving_sources, steps_per_epoch
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_ranks
@@ -88,9 +88,16 @@ class ModelOptions:
         if several:
             from npo_fast.model.sharding import shard
 
+            mesh, step = join(own), -1
             if earlier is not None and earlier.weights is not None:
+                step = earlier.state.step
                 read_weights(lm, earlier.weights)
-            shard(lm, join(own), self.attention)
+            if most(step, own) != -most(-step, own):
+                raise UserError(
+                    f"process {rank()} would go on after step {step}, and others do not: --output "
+                    "must be a folder that all of them share"
+                )
+            shard(lm, mesh, self.attention)
         parameters = lm.model.num_parameters()
         trained = ""
         if self.lora_rank:
@@ -268,6 +275,7 @@ def run_training(
     from npo_fast.model.adapters import merge_adapter
     from npo_fast.trainer.interrupt import StopSignal
     from npo_fast.trainer.loop import train
+    from npo_fast.trainer.run import wait_for_all
     from npo_fast.trainer.state import TrainState
 
     check_fit(lm, prepared, terms, command.training)
@@ -334,12 +342,17 @@ def run_training(
             folder = run.checkpoint(lm, tokenizer, state.step)
             kept = f"that model is in {folder}, earlier checkpoints beside it"
         run.finish("stopped", error=str(error))
+        wait_for_all(lm)
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except OutOfMemory as error:
-        if state.step:
+        if state.step and lm.ranks == 1:  # the others are still in the step
             run.checkpoint(lm, tokenizer, state.step, state)
         run.finish("interrupted", error=str(error))
         raise OutOfMemory(f"{error}. Where there is more memory, {again} goes on") from error
+    except Interrupted as error:
+        run.finish("interrupted", error=f"{type(error).__name__}: {error}")
+        wait_for_all(lm)
+        raise
     except BaseException as error:
         run.finish("interrupted", error=f"{type(error).__name__}: {error}")
         raise

@@ -136,6 +136,12 @@ class CausalLM:
         """Log-probability of every answer token."""
         return self.log_probs_of(self.hidden(batch), batch.labels)
 
+    def log_probs_of_packs(self, packs: list[PackedBatch]) -> Tensor:  # (N,)
+        """Those of the answer tokens of all packs, one for each rank; without a gradient."""
+        own = self.hidden(packs[self.rank].to(self.device))
+        labels = torch.cat([one.labels for one in packs]).to(self.device)
+        return self.log_probs_of(self.on_all_ranks(own, packs), labels)
+
     def log_probs_of(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         """Where ranks divide the model: of rows that all of them have, without a gradient."""
         if self.vocabulary_slice is not None:

@@ -62,6 +62,7 @@ def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
         module.set_force_sum_reduction_for_comms(True)
     lm.vocabulary_slice = VocabularySlice(group, len(head.weight))
     lm.choose_attention(attention)
+    _check_packs(lm)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -137,14 +138,19 @@ def _layers(decoder: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len, default=()))
 
 
+def _check_packs(lm: CausalLM) -> None:
+    if not lm.packs:
+        raise UserError(
+            f"{lm.name} takes one sequence at a time with {lm.attention}, and several processes "
+            "need packs: use one, or another --attention"
+        )
+
+
 def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
     ranks = mesh.size()
     if lm.quantized:
         raise UserError("4-bit weights (bitsandbytes) cannot be divided: use one process")
-    if not lm.packs:
-        raise UserError(
-            f"{lm.name} takes one sequence at a time, and several processes need packs: use one"
-        )
+    _check_packs(lm)
     if type(embedding) is not nn.Embedding or type(lm.head) is not nn.Linear:
         kinds = f"{type(embedding).__name__} and {type(lm.head).__name__}"
         raise UserError(

@@ -1,7 +1,7 @@
 """A head, and an embedding, whose rows lie in slices on several processes (ranks).
 
-Each rank makes the logits of its slice alone. Two numbers a row go around: the logsumexp o_n over the
-slice without the label, and the label's logit where the slice has it.
+Each rank makes the logits of its slice alone. Two numbers a row go around: the logsumexp o_n over
+the slice without the label, and the label's logit where the slice has it.
 
     l_n = -log(1 + exp(logsumexp over ranks of o_n - z_n[y_n])),    lse_n = z_n[y_n] - l_n
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_fast.ops.head import Head
+from npo_fast.ops.head import CHUNK_BYTES, Head
 
 # newer names since PyTorch 2.13, which warns of the older ones
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -78,8 +78,8 @@ class SlicedHead(Head):
 
     def chunk_rows(self, chunk_bytes: int | None = None) -> int:
         """Those of the largest slice, so that all ranks take the same chunks."""
-        own = super().chunk_rows(chunk_bytes)
-        return max(1, own * len(self.weight) // self._slice.most_rows)
+        row_bytes = self._slice.most_rows * self.logits_dtype.itemsize
+        return max(1, (chunk_bytes or CHUNK_BYTES) // row_bytes)
 
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         column, mine = self._slice.own(labels)

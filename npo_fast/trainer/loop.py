@@ -83,7 +83,8 @@ def train(
     state = TrainState() if state is None else state
     torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * lm.rank)  # 0 on the first
     state.attach(lm.device, lm.ranks == 1, optimizer=optimizer, scheduler=scheduler)
-    state.micro_batch_tokens = state.micro_batch_tokens or settings.micro_batch_tokens
+    known = state.micro_batch_tokens or settings.micro_batch_tokens
+    state.micro_batch_tokens = min(known, settings.micro_batch_tokens)
     model.train()
 
     batches = step_batches(sources, driving, settings.batch_size, settings.epochs, settings.seed)
@@ -159,9 +160,7 @@ def reference_log_probs(
     for source, kind in kinds.items():
         found = [torch.empty(0)] * len(sources[source])
         for packs in micro_batches(sources[source], micro_batch_tokens, ranks=lm.ranks):
-            batch = join(packs)
-            own = lm.hidden(packs[lm.rank].to(lm.device))
-            log_probs = lm.log_probs_of(lm.on_all_ranks(own, packs), batch.labels.to(lm.device))
+            batch, log_probs = join(packs), lm.log_probs_of_packs(packs)
             if kind == "sequence":
                 of_each = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
             else:

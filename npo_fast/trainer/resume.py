@@ -11,7 +11,8 @@ from npo_fast.errors import UserError
 from npo_fast.trainer.run import REFERENCES, UNFINISHED, check_unused, read_facts, step_of
 from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
 
-_INDIFFERENT = "reference_cache"  # where hidden states are kept changes no number
+# where hidden states are kept, and what only memory depends on
+_INDIFFERENT = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
         name: value
         for group, values in facts.get("settings", {}).items()
         for name, value in values.items()
-        if group != "run" and name != _INDIFFERENT
+        if group != "run" and name not in _INDIFFERENT
     }
 
 

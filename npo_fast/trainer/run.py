@@ -36,7 +36,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import recover, save_folder, sync
 from npo_fast.model.sharding import whole
-from npo_fast.ranks import leads
+from npo_fast.ranks import leads, most
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState
 
@@ -133,9 +133,9 @@ class Run:
         os.fsync(self._steps.fileno())  # the records of its steps are never behind a checkpoint
         folder = self.folder / "checkpoints" / step_name(step)
         weights, more = whole_weights(lm), None if state is None else state.writer()
-        if folder.exists():
-            return folder
-        save_model(lm, tokenizer, folder, more, weights)
+        if not folder.exists():
+            save_model(lm, tokenizer, folder, more, weights)
+        wait_for_all(lm)
         for old in sorted(folder.parent.glob("step-*")):
             if old != folder and state is not None:
                 # out of sight first: what is half deleted must not look like a checkpoint
@@ -169,6 +169,7 @@ class Run:
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         folder = self.folder / "model"
         save_model(lm, tokenizer, folder, weights=whole_weights(lm))
+        wait_for_all(lm)
         return folder
 
     def finish(self, status: str = "finished", **facts: Any) -> None:
@@ -202,6 +203,7 @@ class Bystander(Run):
         whole_weights(lm)
         if state is not None:
             state.writer()
+        wait_for_all(lm)
         return self.folder / "checkpoints" / step_name(step)
 
     def note(self, **facts: Any) -> None:
@@ -209,6 +211,7 @@ class Bystander(Run):
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         whole_weights(lm)
+        wait_for_all(lm)
         return self.folder / "model"
 
     def finish(self, status: str = "finished", **facts: Any) -> None:
@@ -292,6 +295,12 @@ def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
 def whole_weights(lm: CausalLM) -> dict[str, Tensor] | None:
     """Those of a model that ranks divide, on the first of them; None where it is whole."""
     return None if lm.vocabulary_slice is None else whole(lm.model.state_dict(keep_vars=True))
+
+
+def wait_for_all(lm: CausalLM) -> None:
+    """Until the first rank has written: where one ends with an error, the others are killed."""
+    if lm.ranks > 1:
+        most(0, lm.device)
 
 
 def save_model(

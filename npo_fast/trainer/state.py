@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.model.sharding import divided_states, whole
+from npo_fast.ranks import ranks
 
 FORMAT = 1
 STATE = "state.pt"
@@ -91,7 +92,9 @@ def load_tensors(file: Path) -> dict[str, Any]:
         DamagedError: there is no such file, or it is not what ``torch.save`` wrote.
     """
     try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=ranks() > 1
+        )
     except FileNotFoundError:
         raise DamagedError(f"it has no {file.name}") from None
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

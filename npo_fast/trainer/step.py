@@ -7,7 +7,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, Sequence, join, micro_batches, pack
+from npo_fast.data import PackedBatch, Sequence, join, micro_batches
 from npo_fast.errors import OutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
@@ -89,7 +89,7 @@ def _accumulate(
     references: References | None,
     reference_cache: ReferenceCache | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    packs = {name: pack(batch[name], micro_batch_tokens) for name in batch}
+    packs = {name: micro_batches(batch[name], micro_batch_tokens, 1, lm.ranks) for name in batch}
     terms = with_baselines(lm, terms, packs, references)
     counts = {term.name: count(term, batch) for term in terms}
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
@@ -221,7 +221,7 @@ def _reference(
 def with_baselines(
     lm: CausalLM,
     terms: Iterable[Term],
-    packs: Mapping[str, Iterable[PackedBatch]],  # source -> its sequences of the whole step
+    packs: Mapping[str, Iterable[list[PackedBatch]]],  # source -> ``micro_batches`` of the step
     references: References | None,
 ) -> tuple[Term, ...]:
     """The terms with their baselines: the mean log-ratio of the baseline source, in this step."""
@@ -230,9 +230,9 @@ def with_baselines(
         if term.baseline is not None:
             assert references is not None, f"{term.name} needs reference log-probs"
             ratios = []
-            for micro in packs[term.baseline]:
+            for of_ranks in packs[term.baseline]:
+                micro, token_log_probs = join(of_ranks), lm.log_probs_of_packs(of_ranks)
                 ref = torch.stack([references[term.baseline][i] for i in micro.indices])
-                token_log_probs = lm.log_probs(micro.to(lm.device))
                 ratios.append(segment_sum(token_log_probs, micro.answer_cu_seqlens).cpu() - ref)
             term = term.at_baseline(float(torch.cat(ratios).mean()))
         found.append(term)
