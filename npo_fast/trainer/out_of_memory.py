@@ -30,7 +30,7 @@ def halved(micro_batch_tokens: int, units: Iterable[int], step: int, reason: str
         raise OutOfMemory(
             f"step {step}: out of memory with one sequence of {longest} tokens at a time "
             f"({reason}); the weights stay those of step {step - 1}. Free memory that other "
-            "programs hold, cut sequences with a smaller --max-length, or load half precision "
-            "with --dtype bf16"
+            "programs hold, add --gradient-checkpointing, cut sequences with a smaller "
+            "--max-length, or load half precision with --dtype bf16"
         )
     return max(longest, min(micro_batch_tokens, sum(units)) // 2)
