@@ -10,8 +10,8 @@ once more, at three times the rate if the forget answers are still likelier than
 model, else at a third of it. The run with the higher forget quality stands in the table, unless it
 kept less than half of the utility and the other did not.
 
-A run that is there already is not repeated, and
-``benchmarks/results/forget_half.json`` is written anew after each.
+A run that is there already is not repeated, and ``benchmarks/results/forget_half.json`` is written
+anew after each, with a figure beside it.
 """
 
 import argparse
@@ -116,6 +116,37 @@ def answers(results: dict[str, metrics.Result]) -> list[dict[str, str]]:
     ]
 
 
+def plot(content: dict[str, Any], file: Path) -> None:
+    """Forget quality against utility: every run of a method, the one in the table filled."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for i, (method, tried) in enumerate(content["tried"].items()):
+        for rate, numbers in tried.items():
+            in_table = rate == content["learning_rate"].get(method)
+            axes.scatter(
+                numbers["model utility"], numbers["forget quality"], s=70, marker="oXsDP^v<>"[i],
+                facecolors=f"C{i}" if in_table else "none", edgecolors=f"C{i}",
+                label=method if in_table else None,
+            )  # fmt: skip
+    for name in ("original", "retrained"):
+        numbers = content["models"][name]
+        place = numbers["model utility"], numbers["forget quality"]
+        axes.scatter(*place, s=160, marker="*", color="black")
+        axes.annotate(name, place, xytext=(0, 9), textcoords="offset points", ha="center")
+    axes.axhline(MEANINGFUL, color="grey", linestyle="--", linewidth=1)
+    axes.set(
+        yscale="log", xlabel="model utility", ylabel="forget quality (p-value)", ylim=(1e-6, 4)
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tofu", default="locuslab/TOFU")
@@ -150,6 +181,7 @@ def main() -> None:
             **provenance(),
         }
         options.result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        plot(content, options.result.with_suffix(".png"))
 
     for method in options.methods:
         run(method, RATE)
