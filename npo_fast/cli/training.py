@@ -106,7 +106,7 @@ class ModelOptions:
         kept = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
         say(
             f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {kept} on "
-            f"{f'{ranks()} times ' if several else ''}{lm.device}, attention {lm.attention}"
+            f"{lm.device}{f' in {ranks()} processes' if several else ''}, attention {lm.attention}"
         )
         return lm
 
