@@ -12,6 +12,7 @@ from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 PATIENCE = timedelta(minutes=30)  # the first process may be writing a large model meanwhile
@@ -70,15 +71,15 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def most(value: int, device: "torch.device") -> int:
-    """The largest of all processes' values; its own where it is alone."""
-    if ranks() == 1:
-        return value
+def most(value: int, device: "torch.device", group: "ProcessGroup | None" = None) -> int:
+    """The largest value of the processes of ``group``, or of all; its own where it is alone."""
     import torch
     import torch.distributed as dist
 
+    if group is None and ranks() == 1:
+        return value
     found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return int(found)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
-from npo_fast.ranks import leads, leave, rank, ranks
+from npo_fast.ranks import is_lost_contact, leads, leave, rank, ranks
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"npo-fast: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except RuntimeError as error:
-        if ranks() == 1 or not _is_lost_contact(error):
+        if ranks() == 1 or not is_lost_contact(error):
             raise
         return _fail(
             "lost contact with another process of this run, which has ended or cannot be reached; "
@@ -138,12 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks() > 1:
         leave()
     return 0
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    from npo_fast.ranks import is_lost_contact
-
-    return is_lost_contact(error)
 
 
 def overview() -> str:

@@ -16,7 +16,7 @@ from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.ops import linear_log_probs
 from npo_fast.ops.head import Head
-from npo_fast.ops.vocab_parallel import SlicedHead, VocabularySlice, gather_rows
+from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, head_of
 
 PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats; half precision: 0.25
 
@@ -103,8 +103,7 @@ class CausalLM:
     @property
     def linear_head(self) -> Head:
         """The same as the chunk-wise code below the operators takes it."""
-        kind = Head if self.vocabulary_slice is None else SlicedHead
-        return kind(**self.head_arguments)
+        return head_of(**self.head_arguments)
 
     @property
     def ranks(self) -> int:

@@ -24,10 +24,11 @@ from npo_fast.ranks import leads
 class VocabularyParallelEmbedding(nn.Module):
     def __init__(self, whole: nn.Embedding, vocabulary: VocabularySlice) -> None:
         super().__init__()
-        self.weight, self.padding_idx, self.vocabulary = whole.weight, whole.padding_idx, vocabulary
+        self.weight: Any = whole.weight  # a DTensor
+        self.padding_idx, self.vocabulary = whole.padding_idx, vocabulary
 
     def forward(self, ids: Tensor) -> Tensor:  # (…) -> (…, D)
-        weight = local(self.weight)
+        weight = self.weight.to_local()
         flat = vocab_parallel_embedding(ids.flatten(), weight, self.vocabulary, self.padding_idx)
         return flat.view(*ids.shape, -1)
 
@@ -63,11 +64,6 @@ def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
     lm.vocabulary_slice = VocabularySlice(group, len(head.weight))
     lm.choose_attention(attention)
     _check_packs(lm)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows, differentiable; the tensor itself where it is whole."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(state: Any) -> Any:

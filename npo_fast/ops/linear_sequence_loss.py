@@ -20,7 +20,7 @@ from npo_fast.ops.head import scale_
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
-from npo_fast.ops.vocab_parallel import VocabularySlice
+from npo_fast.ops.vocab_parallel import VocabularySlice, head_of
 
 Reduction = Literal["mean", "token_mean", "sum"]
 
@@ -122,8 +122,7 @@ def linear_sequence_loss(
     count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
     if vocabulary is not None:
         _check_slice(op, vocabulary, weight, chunk_rows)
-    plan = Plan(loss, softcap, logit_scale, max(count, 1), 1, skip_below, skipped, vocabulary)
-    head = plan.head(weight, bias)
+    head = head_of(weight, bias, vocabulary=vocabulary)
     step = resolve_chunk_rows(op, head, len(hidden), chunk_rows)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
@@ -136,7 +135,7 @@ def linear_sequence_loss(
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    plan = replace(plan, chunk_rows=step)
+    plan = Plan(loss, softcap, logit_scale, max(count, 1), step, skip_below, skipped, vocabulary)
     inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
     if torch.compiler.is_compiling():
         return compiled.sequence_loss(plan, inputs)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs
+from npo_fast.ops.head import Gradients, HeadGradients, Needs
 from npo_fast.ops.linear_log_probs import blocks
 from npo_fast.ops.skipping import Skipped
-from npo_fast.ops.vocab_parallel import SlicedHead, VocabularySlice
+from npo_fast.ops.vocab_parallel import VocabularySlice, head_of
 
 Reference = Literal["sequence", "token"] | None
 
@@ -75,15 +75,9 @@ class Plan:
     skipped: Skipped | None = None
     vocabulary: VocabularySlice | None = None  # weight and bias are those of a slice
 
-    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
-        arguments = (weight, bias, self.softcap, self.logit_scale)
-        if self.vocabulary is None:
-            return Head(*arguments)
-        return SlicedHead(*arguments, self.vocabulary)
-
 
 def loss_alone(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
-    head = plan.head(inputs.weight, inputs.bias)
+    head = head_of(inputs.weight, inputs.bias, plan.softcap, plan.logit_scale, plan.vocabulary)
     log_probs = head.log_probs(inputs.hidden, inputs.labels)
     offsets = _beside(inputs.cu_seqlens, inputs.hidden.device)
     value = plan.loss(log_probs, offsets, inputs.ref_log_probs).sum() / plan.count
@@ -96,7 +90,7 @@ def loss_and_gradients(
     if plan.chunk_rows == 0:
         return _without_logits(plan, needs, inputs)
     hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
-    head = plan.head(weight, bias)
+    head = head_of(weight, bias, plan.softcap, plan.logit_scale, plan.vocabulary)
     step, scale = plan.chunk_rows, 1 / plan.count
     gradients = HeadGradients(head, hidden, needs, plan.skip_below, plan.skipped)
     buffer = gradients.buffer(min(step, len(hidden)))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_fast.ops.head import CHUNK_BYTES, Head
+from npo_fast.ranks import most
 
 # newer names since PyTorch 2.13, which warns of the older ones
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -124,6 +125,18 @@ class SlicedHead(Head):
         return log_probs, z - log_probs
 
 
+def head_of(
+    weight: Tensor,  # (V, D), or the rows of a slice
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocabulary: VocabularySlice | None = None,
+) -> Head:
+    """The head, or what this rank has of it."""
+    arguments = (weight, bias, softcap, logit_scale)
+    return Head(*arguments) if vocabulary is None else SlicedHead(*arguments, vocabulary)
+
+
 def gather_rows(
     rows: Tensor,  # (counts[rank], D)
     counts: Sequence[int],
@@ -169,8 +182,8 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, weight: Tensor, ids: Tensor, vocabulary: VocabularySlice, padding_id: int | None
     ) -> Tensor:
         group = vocabulary.group
-        ctx.most = most = _largest(len(ids), ids.device, group)
-        of_all = _all_gather(ids, most, group)
+        ctx.most = most(len(ids), ids.device, group)
+        of_all = _all_gather(ids, ctx.most, group)
         row, mine = vocabulary.own(of_all)
         # what fills up the shorter ranks is id 0, of which nothing is kept and nothing comes back
         embedded = weight[row] * mine.unsqueeze(-1).to(weight.dtype)
@@ -188,15 +201,15 @@ class _Embedding(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _all_gather(own: Tensor, most: int, group: dist.ProcessGroup) -> Tensor:  # (ranks, most, …)
-    """Zeros stand after the rows of ranks that have fewer than ``most``."""
+def _all_gather(own: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:  # (ranks, length, …)
+    """Zeros stand after the rows of ranks that have fewer than ``length``."""
     ranks = dist.get_world_size(group)
-    filled = own.new_zeros(most, *own.shape[1:])
+    filled = own.new_zeros(length, *own.shape[1:])
     filled[: len(own)] = own
-    of_all = own.new_empty(ranks * most, *own.shape[1:])
+    of_all = own.new_empty(ranks * length, *own.shape[1:])
     if of_all.numel():
         _ALL_GATHER(of_all, filled, group=group)
-    return of_all.unflatten(0, (ranks, most))
+    return of_all.unflatten(0, (ranks, length))
 
 
 def _reduce_scatter(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -205,9 +218,3 @@ def _reduce_scatter(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:
     if own.numel():
         _REDUCE_SCATTER(own, of_all.contiguous().flatten(0, 1), group=group)
     return own
-
-
-def _largest(value: int, device: torch.device, group: dist.ProcessGroup) -> int:
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return int(found)

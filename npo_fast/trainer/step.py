@@ -89,7 +89,8 @@ def _accumulate(
     references: References | None,
     reference_cache: ReferenceCache | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    packs = {name: micro_batches(batch[name], micro_batch_tokens, 1, lm.ranks) for name in batch}
+    baselines: set[str] = {term.baseline for term in terms if term.baseline is not None}
+    packs = {n: micro_batches(batch[n], micro_batch_tokens, ranks=lm.ranks) for n in baselines}
     terms = with_baselines(lm, terms, packs, references)
     counts = {term.name: count(term, batch) for term in terms}
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
