@@ -55,7 +55,7 @@ class Settings:
     """Of each side, a step."""
     micro_batch_tokens: tuple[int, ...] = (2048,)
     """Ours, once for each."""
-    measure: tuple[Literal["time", "peak"], ...] = ("time", "peak")
+    measure: tuple[Literal["time", "peak", "floor"], ...] = ("time", "peak", "floor")
     """What is measured now; the rest of the result file stays."""
     peak_of: str | None = None
     """One way's peak memory alone, printed as JSON: "padded", or ours as its tokens."""
@@ -195,6 +195,53 @@ def check_agrees(way: str, step: Step, truth: Step) -> None:
             sys.exit(f"not timed: {name} of {way} is {own!r}, the padded way's {other!r}")
 
 
+def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str, Any]:
+    """The arithmetic of both ways, what bare matrix products of it take, and where ours goes.
+
+    Ours: 6 flops a weight and token, the head's for answer tokens alone. The padded way: 6 for
+    every padded token, and 2 more for the reference's forward of the forget side.
+    """
+    lm = load_model(model)
+    head = lm.head.weight.numel()
+    body = lm.model.num_parameters() - head  # SmolLM2's embedding is its head
+    timed = {source: own[settings.sequences :] for source, own in sources.items()}
+    batches = list(step_batches(sources, ("forget",), settings.sequences, 1, 0))[1:]
+    flops = {PADDED: 0.0, "ours": 0.0}
+    for batch in batches:
+        for source, own in batch.items():
+            padded_tokens = len(own) * max(len(s.input_ids) for s in own)
+            flops[PADDED] += (8 if source == "forget" else 6) * (body + head) * padded_tokens
+            flops["ours"] += 6 * body * sum(len(s.input_ids) for s in own)
+            flops["ours"] += 6 * head * sum(s.answer_length for s in own)
+    flops = {way: own / len(batches) for way, own in flops.items()}
+    rows = sum(len(s.input_ids) for s in timed["forget"]) // settings.rounds
+    rate = gemm_flops_per_s(rows, lm.model.config.hidden_size, lm.model.config.intermediate_size)
+    tokens = settings.micro_batch_tokens[0]
+    steps = ours(settings, sources, reference_of(sources, model, tokens), model, tokens)
+    next(steps)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        next(steps)
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
+    return {
+        "tflop_a_step": {way: own / 1e12 for way, own in flops.items()},
+        "padded_over_ours": flops[PADDED] / flops["ours"],
+        "gemm_gflops_per_s": rate / 1e9,
+        "ours_as_bare_gemms_ms": 1e3 * flops["ours"] / rate,
+        "profile_ms": {event.key: event.self_cpu_time_total / 1e3 for event in events},
+    }
+
+
+def gemm_flops_per_s(rows: int, width: int, wide: int, rounds: int = 30) -> float:
+    """Of a product with a weight of the model's MLP."""
+    a, w, out = torch.randn(rows, width), torch.randn(wide, width), torch.empty(rows, wide)
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        torch.mm(a, w.t(), out=out)
+        times.append(time.perf_counter() - started)
+    return 2 * rows * width * wide / statistics.median(times)
+
+
 def measure_peak(way: str, settings: Settings, sources: Sources, model: str) -> None:
     """Prints the peak of the second step, when weights and optimizer state are there already."""
     references = {} if way == PADDED else reference_of(sources, model, int(way))
@@ -239,6 +286,9 @@ def main(settings: Settings) -> None:
             "peak_mib": peaks,
             "over_padded": {way: peak / peaks[PADDED] for way, peak in peaks.items()},
         }
+    if "floor" in settings.measure:
+        found = floor_of_steps(settings, sources, model)
+        result["floor"] = {"provenance": origin, **found}
     settings.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
