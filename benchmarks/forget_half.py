@@ -10,12 +10,14 @@ once more, at three times the rate if the forget answers are still likelier than
 model, else at a third of it. The run with the higher forget quality stands in the table, unless it
 kept less than half of the utility and the other did not.
 
-A run that is there already is not repeated, and ``benchmarks/results/forget_half.json`` is written
-anew after each, with a figure beside it.
+Each seed teaches its own two models. A run that is there already is not repeated, and its numbers
+go into ``benchmarks/results/forget_half.json`` beside those of other methods and seeds there, with
+a figure. The table of all is printed at the end.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -107,40 +109,105 @@ def chosen(tried: dict[str, dict[str, float]], original: dict[str, float]) -> st
     return max(tried, key=order)
 
 
-def answers(results: dict[str, metrics.Result]) -> list[dict[str, str]]:
-    texts = {name: result[metrics.FORGET]["generated_text"] for name, result in results.items()}
-    first = next(iter(texts.values()))
-    return [
-        {"question": first[i][0], "truth": first[i][2], **{n: t[i][1] for n, t in texts.items()}}
-        for i in ANSWERS_SHOWN
+class Record:
+    """What is known of one seed: ``models`` in the table, every rate ``tried``, some answers."""
+
+    def __init__(self, experiment: Experiment, known: dict[str, Any] | None) -> None:
+        self.experiment = experiment
+        original = experiment.teach("original", TAUGHT)
+        self.retrained = experiment.teach("retrained", KEPT)
+        self.anchors = {
+            "original": metrics.summary(original, self.retrained),
+            "retrained": metrics.summary(self.retrained, self.retrained),
+        }
+        if known is None or any(known["models"][n] != own for n, own in self.anchors.items()):
+            first = original[metrics.FORGET]["generated_text"]
+            rows = [{"question": first[i][0], "truth": first[i][2]} for i in ANSWERS_SHOWN]
+            known = {"models": {}, "learning_rate": {}, "tried": {}, "answers": rows}
+        self.content = known
+        self.content["models"] |= self.anchors
+        self._show("original", original)
+        self._show("retrained", self.retrained)
+
+    def run(self, method: str, rate: float) -> dict[str, float]:
+        result = self.experiment.unlearn(method, rate)
+        tried = self.content["tried"].setdefault(method, {})
+        tried[f"{rate:g}"] = numbers = metrics.summary(result, self.retrained)
+        picked = chosen(tried, self.anchors["original"])
+        self.content["learning_rate"][method] = picked
+        self.content["models"][method] = tried[picked]
+        if picked == f"{rate:g}":
+            self._show(method, result)
+        self.content |= provenance()
+        return numbers
+
+    def _show(self, name: str, result: metrics.Result) -> None:
+        texts = result[metrics.FORGET]["generated_text"]
+        for row, i in zip(self.content["answers"], ANSWERS_SHOWN, strict=True):
+            row[name] = texts[i][1]
+
+
+def table(seeds: dict[str, dict[str, Any]]) -> str:
+    """In Markdown, a row a model; what differs between seeds in their order, the rest as means."""
+    names = list(dict.fromkeys(name for own in seeds.values() for name in own["models"]))
+    means = ("forget probability", "forget ROUGE-L", "retain ROUGE-L")
+    lines = [
+        "| model | lr | forget quality | utility, % of the original's | P(forget) | "
+        "ROUGE-L (forget) | ROUGE-L (retain) |",
+        "|---|---|---|---|---|---|---|",
     ]
+    for name in names:
+        having = [own for own in seeds.values() if name in own["models"]]
+        numbers = [own["models"][name] for own in having]
+        kept = [
+            f"{100 * n['model utility'] / own['models']['original']['model utility']:.0f}"
+            for n, own in zip(numbers, having, strict=True)
+        ]
+        rates = dict.fromkeys(own["learning_rate"].get(name, "") for own in having)
+        cells = [
+            name,
+            ", ".join(rates),
+            ", ".join(f"{n['forget quality']:.2g}" for n in numbers),
+            ", ".join(kept),
+            *(f"{statistics.mean(n[key] for n in numbers):.3f}" for key in means),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def plot(content: dict[str, Any], file: Path) -> None:
-    """Forget quality against utility: every run of a method, the one in the table filled."""
+def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
+    """Forget quality against utility: every run of a method, the ones in the table filled."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for i, (method, tried) in enumerate(content["tried"].items()):
-        for rate, numbers in tried.items():
-            in_table = rate == content["learning_rate"].get(method)
-            axes.scatter(
-                numbers["model utility"], numbers["forget quality"], s=70, marker="oXsDP^v<>"[i],
-                facecolors=f"C{i}" if in_table else "none", edgecolors=f"C{i}",
-                label=method if in_table else None,
-            )  # fmt: skip
-    for name in ("original", "retrained"):
-        numbers = content["models"][name]
-        place = numbers["model utility"], numbers["forget quality"]
-        axes.scatter(*place, s=160, marker="*", color="black")
-        axes.annotate(name, place, xytext=(0, 9), textcoords="offset points", ha="center")
+    labelled = set()
+
+    def draw(numbers: dict[str, float], label: str, **style: Any) -> None:
+        share = 100 * numbers["model utility"] / original["model utility"]
+        axes.scatter(
+            share, numbers["forget quality"], label=None if label in labelled else label, **style
+        )
+        labelled.add(label)
+
+    for own in seeds.values():
+        original = own["models"]["original"]
+        for name, marker in (("original", "*"), ("retrained", "P")):
+            draw(own["models"][name], name, s=110, marker=marker, color="black", alpha=0.7)
+        for method, tried in own["tried"].items():
+            i = METHODS.index(method)
+            for rate, numbers in tried.items():
+                in_table = rate == own["learning_rate"][method]
+                style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>"[i], "alpha": 0.8}
+                faces = f"C{i}" if in_table else "none"
+                draw(numbers, method, facecolors=faces, edgecolors=f"C{i}", **style)
     axes.axhline(MEANINGFUL, color="grey", linestyle="--", linewidth=1)
     axes.set(
-        yscale="log", xlabel="model utility", ylabel="forget quality (p-value)", ylim=(1e-6, 4)
-    )
+        yscale="log", xlabel="model utility, % of the original's",
+        ylabel="forget quality (p-value)", ylim=(1e-6, 4),
+    )  # fmt: skip
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
@@ -150,45 +217,30 @@ def plot(content: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tofu", default="locuslab/TOFU")
-    parser.add_argument("--runs", type=Path, default=Path("runs/half"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/half"), help="a folder a seed")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--result", type=Path, default=RESULTS / "forget_half.json")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="some of them, by name")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD",
+        help="some of " + ", ".join(METHODS),
+    )  # fmt: skip
     options = parser.parse_args()
 
-    experiment = Experiment(options.tofu, options.runs, options.seed)
-    original = experiment.teach("original", TAUGHT)
-    retrained = experiment.teach("retrained", KEPT)
-    anchors = {
-        "original": metrics.summary(original, retrained),
-        "retrained": metrics.summary(retrained, retrained),
-    }
-    tried: dict[str, dict[str, Any]] = {method: {} for method in options.methods}
-    logs: dict[str, dict[str, metrics.Result]] = {method: {} for method in options.methods}
-
-    def run(method: str, rate: float) -> None:
-        result = experiment.unlearn(method, rate)
-        logs[method][f"{rate:g}"] = result
-        tried[method][f"{rate:g}"] = metrics.summary(result, retrained)
-        picked = {m: chosen(t, anchors["original"]) for m, t in tried.items() if t}
-        shown = {m: logs[m][rate] for m, rate in picked.items()}
-        content = {
-            "models": anchors | {m: tried[m][rate] for m, rate in picked.items()},
-            "learning_rate": picked,
-            "tried": tried,
-            "answers": answers({"original": original, "retrained": retrained, **shown}),
-            "seed": options.seed,
-            **provenance(),
-        }
-        options.result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        plot(content, options.result.with_suffix(".png"))
-
-    for method in options.methods:
-        run(method, RATE)
-    for method in options.methods:
-        rate = next_rate(tried[method][f"{RATE:g}"], anchors["retrained"])
-        if rate is not None:
-            run(method, rate)
+    content: dict[str, Any] = {"seeds": {}}
+    if options.result.exists():
+        content = json.loads(options.result.read_text())
+    for seed in options.seeds:
+        experiment = Experiment(options.tofu, options.runs / str(seed), seed)
+        record = Record(experiment, content["seeds"].get(str(seed)))
+        content["seeds"][str(seed)] = record.content
+        for method in options.methods:
+            again: float | None = RATE
+            while again is not None:
+                numbers = record.run(method, again)
+                options.result.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+                plot(content["seeds"], options.result.with_suffix(".png"))
+                again = next_rate(numbers, record.anchors["retrained"]) if again == RATE else None
+    print(table(content["seeds"]))
 
 
 if __name__ == "__main__":
