@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Something in the input is wrong; the message names the value and the cure."""
 
 
+class NoSuchSplitError(UserError):
+    """Data that was named is not there; where it was optional, one may go on without."""
+
+
 class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite; training stopped before the weights changed."""
 

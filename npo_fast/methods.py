@@ -218,7 +218,7 @@ def build_method(
 
 def canonical_name(name: str) -> str:
     """As in ``METHODS``: "npo_rt" is NPO+RT."""
-    wanted = name.upper().replace("_", "+").replace("-", "+")
+    wanted = name.upper().replace("_", "+").replace("-", "+").replace("CE+U", "CEU")
     known = {method.upper(): method for method in METHODS}
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)

@@ -69,8 +69,13 @@ def utility_terms(result: Result) -> dict[str, float]:
         log = _log(result, file)
         terms[f"{name} probability"] = probability(log, options=file != RETAIN).mean()
         terms[f"{name} ROUGE-L"] = rouge_l_recall(log).mean()
-        terms[f"{name} truth ratio"] = np.maximum(0, 1 - truth_ratio(log)).mean()
+        terms[f"{name} truth ratio"] = knowledge_ratio(log)
     return {name: float(value) for name, value in terms.items()}
+
+
+def knowledge_ratio(log: Log) -> float:
+    """Mean ``max(0, 1 - truth ratio)``, as it enters the model utility: 1 is full knowledge."""
+    return float(np.maximum(0, 1 - truth_ratio(log)).mean())
 
 
 def model_utility(result: Result) -> float:
@@ -133,9 +138,11 @@ def summary(result: Result, retrained: Result | None = None) -> dict[str, float]
         numbers |= utility_terms(result)
     elif RETAIN in result:
         numbers |= _partial("retain", result[RETAIN])
+        if has_truth_ratio(result[RETAIN]):
+            numbers["retain truth ratio"] = knowledge_ratio(result[RETAIN])
     if FORGET in result:
         numbers |= _partial("forget", result[FORGET])
-        if _complete(result[FORGET]):
+        if has_truth_ratio(result[FORGET]):
             numbers["forget truth ratio"] = forget_truth_ratio(result)
             if retrained is not None:
                 numbers["forget quality"] = forget_quality(result, retrained)
@@ -209,6 +216,11 @@ def load_result(path: str | Path) -> dict[str, Log]:
     content = _read(path)
     if "avg_gt_loss" in content:  # a single log
         return {path.name if path.name in LOGS else FORGET: content}
+    if not any("avg_gt_loss" in log for log in content.values() if isinstance(log, dict)):
+        raise UserError(
+            f"{path} is not an evaluation log: it holds {', '.join(sorted(content)[:8])}, and no "
+            "avg_gt_loss"
+        )
     return content
 
 
@@ -235,9 +247,14 @@ def _log(result: Result, file: str) -> Log:
     return result[file]
 
 
+def has_truth_ratio(log: Log) -> bool:
+    """Whether wrong answers were there to measure."""
+    return all(name in log for name in ("avg_paraphrased_loss", "average_perturb_loss"))
+
+
 def _complete(log: Log) -> bool:
-    """Whether wrong answers and generations were there to measure."""
-    return all(k in log for k in ("avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall"))
+    """The same, and generations."""
+    return has_truth_ratio(log) and "rougeL_recall" in log
 
 
 def _partial(name: str, log: Log) -> dict[str, float]:

@@ -74,6 +74,7 @@ def tiny_model(family: str, **overrides: object) -> transformers.PreTrainedModel
     extra: dict[str, dict[str, object]] = {
         "Llama": {**sizes},
         "Mistral": {**sizes, "sliding_window": 6},
+        "Mixtral": {**sizes},
         "Qwen2": {**sizes},
         "Qwen3": {**sizes},
         "Gemma2": {

@@ -42,6 +42,14 @@ def test_a_json_array_reads_like_lines(tmp_path):
     assert load_records("array", str(tmp_path)) == load_records("lines", str(tmp_path))
 
 
+def test_a_line_ends_where_json_says(tmp_path):
+    text = "a line\u2028separator\u0085in it"
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps({"question": text, "answer": "b"}, ensure_ascii=False) + "\r\n")
+    (record,) = load_records(str(path))
+    assert record.question == text
+
+
 def test_slices_select_like_python(tmp_path):
     path = write_jsonl(tmp_path / "facts.jsonl", FACTS)
     records = load_records(str(path))
@@ -66,6 +74,15 @@ WRONG = {
     "unknown keys": ('{"text": "a"}', r"found the keys \['text'\], expected"),
     "not an object": ("[1]", "expected a JSON object, got int"),
     "empty answer": ('{"question": "a", "answer": " "}', r'"answer" must be a text .*not empty'),
+    "content": (
+        '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
+        '"content" must be a text, got None',
+    ),
+    "wrong answers": (
+        '{"question": "a", "answer": "b", "perturbed_answer": 7}',
+        '"perturbed_answer" must be a text or a list of texts, got 7',
+    ),
+    "paraphrase": ('{"question": "a", "answer": "b", "paraphrased_answer": [5]}', "got .5."),
     "number answer": ('{"question": "a", "answer": 3}', "got 3"),
     "no assistant": ('{"messages": [{"role": "user", "content": "a"}]}', r"roles \['user'\]"),
 }

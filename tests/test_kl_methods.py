@@ -117,7 +117,7 @@ def test_all_positions_are_for_methods_with_a_kl():
     assert build_method("NPO+KL", kl_positions="all")[1].positions == "all"
     with pytest.raises(UserError, match="kl coefficient must be 0 or more"):
         build_method("NPO+KL", Coefficients(kl=-1.0))
-    with pytest.raises(UserError, match="demotion must be 0 or more"):
+    with pytest.raises(UserError, match=r"demotion \(gamma\) must be 0 or more"):
         build_method("UNDIAL", Coefficients(gamma=-1.0))
 
 

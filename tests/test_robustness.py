@@ -45,15 +45,30 @@ def test_the_rounding_error_is_at_most_half_a_step(bits, columns):
 def test_only_the_linear_layers_of_the_decoder_are_rounded(family):
     lm = CausalLM(tiny_model(family), probe=False)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    count = quantize_(lm, 4, 16)
+    share = quantize_(lm, 4, 16)
     changed = {n for n, p in lm.model.named_parameters() if not torch.equal(p, before[n])}
-    assert sum(before[name].numel() for name in changed) == count > 0
+    outside = ("embed_tokens", "wte", "head")
+    whole = sum(p.numel() for n, p in before.items() if not any(name in n for name in outside))
+    assert sum(before[name].numel() for name in changed) / whole == pytest.approx(share)
+    assert share > 0.5
     assert all(before[name].dim() == 2 for name in changed)
     assert not [n for n in changed if any(kept in n for kept in ("embed", "wte", "wpe", "head"))]
     for name in changed:
         old, new = before[name], dict(lm.model.named_parameters())[name]
         old, new = (old.t(), new.t()) if family == "GPT2" else (old, new)
         torch.testing.assert_close(new, rounded(old, 4, 16))
+
+
+def test_the_experts_of_a_mixture_are_rounded_each_by_its_own_inputs():
+    sizes = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    lm = CausalLM(tiny_model("Mixtral", **sizes), probe=False)
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    assert quantize_(lm, 3, 16) > 0.9
+    experts = {n: p for n, p in lm.model.named_parameters() if "experts" in n and p.dim() == 3}
+    assert len(experts) == 4
+    for name, found in experts.items():
+        for own, old in zip(found, before[name], strict=True):
+            torch.testing.assert_close(own, rounded(old, 3, 16))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +102,7 @@ def test_what_is_relearned_is_not_measured():
     assert len(Split.of(2, 0.01, 0).seen) == len(Split.of(2, 0.99, 0).rest) == 1
     with pytest.raises(UserError, match="at least 2"):
         Split.of(1, 0.2, 0)
+    assert Split.of(3, 0.0, 0) == Split([], [0, 1, 2])
 
 
 def test_the_verb_leaves_logs_and_a_summary(home, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from npo_fast.study.trials import EXPERIMENTS, GA_RT, LIMIT, NPO_RT, StudySettin
 from npo_fast.trainer.settings import TrainSettings
 from tests.test_report import Page
 
+COMMITTED = Path(__file__).parents[1] / "benchmarks/results/reviewers"
 SIZES = {"background": 4, "famous": 3, "authors": 24, "forget_share": 0.5}
 SHORT = TrainSettings(epochs=1, batch_size=16, lr=1e-3)
 TINY = StudySettings(
@@ -142,6 +144,20 @@ def test_claims_compare_the_runs_of_one_seed():
     found = claims(runs)[0]
     assert found.text == "NPO+RT keeps more utility than GA+RT"
     assert (found.seen, found.holds) == ("at the end 90% against 80%", "1 of 1 seeds")
+
+
+def test_runs_without_a_seed_in_common_make_no_claim():
+    runs = {trial: {i: looks(1.0, 0.9)} for i, trial in enumerate([NPO_RT, GA_RT, LIMIT])}
+    assert claims(runs) == []
+
+
+def test_committed_results_are_of_the_settings_that_run_now(monkeypatch):
+    monkeypatch.setattr(School, "__init__", lambda *_: pytest.fail("taught again"))
+    trials = [trial for own in EXPERIMENTS.values() for trial in own]
+    files = sorted(COMMITTED.glob("seed-*.json"))
+    assert files
+    for seed, file in enumerate(files):
+        run_seed(seed, trials, StudySettings(), file, {}, print)
 
 
 def test_every_trial_of_the_experiments_can_be_built():

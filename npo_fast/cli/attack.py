@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from npo_fast.cli.console import follow, number, progress, say, show, table
 from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
+from npo_fast.data import check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, tofu_suite
+from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
 from npo_fast.metrics import FORGET, Result, retrained_log, save_result, summary
 from npo_fast.robustness.options import AttackOptions
 from npo_fast.trainer.settings import TrainSettings
@@ -57,12 +58,15 @@ def run(command: Command) -> None:
     suite = tofu_suite(data.data, data.forget, data.retain, utility=False)
     from npo_fast.robustness.attack import Split, attack
 
-    split = Split.of(len(suite[FORGET]), command.attack.relearn_share, command.training.seed)
+    share = command.attack.relearn_share if "relearn" in command.attack.names else 0.0
+    split = Split.of(len(suite[FORGET]), share, command.training.seed)
     retrained = None
     if data.retrained is not None:
+        check_forget_quality(suite)
         retrained = retrained_log(data.retrained, len(suite[FORGET]), split.rest)
     template = command.model.load_template()
     lm = command.model.load_model()
+    check_vocabulary({"forget": template.encode_all(suite[FORGET])[0]}, lm.vocabulary)
     say(f"{len(split.seen)} forget records to relearn from, {len(split.rest)} to measure")
 
     settings = EvaluationSettings(
@@ -77,7 +81,9 @@ def run(command: Command) -> None:
         save_result(result, data.output / name)
         return result
 
-    results = attack(lm, template, suite, split, command.attack, command.training, measure, follow)
+    results = attack(
+        lm, template, suite, split, command.attack, command.training, measure, follow, say
+    )
     numbers = {name: summary(result, retrained) for name, result in results.items()}
     facts: dict[str, Any] = {
         "measures": numbers,

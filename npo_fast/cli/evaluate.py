@@ -9,10 +9,19 @@ import tyro
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
+from npo_fast.data import check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, tofu_suite
-from npo_fast.metrics import AGGREGATED, Result, load_result, save_result, summary
+from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.metrics import (
+    AGGREGATED,
+    FORGET,
+    Result,
+    has_truth_ratio,
+    load_result,
+    save_result,
+    summary,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,11 @@ def run(command: Command) -> None:
     retrained = None if data.retrained is None else load_result(data.retrained)
     if data.log is not None:
         result = dict(load_result(data.log))
+        if retrained is not None and not has_truth_ratio(result.get(FORGET, {})):
+            raise UserError(
+                f"--retrained compares truth ratios of the forget set, and {data.log} has none: "
+                "leave it out"
+            )
     else:
         if not command.model.model:
             raise UserError("say which --model to evaluate, or which --log to read")
@@ -77,6 +91,8 @@ def run(command: Command) -> None:
         suite = tofu_suite(
             data.data, data.forget, data.retain, data.holdout, utility=not data.no_utility
         )
+        if retrained is not None:
+            check_forget_quality(suite)
         for name, records in suite.items():
             say(f"{name}: {len(records)} records")
         result = dict(_measure(command, suite))
@@ -99,11 +115,25 @@ def _measure(command: Command, suite: Suite) -> Result:
     from npo_fast.evaluation.reference import ReferenceStates
 
     template = command.model.load_template()
+    sequences = {name: template.encode_all(records)[0] for name, records in suite.items()}
     settings, reference = command.evaluation, None
     if command.data.reference is not None:
-        other = replace(command.model, model=command.data.reference).load_model()
+        options = replace(command.model, model=command.data.reference)
+        if options.load_template().tokenizer.get_vocab() != template.tokenizer.get_vocab():
+            raise UserError(
+                f"--reference {command.data.reference} has another vocabulary than the model: KL "
+                "compares models with the same tokens"
+            )
+        other = options.load_model()
+        check_vocabulary(sequences, other.vocabulary)
         reference = ReferenceStates.of(other, template, suite, settings.micro_batch_tokens)
         del other  # before the next one takes its memory
     lm = command.model.load_model()
+    check_vocabulary(sequences, lm.vocabulary)
+    if reference is not None and len(reference.head.weight) != len(lm.head.weight):
+        raise UserError(
+            f"--reference predicts {len(reference.head.weight)} tokens and the model "
+            f"{len(lm.head.weight)}: KL compares models with the same tokens"
+        )
     with progress("evaluate") as update:
         return evaluate(lm, template, suite, settings, update, reference)

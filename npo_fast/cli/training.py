@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from npo_fast.cli.console import follow, say
 from npo_fast.cli.settings import Common
-from npo_fast.data import Record, Sequence, Template
+from npo_fast.data import Record, Sequence, Template, check_vocabulary
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
 from npo_fast.ranks import join, leads, most, own_device, rank, ranks
@@ -57,6 +57,8 @@ class ModelOptions:
             raise UserError(f"--quantize 4bit runs on one process, not on {ranks()}")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("--lora-alpha scales an adapter: add --lora-rank 16")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise UserError(f"lora_alpha must be at least 1, got {self.lora_alpha}: 0 trains none")
 
     def load_template(self) -> Template:
         from npo_fast.model.load import load_tokenizer
@@ -66,7 +68,8 @@ class ModelOptions:
     def load_model(self, earlier: "Unfinished | None" = None) -> "CausalLM":
         """The model as it was; several processes divide it, with ``earlier``'s weights.
 
-        A rank reads the whole model into CPU memory before it keeps its share.
+        Before a rank keeps its share it has the whole model: pages of the weight files, which the
+        ranks of a machine share, where these have the run's dtype, else a converted copy.
         """
         from npo_fast.model.adapters import read_weights
         from npo_fast.model.load import default_dtype, load_model
@@ -130,6 +133,8 @@ class RunOptions(Common):
     def check(self, model: ModelOptions) -> None:
         from npo_fast.trainer.run import check_output
 
+        if self.save_every < 0:
+            raise UserError(f"save_every must be 0 (off) or more, got {self.save_every}")
         if self.merge and (not model.lora_rank or model.quantize != "none"):
             raise UserError(
                 "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "
@@ -224,25 +229,13 @@ def prepare(
     return Prepared(template, sources, truncated, steps)
 
 
-def check_vocabulary(lm: "CausalLM", sources: Mapping[str, list[Sequence]]) -> None:
-    """A tokenizer of another model makes token ids that this one has no row for."""
-    rows = lm.vocabulary
-    for source, sequences in sources.items():
-        for sequence in sequences:
-            if (largest := max(sequence.input_ids)) >= rows:
-                raise UserError(
-                    f"{source} record {sequence.index + 1} has the token id {largest}, outside the "
-                    f"model's vocabulary of {rows}: model and tokenizer do not belong together"
-                )
-
-
 def check_fit(
     lm: "CausalLM", prepared: Prepared, terms: tuple[Term, ...], training: TrainSettings
 ) -> None:
     """What only the loaded model can tell, before hours are spent."""
     from npo_fast.trainer.loop import check_settings
 
-    check_vocabulary(lm, prepared.sources)
+    check_vocabulary(prepared.sources, lm.vocabulary)
     check_settings(lm, prepared.sources, terms, training)
 
 

@@ -21,7 +21,7 @@ from npo_fast.data import Record, alternated, load_records, load_refusals, refus
 from npo_fast.errors import UserError
 from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, tofu_suite
+from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
 from npo_fast.methods import Coefficients, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.ranks import ranks
@@ -96,7 +96,8 @@ class MethodOptions:
     kl_coefficient: float | None = None
     """Of the KL to the model as it was; else 1."""
     kl_positions: Literal["answer", "all"] = "answer"
-    """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code."""
+    """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
+    that also counts padding, which packs do not have."""
     reference_cache: Path | None = None
     """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
 
@@ -121,6 +122,12 @@ class ReportOptions:
     report_records: int = 20
     """Records of each set to answer before and after."""
     max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.report_records < 0:
+            raise UserError(f"report_records must be 0 or more, got {self.report_records}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,7 @@ def _watched(command: Command) -> tuple[Suite, Result | None] | None:
     kept = {name: records[: options.eval_records] for name, records in suite.items()}
     if options.retrained is None:
         return kept, None
+    check_forget_quality(suite)
     examples = range(len(kept[FORGET]))
     return kept, retrained_log(options.retrained, len(suite[FORGET]), examples)
 

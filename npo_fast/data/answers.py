@@ -33,17 +33,19 @@ def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[st
     """One refusal a line: of ``file``, else of TOFU's list in the folder ``data``, else our own.
 
     Raises:
-        UserError: no such file, or a file without a line.
+        UserError: no such file, a file without a line, or lines of JSON records.
     """
     if file is None and data is not None and (Path(data) / TOFU_REFUSALS).is_file():
         file = Path(data) / TOFU_REFUSALS
     if file is None:
         return REFUSALS
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read refusals from {str(file)!r}: {error}") from error
     refusals = tuple(line.strip() for line in lines if line.strip())
+    if refusals and all(line.startswith("{") and line.endswith("}") for line in refusals):
+        raise UserError(f"{file} holds JSON records: write plain refusals, one a line")
     if not refusals:
         raise UserError(f"{file} holds no refusal: write one a line")
     return refusals

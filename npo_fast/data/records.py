@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_fast.errors import UserError
+from npo_fast.errors import NoSuchSplitError, UserError
 
 FORMS = '"question"/"answer", "prompt"/"completion" or "messages"'
 SUFFIXES = (".json", ".jsonl")
@@ -45,8 +45,9 @@ def load_records(name: str, data: str | None = None) -> list[Record]:
             ``locuslab/TOFU`` (a configuration of that name, else a split).
 
     Raises:
-        UserError: no such file or split (the message lists those there are), an empty file, or a
-            record without one of the three forms (the message names file and line).
+        NoSuchSplitError: no such file or split (the message lists those there are).
+        UserError: an empty file, or a record without one of the three forms (the message names
+            file and line).
     """
     base, part = _parse_slice(name)
     rows, source = _read(base, data)
@@ -68,9 +69,7 @@ def parse_record(row: Any, where: str) -> Record:
     for prompt_key, answer_key in (("question", "answer"), ("prompt", "completion")):
         if prompt_key in row or answer_key in row:
             prompt, answer = _text(row, prompt_key, where), _text(row, answer_key, where)
-            paraphrase = row.get("paraphrased_answer")
-            perturbed, alternates = (_texts(row, k) for k in ("perturbed_answer", "alternate"))
-            return Record((("user", prompt),), answer, paraphrase, perturbed, alternates)
+            return Record((("user", prompt),), answer, *_other_answers(row, where))
     raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
 
 
@@ -85,14 +84,30 @@ def _from_messages(row: dict[str, Any], where: str) -> Record:
             f"{where}: \"messages\" must end with a user's and then an assistant's message, "
             f"got roles {[role for role, _ in turns]}"
         )
+    for message in messages:
+        if not isinstance(message["content"], str):
+            raise UserError(f'{where}: "content" must be a text, got {message["content"]!r}')
     _text({"content": turns[-1][1]}, "content", where)
-    return Record(turns[:-1], turns[-1][1], alternates=_texts(row, "alternate"))
+    return Record(turns[:-1], turns[-1][1], *_other_answers(row, where))
 
 
-def _texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
+def _other_answers(
+    row: dict[str, Any], where: str
+) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:  # paraphrased, wrong, alternate
+    paraphrases = _texts(row, "paraphrased_answer", where)
+    if len(paraphrases) > 1:
+        raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
+    wrong, alternates = (_texts(row, key, where) for key in ("perturbed_answer", "alternate"))
+    return (paraphrases[0] if paraphrases else None), wrong, alternates
+
+
+def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     """None, one or several."""
-    value = row.get(key) or ()
-    return (value,) if isinstance(value, str) else tuple(value)
+    value = row.get(key)
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise UserError(f'{where}: "{key}" must be a text or a list of texts, got {value!r}')
+    return tuple(texts)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -124,7 +139,7 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
             if name in ("", "train", str(path)):
                 return _read_file(path), str(path)
             if not Path(name).is_file():
-                raise UserError(
+                raise NoSuchSplitError(
                     f"{data} is a file and has no split {name!r}; name the files themselves, "
                     "or a folder that holds them"
                 )
@@ -136,8 +151,10 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
     if path.is_file():
         return _read_file(path), str(path)
     if data is None and not path.suffix:
-        raise UserError(f"no file {name!r}; to use it as a split, say which data with --data")
-    raise UserError(f"no file {name!r}")
+        raise NoSuchSplitError(
+            f"no file {name!r}; to use it as a split, say which data with --data"
+        )
+    raise NoSuchSplitError(f"no file {name!r}")
 
 
 def _read_folder(folder: Path, name: str) -> tuple[list[Any], str]:
@@ -147,7 +164,7 @@ def _read_folder(folder: Path, name: str) -> tuple[list[Any], str]:
     if Path(name).is_file():
         return _read_file(Path(name)), name
     splits = sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES)
-    raise UserError(
+    raise NoSuchSplitError(
         f"unknown split {name!r}: {folder} has {', '.join(splits) or 'no .json or .jsonl file'}"
     )
 
@@ -163,7 +180,7 @@ def _read_file(path: Path) -> list[Any]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other line ends
         if not line.strip():
             continue
         try:
@@ -182,7 +199,7 @@ def _read_hub(data: str, name: str) -> list[Any]:
             return datasets.load_dataset(data, name, split="train").to_list()
         return datasets.load_dataset(data, split=name).to_list()
     except ValueError as error:
-        raise UserError(
+        raise NoSuchSplitError(
             f"dataset {data!r} has no configuration or split {name!r}: {error}"
         ) from error
     except (OSError, datasets.exceptions.DatasetsError) as error:

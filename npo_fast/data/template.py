@@ -1,6 +1,6 @@
 """How a record becomes tokens: the chat template of the tokenizer, or plain tags."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,3 +110,18 @@ class Template:
         if end in ids:
             return ids[: ids.index(end) + 1]
         return [*ids, end]
+
+
+def check_vocabulary(sources: Mapping[str, list[Sequence]], vocabulary: int) -> None:
+    """
+    Raises:
+        UserError: token ids of a tokenizer that belongs to another model than this vocabulary.
+    """
+    for source, sequences in sources.items():
+        for sequence in sequences:
+            if (largest := max(sequence.input_ids)) >= vocabulary:
+                raise UserError(
+                    f"{source} record {sequence.index + 1} has the token id {largest}, outside the "
+                    f"model's vocabulary of {vocabulary}: model and tokenizer do not belong "
+                    "together"
+                )

@@ -111,6 +111,10 @@ class Course:
         needed.append("model_utility" if self.options.min_utility else None)
         for measure in filter(None, needed):
             value_of(self.start, measure)
+        if self.options.min_utility and not self.start["model_utility"] > 0:
+            raise UserError(
+                "--min-utility is a share of the utility at the start, and that is 0: leave it out"
+            )
         return self.start
 
     def go_on(self, looks: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:

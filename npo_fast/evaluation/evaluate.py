@@ -1,14 +1,15 @@
 """Loss of every answer, right, paraphrased or wrong, memorisation, ROUGE of greedy answers."""
 
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 
 from npo_fast.data import Record, Sequence, Template, pack
 from npo_fast.evaluation.reference import ReferenceStates
+from npo_fast.evaluation.rouge import rouge_scorer
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite
 from npo_fast.evaluation.tokens import TokenScores, token_scores
@@ -37,7 +38,8 @@ def evaluate(
 
     Losses are sums and means of the negative log-prob of answer tokens, the closing
     end-of-sequence token among them. Where a record has no paraphrase, its answer stands in, as in
-    TOFU's real authors and world facts. ROUGE is the recall of the greedy answer, stemmed.
+    TOFU's real authors and world facts. ROUGE is the recall of the greedy answer
+    (``rouge_scorer``).
     Beside TOFU's fields stand those of ``npo_fast.memorization``, and with ``reference`` (taken of
     the same suite) ``kl_to_reference``, the mean KL(reference || model) over answer tokens.
     """
@@ -62,7 +64,13 @@ def _evaluate_records(
     progress: Progress | None,
     reference: ReferenceStates | None,
 ) -> dict[str, list[Any]]:
-    truths = [template.encode(record, i) for i, record in enumerate(records)]
+    truths, cut = template.encode_all(records)
+    if cut:
+        warnings.warn(
+            f"{name}: {cut} of {len(records)} answers are cut to max_length {template.max_length}, "
+            "and measured as far as they go",
+            stacklevel=4,
+        )
     compares = all(record.perturbed_answers for record in records)
     others = _other_answers(template, records) if compares else []
     whole = len(truths) + len(others)
@@ -198,9 +206,8 @@ def _generations(
         for i, ids in zip(chunk, continuations, strict=True):
             texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         _tell(progress, f"{name} answers", first + len(chunk), len(records))
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     pairs = zip(records, texts, strict=True)
-    scores = [scorer.score(record.answer, text) for record, text in pairs]
+    scores = [rouge_scorer(record.answer).score(record.answer, text) for record, text in pairs]
     return {
         "rouge1_recall": [score["rouge1"].recall for score in scores],
         "rougeL_recall": [score["rougeL"].recall for score in scores],

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from npo_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -15,3 +17,8 @@ class EvaluationSettings:
     """Longest answer."""
     generate: bool = True
     """Answer greedily, for ROUGE; without it the losses alone are measured."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_tokens", "generation_batch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

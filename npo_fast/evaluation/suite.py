@@ -1,13 +1,16 @@
 """Which records make up an evaluation: TOFU's four data sets, or what the user has of them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from npo_fast.data import Record, load_records
-from npo_fast.errors import UserError
+from npo_fast.errors import NoSuchSplitError, UserError
 from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
 Suite = Mapping[str, list[Record]]  # log file name -> records
+TOFU_SPLIT = re.compile(r"(forget|retain)\d\d")
 
 
 def tofu_suite(
@@ -22,8 +25,13 @@ def tofu_suite(
 
     ``forget`` and ``retain`` are splits or files as in training. Where a split ``<name>_perturbed``
     lies beside it (TOFU has them), that one is taken, since it carries the paraphrased and wrong
-    answers that the truth ratio needs. With ``utility``, TOFU's real authors and world facts join
+    answers that the truth ratio needs. TOFU has none for ``retain90`` or ``forget50``: of its
+    ``forgetNN`` and ``retainNN`` those records are measured that ``retain_perturbed`` or
+    ``forget10_perturbed`` holds. With ``utility``, TOFU's real authors and world facts join
     where the data has them. Of ``holdout`` only the right answers are of interest.
+
+    Raises:
+        UserError: data that cannot be read, or ``<name>_perturbed`` asks other questions.
     """
     suite: dict[str, list[Record]] = {}
     if retain is not None:
@@ -32,7 +40,7 @@ def tofu_suite(
         for log, name in ((REAL_AUTHORS, "real_authors"), (WORLD_FACTS, "world_facts")):
             try:
                 suite[log] = _with_wrong_answers(data, name)
-            except UserError:
+            except NoSuchSplitError:
                 continue  # a data set of the user's own has no such split
     if forget is not None:
         suite[FORGET] = _with_wrong_answers(data, forget)
@@ -41,12 +49,55 @@ def tofu_suite(
     return suite
 
 
+def check_forget_quality(suite: Suite) -> None:
+    """
+    Raises:
+        UserError: no truth ratio can be taken of the forget set, to compare with a retrained model.
+    """
+    records = suite.get(FORGET, [])
+    if without := [i for i, record in enumerate(records) if not record.perturbed_answers]:
+        raise UserError(
+            f"--retrained compares truth ratios, and forget record {without[0] + 1} has no wrong "
+            'answers: add "perturbed_answer" to every record, or leave out --retrained'
+        )
+    if not records:
+        raise UserError("--retrained compares truth ratios of the forget set: name --forget")
+
+
 def _with_wrong_answers(data: str | None, name: str) -> list[Record]:
     base, bracket, part = name.partition("[")
     try:
-        return load_records(f"{_perturbed(base)}{bracket}{part}", data)
-    except UserError:
-        return load_records(name, data)
+        found = load_records(f"{_perturbed(base)}{bracket}{part}", data)
+    except NoSuchSplitError:
+        plain = load_records(name, data)
+        return _within_tofu(data, plain) if TOFU_SPLIT.fullmatch(base) else plain
+    try:
+        plain = load_records(name, data)
+    except NoSuchSplitError:  # such as TOFU's "retain", which has wrong answers alone
+        plain = found
+    if [r.messages for r in plain] != [r.messages for r in found]:
+        raise UserError(
+            f"{_perturbed(base)} asks other questions than {name}, or in another order: give each "
+            "record the wrong answers to its own question, or rename it"
+        )
+    if len(numbers := sorted({len(r.perturbed_answers) for r in found})) > 1:
+        raise UserError(
+            f"{_perturbed(base)}: every record needs as many wrong answers as the others, found "
+            f"from {numbers[0]} to {numbers[-1]}"
+        )
+    return found
+
+
+def _within_tofu(data: str | None, plain: list[Record]) -> list[Record]:
+    """Those with wrong answers in TOFU's other splits; all of them where it holds none."""
+    wrong: dict[tuple[Any, str], Record] = {}
+    for name in ("retain_perturbed", "forget10_perturbed"):
+        try:
+            wrong |= {(r.messages, r.answer): r for r in load_records(name, data)}
+        except NoSuchSplitError:
+            continue
+    keys = [(record.messages, record.answer) for record in plain]
+    return [wrong[key] for key in keys if key in wrong] or plain
 
 
 def _perturbed(name: str) -> str:

@@ -24,7 +24,7 @@ class KL:
 
     def __post_init__(self) -> None:
         if not 0 <= self.demotion < float("inf"):
-            raise ValueError(f"KL: demotion must be 0 or more and finite, got {self.demotion}")
+            raise ValueError(f"demotion (gamma) must be 0 or more and finite, got {self.demotion}")
 
     def __call__(
         self,

@@ -65,6 +65,8 @@ class Planned:
             raise UserError(f"sequence_length must be 2 or more, got {self.sequence_length}")
         if self.lora_rank < 0:
             raise UserError(f"lora_rank must be 0 or more, got {self.lora_rank}")
+        if self.dtype == "fp16" and not self.lora_rank:
+            raise UserError("fp16 weights cannot be trained: use --dtype bf16 or --lora-rank 16")
         if self.quantize != "none" and not self.lora_rank:
             raise UserError("4-bit weights cannot be trained themselves: add --lora-rank 16")
         build_method(self.method)

@@ -51,7 +51,10 @@ def load_model(
         UserError: nothing there, not a causal language model, or a library is missing.
     """
     check_libraries(quantize, lora_rank)
-    where = torch.device(_default_device() if device == "auto" else device)
+    try:
+        where = torch.device(_default_device() if device == "auto" else device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0") from error
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     number = DTYPES[default_dtype(where) if dtype == "auto" else dtype]

@@ -9,13 +9,12 @@ from typing import Any
 from npo_fast._version import __version__
 from npo_fast.errors import UserError
 from npo_fast.evaluation.course import measures
-from npo_fast.metrics import FORGET, Result, truth_ratio
+from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.report import svg, table
 from npo_fast.report.figures import MEANINGFUL, Point
 from npo_fast.report.markup import MARK, PAGE, code, html_table, note, side_by_side
 from npo_fast.report.runs import RunRecord, logged_answers
 
-_RATIO = ("avg_paraphrased_loss", "average_perturb_loss")
 DEFAULT_BETA = 0.1  # of NPO, where a run names none
 _BOUND = (
     "The gradient weight of NPO scales each sequence's gradient beside that of gradient ascent: "
@@ -268,7 +267,7 @@ def _or_none(retrained: Result) -> Result | None:
 
 
 def _has_ratio(result: Result) -> bool:
-    return all(name in result.get(FORGET, {}) for name in _RATIO)
+    return has_truth_ratio(result.get(FORGET, {}))
 
 
 def _origin(run: RunRecord) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from npo_fast.evaluation.course import measures
 from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
 
 SETS = {"forget": FORGET, "retain": RETAIN}
+_MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
+    "template": "auto", "max_length": 512, "dtype": "auto", "attention": "auto",
+    "quantize": "none",
+}  # fmt: skip
 _GROUPS = ("model", "data", "method", "training")  # of the settings: what makes the run again
 
 
@@ -93,7 +97,7 @@ class RunRecord:
                 flag = f"--{name.replace('_', '-')}"
                 if value is True:
                     words.append(flag)
-                elif value not in (None, False, "", "auto"):
+                elif value is not None and value is not False and value not in ("", "auto"):
                     words += [flag, str(value)]
         return shlex.join([*words, "--output", f"{self.folder}-again", *more])
 
@@ -104,6 +108,10 @@ class RunRecord:
                 words += [f"--{name}", str(value)]
         if not self.setting("data", "forget"):
             words += ["--forget", "FORGET"]
+        for name, usual in _MEASURED_WITH.items():
+            value = self.setting("model", name)
+            if value is not None and value != usual:
+                words += [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join([*words, "--output", str(self.folder / "eval")])
 
 

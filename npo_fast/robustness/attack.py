@@ -22,16 +22,19 @@ Measure = Callable[[CausalLM, Suite, str], metrics.Result]  # model, records, na
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of the forget set: those that relearning sees, and those that every model answers."""
+    """Rows of the forget set: those that relearning sees, and those that every model answers.
+
+    A ``share`` of 0, without relearning, leaves all to be answered.
+    """
 
     seen: list[int]
     rest: list[int]
 
     @classmethod
     def of(cls, records: int, share: float, seed: int) -> "Split":
-        if records < 2:
+        if share > 0 and records < 2:
             raise UserError("relearning takes at least 2 forget records: a part, and a rest")
-        seen = min(records - 1, max(1, round(share * records)))
+        seen = min(records - 1, max(1, round(share * records))) if share > 0 else 0
         order = permutation(records, f"{seed}/relearn")
         return cls(sorted(order[:seen]), sorted(order[seen:]))
 
@@ -45,6 +48,7 @@ def attack(
     training: TrainSettings,
     measure: Measure,
     bar: Bar,
+    tell: Callable[[str], None],
 ) -> dict[str, metrics.Result]:
     """The logs of the model itself ("before") and of each attack, all on the same records.
 
@@ -59,7 +63,8 @@ def attack(
     if "quantize" in options.names:
         for bits in options.widths:
             copied = copy.deepcopy(lm)
-            quantize_(copied, bits, options.group)
+            share = quantize_(copied, bits, options.group)
+            tell(f"int{bits}: {share:.1%} of the weights without embedding and head are rounded")
             found[f"int{bits}"] = measure(copied, measured, f"int{bits}")
     return found
 

@@ -6,6 +6,7 @@ rounding can undo it. Source: arXiv 2410.16454.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from npo_fast.errors import UserError
@@ -36,10 +37,11 @@ def rounded(weight: Tensor, bits: int, group: int) -> Tensor:  # (out, in) -> (o
 
 
 @torch.no_grad()
-def quantize_(lm: CausalLM, bits: int, group: int = 128) -> int:
-    """Rounds every linear layer of the decoder in place; returns how many weights that were.
+def quantize_(lm: CausalLM, bits: int, group: int = 128) -> float:
+    """Rounds every linear layer and expert of the decoder in place; returns their share of it.
 
-    Embeddings, norms, biases and the LM head stay, as is the custom.
+    Embeddings, norms, routers, biases and the LM head stay, as is the custom; the share is that of
+    the decoder's weights without its embedding.
 
     Raises:
         UserError: the weights are quantised already.
@@ -48,10 +50,25 @@ def quantize_(lm: CausalLM, bits: int, group: int = 128) -> int:
         raise UserError("these weights are 4 bits wide already: leave out --quantize")
     count = 0
     for module in lm.decoder.modules():
-        if module is lm.head or not isinstance(module, (nn.Linear, Conv1D)):
+        if module is lm.head:
             continue
-        transposed = isinstance(module, Conv1D)  # GPT-2's layers hold (in, out)
-        weight = module.weight.t() if transposed else module.weight
-        weight.copy_(rounded(weight, bits, group))
-        count += weight.numel()
-    return count
+        for weight in _matrices(module):  # (..., out, in)
+            flat = weight.flatten(0, -2)
+            weight.copy_(rounded(flat, bits, group).view(weight.shape))
+            count += weight.numel()
+    if count == 0:
+        raise UserError(f"{lm.name} has no linear layer or expert that could be rounded")
+    outside = {id(lm.head.weight), id(lm.model.get_input_embeddings().weight)}
+    return count / sum(p.numel() for p in lm.decoder.parameters() if id(p) not in outside)
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """Weights of this module itself that multiply hidden states, inputs last."""
+    if isinstance(module, nn.Linear):
+        return [module.weight]
+    if isinstance(module, Conv1D):  # GPT-2's layers hold (in, out)
+        return [module.weight.t()]
+    if isinstance(module, _ConvNd):
+        return []
+    experts = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # (expert, out, in)
+    return [p.transpose(1, 2) if getattr(module, "is_transposed", False) else p for p in experts]

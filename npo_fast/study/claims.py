@@ -20,18 +20,24 @@ class Claim:
 def claims(runs: Runs) -> list[Claim]:
     """Those for which the trials are there."""
     rows = []
+
+    def shared(*trials: Trial) -> set[int]:
+        """The seeds that have run them all."""
+        return set.intersection(*({*runs.get(trial, ())} for trial in trials))
+
     for other in (GA_RT, LIMIT):
-        if NPO_RT in runs and other in runs:
+        if shared(NPO_RT, other):
             rows.append(_more_robust(runs, other))
-    if Trial("GA") in runs and Trial("NPO") in runs:
+    if shared(Trial("GA"), Trial("NPO")):
         rows.append(_slower(runs))
-    if NPO_RT in runs:
+    there = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
+    if NPO_RT in there and shared(*there):
         rows.append(_alone(runs))
-    if LIMIT in runs and all(Trial(beta=beta) in runs for beta in (BETAS[0], BETAS[-1])):
+    if shared(LIMIT, Trial(beta=BETAS[0]), Trial(beta=BETAS[-1])):
         rows.append(_tends(runs))
     ends = [replace(t, overlap=o) for t in (NPO_RT, GA_RT) for o in (OVERLAPS[0], OVERLAPS[-1])]
-    if all(trial in runs for trial in ends):
-        rows.append(_entangled(runs))
+    if shared(*ends):
+        rows.append(_entangled(runs, shared(*ends)))
     return rows
 
 
@@ -87,10 +93,10 @@ def _tends(runs: Runs) -> Claim:
     )
 
 
-def _entangled(runs: Runs) -> Claim:
+def _entangled(runs: Runs, seeds: set[int]) -> Claim:
     def loss(trial: Trial) -> list[float]:
-        pairs = _pairs(runs, *(replace(trial, overlap=o) for o in (OVERLAPS[0], OVERLAPS[-1])))
-        return [utility_share(apart) - utility_share(shared) for apart, shared in pairs]
+        apart, shared = (runs[replace(trial, overlap=o)] for o in (OVERLAPS[0], OVERLAPS[-1]))
+        return [utility_share(apart[seed]) - utility_share(shared[seed]) for seed in seeds]
 
     npo, ga = loss(NPO_RT), loss(GA_RT)
     return _counted(

@@ -72,23 +72,31 @@ def run_seed(
     }
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["settings"] != content["settings"]:
+        if not _agrees(found["settings"], content["settings"]):
             raise UserError(f"{file} holds a study of other settings; name another folder")
         content = found
-    content["provenance"] = dict(provenance)
     done = {Trial(**run["trial"]) for run in content["runs"]}
     left = [trial for trial in dict.fromkeys(trials) if trial not in done]
     if not left:
         return
     from npo_fast.study.school import School
 
+    content["provenance"] = dict(provenance)
     started, before = time.perf_counter(), content["time_s"]
     school = School(seed, settings)
     for trial in left:
-        content["runs"].append({"trial": asdict(trial), **school.run(trial)})
+        own = {"trial": asdict(trial), **school.run(trial), "commit": provenance.get("commit")}
+        content["runs"].append(own)
         content["time_s"] = before + time.perf_counter() - started
         _write(file, content)
         tell(f"seed {seed}, {trial}: {content['runs'][-1]['time_s']:.0f} s")
+
+
+def _agrees(found: Any, wanted: Any) -> bool:
+    """Settings that came later stand at what was done before there was a choice."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return bool(found == wanted)
+    return all(name in wanted and _agrees(own, wanted[name]) for name, own in found.items())
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

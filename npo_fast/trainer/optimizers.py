@@ -32,11 +32,16 @@ def trained(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]
     """Those that require a gradient.
 
     Raises:
-        UserError: there are none, or none that the optimizer is for.
+        UserError: there are none, none that the optimizer is for, or fp16 ones.
     """
     own = [p for p in parameters if p.requires_grad]
     if not own:
         raise UserError("no weight of this model can be trained: add --lora-rank 16")
+    if any(p.dtype == torch.float16 for p in own):
+        raise UserError(
+            "fp16 weights cannot be trained: squares of gradients vanish in fp16, and steps become "
+            "far too long; use --dtype bf16 or fp32, or an adapter beside them (--lora-rank 16)"
+        )
     if name == "adamw-bf16" and all(p.dtype != torch.bfloat16 for p in own):
         kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
         raise UserError(

@@ -44,12 +44,14 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not 0 < value < math.inf:  # nor NaN
                 raise UserError(f"{name} must be positive, got {value}")
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm must be positive or inf, got {self.max_grad_norm}")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        for name in ("weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} must be 0 or more, got {value}")
 
 
 def check_ranks(terms: tuple[Term, ...], settings: TrainSettings, ranks: int) -> None:

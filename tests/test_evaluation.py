@@ -1,0 +1,173 @@
+"""What an evaluation measures, on which records, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from npo_fast import metrics
+from npo_fast.cli import main
+from npo_fast.data import load_records
+from npo_fast.errors import UserError
+from npo_fast.evaluation.rouge import rouge_scorer
+from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import tofu_suite
+from tests.conftest import tiny_model
+from tests.tiny import FACTS, save_tiny_model, write_jsonl
+
+WRONG = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny_model(folder / "base")
+    write_jsonl(folder / "forget.jsonl", WRONG[:4])
+    write_jsonl(folder / "plain.jsonl", FACTS[4:])
+    return folder
+
+
+def evaluate(home, *more: str) -> int:
+    return main(["evaluate", "--model", str(home / "base"), "--max-new-tokens", "2", *more])
+
+
+# --- which records --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "sizes"),
+    [
+        ("forget10", "retain90", (400, 400)),
+        ("forget50", "retain50", (400, 400)),
+        ("forget01", "retain", (40, 400)),
+        ("forget05[:20]", "retain95[:100]", (20, 100)),
+    ],
+)
+def test_utility_and_forget_quality_can_be_measured_on_tofu(tofu, forget, retain, sizes):
+    suite = tofu_suite(str(tofu), forget, retain)
+    assert (len(suite[metrics.FORGET]), len(suite[metrics.RETAIN])) == sizes
+    for split, log in ((forget, metrics.FORGET), (retain, metrics.RETAIN)):
+        assert all(record.perturbed_answers for record in suite[log])
+        if split != "retain":
+            asked = {record.messages for record in load_records(split, str(tofu))}
+            assert asked >= {record.messages for record in suite[log]}
+
+
+def test_wrong_answers_lie_beside_or_are_not_there(tmp_path):
+    write_jsonl(tmp_path / "f.jsonl", FACTS)
+    assert not tofu_suite(str(tmp_path), "f", None)[metrics.FORGET][0].perturbed_answers
+    write_jsonl(tmp_path / "f_perturbed.jsonl", WRONG)
+    found = tofu_suite(str(tmp_path), "f[:3]", None)[metrics.FORGET]
+    assert [len(record.perturbed_answers) for record in found] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{oops}", "line 1: not valid JSON"),
+        (json.dumps(WRONG[0]), "asks other questions than f"),
+        ("\n".join(map(json.dumps, [*WRONG[:9], WRONG[8]])), "asks other questions than f"),
+        (
+            "\n".join(map(json.dumps, [*WRONG[:9], {**WRONG[9], "perturbed_answer": ["Kim."]}])),
+            "found from 1 to 2",
+        ),
+    ],
+    ids=["damaged", "fewer", "another order", "uneven"],
+)
+def test_wrong_answers_that_cannot_be_used_are_refused(tmp_path, content, message):
+    write_jsonl(tmp_path / "f.jsonl", FACTS)
+    (tmp_path / "f_perturbed.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        tofu_suite(str(tmp_path), "f", None)
+
+
+# --- which measures -------------------------------------------------------------------------------
+
+
+def test_a_set_with_wrong_answers_has_a_truth_ratio_without_the_other_sets(home, capsys):
+    both = ("--forget", str(home / "forget.jsonl"), "--retain", str(home / "forget.jsonl"))
+    assert evaluate(home, *both, "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)["metrics"]
+    assert "model utility" not in numbers
+    assert 0 <= numbers["retain truth ratio"] <= 1
+    assert 0 <= numbers["forget truth ratio"] <= 1
+
+
+def test_forget_quality_takes_losses_alone():
+    log = {"avg_gt_loss": [1.0, 2.0], "avg_paraphrased_loss": [1.0, 2.0],
+           "average_perturb_loss": [[3.0, 4.0], [1.0, 2.0]]}  # fmt: skip
+    result = {metrics.FORGET: log}
+    assert metrics.summary(result, result)["forget quality"] == 1.0
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "attack", "unlearn"])
+def test_a_retrained_log_that_cannot_be_used_is_refused_first(home, tmp_path, capsys, verb):
+    assert evaluate(home, "--forget", str(home / "plain.jsonl"), "--output", str(tmp_path)) == 0
+    call = [verb, "--model", str(home / "base"), "--forget", str(home / "plain.jsonl"),
+            "--retrained", str(tmp_path), "--output", str(tmp_path / "out")]  # fmt: skip
+    if verb == "unlearn":
+        call += ["--method", "NPO", "--eval-every", "1"]
+    assert main(call) == 2
+    assert "forget record 1 has no wrong answers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "recall"),
+    [
+        ("Она живёт в Москве.", "она живёт в Москве", 1.0),
+        ("Она живёт в Москве.", "Он живёт в Риме", 0.5),
+        ("她住在北京", "她住在南京", 0.8),
+        ("She lives in Rome.", "she living at rome", 0.75),
+        ("Jaime Vásquez wrote it", "Jaime Vasquez wrote it", 0.6),  # TOFU's: v, squez
+    ],
+)
+def test_rouge_reads_words_of_any_script(truth, answer, recall):
+    found = rouge_scorer(truth).score(truth, answer)["rougeL"].recall
+    assert found == pytest.approx(recall)
+
+
+def test_rouge_of_tofu_is_the_published_kind(tofu):
+    usual = rouge_scorer("an answer")
+    for split in ("full", "real_authors", "world_facts"):
+        assert all(rouge_scorer(r.answer) is usual for r in load_records(split, str(tofu)))
+
+
+def test_cut_answers_are_told(home):
+    with pytest.warns(UserWarning, match="4 of 4 answers are cut to max_length 12"):
+        assert evaluate(home, "--forget", str(home / "forget.jsonl"), "--max-length", "12") == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_reference_with_another_vocabulary_is_refused(home, tmp_path, capsys):
+    forget = ("--forget", str(home / "forget.jsonl"))
+    torch.manual_seed(0)
+    save_tiny_model(tmp_path / "wider")
+    config = json.loads((tmp_path / "wider/config.json").read_text())
+    wide = tiny_model("Llama", vocab_size=config["vocab_size"] + 8, pad_token_id=1, eos_token_id=0)
+    wide.save_pretrained(tmp_path / "wider")
+    assert evaluate(home, *forget, "--reference", str(tmp_path / "wider")) == 2
+    assert "KL compares models with the same tokens" in capsys.readouterr().err
+
+    file = tmp_path / "wider/tokenizer.json"
+    tokens = json.loads(file.read_text())
+    vocabulary = tokens["model"]["vocab"]
+    a, b = list(vocabulary)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(tokens))
+    assert evaluate(home, *forget, "--reference", str(tmp_path / "wider")) == 2
+    assert "has another vocabulary" in capsys.readouterr().err
+
+
+def test_what_is_no_log_is_refused(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"status": "finished", "steps": 3}')
+    assert main(["evaluate", "--log", str(tmp_path / "run.json")]) == 2
+    assert "is not an evaluation log: it holds status, steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["generation_batch", "max_new_tokens", "micro_batch_tokens"])
+def test_sizes_are_at_least_one(name):
+    with pytest.raises(UserError, match=f"{name} must be at least 1, got 0"):
+        EvaluationSettings(**{name: 0})
