@@ -75,6 +75,12 @@ def tiny_model(family: str, **overrides: object) -> transformers.PreTrainedModel
         "Llama": {**sizes},
         "Mistral": {**sizes, "sliding_window": 6},
         "Mixtral": {**sizes},
+        "GptOss": {**sizes, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 6},
+        "Qwen2Moe": {**sizes, "num_experts": 2, "num_experts_per_tok": 1, "sliding_window": 16,
+                     "use_sliding_window": True, "max_window_layers": 2},
+        "FalconH1": {**sizes, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8,
+                     "mamba_chunk_size": 8},
+        "Llama4Text": {**sizes, "num_local_experts": 2, "intermediate_size_mlp": 48},
         "Qwen2": {**sizes},
         "Qwen3": {**sizes},
         "Gemma2": {

@@ -65,6 +65,46 @@ def test_the_probe_refuses_a_head_it_does_not_know() -> None:
         CausalLM(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_a_pack_runs_one_sequence_at_a_time(dtype) -> None:
+    model = tiny_model("FalconH1").to(dtype)
+    with pytest.warns(UserWarning, match="one at a time"):
+        lm = CausalLM(model)
+    assert not lm.packs
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
+def test_rounding_is_not_taken_for_mixing(family: str) -> None:
+    assert CausalLM(tiny_model(family).to(torch.bfloat16)).packs
+
+
+def test_an_attention_that_knows_less_gives_way_to_the_models_own() -> None:
+    model = tiny_model("GptOss")
+    items = sequences()
+    with pytest.warns(UserWarning, match="it keeps eager"):
+        lm = CausalLM(model)
+    (batch,) = pack(items, max_tokens=1000)
+    expected = torch.cat([plain_log_probs(model, items[i]) for i in batch.indices])
+    torch.testing.assert_close(lm.log_probs(batch), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="s_aux is not supported"):
+        CausalLM(tiny_model("GptOss"), attention="npo_fast_packed")
+
+
+def test_a_window_that_only_the_mask_knows_is_not_overlooked() -> None:
+    lm = CausalLM(tiny_model("Qwen2Moe"))
+    within = Sequence(tuple(range(3, 19)), 1, 0)
+    beyond = Sequence(tuple(range(3, 20)), 1, 0)
+    lm.log_probs(*pack([within], 100))
+    with pytest.raises(UserError, match="looks back 16 tokens .* a sequence has 17"):
+        lm.log_probs(*pack([beyond], 100))
+
+
+def test_the_decoder_is_found_where_the_model_names_itself() -> None:
+    model = tiny_model("Llama4Text")
+    lm = CausalLM(model)
+    assert lm.decoder is model.model
+
+
 def test_generation_continues_greedily_and_leaves_training_mode_alone() -> None:
     model = tiny_model("Llama")
     lm = CausalLM(model)

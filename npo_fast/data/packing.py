@@ -139,3 +139,22 @@ def _collate(units: list[tuple[Sequence, ...]]) -> PackedBatch:
         lengths=tuple(len(sequence.input_ids) for sequence in sequences),
         indices=tuple(sequence.index for sequence in sequences),
     )
+
+
+def one_by_one(batch: PackedBatch) -> Iterator[PackedBatch]:
+    """Each sequence of a pack as a batch of its own, in the same order."""
+    ids = batch.input_ids.split(batch.lengths)
+    answers = batch.answer_cu_seqlens.diff().tolist()
+    labels = batch.labels.split(answers)
+    for i, length in enumerate(batch.lengths):
+        rows = torch.arange(length - 1 - answers[i], length - 1, device=batch.rows.device)
+        yield PackedBatch(
+            input_ids=ids[i],
+            position_ids=torch.arange(length, device=batch.position_ids.device),
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=batch.cu_seqlens.device),
+            rows=rows,
+            labels=labels[i],
+            answer_cu_seqlens=torch.tensor([0, answers[i]], dtype=torch.int32),
+            lengths=(length,),
+            indices=(batch.indices[i],),
+        )

@@ -20,6 +20,7 @@ from npo_fast.memory.model import empty_lm, empty_model
 from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
+from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops.head import CHUNK_BYTES
 from npo_fast.trainer.optimizers import Optimizer
@@ -115,6 +116,8 @@ def footprint(config: Any, planned: Planned) -> Footprint:
         with run.tracker:
             run.step()
     except (RuntimeError, NotImplementedError) as error:
+        if NAME in str(error):
+            raise UserError(f"{type(model).__name__} cannot be planned: {error}") from error
         if "meta" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from npo_fast.errors import UserError
+
 NAME = "npo_fast_packed"
 
 
@@ -37,6 +39,8 @@ def packed_attention(
     lengths = sequence_lengths if sequence_lengths is not None else (tokens,)
     assert query.shape[0] == 1, tuple(query.shape)
     assert sum(lengths) == tokens, (lengths, tokens)
+    if sliding_window is None:
+        _refuse_hidden_window(module, max(lengths, default=0))
     blocks = [(length, len(tuple(run))) for length, run in groupby(lengths)]
     # split, not slices: the gradients are joined once instead of each padded to the whole pack
     sizes = [length * count for length, count in blocks]
@@ -46,6 +50,22 @@ def packed_attention(
         q, k, v = (_as_block(x, *block) for x in part)
         out.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))
     return torch.cat(out).unsqueeze(0), None
+
+
+def _refuse_hidden_window(module: torch.nn.Module, longest: int) -> None:
+    """A layer may keep its window in the mask alone, which is not made here."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    kind = kinds[index] if kinds and index is not None else "sliding_attention"
+    name = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    window = getattr(config, name.get(kind, ""), None)
+    if window and longest > window:  # 0 where it is off
+        raise UserError(
+            f"{type(module).__name__} looks back {window} tokens and does not tell {NAME} so, and "
+            f"a sequence has {longest}: name --attention sdpa or eager, or cut sequences to "
+            f"--max-length {window}"
+        )
 
 
 def _as_block(states: Tensor, length: int, count: int) -> Tensor:

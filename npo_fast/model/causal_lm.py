@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from npo_fast.data import PackedBatch
-from npo_fast.data.packing import pack
-from npo_fast.data.template import Sequence
+from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
+from npo_fast.model.probe import run_probe
 from npo_fast.ops import linear_log_probs
 from npo_fast.ops.head import Head
 from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, head_of
 
-PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats; half precision: 0.25
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # RecurrentGemma has its own name
 
 
 class CausalLM:
@@ -32,7 +32,7 @@ class CausalLM:
 
     def __init__(self, model: Any, attention: str = "auto", probe: bool = True) -> None:
         self.model = model
-        self.decoder = model.get_decoder()
+        self.decoder = _decoder(model)
         self.head = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
@@ -42,7 +42,9 @@ class CausalLM:
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
         text_config = model.config.get_text_config()
-        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.softcap = next(
+            (v for n in SOFTCAPS if (v := getattr(text_config, n, None)) is not None), None
+        )
         self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
         self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
         self.wrapper: Any = None
@@ -51,7 +53,7 @@ class CausalLM:
         self.packs = True
         self.choose_attention(attention)
         if probe:
-            self._probe()
+            run_probe(self, any_attention=attention == "auto")
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +126,7 @@ class CausalLM:
     def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
         """Last hidden states of every token."""
         if not self.packs:
-            return torch.cat([self._last_hidden(one) for one in _one_by_one(batch)])
+            return torch.cat([self._last_hidden(one) for one in one_by_one(batch)])
         return self._last_hidden(batch)
 
     def hidden(self, batch: PackedBatch) -> Tensor:  # (N, D)
@@ -267,46 +269,16 @@ class CausalLM:
             self.model.set_attn_implementation(attention)
         return self.model.config._attn_implementation == attention
 
-    @torch.no_grad()
-    def _probe(self) -> None:
-        tokens = [int(token) for token in torch.linspace(1, self.vocabulary - 1, 19)]
-        sequences = [Sequence(tuple(tokens[:7]), 1, 0), Sequence(tuple(tokens[7:]), 1, 1)]
-        (batch,) = (one.to(self.device) for one in pack(sequences, max_tokens=len(tokens)))
-        singles = [one.to(self.device) for one in _one_by_one(batch)]
-        tolerance = PROBE_TOLERANCE.get(self.dtype, 0.25)
-        with self.generating() as model:
-            expected = torch.cat([_whole_log_probs(model, one) for one in singles])
-            found = torch.cat([self._head_log_probs(model, one) for one in singles])
-        gap = float((found - expected).abs().max())
-        if not gap <= tolerance:
-            raise UserError(
-                f"{type(self.model).__name__}: its logits are not what its LM head makes of the "
-                f"decoder's hidden states (log-probs differ by {gap:.3g} nats); a softcap, scale "
-                "or projection that npo_fast does not know would explain it"
-            )
-        if not self.packs:
-            return
-        was_training = self.model.training
-        self.model.eval()
-        gap = self._packing_gap(batch, expected)
-        self.model.train(was_training)
-        if not gap <= tolerance:
-            self.packs = False
-            warnings.warn(
-                f"{type(self.model).__name__} mixes the sequences of a pack (log-probs differ by "
-                f"{gap:.3g} nats with {self.attention}): sequences run one at a time",
-                stacklevel=3,
-            )
 
-    def _packing_gap(self, batch: PackedBatch, expected: Tensor) -> float:
-        try:
-            return float((self.log_probs(batch) - expected).abs().max())
-        except TypeError:  # a decoder that does not take position_ids
-            return float("inf")
-
-    def _head_log_probs(self, model: Any, one: PackedBatch) -> Tensor:
-        hidden = self.decoder(input_ids=one.input_ids[None], use_cache=False).last_hidden_state[0]
-        return linear_log_probs(hidden[one.rows], labels=one.labels, **self.head_arguments)
+def _decoder(model: Any) -> Any:
+    """What makes the hidden states; ``get_decoder`` of some returns the whole model."""
+    decoder = model.get_decoder()
+    whole = model.get_base_model() if hasattr(model, "peft_config") else model
+    if decoder is whole:
+        decoder = getattr(whole, "model", None)
+    if decoder is None:
+        raise UserError(f"{type(whole).__name__} has no decoder that npo_fast could find")
+    return decoder
 
 
 def _native_attention(model: Any) -> str:
@@ -337,28 +309,3 @@ def flash_version(major: int, installed: Callable[[int], bool]) -> int | None:
     if own is not None and installed(own):
         return own
     return 2 if major >= 8 and installed(2) else None
-
-
-def _whole_log_probs(model: Any, one: PackedBatch) -> Tensor:
-    logits = model(input_ids=one.input_ids[None], use_cache=False).logits[0]
-    log_probs = logits[one.rows].float().log_softmax(-1)
-    return log_probs.gather(1, one.labels[:, None]).squeeze(1)
-
-
-def _one_by_one(batch: PackedBatch) -> Iterator[PackedBatch]:
-    """Each sequence of a pack as a batch of its own, in the same order."""
-    ids = batch.input_ids.split(batch.lengths)
-    answers = batch.answer_cu_seqlens.diff().tolist()
-    labels = batch.labels.split(answers)
-    for i, length in enumerate(batch.lengths):
-        rows = torch.arange(length - 1 - answers[i], length - 1, device=batch.rows.device)
-        yield PackedBatch(
-            input_ids=ids[i],
-            position_ids=torch.arange(length, device=batch.position_ids.device),
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=batch.cu_seqlens.device),
-            rows=rows,
-            labels=labels[i],
-            answer_cu_seqlens=torch.tensor([0, answers[i]], dtype=torch.int32),
-            lengths=(length,),
-            indices=(batch.indices[i],),
-        )
