@@ -21,6 +21,10 @@ class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's own names a
     """One sequence alone does not fit; training stopped before the weights changed."""
 
 
+class TornOutOfMemory(OutOfMemory):
+    """Memory ran out while weights changed: they may be of no step."""
+
+
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """A signal ended the run; what it takes to go on is saved."""
 

@@ -240,6 +240,26 @@ def test_a_tensor_at_a_time_is_the_same_step(name):
     assert furthest(*found) == 0.0
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
+def test_states_that_are_read_stay_in_cpu_memory(name):
+    """The meta device stands in for a GPU: a state that went there would have no values."""
+    saved = build_optimizer([Parameter(torch.ones(64, 256))], name, lr=1e-2, weight_decay=0.1)
+    (own,) = saved.param_groups[0]["params"]
+    own.grad = torch.ones_like(own)
+    saved.step()
+    elsewhere = Parameter(torch.ones(64, 256, device="meta"))
+    optimizer = torch.optim.AdamW([elsewhere], lr=1e-2, fused=False)
+    keep_states_on_cpu(optimizer)
+    content = saved.state_dict()
+    optimizer.load_state_dict(content)
+    states = optimizer.state[elsewhere]
+    assert states["step"].device == elsewhere.device
+    for state in ("exp_avg", "exp_avg_sq"):
+        assert states[state].device.type == "cpu"
+        assert states[state] is content["state"][0][state]
+    assert content["state"], "what was read stays as it was"
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [30, 400])
 def test_recomputed_activations_give_the_same_gradients(micro_batch_tokens):
     settings = dataclasses.replace(SETTINGS, micro_batch_tokens=micro_batch_tokens)
@@ -283,6 +303,13 @@ def test_what_cannot_work_is_refused(monkeypatch):
         run(lm_of(), dataclasses.replace(SETTINGS, offload_optimizer=True))
     with pytest.raises(UserError, match="max_grad_norm must be positive or inf, got nan"):
         TrainSettings(max_grad_norm=math.nan)
+    half = CausalLM(tiny_model("Llama").half(), probe=False)
+    with pytest.raises(UserError, match="fp16 weights cannot be trained"):
+        run(half, SETTINGS)
+    with pytest.raises(UserError, match="warmup_steps must be 0 or more, got -5"):
+        TrainSettings(warmup_steps=-5)
+    with pytest.raises(UserError, match="weight_decay must be 0 or more, got nan"):
+        TrainSettings(weight_decay=math.nan)
     frozen = lm_of()
     frozen.model.requires_grad_(False)
     with pytest.raises(UserError, match="no weight of this model can be trained"):

@@ -188,6 +188,27 @@ def test_4bit_weights_come_with_adapters():
     assert switched(16, costs) == (True, ["--lora-rank 16", "--quantize 4bit"])
 
 
+def test_what_is_advised_can_be_run():
+    several = advise(SMALL, 12, fake_measure({"optimizer": 9, "lora_rank": 9}), ranks=2)
+    assert flags(SMALL, several.planned) == ["--lora-rank 16"]
+    in_bf16 = replace(SMALL, optimizer="adamw-bf16", dtype="bf16")
+    nothing = fake_measure({})(SMALL)
+
+    def adapters_are_small(plan):
+        size = int(1e9 if plan.lora_rank else 20e9)
+        return replace(nothing, bytes={**nothing.bytes, "weights": size})
+
+    found = advise(in_bf16, 16, adapters_are_small)
+    assert flags(in_bf16, found.planned) == ["--optimizer adamw", "--lora-rank 16"]
+    whole = replace(SMALL, micro_batch_tokens=2048, sequence_length=256)
+    step = flags(whole, replace(whole, step_in_backward=True))
+    assert step == ["--step-in-backward", "--batch-size 4"], "forget and retain: 8 x 256"
+    with pytest.raises(UserError, match="adapters are fp32"):
+        replace(in_bf16, lora_rank=4)
+    with pytest.raises(UserError, match="fp16 weights cannot be trained"):
+        replace(SMALL, dtype="fp16")
+
+
 def test_what_never_fits_says_so_with_the_least_that_was_found():
     found = advise(SMALL, 8, fake_measure({"lora_rank": 2, "quantize": 3}))
     assert not found.fits

@@ -1,7 +1,13 @@
 """The reference's hidden states on disk: what comes back, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +18,7 @@ from npo_fast.data import Sequence, pack
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer import reference_cache as module
-from npo_fast.trainer.reference_cache import model_fingerprint, reference_cache
+from npo_fast.trainer.reference_cache import OwnFolder, model_fingerprint, reference_cache
 from tests.conftest import tiny_model
 
 SOURCES = {
@@ -180,3 +186,50 @@ def test_an_interrupted_write_leaves_no_cache(lm, tmp_path, monkeypatch):
 def test_the_index_names_every_file(made):
     facts = json.loads((made / "reference.json").read_text())
     assert {*facts["sha256"], "reference.json"} == {path.name for path in made.iterdir()}
+
+
+ABANDON = """
+import sys, time
+from npo_fast.trainer.reference_cache import OwnFolder
+own = OwnFolder()
+print(own.path, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ABANDON], stdout=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    ]
+    killed, alive = (Path(process.stdout.readline().decode().strip()) for process in processes)
+    processes[0].kill()
+    processes[0].wait()
+    own = OwnFolder()
+    assert not killed.exists()
+    assert alive.exists()
+    assert own.path.parent == tmp_path
+    processes[1].kill()
+    processes[1].wait()
+
+
+def test_two_runs_that_want_one_cache_make_it_once(lm, tmp_path, monkeypatch):
+    made = []
+
+    def slowly(*arguments):
+        made.append(1)
+        time.sleep(0.3)
+        return write(*arguments)
+
+    write = module._write
+    monkeypatch.setattr(module, "_write", slowly)
+
+    def open_cache(_):
+        return reference_cache(lm, SOURCES, tmp_path / "cache", "answer", 100)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(open_cache, range(2))
+    assert len(made) == 1
+    assert one.made_from == other.made_from

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from npo_fast.cli import main
 from npo_fast.demo.lab import train_tokenizer
-from npo_fast.errors import NonFiniteError, OutOfMemory
+from npo_fast.errors import NonFiniteError, OutOfMemory, TornOutOfMemory
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
@@ -26,7 +26,7 @@ from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.run import save_model
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.trainer.state import DamagedError, TrainState
+from npo_fast.trainer.state import DamagedError, TrainState, save_tensors
 from tests.conftest import tiny_model
 from tests.test_trainer import sources
 from tests.tiny import FACTS, write_jsonl
@@ -203,6 +203,40 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(home, killed, file):
     assert_same_run(killed, home / "whole")
 
 
+@pytest.mark.parametrize("file", ["state.pt", "model.safetensors", "steps.jsonl"])
+def test_checkpoints_that_are_all_damaged_are_not_thrown_away(home, killed, file, capsys):
+    damaged = [killed / file] if file == "steps.jsonl" else [*killed.glob(f"checkpoints/*/{file}")]
+    for one in damaged:
+        one.write_bytes(one.read_bytes()[: 500 if file != "steps.jsonl" else 0])
+    assert main(arguments(home, killed)) == 2
+    error = capsys.readouterr().err
+    assert "no checkpoint in" in error
+    assert "add --overwrite to begin anew" in error
+    assert len(list((killed / "checkpoints").glob("step-*[0-9]"))) == 2
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_log_probs_of_the_reference_that_are_lost_are_made_again(home, killed, lost):
+    references = killed / "references.pt"
+    references.unlink() if lost else references.write_bytes(references.read_bytes()[:100])
+    assert start(home, killed) == 0, log_of(killed)
+    assert "after step 4" in log_of(killed)
+    assert_same_run(killed, home / "whole")
+
+
+def test_a_full_disk_is_an_error_of_the_system():
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors({"a": torch.zeros(9)}, Path("/dev/full"))
+
+
+def test_the_model_is_not_where_the_run_goes(home, capsys):
+    base = home / "base"
+    before = sorted(path.name for path in base.iterdir())
+    assert main([*arguments(home, base), "--overwrite"]) == 2
+    assert "holds the --model itself" in capsys.readouterr().err
+    assert sorted(path.name for path in base.iterdir()) == before
+
+
 def test_a_run_may_go_on_with_less_memory(home, tmp_path):
     output = tmp_path / "run"
     killed = ("os.rename", "step-000006.partial", 1, KILL)
@@ -372,6 +406,17 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_cures():
         next(steps_for(lm, TrainSettings(epochs=1, batch_size=7)))
     assert all(p.grad is None for p in lm.model.parameters())
     assert all(torch.equal(good[n], p) for n, p in lm.model.named_parameters())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_no_room_for_the_optimizer_is_an_error_with_cures(in_backward, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("of states")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    settings = TrainSettings(epochs=1, batch_size=7, step_in_backward=in_backward)
+    with pytest.raises(TornOutOfMemory, match=r"step 1: out of memory in the optimizer's step"):
+        next(steps_for(dropout_lm(), settings))
 
 
 def test_an_error_that_is_not_of_memory_passes_through():

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from npo_fast.cli.console import say, show
-from npo_fast.cli.training import ModelOptions, RunOptions, prepare, run_facts, run_training
+from npo_fast.cli.prepare import prepare, run_facts
+from npo_fast.cli.training import ModelOptions, RunOptions, run_training
 from npo_fast.data import load_records
 from npo_fast.errors import UserError
 from npo_fast.methods import FINETUNE

@@ -76,7 +76,7 @@ def run(command: Command) -> None:
 
     found = measure(planned)
     cards = CARDS_GB if options.card is None else (options.card,)
-    advice = [advise(planned, card, measure) for card in sorted(cards, reverse=True)]
+    advice = [advise(planned, card, measure, options.ranks) for card in sorted(cards, reverse=True)]
     show(
         _facts(options, config, found, advice),
         _text(options, config, found, advice),

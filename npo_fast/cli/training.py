@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from npo_fast.cli.console import follow, say
+from npo_fast.cli.prepare import Prepared, run_facts
 from npo_fast.cli.settings import Common
-from npo_fast.data import Record, Sequence, Template, check_vocabulary
-from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, TornStepError, UserError
-from npo_fast.methods import Term, turns
+from npo_fast.data import Template, check_vocabulary
+from npo_fast.errors import (
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    TornOutOfMemory,
+    TornStepError,
+    UserError,
+)
+from npo_fast.methods import Term
 from npo_fast.ranks import join, leads, most, own_device, rank, ranks
-from npo_fast.trainer.optimizers import check_optimizer
-from npo_fast.trainer.order import check_step_in_backward, driving_sources, steps_per_epoch
-from npo_fast.trainer.settings import StepRecord, TrainSettings, check_ranks
+from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
     from npo_fast.evaluation.course import Course
@@ -142,6 +148,9 @@ class RunOptions(Common):
             )
         if self.merge and ranks() > 1:
             raise UserError("--merge runs on one process: leave it out, the adapter loads anywhere")
+        own, other = self.output.resolve(), Path(model.model)
+        if other.exists() and own in (other.resolve(), *other.resolve().parents):
+            raise UserError(f"--output {self.output} holds the --model itself: name another folder")
         check_output(self.output, self.overwrite)
 
     def unfinished(self, facts: Mapping[str, Any]) -> "Unfinished | None":
@@ -172,63 +181,6 @@ class RunOptions(Common):
         return found
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenised data and the steps it makes, before any weight is loaded."""
-
-    template: Template
-    sources: dict[str, list[Sequence]]
-    truncated: dict[str, int]
-    steps: int
-
-    def facts(self) -> dict[str, Any]:
-        from npo_fast.trainer.run import data_fingerprint
-
-        data = {
-            name: {
-                "examples": len(sequences),
-                "tokens": sum(len(s.input_ids) for s in sequences),
-                "answer_tokens": sum(s.answer_length for s in sequences),
-                "truncated": self.truncated[name],
-                "sha256": data_fingerprint(sequences),
-            }
-            for name, sequences in self.sources.items()
-        }
-        return {"template": self.template.name, "data": data, "steps": self.steps}
-
-
-def prepare(
-    options: ModelOptions,
-    training: TrainSettings,
-    records: Mapping[str, list[Record]],  # source -> its records
-    named: Mapping[str, str],  # source -> what the user knows it as
-    terms: tuple[Term, ...],
-) -> Prepared:
-    """Everything that can fail on the user's side, first."""
-    options.check_training()
-    check_ranks(terms, training, ranks())
-    check_optimizer(training.optimizer)
-    each_batch = turns(terms, training.schedule)
-    template = options.load_template()
-    sources, truncated = {}, {}
-    for source in records:
-        name = named[source]
-        try:
-            sources[source], truncated[source] = template.encode_all(records[source])
-        except UserError as error:
-            raise UserError(f"{source} ({name}): {error}") from error
-        cut = f", {truncated[source]} cut to {template.max_length}" if truncated[source] else ""
-        tokens = sum(len(s.input_ids) for s in sources[source])
-        say(f"{source}: {len(sources[source])} records, {tokens} tokens{cut} ({name})")
-    if training.step_in_backward:
-        check_step_in_backward(sources, terms, training)
-    (driving, *_) = driving_sources({s: sources[s] for term in terms for s in term.reads})
-    per_epoch = steps_per_epoch(len(sources[driving]), training.batch_size)
-    steps = training.epochs * per_epoch * len(each_batch)
-    say(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
-    return Prepared(template, sources, truncated, steps)
-
-
 def check_fit(
     lm: "CausalLM", prepared: Prepared, terms: tuple[Term, ...], training: TrainSettings
 ) -> None:
@@ -237,11 +189,6 @@ def check_fit(
 
     check_vocabulary(prepared.sources, lm.vocabulary)
     check_settings(lm, prepared.sources, terms, training)
-
-
-def run_facts(command: Any, verb: str, prepared: Prepared) -> dict[str, Any]:
-    """What makes two runs the same run, as far as it is known before a weight is loaded."""
-    return {"command": verb, "settings": dataclasses.asdict(command), **prepared.facts()}
 
 
 @dataclass(frozen=True)
@@ -338,7 +285,8 @@ def run_training(
         wait_for_all(lm)
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except OutOfMemory as error:
-        if state.step and lm.ranks == 1:  # the others are still in the step
+        whole = not isinstance(error, TornOutOfMemory)
+        if state.step and whole and lm.ranks == 1:  # else the others are still in the step
             run.checkpoint(lm, tokenizer, state.step, state)
         run.finish("interrupted", error=str(error))
         raise OutOfMemory(f"{error}. Where there is more memory, {again} goes on") from error

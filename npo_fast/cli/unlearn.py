@@ -3,18 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from npo_fast.cli.console import number, progress, say, show, table
+from npo_fast.cli.prepare import prepare, run_facts
 from npo_fast.cli.training import (
     ModelOptions,
     Origin,
     RunOptions,
     check_fit,
-    prepare,
-    run_facts,
     run_training,
 )
 from npo_fast.data import Record, alternated, load_records, load_refusals, refused
@@ -22,10 +21,15 @@ from npo_fast.errors import UserError
 from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
-from npo_fast.methods import Coefficients, build_method
+from npo_fast.methods import Coefficients, Term, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.ranks import ranks
 from npo_fast.trainer.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from npo_fast.model.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,10 @@ def run(command: Command) -> None:
         before = look.take("before")
         references = reference_log_probs(lm, prepared.sources, terms, tokens)
     else:
-        before, references = earlier.facts.get("before", {}), earlier.references or {}
+        before = earlier.facts.get("before", {})
+        references = dict(earlier.references or {})
+        if not (references or earlier.trained):  # none are needed, or they were lost
+            references = _references_again(command, lm, prepared.sources, terms)
     cache = reference_cache_for(terms, lm, prepared.sources, tokens, method.reference_cache)
     after: dict[str, Any] = {}
 
@@ -193,6 +200,19 @@ def run(command: Command) -> None:
         _text(before, after) + f"\n{_chosen(command, facts)} {command.run.output / 'model'}",
         command.run.json,
     )
+
+
+def _references_again(
+    command: Command, lm: "CausalLM", sources: Mapping[str, Any], terms: tuple[Term, ...]
+) -> "dict[str, Tensor | list[Tensor]]":
+    from npo_fast.trainer.loop import reference_log_probs
+
+    if ranks() > 1 and any(term.loss.reference in ("sequence", "token") for term in terms):
+        raise UserError(  # ranks that divide a model have the weights of the checkpoint by now
+            f"the reference's log-probs in {command.run.output} are lost: go on with one process, "
+            "which makes them again"
+        )
+    return reference_log_probs(lm, sources, terms, command.training.micro_batch_tokens)
 
 
 def _watched(command: Command) -> tuple[Suite, Result | None] | None:

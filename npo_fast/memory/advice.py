@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from npo_fast.memory.plan import Footprint, Planned
+from npo_fast.methods import build_method
+from npo_fast.trainer.step import streams_of
 
 CARDS_GB = (12, 16, 24, 40, 48, 80)
 
@@ -15,20 +17,28 @@ class Switch:
 
     cost: str
     change: Callable[[Planned], Planned]
+    on_ranks: bool = True  # whether several processes can do it
 
 
 # in the order of what they cost
 SWITCHES = (
     Switch("a third more time", lambda p: replace(p, gradient_checkpointing=True)),
-    Switch("coarser optimizer states", lambda p: replace(p, optimizer="adamw-8bit")),
+    Switch("coarser optimizer states", lambda p: replace(p, optimizer="adamw-8bit"),
+           on_ranks=False),
     Switch("a step is one pass, clipped by a second backward",
-           lambda p: replace(p, step_in_backward=True)),
+           lambda p: replace(p, step_in_backward=True), on_ranks=False),
     Switch("shorter passes",
            lambda p: replace(p, micro_batch_tokens=min(512, p.micro_batch_tokens))),
-    Switch("adapters alone are trained", lambda p: replace(p, lora_rank=p.lora_rank or 16)),
+    Switch("adapters alone are trained", lambda p: _adapters(p)),
     Switch("adapters alone are trained, on rounded weights",
-           lambda p: replace(p, lora_rank=p.lora_rank or 16, quantize="4bit")),
+           lambda p: replace(_adapters(p), quantize="4bit"), on_ranks=False),
 )  # fmt: skip
+
+
+def _adapters(planned: Planned) -> Planned:
+    """They are fp32, which adamw-bf16 does not train."""
+    optimizer = "adamw" if planned.optimizer == "adamw-bf16" else planned.optimizer
+    return replace(planned, lora_rank=planned.lora_rank or 16, optimizer=optimizer)
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,18 @@ class Advice:
 
 def flags(before: Planned, after: Planned) -> list[str]:
     """What to add to the command line of ``before`` to get ``after``."""
-    changed = ((k, v) for k, v in vars(after).items() if v != getattr(before, k))
-    return [f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k, v in changed]
+    changed = {k: v for k, v in vars(after).items() if v != getattr(before, k)}
+    if "step_in_backward" in changed or (
+        after.step_in_backward and "micro_batch_tokens" in changed
+    ):
+        changed["batch_size"] = whole_batch(after)
+    return [f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k, v in changed.items()]
+
+
+def whole_batch(planned: Planned) -> int:
+    """Sequences of each set that are one pass, which with ``step_in_backward`` is a whole step."""
+    sets = sum(len(stream) for stream in streams_of(build_method(planned.method)))
+    return max(1, planned.micro_batch_tokens // (sets * planned.sequence_length))
 
 
 def card_bytes(card_gb: float) -> int:
@@ -53,7 +73,9 @@ def card_bytes(card_gb: float) -> int:
     return int(card_gb * 1e9)
 
 
-def advise(planned: Planned, card_gb: float, measure: Callable[[Planned], Footprint]) -> Advice:
+def advise(
+    planned: Planned, card_gb: float, measure: Callable[[Planned], Footprint], ranks: int = 1
+) -> Advice:
     """The cheapest switches with which ``planned`` fits.
 
     They are added in order until it fits; then those that it fits without are taken back, the
@@ -66,7 +88,8 @@ def advise(planned: Planned, card_gb: float, measure: Callable[[Planned], Footpr
         found = measure(plan)
         return Advice(card_gb, found.needed <= room, plan, switches, found)
 
-    useful = tuple(s for s in SWITCHES if s.change(planned) != planned)
+    able = (s for s in SWITCHES if s.on_ranks or ranks == 1)
+    useful = tuple(s for s in able if s.change(planned) != planned)
     attempts = (attempt(useful[:count]) for count in range(len(useful) + 1))
     best = next((one for one in attempts if one.fits), None)
     if best is None:

@@ -68,6 +68,11 @@ class Planned:
             raise UserError(f"lora_rank must be 0 or more, got {self.lora_rank}")
         if self.dtype == "fp16" and not self.lora_rank:
             raise UserError("fp16 weights cannot be trained: use --dtype bf16 or --lora-rank 16")
+        if self.optimizer == "adamw-bf16" and (self.lora_rank or self.dtype != "bf16"):
+            raise UserError(
+                "--optimizer adamw-bf16 trains bf16 weights, and adapters are fp32: use --dtype "
+                "bf16 without --lora-rank, or another --optimizer"
+            )
         if self.quantize != "none" and not self.lora_rank:
             raise UserError("4-bit weights cannot be trained themselves: add --lora-rank 16")
         build_method(self.method)

@@ -12,7 +12,9 @@ from npo_fast.errors import UserError
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.exists():
+        folder.parent.mkdir(parents=True)
+        sync(folder.parent.parent)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

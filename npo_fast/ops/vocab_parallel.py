@@ -115,7 +115,7 @@ class SlicedHead(Head):
         lse: Tensor,  # (R,) over the slice
         mine: Tensor,  # (R,) whether the slice has the label
     ) -> tuple[Tensor, Tensor]:  # log_probs and lse over the whole vocabulary
-        without_label = lse + torch.log(-torch.expm1(log_probs))
+        without_label = lse + torch.log(-torch.expm1(log_probs.clamp(max=0.0)))
         own = torch.stack(
             [torch.where(mine, without_label, lse), torch.where(mine, log_probs + lse, 0.0)]
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from npo_fast.data import Sequence, join, micro_batches
-from npo_fast.errors import NonFiniteError, TornStepError, UserError
+from npo_fast.errors import NonFiniteError, TornOutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
@@ -21,6 +21,7 @@ from npo_fast.trainer.order import (
     step_batches,
     steps_per_epoch,
 )
+from npo_fast.trainer.out_of_memory import is_out_of_memory
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_ranks
 from npo_fast.trainer.state import TrainState
@@ -58,6 +59,7 @@ def train(
 
     Raises:
         OutOfMemory: one sequence alone does not fit; weights as below.
+        TornOutOfMemory: the optimizer's step does not fit, after some tensors may have taken it.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
             good step, and the message names the step and the samples.
         TornStepError: the same with ``step_in_backward`` and no clipping, where a gradient is found
@@ -97,7 +99,12 @@ def train(
             lm, batch, turn, settings, state, update, references, reference_cache
         )
         loss = sum(term.coefficient * values[term.name] for term in turn)
-        grad_norm = update.apply(loss)
+        try:
+            grad_norm = update.apply(loss)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TornOutOfMemory(_no_room_to_step(state.step + 1, error)) from error
         record = StepRecord(
             step=state.step + 1,
             steps=total,
@@ -176,6 +183,16 @@ def _linear_schedule(done: int, warmup: int, total: int) -> float:
     if done < warmup:
         return (done + 1) / warmup
     return max(0.0, (total - done) / max(1, total - warmup))
+
+
+def _no_room_to_step(step: int, error: BaseException) -> str:
+    reason = str(error).partition("\n")[0]
+    return (
+        f"step {step}: out of memory in the optimizer's step ({reason}), which smaller "
+        "micro-batches do not cure; add --optimizer adamw-8bit, --offload-optimizer, "
+        "--step-in-backward (with a smaller --batch-size where it is there), or train an adapter "
+        "with --lora-rank 16"
+    )
 
 
 def _non_finite_message(record: StepRecord, batch: Mapping[str, list[Sequence]], torn: int) -> str:

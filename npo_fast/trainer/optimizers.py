@@ -139,6 +139,23 @@ def keep_states_on_cpu(optimizer: torch.optim.Optimizer) -> None:
                 at_rest = at_rest.pin_memory()
             optimizer.state[parameter][name] = at_rest
 
+    read: list[dict[int, dict[str, Any]]] = []
+
+    def set_aside(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        """Else ``load_state_dict`` brings all states to the GPU at once."""
+        read.append(saved["state"])
+        return {**saved, "state": {}}
+
+    def put(optimizer: torch.optim.Optimizer) -> None:
+        parameters = parameters_of(optimizer)
+        for i, states in read.pop().items():
+            optimizer.state[parameters[i]] = {
+                name: state.to(parameters[i].device) if _visits_not(state) else state
+                for name, state in states.items()
+            }
+
+    optimizer.register_load_state_dict_pre_hook(set_aside)
+    optimizer.register_load_state_dict_post_hook(put)
     optimizer.register_step_pre_hook(fetch)
     optimizer.register_step_post_hook(park)
 
@@ -147,5 +164,10 @@ def _states_in_use(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Parameter
     for parameter in parameters_of(optimizer):
         if parameter.grad is not None:
             for name, state in list(optimizer.state.get(parameter, {}).items()):
-                if isinstance(state, Tensor) and state.numel() > 1:  # the step count stays
+                if isinstance(state, Tensor) and not _visits_not(state):
                     yield parameter, name, state
+
+
+def _visits_not(state: Any) -> bool:
+    """The step count stays where its weight is."""
+    return isinstance(state, Tensor) and state.numel() <= 1

@@ -7,13 +7,17 @@ head.safetensors             weight (V, D) and bias (V,)
 Written a shard at a time and read through a memory map, so that neither needs room for all of it.
 """
 
+import fcntl
 import hashlib
 import json
+import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -32,6 +36,7 @@ from npo_fast.trainer.run import data_fingerprint
 FORMAT = 1
 SHARD_BYTES = 256 << 20
 INDEX, HEAD = "reference.json", "head.safetensors"
+LOCK = "in-use"
 
 
 class ReferenceCache:
@@ -42,7 +47,7 @@ class ReferenceCache:
         folder: Path,
         facts: Mapping[str, Any],
         device: torch.device,
-        owned: TemporaryDirectory[str] | None = None,  # goes with this object
+        owned: "OwnFolder | None" = None,  # goes with this object
     ) -> None:
         self.owned = owned
         self.made_from: Mapping[str, Any] = facts["made_from"]
@@ -119,12 +124,50 @@ def reference_cache(
     """
     owned = None
     if folder is None:
-        owned = TemporaryDirectory(prefix="npo-fast-")
-        folder = Path(owned.name, "reference")
+        owned = OwnFolder()
+        folder = owned.path / "reference"
     made_from = fingerprint(lm, sources, positions)
-    if not folder.exists():
-        save_folder(folder, lambda where: _write(lm, sources, where, made_from, micro_batch_tokens))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent):  # another run may be making the same one
+        if not folder.exists():
+            save_folder(
+                folder, lambda where: _write(lm, sources, where, made_from, micro_batch_tokens)
+            )
     return ReferenceCache(folder, _checked_facts(folder, made_from), lm.device, owned)
+
+
+class OwnFolder:
+    """A temporary folder for as long as the object lives.
+
+    A process that is killed leaves its own behind, which may be large: the next one removes it. A
+    lock, which ends with its process, tells which are in use.
+    """
+
+    PREFIX = "npo-fast-reference-"
+
+    def __init__(self) -> None:
+        self._remove_abandoned()
+        self._folder = TemporaryDirectory(prefix=self.PREFIX)
+        self.path = Path(self._folder.name)
+        self._lock = (self.path / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def _remove_abandoned(self) -> None:
+        for lock in Path(gettempdir()).glob(f"{self.PREFIX}*/{LOCK}"):
+            with suppress(OSError), lock.open("a") as file:  # in use, or another user's
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time is inside for this folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def fingerprint(

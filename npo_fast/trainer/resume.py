@@ -23,7 +23,9 @@ class Unfinished:
     facts: dict[str, Any]  # its run.json
     weights: Path | None  # of its last complete checkpoint; None: it has to start anew
     state: TrainState = field(default_factory=TrainState)
-    references: dict[str, Any] | None = None  # log-probs of the model as it was
+    references: dict[str, Any] | None = (
+        None  # log-probs of the model as it was; None: lost, or none
+    )
     trained: bool = False  # the weights are the final ones
     damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
 
@@ -45,7 +47,7 @@ def unfinished_run(folder: Path) -> Unfinished | None:
     """The run in ``folder`` if it has not come to its end.
 
     Raises:
-        UserError: another process is at work on it.
+        UserError: another process is at work on it, or none of its checkpoints can be read.
     """
     facts = read_facts(folder)
     if facts.get("status") not in UNFINISHED:
@@ -61,12 +63,21 @@ def unfinished_run(folder: Path) -> Unfinished | None:
             state = TrainState.load(checkpoint)
             if step_of(folder, state.step) is None:
                 raise DamagedError(f"steps.jsonl has no line for step {state.step}")
-            if (folder / REFERENCES).exists():
-                references = load_tensors(folder / REFERENCES)
-            return Unfinished(folder, facts, checkpoint, state, references, damaged=tuple(damaged))
         except DamagedError as error:
             damaged.append(f"{checkpoint}: {error}")
-    return Unfinished(folder, facts, None, damaged=tuple(damaged))
+            continue
+        try:
+            references = load_tensors(folder / REFERENCES)
+        except DamagedError as error:
+            if (folder / REFERENCES).exists():
+                damaged.append(f"{folder / REFERENCES}: {error}")
+        return Unfinished(folder, facts, checkpoint, state, references, damaged=tuple(damaged))
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} can be read: {'; '.join(damaged)}. Mend or remove them, or "
+            "add --overwrite to begin anew"
+        )
+    return Unfinished(folder, facts, None)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -38,7 +38,7 @@ from npo_fast.model.save import recover, save_folder, sync
 from npo_fast.model.sharding import whole
 from npo_fast.ranks import leads, most
 from npo_fast.trainer.settings import StepRecord
-from npo_fast.trainer.state import TrainState
+from npo_fast.trainer.state import TrainState, save_tensors
 
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
@@ -83,8 +83,14 @@ class Run:
         beginning = {"status": "running", "started": _now(), "versions": versions()}
         run = cls(folder, {**beginning, **facts})
         if references:
-            torch.save(dict(references), folder / REFERENCES)
-            sync(folder / REFERENCES)
+            partial = folder / f"{REFERENCES}.partial"
+            try:
+                save_tensors(references, partial)
+                sync(partial)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise UserError(f"cannot save {folder / REFERENCES}: {error}") from error
+            partial.replace(folder / REFERENCES)
             sync(folder)
         return run
 
@@ -186,6 +192,7 @@ class Run:
         partial.write_text(json.dumps(self.facts, indent=2, default=str), encoding="utf-8")
         sync(partial)
         partial.replace(self.folder / RUN)
+        sync(self.folder)
 
 
 class Bystander(Run):

@@ -1,7 +1,7 @@
 """What a run needs beside its weights to go on as if it had never stopped."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ class TrainState:
             "parts": whole({name: part.state_dict() for name, part in self._parts.items()}),
             "random": random_state(self._device),
         }
-        return lambda folder: torch.save({**content, "bytes": _sizes(folder)}, folder / STATE)
+        return lambda folder: save_tensors({**content, "bytes": _sizes(folder)}, folder / STATE)
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
@@ -86,6 +86,16 @@ class TrainState:
         return state
 
 
+def save_tensors(content: Mapping[str, Any], file: Path) -> None:
+    """What ``load_tensors`` reads.
+
+    Raises:
+        OSError: the disk is full, for one; ``torch.save`` to a name says so in its own ways.
+    """
+    with file.open("wb") as stream:
+        torch.save(dict(content), stream)
+
+
 def load_tensors(file: Path) -> dict[str, Any]:
     """
     Raises:
@@ -97,7 +107,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
         )
     except FileNotFoundError:
         raise DamagedError(f"it has no {file.name}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise DamagedError(f"{file.name} cannot be read: {reason}") from error
     return content
