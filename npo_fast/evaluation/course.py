@@ -131,7 +131,7 @@ class Course:
         if measure is None or not self._keeps_utility():
             return False
         gain = MEASURES[measure] * value_of(self.last, measure)
-        if self.best and gain <= MEASURES[measure] * value_of(self.best, measure):
+        if self.best and not gain > MEASURES[measure] * value_of(self.best, measure):
             return False
         self.best = self.last
         return True
