@@ -146,11 +146,12 @@ class OwnFolder:
     PREFIX = "npo-fast-reference-"
 
     def __init__(self) -> None:
-        self._remove_abandoned()
-        self._folder = TemporaryDirectory(prefix=self.PREFIX)
-        self.path = Path(self._folder.name)
-        self._lock = (self.path / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with locked(Path(gettempdir())):  # a new folder without its lock is not an abandoned one
+            self._remove_abandoned()
+            self._folder = TemporaryDirectory(prefix=self.PREFIX)
+            self.path = Path(self._folder.name)
+            self._lock = (self.path / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def _remove_abandoned(self) -> None:
         for lock in Path(gettempdir()).glob(f"{self.PREFIX}*/{LOCK}"):
