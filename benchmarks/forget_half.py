@@ -187,9 +187,8 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
 
     def draw(numbers: dict[str, float], label: str, **style: Any) -> None:
         share = 100 * numbers["model utility"] / original["model utility"]
-        axes.scatter(
-            share, numbers["forget quality"], label=None if label in labelled else label, **style
-        )
+        shown = None if label in labelled or not label else label
+        axes.scatter(share, numbers["forget quality"], label=shown, **style)
         labelled.add(label)
 
     for own in seeds.values():
@@ -202,7 +201,8 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
                 in_table = rate == own["learning_rate"][method]
                 style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>"[i], "alpha": 0.8}
                 faces = f"C{i}" if in_table else "none"
-                draw(numbers, method, facecolors=faces, edgecolors=f"C{i}", **style)
+                label = method if in_table else ""  # hollow ones need none
+                draw(numbers, label, facecolors=faces, edgecolors=f"C{i}", **style)
     axes.axhline(MEANINGFUL, color="grey", linestyle="--", linewidth=1)
     axes.set(
         yscale="log", xlabel="model utility, % of the original's",
