@@ -22,6 +22,7 @@ from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.sharding import repeated_layers
 from npo_fast.ops.head import CHUNK_BYTES
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.reference_cache import ReferenceCache
@@ -320,7 +321,7 @@ def sharded(config: Any, planned: Planned, one: Footprint, ranks: int) -> Footpr
 
 def layer_bytes(model: Any) -> int:
     """The largest of the decoder's repeated layers."""
-    repeated = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    if not repeated:
+    layers = repeated_layers(model)
+    if not layers:
         raise UserError(f"{type(model).__name__} has no list of layers to gather one at a time")
-    return max(sum(p.nbytes for p in layer.parameters()) for m in repeated for layer in m)
+    return max(sum(p.nbytes for p in layer.parameters()) for layer in layers)

@@ -57,7 +57,7 @@ def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
     lm.model.set_input_embeddings(own)
     # sums, not means: each rank's loss is its part of the whole step's
     arguments: dict[str, Any] = {"mesh": mesh, "ignored_params": set(_ignored(own, head))}
-    for module in (*_layers(lm.decoder), lm.decoder):
+    for module in (*repeated_layers(lm.decoder), lm.decoder):
         fully_shard(module, mp_policy=_policy(module), reshard_after_forward=True, **arguments)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -128,10 +128,10 @@ def _policy(module: nn.Module) -> Any:
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
 
 
-def _layers(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's repeated layers: the longest list of modules in it."""
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len, default=()))
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers: the list of modules with most of the weights (experts are in one)."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
 
 
 def _check_packs(lm: CausalLM) -> None:
