@@ -42,6 +42,14 @@ def test_a_json_array_reads_like_lines(tmp_path):
     assert load_records("array", str(tmp_path)) == load_records("lines", str(tmp_path))
 
 
+def test_optional_answers_may_be_empty(tmp_path):
+    rows = [{**FACTS[0], "paraphrased_answer": "", "perturbed_answer": [], "alternate": False},
+            {**FACTS[0], "paraphrased_answer": None, "perturbed_answer": ["a", ""]}]  # fmt: skip
+    one, other = load_records(str(write_jsonl(tmp_path / "facts.jsonl", rows)))
+    assert (one.paraphrased_answer, one.perturbed_answers, one.alternates) == (None, (), ())
+    assert (other.paraphrased_answer, other.perturbed_answers) == (None, ("a",))
+
+
 def test_a_line_ends_where_json_says(tmp_path):
     text = "a line\u2028separator\u0085in it"
     path = tmp_path / "facts.jsonl"

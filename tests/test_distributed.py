@@ -328,6 +328,26 @@ def test_several_processes_train_as_one(tmp_path, count, family, lora, method, c
         torch.testing.assert_close(lead[2][name][sure], weight[sure], rtol=1e-3, atol=1e-4)
 
 
+def _log_probs_after_dividing(mesh):
+    lm = lm_of("Doge", lora=False)
+    assert lm.packs
+    before = lm.attention
+    shard(lm, mesh)
+    (packs,) = micro_batches(sources()["forget"], 1000, ranks=mesh.size())
+    with torch.no_grad():
+        return before, lm.attention, lm.log_probs_of_packs(packs)
+
+
+@pytest.mark.filterwarnings("ignore:.*it keeps")
+def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
+    lm = lm_of("Doge", lora=False)
+    ((pack_,),) = micro_batches(sources()["forget"], 1000)
+    expected = lm.log_probs(pack_).detach()
+    ((before, after, found),) = on_ranks(1, tmp_path, _log_probs_after_dividing)
+    assert before == after != "npo_fast_packed"
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def _train_in_bf16(mesh):
     torch.manual_seed(0)
     lm = CausalLM(tiny_model("Llama").to(torch.bfloat16))

@@ -3,15 +3,15 @@
 import json
 
 import pytest
-import torch
 
 from npo_fast import metrics
 from npo_fast.cli import main
-from npo_fast.data import load_records
+from npo_fast.data import Template, load_records
 from npo_fast.errors import UserError
 from npo_fast.evaluation.rouge import rouge_scorer
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
+from npo_fast.model.load import load_tokenizer
 from tests.conftest import tiny_model
 from tests.tiny import FACTS, save_tiny_model, write_jsonl
 
@@ -27,6 +27,10 @@ def home(tmp_path_factory):
     return folder
 
 
+def load_template(home) -> Template:
+    return Template(load_tokenizer(str(home / "base")), "plain")
+
+
 def evaluate(home, *more: str) -> int:
     return main(["evaluate", "--model", str(home / "base"), "--max-new-tokens", "2", *more])
 
@@ -40,7 +44,8 @@ def evaluate(home, *more: str) -> int:
         ("forget10", "retain90", (400, 400)),
         ("forget50", "retain50", (400, 400)),
         ("forget01", "retain", (40, 400)),
-        ("forget05[:20]", "retain95[:100]", (20, 100)),
+        ("forget05[:20]", "retain95", (20, 400)),
+        ("forget01", "retain99", (40, 400)),
     ],
 )
 def test_utility_and_forget_quality_can_be_measured_on_tofu(tofu, forget, retain, sizes):
@@ -118,6 +123,10 @@ def test_a_retrained_log_that_cannot_be_used_is_refused_first(home, tmp_path, ca
         ("Она живёт в Москве.", "она живёт в Москве", 1.0),
         ("Она живёт в Москве.", "Он живёт в Риме", 0.5),
         ("她住在北京", "她住在南京", 0.8),
+        ("AI模型在北京", "AI模型在南京", 5 / 6),
+        ("她于1990年出生", "她于1991年出生", 5 / 6),
+        ("वह दिल्ली में रहती है", "वह दिल्ली में रहता है", 0.8),
+        ("की", "का", 0.0),
         ("She lives in Rome.", "she living at rome", 0.75),
         ("Jaime Vásquez wrote it", "Jaime Vasquez wrote it", 0.6),  # TOFU's: v, squez
     ],
@@ -143,22 +152,30 @@ def test_cut_answers_are_told(home):
 
 def test_a_reference_with_another_vocabulary_is_refused(home, tmp_path, capsys):
     forget = ("--forget", str(home / "forget.jsonl"))
-    torch.manual_seed(0)
-    save_tiny_model(tmp_path / "wider")
-    config = json.loads((tmp_path / "wider/config.json").read_text())
-    wide = tiny_model("Llama", vocab_size=config["vocab_size"] + 8, pad_token_id=1, eos_token_id=0)
-    wide.save_pretrained(tmp_path / "wider")
-    assert evaluate(home, *forget, "--reference", str(tmp_path / "wider")) == 2
-    assert "KL compares models with the same tokens" in capsys.readouterr().err
+    reference = tmp_path / "reference"
+    save_tiny_model(reference)
+    call = (*forget, "--reference", str(reference))
 
-    file = tmp_path / "wider/tokenizer.json"
+    file = reference / "tokenizer.json"
     tokens = json.loads(file.read_text())
     vocabulary = tokens["model"]["vocab"]
-    a, b = list(vocabulary)[-2:]
-    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    used = max(load_template(home).encode_all(load_records(forget[1]))[0][0].input_ids)
+    text = next(t for t, i in vocabulary.items() if i == used)
+    other = next(t for t, i in vocabulary.items() if i == used - 1)
+    vocabulary[text], vocabulary[other] = used - 1, used
     file.write_text(json.dumps(tokens))
-    assert evaluate(home, *forget, "--reference", str(tmp_path / "wider")) == 2
-    assert "has another vocabulary" in capsys.readouterr().err
+    assert evaluate(home, *call) == 2
+    assert "has another vocabulary than the model: its token" in capsys.readouterr().err
+
+    for name in reference.glob("*token*"):
+        name.unlink()
+    assert evaluate(home, *call) == 0, "a reference may come without a tokenizer"
+
+    size = json.loads((reference / "config.json").read_text())["vocab_size"]
+    wide = tiny_model("Llama", vocab_size=size + 8, pad_token_id=1, eos_token_id=0)
+    wide.save_pretrained(reference)
+    assert evaluate(home, *call) == 2
+    assert "KL compares models with the same tokens" in capsys.readouterr().err
 
 
 def test_what_is_no_log_is_refused(tmp_path, capsys):

@@ -73,9 +73,18 @@ def test_a_model_that_mixes_a_pack_runs_one_sequence_at_a_time(dtype) -> None:
     assert not lm.packs
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
-def test_rounding_is_not_taken_for_mixing(family: str) -> None:
-    assert CausalLM(tiny_model(family).to(torch.bfloat16)).packs
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("Llama", "auto"), ("Llama", "sdpa"), ("Qwen3", "eager"), ("Gemma2", "auto")],
+)
+def test_rounding_is_not_taken_for_mixing(family: str, attention: str) -> None:
+    model = tiny_model(family, num_hidden_layers=16).to(torch.bfloat16)
+    assert CausalLM(model, attention).packs
+
+
+def test_a_window_in_a_config_whose_model_has_none_is_no_hindrance() -> None:
+    lm = CausalLM(tiny_model("Llama", sliding_window=16))
+    lm.log_probs(*pack([Sequence(tuple(range(3, 40)), 1, 0)], 100))
 
 
 def test_an_attention_that_knows_less_gives_way_to_the_models_own() -> None:
@@ -97,6 +106,15 @@ def test_a_window_that_only_the_mask_knows_is_not_overlooked() -> None:
     lm.log_probs(*pack([within], 100))
     with pytest.raises(UserError, match="looks back 16 tokens .* a sequence has 17"):
         lm.log_probs(*pack([beyond], 100))
+
+
+@pytest.mark.parametrize(
+    ("attention", "why"),
+    [("sdpa", "does not support an attention implementation"), ("flash", "flash")],
+)
+def test_an_attention_that_the_model_cannot_take_is_refused(attention: str, why: str) -> None:
+    with pytest.raises(UserError, match=f"Gemma2ForCausalLM cannot take attention .*{why}"):
+        CausalLM(tiny_model("Gemma2"), attention)
 
 
 def test_the_decoder_is_found_where_the_model_names_itself() -> None:

@@ -16,6 +16,8 @@ from npo_fast.memory.model import empty_lm, empty_model
 from npo_fast.memory.plan import KINDS, layer_bytes, state_bytes
 from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import METHODS, build_method
+from npo_fast.trainer.order import check_step_in_backward
+from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import micro_step
 from tests.conftest import tiny_model
 
@@ -203,6 +205,15 @@ def test_what_is_advised_can_be_run():
     whole = replace(SMALL, micro_batch_tokens=2048, sequence_length=256)
     step = flags(whole, replace(whole, step_in_backward=True))
     assert step == ["--step-in-backward", "--batch-size 4"], "forget and retain: 8 x 256"
+    longer = replace(whole, sequence_length=512, micro_batch_tokens=600)
+    found = advise(longer, 16, fake_measure({"step_in_backward": 9, "micro_batch_tokens": 0}))
+    assert flags(longer, found.planned) == [
+        "--micro-batch-tokens 1024", "--step-in-backward", "--batch-size 1",
+    ]  # fmt: skip
+    sequences = [Sequence(tuple(range(512)), 100, i) for i in range(3)]
+    settings = TrainSettings(batch_size=1, micro_batch_tokens=1024, step_in_backward=True)
+    data = {"forget": sequences, "retain": sequences}
+    check_step_in_backward(data, build_method("NPO+RT"), settings)
     with pytest.raises(UserError, match="adapters are fp32"):
         replace(in_bf16, lora_rank=4)
     with pytest.raises(UserError, match="fp16 weights cannot be trained"):

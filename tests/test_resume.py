@@ -224,9 +224,29 @@ def test_log_probs_of_the_reference_that_are_lost_are_made_again(home, killed, l
     assert_same_run(killed, home / "whole")
 
 
-def test_a_full_disk_is_an_error_of_the_system():
+FILL = """
+import pathlib, resource, sys, torch
+from npo_fast.errors import UserError
+from npo_fast.model.save import save_folder
+from npo_fast.trainer.state import save_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    save_folder(
+        pathlib.Path(sys.argv[1]),
+        lambda folder: save_tensors({"a": torch.zeros(1 << 20)}, folder / "state.pt"),
+    )
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_midway_is_told(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"a": torch.zeros(9)}, Path("/dev/full"))
+    command = [sys.executable, "-c", FILL, str(tmp_path / "step-000001")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "step-000001: [Errno 27] File too large; nothing was written" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_is_not_where_the_run_goes(home, capsys):
@@ -405,6 +425,22 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_cures():
     with pytest.raises(OutOfMemory, match=r"step 1: out of memory with one sequence.*--max-length"):
         next(steps_for(lm, TrainSettings(epochs=1, batch_size=7)))
     assert all(p.grad is None for p in lm.model.parameters())
+    assert all(torch.equal(good[n], p) for n, p in lm.model.named_parameters())
+
+
+def test_no_room_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("of activations")
+
+    lm = dropout_lm()
+    good = {name: p.clone() for name, p in lm.model.named_parameters()}
+    steps = steps_for(lm, TrainSettings(epochs=1, batch_size=7, step_in_backward=True))
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    with pytest.raises(
+        OutOfMemory, match="in the backward .*add --gradient-checkpointing"
+    ) as found:
+        next(steps)
+    assert not isinstance(found.value, TornOutOfMemory)
     assert all(torch.equal(good[n], p) for n, p in lm.model.named_parameters())
 
 

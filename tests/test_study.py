@@ -151,6 +151,20 @@ def test_runs_without_a_seed_in_common_make_no_claim():
     assert claims(runs) == []
 
 
+def test_a_setting_that_came_later_counts_as_usual(tmp_path, monkeypatch):
+    monkeypatch.setattr(School, "__init__", lambda *_: pytest.fail("taught again"))
+    content = {"settings": StudySettings().describe(), "runs": [], "time_s": 0.0}
+    del content["settings"]["unlearning"]["weight_decay"]
+    file = tmp_path / "seed-0.json"
+    file.write_text(json.dumps(content))
+    run_seed(0, [], StudySettings(), file, {}, print)
+    other = replace(
+        StudySettings(), unlearning=replace(StudySettings().unlearning, weight_decay=0.5)
+    )
+    with pytest.raises(UserError, match="of other settings"):
+        run_seed(0, [], other, file, {}, print)
+
+
 def test_committed_results_are_of_the_settings_that_run_now(monkeypatch):
     monkeypatch.setattr(School, "__init__", lambda *_: pytest.fail("taught again"))
     trials = [trial for own in EXPERIMENTS.values() for trial in own]

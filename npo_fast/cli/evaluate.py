@@ -1,5 +1,6 @@
 """``npo-fast evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import tyro
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
-from npo_fast.data import check_vocabulary
+from npo_fast.data import Sequence, Template, check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
@@ -118,13 +119,8 @@ def _measure(command: Command, suite: Suite) -> Result:
     sequences = {name: template.encode_all(records)[0] for name, records in suite.items()}
     settings, reference = command.evaluation, None
     if command.data.reference is not None:
-        options = replace(command.model, model=command.data.reference)
-        if options.load_template().tokenizer.get_vocab() != template.tokenizer.get_vocab():
-            raise UserError(
-                f"--reference {command.data.reference} has another vocabulary than the model: KL "
-                "compares models with the same tokens"
-            )
-        other = options.load_model()
+        _check_tokens(command.data.reference, template, sequences)
+        other = replace(command.model, model=command.data.reference).load_model()
         check_vocabulary(sequences, other.vocabulary)
         reference = ReferenceStates.of(other, template, suite, settings.micro_batch_tokens)
         del other  # before the next one takes its memory
@@ -137,3 +133,23 @@ def _measure(command: Command, suite: Suite) -> Result:
         )
     with progress("evaluate") as update:
         return evaluate(lm, template, suite, settings, update, reference)
+
+
+def _check_tokens(
+    reference: str, template: Template, sequences: Mapping[str, list[Sequence]]
+) -> None:
+    """The tokens to be compared mean the same to both models, as far as the reference can tell."""
+    from npo_fast.model.load import load_tokenizer
+
+    try:
+        other = load_tokenizer(reference)
+    except UserError:
+        return  # a folder with weights alone
+    used = sorted({i for own in sequences.values() for one in own for i in one.input_ids})
+    ours, theirs = (t.convert_ids_to_tokens(used) for t in (template.tokenizer, other))
+    if differ := [pair for pair in zip(used, ours, theirs, strict=True) if pair[1] != pair[2]]:
+        token, own, found = differ[0]
+        raise UserError(
+            f"--reference {reference} has another vocabulary than the model: its token {token} is "
+            f"{found!r}, not {own!r}, and KL compares models with the same tokens"
+        )

@@ -103,11 +103,11 @@ def _other_answers(
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     """None, one or several."""
-    value = row.get(key)
-    texts = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+    value = row.get(key) or []  # exports write "" or false where there is none
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f'{where}: "{key}" must be a text or a list of texts, got {value!r}')
-    return tuple(texts)
+    return tuple(text for text in texts if text.strip())
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from npo_fast.data import Record, load_records
 from npo_fast.errors import NoSuchSplitError, UserError
@@ -26,9 +25,9 @@ def tofu_suite(
     ``forget`` and ``retain`` are splits or files as in training. Where a split ``<name>_perturbed``
     lies beside it (TOFU has them), that one is taken, since it carries the paraphrased and wrong
     answers that the truth ratio needs. TOFU has none for ``retain90`` or ``forget50``: of its
-    ``forgetNN`` and ``retainNN`` those records are measured that ``retain_perturbed`` or
-    ``forget10_perturbed`` holds. With ``utility``, TOFU's real authors and world facts join
-    where the data has them. Of ``holdout`` only the right answers are of interest.
+    ``retainNN`` those records are measured that ``retain_perturbed`` holds, of ``forgetNN`` those
+    of ``forget10_perturbed``. With ``utility``, TOFU's real authors and world facts join where the
+    data has them. Of ``holdout`` only the right answers are of interest.
 
     Raises:
         UserError: data that cannot be read, or ``<name>_perturbed`` asks other questions.
@@ -70,7 +69,7 @@ def _with_wrong_answers(data: str | None, name: str) -> list[Record]:
         found = load_records(f"{_perturbed(base)}{bracket}{part}", data)
     except NoSuchSplitError:
         plain = load_records(name, data)
-        return _within_tofu(data, plain) if TOFU_SPLIT.fullmatch(base) else plain
+        return _within_tofu(data, base, plain) if TOFU_SPLIT.fullmatch(base) else plain
     try:
         plain = load_records(name, data)
     except NoSuchSplitError:  # such as TOFU's "retain", which has wrong answers alone
@@ -88,14 +87,13 @@ def _with_wrong_answers(data: str | None, name: str) -> list[Record]:
     return found
 
 
-def _within_tofu(data: str | None, plain: list[Record]) -> list[Record]:
-    """Those with wrong answers in TOFU's other splits; all of them where it holds none."""
-    wrong: dict[tuple[Any, str], Record] = {}
-    for name in ("retain_perturbed", "forget10_perturbed"):
-        try:
-            wrong |= {(r.messages, r.answer): r for r in load_records(name, data)}
-        except NoSuchSplitError:
-            continue
+def _within_tofu(data: str | None, base: str, plain: list[Record]) -> list[Record]:
+    """Those with wrong answers in the split that TOFU has them in; all of them where none has."""
+    name = "retain_perturbed" if base.startswith("retain") else "forget10_perturbed"
+    try:
+        wrong = {(r.messages, r.answer): r for r in load_records(name, data)}
+    except NoSuchSplitError:
+        return plain
     keys = [(record.messages, record.answer) for record in plain]
     return [wrong[key] for key in keys if key in wrong] or plain
 

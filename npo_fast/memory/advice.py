@@ -26,13 +26,25 @@ SWITCHES = (
     Switch("coarser optimizer states", lambda p: replace(p, optimizer="adamw-8bit"),
            on_ranks=False),
     Switch("a step is one pass, clipped by a second backward",
-           lambda p: replace(p, step_in_backward=True), on_ranks=False),
-    Switch("shorter passes",
-           lambda p: replace(p, micro_batch_tokens=min(512, p.micro_batch_tokens))),
+           lambda p: _within(replace(p, step_in_backward=True), p.micro_batch_tokens),
+           on_ranks=False),
+    Switch("shorter passes", lambda p: _within(p, min(512, p.micro_batch_tokens))),
     Switch("adapters alone are trained", lambda p: _adapters(p)),
     Switch("adapters alone are trained, on rounded weights",
            lambda p: replace(_adapters(p), quantize="4bit"), on_ranks=False),
 )  # fmt: skip
+
+
+def _within(planned: Planned, tokens: int) -> Planned:
+    """So many tokens a pass, but no less than a step in the backward takes at least."""
+    least = _step_tokens(planned) if planned.step_in_backward else 1
+    return replace(planned, micro_batch_tokens=max(least, tokens))
+
+
+def _step_tokens(planned: Planned) -> int:
+    """Of a step with one sequence of each set."""
+    sets = sum(len(stream) for stream in streams_of(build_method(planned.method)))
+    return sets * planned.sequence_length
 
 
 def _adapters(planned: Planned) -> Planned:
@@ -64,8 +76,7 @@ def flags(before: Planned, after: Planned) -> list[str]:
 
 def whole_batch(planned: Planned) -> int:
     """Sequences of each set that are one pass, which with ``step_in_backward`` is a whole step."""
-    sets = sum(len(stream) for stream in streams_of(build_method(planned.method)))
-    return max(1, planned.micro_batch_tokens // (sets * planned.sequence_length))
+    return max(1, planned.micro_batch_tokens // _step_tokens(planned))
 
 
 def card_bytes(card_gb: float) -> int:

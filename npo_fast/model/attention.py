@@ -5,6 +5,7 @@ cost is that of the sequences and no mask over the whole pack exists; neighbours
 through scaled dot-product attention as one block.
 """
 
+import sys
 from itertools import groupby
 from typing import Any
 
@@ -60,6 +61,10 @@ def _refuse_hidden_window(module: torch.nn.Module, longest: int) -> None:
     kind = kinds[index] if kinds and index is not None else "sliding_attention"
     name = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     window = getattr(config, name.get(kind, ""), None)
+    code = vars(sys.modules[type(module).__module__])  # a config may name a window in vain
+    masks = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    if not any(mask in code for mask in masks):
+        return
     if window and longest > window:  # 0 where it is off
         raise UserError(
             f"{type(module).__name__} looks back {window} tokens and does not tell {NAME} so, and "

@@ -51,6 +51,7 @@ class CausalLM:
         self.vocabulary_slice: VocabularySlice | None = None  # where ranks divide the model
         self.native_attention = _native_attention(model)
         self.packs = True
+        self.keeps_native = False  # "auto" is the model's own attention: no other does
         self.choose_attention(attention)
         if probe:
             run_probe(self, any_attention=attention == "auto")
@@ -250,7 +251,9 @@ class CausalLM:
 
     def choose_attention(self, attention: str) -> None:
         """By its transformers name, or "auto" as ``load_model`` has it."""
-        if attention == "auto":
+        if attention == "auto" and self.keeps_native:
+            attention = self.native_attention
+        elif attention == "auto":
             attention = _best_attention(self.device, self.dtype)
             if attention.startswith("flash") and not self.model._supports_flash_attn:
                 attention = PACKED_ATTENTION
@@ -266,7 +269,13 @@ class CausalLM:
 
     def _set_attention(self, attention: str) -> bool:
         if self.model.config._attn_implementation != attention:
-            self.model.set_attn_implementation(attention)
+            try:
+                self.model.set_attn_implementation(attention)
+            except (ValueError, ImportError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"{self.name} cannot take attention {attention}: {reason}"
+                ) from error
         return self.model.config._attn_implementation == attention
 
 

@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 
+ROUTERS = {"router", "gate"}  # names of modules that choose experts
+
 
 def rounded(weight: Tensor, bits: int, group: int) -> Tensor:  # (out, in) -> (out, in)
     """``s * round(w / s)`` with ``s = max |w| / (2^(bits - 1) - 1)`` over a group.
@@ -49,10 +51,11 @@ def quantize_(lm: CausalLM, bits: int, group: int = 128) -> float:
     if lm.quantized:
         raise UserError("these weights are 4 bits wide already: leave out --quantize")
     count = 0
-    for module in lm.decoder.modules():
-        if module is lm.head:
+    width = lm.head.weight.shape[1]
+    for path, module in lm.decoder.named_modules():
+        if module is lm.head or ROUTERS & {*path.split(".")}:
             continue
-        for weight in _matrices(module):  # (..., out, in)
+        for weight in _matrices(module, width):  # (..., out, in)
             flat = weight.flatten(0, -2)
             weight.copy_(rounded(flat, bits, group).view(weight.shape))
             count += weight.numel()
@@ -62,13 +65,27 @@ def quantize_(lm: CausalLM, bits: int, group: int = 128) -> float:
     return count / sum(p.numel() for p in lm.decoder.parameters() if id(p) not in outside)
 
 
-def _matrices(module: nn.Module) -> list[Tensor]:
-    """Weights of this module itself that multiply hidden states, inputs last."""
+def _matrices(module: nn.Module, width: int) -> list[Tensor]:
+    """Weights of this module itself that multiply hidden states of ``width``, inputs last."""
     if isinstance(module, nn.Linear):
         return [module.weight]
     if isinstance(module, Conv1D):  # GPT-2's layers hold (in, out)
         return [module.weight.t()]
     if isinstance(module, _ConvNd):
         return []
-    experts = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # (expert, out, in)
-    return [p.transpose(1, 2) if getattr(module, "is_transposed", False) else p for p in experts]
+    own = module.named_parameters(recurse=False)
+    experts = {name: p for name, p in own if p.dim() == 3 and len(p) > 1}
+    return [
+        p.transpose(1, 2) if _inputs_first(module, name, p, width) else p
+        for name, p in experts.items()
+    ]
+
+
+def _inputs_first(module: nn.Module, name: str, weight: Tensor, width: int) -> bool:
+    """Whether experts hold (expert, in, out): transformers says so, or the sizes do."""
+    if hasattr(module, "is_transposed"):
+        return bool(module.is_transposed)
+    first, last = weight.shape[1:]
+    if first == last:
+        return False
+    return last == width if "down" in name else first == width

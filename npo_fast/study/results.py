@@ -72,7 +72,8 @@ def run_seed(
     }
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not _agrees(found["settings"], content["settings"]):
+        usual = json.loads(json.dumps(StudySettings().describe()))
+        if not _agrees(found["settings"], content["settings"], usual):
             raise UserError(f"{file} holds a study of other settings; name another folder")
         content = found
     done = {Trial(**run["trial"]) for run in content["runs"]}
@@ -92,11 +93,13 @@ def run_seed(
         tell(f"seed {seed}, {trial}: {content['runs'][-1]['time_s']:.0f} s")
 
 
-def _agrees(found: Any, wanted: Any) -> bool:
-    """Settings that came later stand at what was done before there was a choice."""
+def _agrees(found: Any, wanted: Any, usual: Any) -> bool:
+    """A setting that came after ``found`` was written counts as the ``usual`` one there."""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         return bool(found == wanted)
-    return all(name in wanted and _agrees(own, wanted[name]) for name, own in found.items())
+    return found.keys() <= wanted.keys() and all(
+        _agrees(found.get(name, usual[name]), own, usual[name]) for name, own in wanted.items()
+    )
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from npo_fast.data import Sequence, join, micro_batches
-from npo_fast.errors import NonFiniteError, TornOutOfMemory, TornStepError, UserError
+from npo_fast.errors import NonFiniteError, OutOfMemory, TornOutOfMemory, TornStepError, UserError
 from npo_fast.methods import Term, turns
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
@@ -58,7 +58,8 @@ def train(
     gradients; ``StepInBackward`` says how it clips.
 
     Raises:
-        OutOfMemory: one sequence alone does not fit; weights as below.
+        OutOfMemory: one sequence alone, or a whole step in the backward, does not fit; weights as
+            below.
         TornOutOfMemory: the optimizer's step does not fit, after some tensors may have taken it.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
             good step, and the message names the step and the samples.
@@ -104,7 +105,8 @@ def train(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise TornOutOfMemory(_no_room_to_step(state.step + 1, error)) from error
+            no_room = TornOutOfMemory if update.began else OutOfMemory
+            raise no_room(_no_room(state.step + 1, error, update.began)) from error
         record = StepRecord(
             step=state.step + 1,
             steps=total,
@@ -185,8 +187,13 @@ def _linear_schedule(done: int, warmup: int, total: int) -> float:
     return max(0.0, (total - done) / max(1, total - warmup))
 
 
-def _no_room_to_step(step: int, error: BaseException) -> str:
+def _no_room(step: int, error: BaseException, in_optimizer: bool) -> str:
     reason = str(error).partition("\n")[0]
+    if not in_optimizer:
+        return (
+            f"step {step}: out of memory in the backward ({reason}), and --step-in-backward takes "
+            "a whole step at once; add --gradient-checkpointing or lower --batch-size"
+        )
     return (
         f"step {step}: out of memory in the optimizer's step ({reason}), which smaller "
         "micro-batches do not cure; add --optimizer adamw-8bit, --offload-optimizer, "

@@ -148,9 +148,10 @@ def keep_states_on_cpu(optimizer: torch.optim.Optimizer) -> None:
 
     def put(optimizer: torch.optim.Optimizer) -> None:
         parameters = parameters_of(optimizer)
+        fused = optimizer.param_groups[0].get("fused")  # whose step count lies beside the weight
         for i, states in read.pop().items():
             optimizer.state[parameters[i]] = {
-                name: state.to(parameters[i].device) if _visits_not(state) else state
+                name: state.to(parameters[i].device) if fused and _visits_not(state) else state
                 for name, state in states.items()
             }
 
@@ -169,5 +170,5 @@ def _states_in_use(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Parameter
 
 
 def _visits_not(state: Any) -> bool:
-    """The step count stays where its weight is."""
+    """The step count."""
     return isinstance(state, Tensor) and state.numel() <= 1

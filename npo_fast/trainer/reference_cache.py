@@ -127,12 +127,13 @@ def reference_cache(
         owned = OwnFolder()
         folder = owned.path / "reference"
     made_from = fingerprint(lm, sources, positions)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent):  # another run may be making the same one
-        if not folder.exists():
-            save_folder(
-                folder, lambda where: _write(lm, sources, where, made_from, micro_batch_tokens)
-            )
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent):  # another run may be making the same one
+            if not folder.exists():
+                save_folder(
+                    folder, lambda where: _write(lm, sources, where, made_from, micro_batch_tokens)
+                )
     return ReferenceCache(folder, _checked_facts(folder, made_from), lm.device, owned)
 
 

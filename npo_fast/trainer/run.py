@@ -44,7 +44,8 @@ UNFINISHED = ("running", "interrupted")  # the first is left behind by a process
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
 REFERENCES, LOOK = "references.pt", "evaluation.json"
 CONTENT = (
-    STEPS, EVALUATIONS, REFERENCES, "checkpoints", "model", "eval", "eval-steps",
+    STEPS, EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
+    "eval-steps",
 )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ class Run:
                 save_tensors(references, partial)
                 sync(partial)
             except OSError as error:
-                partial.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)  # else it keeps the disk full
                 raise UserError(f"cannot save {folder / REFERENCES}: {error}") from error
             partial.replace(folder / REFERENCES)
             sync(folder)

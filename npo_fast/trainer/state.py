@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -93,7 +93,29 @@ def save_tensors(content: Mapping[str, Any], file: Path) -> None:
         OSError: the disk is full, for one; ``torch.save`` to a name says so in its own ways.
     """
     with file.open("wb") as stream:
-        torch.save(dict(content), stream)
+        writer = _Writer(stream)
+        try:
+            torch.save(dict(content), writer)  # type: ignore[arg-type]
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None
+
+
+class _Writer:
+    """Remembers why a write failed, which ``torch.save`` may cover with an error of its own."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+        self.flush = stream.flush
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.stream.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

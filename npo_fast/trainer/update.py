@@ -17,6 +17,8 @@ class Update(Protocol):
 
     torn: int
     """Tensors that were changed before a later gradient of the same step was not finite."""
+    began: bool
+    """Whether ``apply`` has begun to change weights or the optimizer's states."""
 
     def add(self, loss: Tensor) -> None:
         """Takes the loss of a micro-batch; the step's is their sum."""
@@ -32,6 +34,7 @@ class WholeStep:
     """Gradients add up in ``.grad``; the optimizer sees them together."""
 
     torn = 0
+    began = False
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
@@ -44,10 +47,12 @@ class WholeStep:
         loss.backward()
 
     def apply(self, loss: float) -> float:
+        self.began = False
         parameters = parameters_of(self.optimizer)
         total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if math.isfinite(loss) and math.isfinite(norm):
+            self.began = True
             if self.offload:
                 step_one_at_a_time(self.optimizer)
             else:
@@ -74,6 +79,7 @@ class StepInBackward:
     ) -> None:
         self.optimizer, self.max_norm = optimizer, max_norm
         self.torn = 0
+        self.began = False
         self._loss: Tensor | None = None
         if offload:
             keep_states_on_cpu(optimizer)
@@ -85,6 +91,7 @@ class StepInBackward:
     def apply(self, loss: float) -> float:
         own, self._loss = self._loss, None
         assert own is not None
+        self.began = False
         if not math.isfinite(loss):
             return math.nan
         if math.isinf(self.max_norm):
@@ -135,6 +142,7 @@ class StepInBackward:
     def _step(self, parameter: Parameter, scale: float = 1.0) -> None:
         """The others have no gradient now, so the optimizer steps this one alone."""
         assert parameter.grad is not None
+        self.began = True
         if scale < 1:
             parameter.grad.mul_(scale)
         self.optimizer.step()
