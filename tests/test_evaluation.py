@@ -66,6 +66,12 @@ def test_wrong_answers_lie_beside_or_are_not_there(tmp_path):
     assert [len(record.perturbed_answers) for record in found] == [2, 2, 2]
 
 
+def test_a_record_without_wrong_answers_is_told(tmp_path):
+    write_jsonl(tmp_path / "f.jsonl", [*WRONG[:3], FACTS[3]])
+    with pytest.warns(UserWarning, match="1 of 4 records have no wrong answers"):
+        tofu_suite(str(tmp_path), "f", None)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,6 +1,7 @@
 """Which records make up an evaluation: TOFU's four data sets, or what the user has of them."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +46,25 @@ def tofu_suite(
         suite[FORGET] = _with_wrong_answers(data, forget)
     if holdout is not None:
         suite[HOLDOUT] = [Record(r.messages, r.answer) for r in load_records(holdout, data)]
+    for name, records in suite.items():
+        _check_even(name, records)
     return suite
+
+
+def _check_even(name: str, records: list[Record]) -> None:
+    numbers = sorted({len(record.perturbed_answers) for record in records})
+    if len(numbers) > 1 and numbers[0] == 0:
+        without = sum(not record.perturbed_answers for record in records)
+        warnings.warn(
+            f"{name}: {without} of {len(records)} records have no wrong answers, so there is no "
+            "truth ratio",
+            stacklevel=3,
+        )
+    elif len(numbers) > 1:
+        raise UserError(
+            f"{name}: every record needs as many wrong answers as the others, found from "
+            f"{numbers[0]} to {numbers[-1]}"
+        )
 
 
 def check_forget_quality(suite: Suite) -> None:
@@ -78,11 +97,6 @@ def _with_wrong_answers(data: str | None, name: str) -> list[Record]:
         raise UserError(
             f"{_perturbed(base)} asks other questions than {name}, or in another order: give each "
             "record the wrong answers to its own question, or rename it"
-        )
-    if len(numbers := sorted({len(r.perturbed_answers) for r in found})) > 1:
-        raise UserError(
-            f"{_perturbed(base)}: every record needs as many wrong answers as the others, found "
-            f"from {numbers[0]} to {numbers[-1]}"
         )
     return found
 
