@@ -9,7 +9,9 @@ from torch import Tensor
 
 from npo_fast import linear_kl
 from npo_fast.kernels import reference
+from tests.accuracy import assert_as_exact, free_error
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs
 OP = torch.ops.npo_fast.row_kl_
 HALF = (torch.bfloat16, torch.float16)
 SETTINGS = [
@@ -20,13 +22,23 @@ SETTINGS = [
 ]
 
 
-def triton_op(*arguments):
+def triton_op(logits, ref_logits, *setting):
+    """On the GPU where there is one, else in the interpreter; the logits come back where they were.
+
+    Several slices of the vocabulary, and several blocks of rows.
+    """
     pytest.importorskip("triton")
     from npo_fast.kernels.triton.config import RowConfig
     from npo_fast.kernels.triton.row_kl import row_kl
 
-    config = RowConfig(block=256, on_chip_columns=0, columns_per_warp=64, max_warps=4)
-    return row_kl(*arguments, config=config)
+    config = RowConfig(
+        block_rows=4, block_columns=512, kl_block_columns=256, num_warps=4, programs=4
+    )
+    there, ref_there = logits.to(DEVICE), ref_logits.to(DEVICE)
+    kl = row_kl(there, ref_there, *setting, config=config)
+    logits.copy_(there)
+    ref_logits.copy_(ref_there)
+    return kl.to(logits.device)
 
 
 KERNELS = {"torch": reference.row_kl_, "operator": OP, "triton": triton_op}
@@ -55,7 +67,9 @@ def rows(shape, dtype, distance, spread=4.0):
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 1000), (2, 2051)], ids=str)
 def test_the_row_kernel_is_as_exact_as_pytorch(kernel, setting, shape, poison_new_tensors):
-    for dtype in (torch.float32, *HALF):
+    # on a GPU each dtype is several compilations
+    half = () if kernel == "triton" and shape != (4, 1000) else HALF
+    for dtype in (torch.float32, *half):
         raw, ref = rows(shape, dtype, 1.0)
         exact = plain_row_kl(raw.double(), ref.double(), setting)
         plain = plain_row_kl(raw, ref, setting)
@@ -64,11 +78,12 @@ def test_the_row_kernel_is_as_exact_as_pytorch(kernel, setting, shape, poison_ne
         assert torch.equal(ref, before), "the reference's logits are left alone"
         for got, other, truth in zip(found, plain, exact, strict=True):
             assert got.dtype == other.dtype
-            # a lucky draw of a few roundings in fp32 is no bound; Triton's interpreter truncates
-            units = 4 if got.dtype == torch.float32 else 1 + (kernel == "triton")
-            unit = units * torch.finfo(got.dtype).eps * max(1.0, float(truth.abs().max()))
-            error, allowed = (float((x.double() - truth).abs().max()) for x in (got, other))
-            assert error <= max(2 * allowed, unit)
+            assert_as_exact(
+                got, other, truth,
+                least_size=1.0,  # a gradient is the difference of two distributions
+                device=DEVICE if kernel == "triton" else "cpu",
+                truncated=kernel == "triton" and DEVICE == "cpu",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", ["torch", "operator"])
@@ -87,7 +102,8 @@ def test_a_small_divergence_keeps_its_digits(kernel, distance):
     raw, ref = rows((8, 3000), torch.float32, distance)
     exact, exact_gradient = plain_row_kl(raw.double(), ref.double(), SETTINGS[0])
     kl = KERNELS[kernel](raw, ref, *SETTINGS[0])
-    bound = 1e-4 + 1e-6 / distance  # a logit of 10 has a rounding error of 5e-7
+    # a logit of 10 has a rounding error of 5e-7
+    bound = 1e-4 + 2 * free_error(DEVICE if kernel == "triton" else "cpu") / distance
     torch.testing.assert_close(kl.double(), exact, rtol=bound, atol=0)
     error = (raw.double() - exact_gradient).norm() / exact_gradient.norm()
     assert error <= bound
@@ -133,12 +149,13 @@ def test_rows_may_be_strided():
     canvas = wide.clone()
     dense = wide[:, 50:150].clone()
     kl = OP(dense, wide_ref[:, :100].clone(), *SETTINGS[0])
-    assert torch.equal(OP(canvas[:, 50:150], wide_ref[:, :100], *SETTINGS[0]), kl)
-    assert torch.equal(canvas[:, 50:150], dense)
-    assert torch.equal(canvas[:, :50], wide[:, :50])
     transposed = wide[:, 50:150].t().contiguous().t()
-    assert torch.equal(OP(transposed, wide_ref[:, :100], *SETTINGS[0]), kl)
-    assert torch.equal(transposed, dense)
+    for strided in (canvas[:, 50:150], transposed):
+        # equal but for rounding: PyTorch's own sums run in the order of memory
+        torch.testing.assert_close(OP(strided, wide_ref[:, :100], *SETTINGS[0]), kl)
+        torch.testing.assert_close(strided, dense)
+    assert torch.equal(canvas[:, :50], wide[:, :50])
+    assert torch.equal(canvas[:, 150:], wide[:, 150:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)

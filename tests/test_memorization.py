@@ -96,7 +96,7 @@ def test_chunks_change_memory_and_not_the_scores(monkeypatch):
     head = Head(torch.randn(97, 16), bias=torch.randn(97), softcap=4.0, logit_scale=0.5)
     hidden, labels = torch.randn(23, 16) * 3, torch.randint(97, (23,))
     whole = token_scores(head, hidden, labels)
-    monkeypatch.setattr("npo_fast.ops.head.CHUNK_BYTES", 97 * 4 * 5)
+    monkeypatch.setattr("npo_fast.ops.cost.CHUNK_BYTES", 97 * 4 * 5)
     monkeypatch.setattr("npo_fast.evaluation.tokens.SLAB_BYTES", 97 * 4 * 2)
     for part, other in zip(
         vars(token_scores(head, hidden, labels)).values(), vars(whole).values(), strict=True

@@ -357,8 +357,8 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
 def test_rows_fewer_than_the_width_need_no_memory_for_logits(
     rows, width, softcap, logit_scale, bias, monkeypatch
 ):
-    """They lie where the gradient of the weight is written last, a slice after another."""
-    monkeypatch.setattr("npo_fast.ops.head.MOVED_BYTES", 8 * rows * 100)
+    """They lie where the gradient of the weight is written last, a strip after another."""
+    monkeypatch.setattr("npo_fast.ops.cost.STRIP_BYTES", 8 * width * 100)
     tensors = inputs(rows, width, 1031, torch.float64, bias)
     with torch.no_grad():
         tensors["weight"].mul_(0.2)
@@ -375,7 +375,7 @@ def test_rows_fewer_than_the_width_need_no_memory_for_logits(
     def watch(self, *args, **kwargs):
         nonlocal largest
         out = original(self, *args, **kwargs)
-        if out.shape != tensors["weight"].shape:  # the gradient itself
+        if out.numel() != (1031 + 100) * width:  # the gradient itself, a strip longer
             largest = max(largest, out.numel())
         return out
 

@@ -60,10 +60,23 @@ def examine() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
         },
+        "attention": attention(),
         "kernels": kernels(),
         "compiler": shutil.which("c++") or shutil.which("g++"),
         "cpu_library": None if (library := cpu.library_path()) is None else str(library),
         "missing": missing,
+    }
+
+
+def attention() -> dict[str, str]:
+    """Which attention a bf16 model with heads of 128 gets, by device."""
+    from npo_fast.model.choice import Demands, attentions, machine_of
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    devices = ["cpu", *(f"cuda:{i}" for i in gpus)]
+    return {
+        device: next(attentions(machine_of(torch.device(device)), torch.bfloat16, Demands()))
+        for device in devices
     }
 
 
@@ -91,6 +104,9 @@ def report(found: dict[str, Any]) -> str:
         *(f"  {device}" for device in found["devices"]),
         "  {threads} threads on {cores} cores, {instructions}".format(**processor),
         f"  compiler: {found['compiler'] or 'none'}",
+        "",
+        "Attention (of a bf16 model, heads of 128)",
+        *(f"  {device:<14}{name}" for device, name in found["attention"].items()),
         "",
         "Kernels",
         table(

@@ -45,7 +45,8 @@ class ModelOptions:
     """Of the weights; "auto" is bf16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
     attention: str = "auto"
-    """A transformers attention implementation; "auto" is FlashAttention where it can run."""
+    """A transformers attention implementation; "auto" is FlashAttention where it can run: a package
+    of it, or npo_fast_varlen, PyTorch's own. Else npo_fast_packed, a sequence at a time."""
     quantize: Literal["none", "4bit"] = "none"
     """"4bit" loads the weights as NF4 (bitsandbytes), to train with --lora-rank: QLoRA."""
     lora_rank: int = 0

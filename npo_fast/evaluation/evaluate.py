@@ -9,7 +9,6 @@ import torch
 
 from npo_fast.data import Record, Sequence, Template, pack
 from npo_fast.evaluation.reference import ReferenceStates
-from npo_fast.evaluation.rouge import rouge_scorer
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite
 from npo_fast.evaluation.tokens import TokenScores, token_scores
@@ -191,6 +190,8 @@ def _generations(
     name: str,
     progress: Progress | None,
 ) -> dict[str, list[Any]]:
+    from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
+
     tokenizer = template.tokenizer
     prompts = [template.prompt_ids(record) for record in records]
     texts = [""] * len(records)

@@ -35,6 +35,7 @@ library.define(
     "row_log_probs_(Tensor(a!) logits, Tensor labels, Tensor? target_logits, "
     "float? softcap, float logit_scale) -> (Tensor, Tensor)"
 )
+library.define("label_logits(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias) -> Tensor")
 library.define(
     "tile_log_probs_(Tensor logits, Tensor labels, float? softcap, float logit_scale, "
     "Tensor(a!) others, Tensor(b!) target) -> ()"
@@ -52,6 +53,7 @@ library.define(
     "Tensor? bias, Tensor log_probs, Tensor lse, float? softcap, float logit_scale, "
     "bool[3] needs) -> (Tensor, Tensor, Tensor)"
 )
+library.define("scale_(Tensor(a!) values, Tensor factor) -> ()")
 library.define(
     "row_kl_(Tensor(a!) logits, Tensor ref_logits, float? softcap, float logit_scale, "
     "float? ref_softcap, float ref_logit_scale) -> Tensor"
@@ -78,6 +80,22 @@ def row_log_probs_(
             grad.mul_(slope)
         logits[rows] = grad.mul_(logit_scale).to(logits.dtype)
     return log_probs, lse
+
+
+def label_logits(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) int64 in [0, V)
+    bias: Tensor | None,  # (V,)
+) -> Tensor:  # (N,) fp32, or fp64 for fp64 inputs
+    """``w_{y_n} h_n + b_{y_n}``: the raw target logits, not rounded to half precision."""
+    out = _outputs(hidden)[0]
+    for rows in _slabs(hidden):
+        gathered = weight[labels[rows]].to(out.dtype)
+        out[rows] = (hidden[rows].to(out.dtype) * gathered).sum(-1)
+        if bias is not None:
+            out[rows] += bias[labels[rows]].to(out.dtype)
+    return out
 
 
 def tile_log_probs_(
@@ -220,6 +238,12 @@ def row_kl_(
     return kl
 
 
+def scale_(values: Tensor, factor: Tensor) -> None:  # any shape, ()
+    """``values *= factor``, without a pass over them where the factor is 1."""
+    if factor.device.type != "cpu" or factor != 1:  # to read a GPU is to wait for it
+        values.mul_(factor)
+
+
 def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
@@ -314,19 +338,26 @@ def _column_tiles(
 
 
 def logits_room(rows: int, columns: int, beside: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, columns), uninitialised, in the layout that the row kernels of the device like.
+    """(rows, columns), uninitialised, in the layout that the row kernels like.
 
-    On the CPU a column follows a column: the rows are the lanes of its kernels, and BLAS meets the
-    weight as the tall factor of all three products, which costs it less for a few hundred rows.
+    A column follows a column. On the CPU rows are then the lanes of the kernels, and BLAS meets the
+    weight as the tall factor of all three products, which costs it less for a few hundred rows. On
+    a GPU any number of programs share a row, and a slice of the vocabulary is one piece of memory
+    that begins at a multiple of 64 elements, whatever the vocabulary.
     """
-    if not beside.is_cpu:
-        return beside.new_empty(rows, columns, dtype=dtype)
-    return beside.new_empty(columns, column_stride(rows), dtype=dtype)[:, :rows].t()
+    stride = column_stride(rows, beside.is_cpu)
+    return beside.new_empty(columns, stride, dtype=dtype)[:, :rows].t()
 
 
-def column_stride(rows: int) -> int:
-    """A power of two would put every column into the same few sets of the cache."""
-    return rows + 16 if rows % 128 == 0 else rows
+def column_stride(rows: int, on_cpu: bool) -> int:
+    """Elements from a column to the next.
+
+    On a CPU a power of two would put every column into the same few sets of the cache. A GPU loads
+    16 bytes at a time, and its fast GEMMs want rows of memory to begin at multiples of those.
+    """
+    if on_cpu:
+        return rows + 16 if rows % 128 == 0 else rows
+    return -(-rows // 64) * 64
 
 
 def empty_gradients(
@@ -350,6 +381,10 @@ def _row_fake(
     return _outputs(logits)
 
 
+def _label_fake(hidden: Tensor, *_: Any) -> Tensor:
+    return _outputs(hidden)[0]
+
+
 def _npo_head_fake(
     log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,7 +392,7 @@ def _npo_head_fake(
     return values, torch.empty_like(values), torch.empty_like(log_probs)
 
 
-def _tile_fake(logits: Tensor, *_: Any) -> None:
+def _no_result(*_: Any) -> None:
     return None
 
 
@@ -378,11 +413,13 @@ def _row_kl_fake(logits: Tensor, *_: Any) -> Tensor:
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_log_probs_": (row_log_probs_, _row_fake),
-    "tile_log_probs_": (tile_log_probs_, _tile_fake),
+    "label_logits": (label_logits, _label_fake),
+    "tile_log_probs_": (tile_log_probs_, _no_result),
     "npo_head": (npo_head, _npo_head_fake),
     "linear_log_probs": (linear_log_probs, _linear_fake),
     "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
     "row_kl_": (row_kl_, _row_kl_fake),
+    "scale_": (scale_, _no_result),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

@@ -41,7 +41,7 @@ def packed_attention(
     assert query.shape[0] == 1, tuple(query.shape)
     assert sum(lengths) == tokens, (lengths, tokens)
     if sliding_window is None:
-        _refuse_hidden_window(module, max(lengths, default=0))
+        refuse_hidden_window(module, max(lengths, default=0), NAME)
     blocks = [(length, len(tuple(run))) for length, run in groupby(lengths)]
     # split, not slices: the gradients are joined once instead of each padded to the whole pack
     sizes = [length * count for length, count in blocks]
@@ -53,8 +53,12 @@ def packed_attention(
     return torch.cat(out).unsqueeze(0), None
 
 
-def _refuse_hidden_window(module: torch.nn.Module, longest: int) -> None:
-    """A layer may keep its window in the mask alone, which is not made here."""
+def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) -> None:
+    """A layer may keep its window in the mask alone, which is not made here.
+
+    Raises:
+        UserError: it does, and a sequence of ``longest`` tokens is beyond the window.
+    """
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
@@ -67,9 +71,9 @@ def _refuse_hidden_window(module: torch.nn.Module, longest: int) -> None:
         return
     if window and longest > window:  # 0 where it is off
         raise UserError(
-            f"{type(module).__name__} looks back {window} tokens and does not tell {NAME} so, and "
-            f"a sequence has {longest}: name --attention sdpa or eager, or cut sequences to "
-            f"--max-length {window}"
+            f"{type(module).__name__} looks back {window} tokens and does not tell {attention} "
+            f"so, and a sequence has {longest}: name --attention sdpa or eager, or cut sequences "
+            f"to --max-length {window}"
         )
 
 

@@ -1,7 +1,7 @@
 """A causal language model as what the loss needs: hidden states of packed tokens, and a head."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ from npo_fast.data import PackedBatch
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
+from npo_fast.model.choice import Demands, attentions, demands_of, machine_of, varlen_obstacle
 from npo_fast.model.probe import run_probe
+from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops import linear_log_probs
 from npo_fast.ops.head import Head
 from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, head_of
@@ -51,7 +53,7 @@ class CausalLM:
         self.vocabulary_slice: VocabularySlice | None = None  # where ranks divide the model
         self.native_attention = _native_attention(model)
         self.packs = True
-        self.keeps_native = False  # "auto" is the model's own attention: no other does
+        self.unfit: set[str] = set()  # attentions that "auto" does not take again
         self.choose_attention(attention)
         if probe:
             run_probe(self, any_attention=attention == "auto")
@@ -224,14 +226,10 @@ class CausalLM:
     def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
         if self.attention == PACKED_ATTENTION:
             boundaries: dict[str, Any] = {"sequence_lengths": batch.lengths} if self.packs else {}
+        elif self.attention == VARLEN_ATTENTION:
+            boundaries = _bounds(batch) if self.packs else {}
         elif "flash" in self.attention:  # of any version, or a kernel of the hub
-            longest = max(batch.lengths)
-            boundaries = {
-                "cu_seq_lens_q": batch.cu_seqlens,
-                "cu_seq_lens_k": batch.cu_seqlens,
-                "max_length_q": longest,
-                "max_length_k": longest,
-            }
+            boundaries = _bounds(batch)
         else:  # transformers builds the mask of a pack from position ids that restart
             boundaries = {}
         if self.packs:
@@ -250,13 +248,17 @@ class CausalLM:
         return caught[0][0]
 
     def choose_attention(self, attention: str) -> None:
-        """By its transformers name, or "auto" as ``load_model`` has it."""
-        if attention == "auto" and self.keeps_native:
-            attention = self.native_attention
-        elif attention == "auto":
-            attention = _best_attention(self.device, self.dtype)
-            if attention.startswith("flash") and not self.model._supports_flash_attn:
-                attention = PACKED_ATTENTION
+        """By its transformers name, or "auto" as ``load_model`` has it.
+
+        Raises:
+            UserError: the model or the device cannot take it.
+        """
+        if attention == "auto":
+            attention = self._best_attention()
+        elif attention == VARLEN_ATTENTION:
+            why = varlen_obstacle(machine_of(self.device), self.dtype, self._demands())
+            if why is not None:
+                raise UserError(f"attention {attention} cannot run here: {why}")
         if not self._set_attention(attention):
             self.packs = False
             warnings.warn(
@@ -266,6 +268,16 @@ class CausalLM:
             )
             attention = self.native_attention
         self.attention = attention
+
+    def _best_attention(self) -> str:
+        if PACKED_ATTENTION in self.unfit:  # the one that asks least of a model
+            return self.native_attention
+        packages = self.model._supports_flash_attn
+        serving = attentions(machine_of(self.device), self.dtype, self._demands(), packages)
+        return next(attention for attention in serving if attention not in self.unfit)
+
+    def _demands(self) -> Demands:
+        return demands_of(self.decoder, self.model.config.get_text_config())
 
     def _set_attention(self, attention: str) -> bool:
         if self.model.config._attn_implementation != attention:
@@ -277,6 +289,17 @@ class CausalLM:
                     f"{self.name} cannot take attention {attention}: {reason}"
                 ) from error
         return self.model.config._attn_implementation == attention
+
+
+def _bounds(batch: PackedBatch) -> dict[str, Any]:
+    """Where sequences end, by the names that transformers has for it."""
+    longest = max(batch.lengths)
+    return {
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def _decoder(model: Any) -> Any:
@@ -293,28 +316,6 @@ def _decoder(model: Any) -> Any:
 def _native_attention(model: Any) -> str:
     """What transformers chose for it; a config shared with another ``CausalLM`` carries ours."""
     chosen = model.config._attn_implementation or "eager"
-    if chosen != PACKED_ATTENTION:
+    if chosen not in (PACKED_ATTENTION, VARLEN_ATTENTION):
         return chosen
     return "sdpa" if model._supports_sdpa else "eager"
-
-
-def _best_attention(device: torch.device, dtype: torch.dtype) -> str:
-    from transformers import utils
-
-    def installed(version: int) -> bool:
-        available = getattr(utils, f"is_flash_attn_{version}_available", None)
-        return available is not None and available()  # transformers 5.0 does not know all of them
-
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        version = flash_version(torch.cuda.get_device_capability(device)[0], installed)
-        if version is not None:
-            return f"flash_attention_{version}"
-    return PACKED_ATTENTION
-
-
-def flash_version(major: int, installed: Callable[[int], bool]) -> int | None:
-    """FlashAttention for GPUs of compute capability ``major``: 3 is Hopper's, 4 Blackwell's."""
-    own = {9: 3, 10: 4}.get(major)
-    if own is not None and installed(own):
-        return own
-    return 2 if major >= 8 and installed(2) else None

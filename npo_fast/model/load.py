@@ -42,7 +42,8 @@ def load_model(
         dtype: "fp32", "bf16" or "fp16"; "auto" is bf16 on a GPU that has it, else fp32.
         device: a torch device; "auto" is the GPU where there is one.
         attention: a transformers attention implementation; "auto" is FlashAttention where it is
-            installed and the GPU has it, else scaled dot-product attention a sequence at a time.
+            installed and fits GPU and model, else PyTorch's own (``npo_fast_varlen``) where that
+            fits, else scaled dot-product attention a sequence at a time (``npo_fast_packed``).
         quantize: "4bit" loads the linear layers as NF4 (bitsandbytes), for LoRA on top.
         lora_rank: above 0, a new adapter of this rank is all that trains.
         lora_alpha: its scale times the rank; twice the rank where it is not given.

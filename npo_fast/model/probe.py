@@ -26,8 +26,9 @@ HALF_TOLERANCE, HALF_SHAPES, HALF_NEIGHBOUR = 0.25, 1.0, 0.05
 def run_probe(lm: "CausalLM", any_attention: bool) -> None:
     """Compares log-probs of the model's own forward with those of our head, attention and packs.
 
-    An attention that does not do is exchanged for the model's own where ``any_attention`` will do,
-    and where packs are not kept apart ``lm.packs`` becomes false; both with a warning.
+    An attention that does not do is exchanged for the next that may where ``any_attention`` will
+    do, at last for the model's own, and where packs are not kept apart ``lm.packs`` becomes false;
+    both with a warning.
 
     Raises:
         UserError: the model does not run, or its head or attention is none that we know.
@@ -60,17 +61,18 @@ def _probe(lm: "CausalLM", any_attention: bool) -> None:
         )
     if not lm.packs:
         return
-    if (
+    while (
         any_attention
         and lm.attention != lm.native_attention
         and not _attends(lm, singles, expected)
     ):
-        warnings.warn(
-            f"{lm.name} does not run with {lm.attention}: it keeps {lm.native_attention}",
-            stacklevel=5,
-        )
-        lm.keeps_native = True
+        refused = lm.attention
+        lm.unfit.add(refused)
         lm.choose_attention("auto")
+        does = "keeps" if lm.attention == lm.native_attention else "takes"
+        warnings.warn(
+            f"{lm.name} does not run with {refused}: it {does} {lm.attention}", stacklevel=5
+        )
     other = _pack_of_two(lm, tokens[-7:], tokens[7:])
     if why := _mixes(lm, batch, other, singles, expected):
         lm.packs = False

@@ -12,7 +12,7 @@ from torch import Tensor
 from npo_fast.kernels.reference import empty_gradients
 from npo_fast.ops.autocast import no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_label_values
-from npo_fast.ops.head import Head, or_empty
+from npo_fast.ops.head import Head, held_factor, or_empty
 from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_and_gradients
 
 _numbered: dict[SequenceLoss, int] = {}
@@ -73,11 +73,12 @@ def _(
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
     ctx.needs = inputs[-1]
+    ctx.held = held_factor(inputs[1].dtype, inputs[9])
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     gradients = (
-        gradient * upstream if needed else None
+        gradient * (upstream / ctx.held) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     return *gradients, *[None] * 9

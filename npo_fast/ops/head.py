@@ -7,18 +7,13 @@ import torch
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
+from npo_fast.kernels.products import add_product_
 from npo_fast.kernels.reference import column_stride, empty_gradients, logits_room
+from npo_fast.ops import cost
+from npo_fast.ops.cost import Problem
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
 
-CHUNK_BYTES = 96 << 20  # logits alive at a time
-# Rows of a chunk, by bytes a logit, below which a GPU does better without logits. A chunk reads
-# and writes the fp32 gradient of the head, R / 4 flops a byte, where an H100 does 300 in half
-# precision and 20 in fp32; so at these counts GEMM 3 alone takes longer than the tile kernels'
-# whole pass with its fourth GEMM.
-LEAST_ROWS = {2: 128, 4: 16}
 UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
-MOVED_BYTES = 8 << 20  # logits that make way for the weight's gradient at a time
-
 
 Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
@@ -43,15 +38,18 @@ class Head:
     def wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def chunk_rows(self, chunk_bytes: int | None = None) -> int:
-        """Rows whose logits fit ``chunk_bytes`` (None: ``CHUNK_BYTES``), at least one."""
-        row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
-        return max(1, (chunk_bytes or CHUNK_BYTES) // max(1, row_bytes))
+    def problem(self, rows: int, trains_head: bool) -> Problem:
+        """The cost model's view of so many rows."""
+        vocabulary, width = self.weight.shape
+        return Problem(
+            rows, width, vocabulary,
+            itemsize=self.logits_dtype.itemsize, wide_itemsize=self.wide_dtype.itemsize,
+            trains_head=trains_head, on_cpu=self.weight.is_cpu,
+        )  # fmt: skip
 
-    @property
-    def least_rows(self) -> int:
-        """Below so many rows a chunk the operators without logits are better."""
-        return 0 if self.weight.is_cpu else LEAST_ROWS.get(self.logits_dtype.itemsize, 0)
+    def chunk_rows(self, chunk_bytes: int | None = None) -> int:
+        """Rows whose logits fit ``chunk_bytes`` (None: ``cost.CHUNK_BYTES``), at least one."""
+        return self.problem(0, False).rows_of_bytes(chunk_bytes or cost.CHUNK_BYTES)
 
     def buffer(self, rows: int) -> Tensor:  # (rows, V)
         """Room for the logits of one chunk after another.
@@ -59,10 +57,6 @@ class Head:
         A buffer a chunk would keep two alive at a time, and the CPU would map in each page anew.
         """
         return logits_room(rows, len(self.weight), self.weight, self.logits_dtype)
-
-    def room_in_gradient(self, rows: int) -> bool:
-        """Whether the memory of the weight's gradient can hold the logits of so many rows."""
-        return self.weight.is_cpu and column_stride(rows) <= self.weight.shape[1]
 
     def logits(
         self, hidden: Tensor, buffer: Tensor
@@ -104,20 +98,18 @@ class Head:
         )
         return log_probs
 
-    def hidden_gradient(self, logits_gradient: Tensor) -> Tensor:  # (R, V) -> (R, D)
+    def hidden_gradient(self, logits_gradient: Tensor, out: Tensor) -> None:  # (R, V), (R, D)
         tiles = self._weight_tiles()
         columns, weight = next(tiles)
-        out = torch.mm(logits_gradient[:, columns], weight)
+        torch.mm(logits_gradient[:, columns], weight, out=out)
         for columns, weight in tiles:
             out.addmm_(logits_gradient[:, columns], weight)
-        return out
 
     def _target_logits(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
         """Raw target logits from an fp32 dot, where the chunk itself is rounded to half."""
         if self.logits_dtype == self.wide_dtype:
             return None
-        target = (hidden.to(self.wide_dtype) * self.weight[labels].to(self.wide_dtype)).sum(-1)
-        return target if self.bias is None else target + self.bias[labels].to(self.wide_dtype)
+        return torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
 
     def _weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in ``logits_dtype``: itself, or one converted slice of rows after another."""
@@ -132,39 +124,56 @@ class Head:
 
 
 class HeadGradients:
-    """Gradients of hidden, weight and bias, summed over chunks in a fixed order."""
+    """Gradients of hidden, weight and bias, summed over chunks in a fixed order.
+
+    The gradient of the weight is written last, so logits can lie in its memory: where all rows are
+    one chunk, GEMM 3 goes straight into the weight's dtype and takes the place of the logits, strip
+    by strip. Where several chunks add up in fp32, the logits lie in the finished gradient instead.
+    """
 
     def __init__(
         self,
         head: Head,
         hidden: Tensor,
         needs: Needs,
+        chunk_rows: int,
         skip_below: float = 0.0,
         skipped: Skipped | None = None,
     ) -> None:
         self.head, self.rows = head, len(hidden)
         self.skip_below, self.skipped = skip_below, skipped
-        weight, bias = head.weight, head.bias
         self.hidden = hidden.new_empty(hidden.shape) if needs[0] else None
-        self.weight = weight.new_empty(weight.shape, dtype=head.wide_dtype) if needs[1] else None
-        self.holds_logits = False
+        self.weight: Tensor | None = None  # what the products add up in
+        self.finished: Tensor | None = None  # in the dtype of the parameter, where that is another
+        self.strips: list[slice] = []  # of the vocabulary, where logits lie in self.weight
         self.beta = 0  # the first chunk overwrites: a pass of zeros over the head is not cheap
+        rows = min(chunk_rows, self.rows)
+        self.logits = self._in_gradient(rows) if needs[1] else head.buffer(rows)  # (rows, V)
         self.bias = None
-        if bias is not None and needs[2]:
-            self.bias = bias.new_zeros(bias.shape, dtype=head.wide_dtype)
+        if head.bias is not None and needs[2]:
+            self.bias = head.bias.new_zeros(head.bias.shape, dtype=head.wide_dtype)
 
-    def buffer(self, rows: int) -> Tensor:  # (rows, V)
-        """Room for the logits of one chunk after another.
-
-        The gradient of the weight is written last. A chunk of all rows, where they are fewer than
-        the hidden state is wide, lies at the end of its memory and takes none of its own.
-        """
-        single, head = rows == self.rows, self.head
-        self.holds_logits = self.weight is not None and single and head.room_in_gradient(rows)
-        if self.weight is None or not self.holds_logits:
+    def _in_gradient(self, rows: int) -> Tensor:  # (rows, V)
+        """Allocates the gradient of the weight, and finds room for the logits of a chunk."""
+        head, weight = self.head, self.head.weight
+        (vocabulary, width), single = weight.shape, rows == self.rows
+        dtype = head.logits_dtype if single else head.wide_dtype
+        stride = column_stride(rows, weight.is_cpu)
+        fits = 0 < stride <= width
+        ahead = 0  # elements by which the gradient's memory begins before the logits need it to
+        if single and fits:
+            strip = max(1, cost.STRIP_BYTES // (width * dtype.itemsize))
+            ahead = width * min(strip, vocabulary)
+            self.strips = strips(vocabulary, width, stride, ahead)
+        memory = weight.new_empty(vocabulary * width + ahead, dtype=dtype)
+        self.weight = memory[: vocabulary * width].view(vocabulary, width)
+        if fits and not single and weight.dtype == head.logits_dtype != dtype:
+            self.finished = weight.new_empty(weight.shape)
+            memory = self.finished.view(-1)
+        elif not self.strips:
             return head.buffer(rows)
-        vocabulary, stride = len(self.weight), column_stride(rows)
-        return self.weight.view(-1)[-vocabulary * stride :].view(vocabulary, stride)[:, :rows].t()
+        end = memory[len(memory) - vocabulary * stride :]
+        return end.view(vocabulary, stride)[:, :rows].t()
 
     def add(
         self,
@@ -184,46 +193,69 @@ class HeadGradients:
             hidden, g = hidden[kept], g[kept]
         g = g.unsqueeze(1)
         if self.hidden is not None:
-            d_hidden = self.head.hidden_gradient(logits_gradient) * g
-            if kept is None:
-                self.hidden[rows] = d_hidden
-            else:
-                self.hidden[rows] = 0
-                self.hidden[rows].index_copy_(0, kept, d_hidden.to(self.hidden.dtype))
+            self._add_hidden(self.hidden[rows], logits_gradient, g, kept)
         if self.bias is not None:
-            self.bias += torch.mv(logits_gradient.t().to(g.dtype), g.squeeze(1))
+            _add_bias_(self.bias, logits_gradient, g.squeeze(1))
         if self.weight is not None:
-            scaled = (hidden * g).to(logits_gradient.dtype)
-            if self.holds_logits:
-                self._replace_logits(logits_gradient, scaled, self.weight)
-            elif logits_gradient.dtype == self.weight.dtype:
-                self.weight.addmm_(logits_gradient.t(), scaled, beta=self.beta)
-            else:
-                product = torch.mm(logits_gradient.t(), scaled, out_dtype=self.weight.dtype)
-                self.weight = self.weight.add_(product) if self.beta else product
+            scaled = torch.empty_like(hidden, dtype=logits_gradient.dtype)
+            torch.mul(hidden, g, out=scaled)
+            of_columns = logits_gradient.t()
+            for columns in self.strips:
+                torch.mm(of_columns[columns], scaled, out=self.weight[columns])
+            if not self.strips:
+                add_product_(self.weight, of_columns, scaled, self.beta)
         self.beta = 1
 
-    def _replace_logits(self, logits_gradient: Tensor, scaled: Tensor, weight: Tensor) -> None:
-        """GEMM 3 into the memory in which the logits lie, a slice of the vocabulary at a time.
-
-        A slice of logits never begins before the slice of the gradient that takes its place, so
-        only the slice at hand has to move.
-        """
-        step = max(1, MOVED_BYTES // (max(1, len(scaled)) * scaled.itemsize))
-        pairs = zip(logits_gradient.split(step, dim=1), weight.split(step), strict=True)
-        for columns, out in pairs:
-            torch.mm(columns.t().clone(), scaled, out=out)
+    def _add_hidden(
+        self, out: Tensor, logits_gradient: Tensor, g: Tensor, kept: Tensor | None
+    ) -> None:
+        direct = kept is None and out.dtype == logits_gradient.dtype
+        shape = len(logits_gradient), out.shape[1]
+        d_hidden = out if direct else logits_gradient.new_empty(shape)
+        self.head.hidden_gradient(logits_gradient, d_hidden)
+        d_hidden.mul_(g)
+        if kept is not None:
+            out.zero_()
+            out.index_copy_(0, kept, d_hidden.to(out.dtype))
+        elif not direct:
+            out.copy_(d_hidden)
 
     def finish(self) -> Gradients:
         """The gradients in the dtypes of their parameters."""
         weight, bias = self.weight, self.bias
         if weight is not None and self.beta == 0:  # no rows at all
             weight.zero_()
+        if weight is not None and self.finished is not None:
+            weight = self.finished.copy_(weight)
         return (
             self.hidden,
             None if weight is None else weight.to(self.head.weight.dtype),
             None if bias is None or self.head.bias is None else bias.to(self.head.bias.dtype),
         )
+
+
+def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
+    """Slices of the vocabulary whose gradient never reaches logits that are still to be read.
+
+    Rows [0, s) of the gradient, ``width`` elements each, begin ``ahead`` elements before the memory
+    that ends with the logits, ``stride`` elements a token. Where rows are fewer than the width the
+    first strip is most of the vocabulary.
+    """
+    found, first = [], 0
+    while first < vocabulary:
+        count = (ahead + (vocabulary - first) * (width - stride)) // width
+        if count > cost.GOOD_ROWS:
+            count -= count % cost.GOOD_ROWS  # whole tiles of a GEMM
+        last = min(first + count, vocabulary)
+        found.append(slice(first, last))
+        first = last
+    return found
+
+
+def _add_bias_(bias: Tensor, logits_gradient: Tensor, g: Tensor) -> None:  # (V,), (R, V), (R,)
+    step = max(1, UPCAST_BYTES // (max(1, len(g)) * g.itemsize))
+    for to, columns in zip(bias.split(step), logits_gradient.t().split(step), strict=True):
+        to += torch.mv(columns.to(g.dtype), g)
 
 
 def or_empty(
@@ -237,10 +269,23 @@ def or_empty(
     return d_hidden, d_weight, d_bias
 
 
-def scale_(gradients: Gradients, upstream: Tensor) -> Gradients:
-    """In place: autograd then keeps these buffers instead of copies."""
-    if upstream.device.type != "cpu" or upstream != 1:  # to read a GPU is to wait for it
-        for one in gradients:
-            if one is not None:
-                one.mul_(upstream)
+def held_factor(dtype: torch.dtype, count: int) -> float:
+    """What gradients are multiplied by until the backward pass knows the upstream one.
+
+    Formed at scale 1, the gradient of a mean over many tokens would leave the range of fp16 before
+    a loss scale could keep it there. A power of two rounds nothing; at most 256 leaves the
+    gradient of the head, a sum over rows, below the largest number.
+    """
+    return float(min(256, 1 << (count.bit_length() - 1))) if dtype == torch.float16 else 1.0
+
+
+def scale_(gradients: Gradients, upstream: Tensor, held: float = 1.0) -> Gradients:
+    """In place: autograd then keeps these buffers instead of copies.
+
+    The gradients are ``held`` times what they are to be. A factor of 1 costs nothing.
+    """
+    factor = upstream if held == 1.0 else upstream / held
+    for one in gradients:
+        if one is not None:
+            torch.ops.npo_fast.scale_(one, factor)
     return gradients

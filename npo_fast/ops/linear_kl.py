@@ -1,16 +1,17 @@
 """KL divergence of one linear head from another, with all its gradients, in one pass."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npo_fast.ops import cost
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import CHUNK_BYTES, Gradients, Head, HeadGradients, Needs, scale_
+from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs, held_factor, scale_
 from npo_fast.ops.linear_log_probs import blocks
 
 
@@ -53,7 +54,8 @@ def linear_kl(
         labels: the tokens to demote, (N,), int64 or int32, in [0, V); None demotes nothing.
         demotion: nats that the reference's logit of each label is lowered by, 0 or more.
         reduction: "mean" over rows, or "sum".
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold of both.
+        chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
+            ``npo_fast.ops.cost``, and what 48 MiB hold of the reference's.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The
@@ -112,6 +114,9 @@ class _Plan:
     scale: float  # what the sum over rows is multiplied by
     chunk_rows: int | None
 
+    def held(self, dtype: torch.dtype) -> float:
+        return held_factor(dtype, round(1 / self.scale))
+
 
 # labels are checked and chunks made on the host, where torch.compile cannot follow
 _between_graphs = torch.compiler.disable(linear_kl)
@@ -132,7 +137,8 @@ class _LinearKL(torch.autograd.Function):
         if gradients is None:  # another backward through a retained graph starts anew
             needs = ctx.needs_input_grad[1:4]
             _, gradients = _kl_and_gradients(ctx.plan, needs, *ctx.saved_tensors)
-        return None, *scale_(gradients, upstream), None, None, None, None
+        held = ctx.plan.held(ctx.saved_tensors[1].dtype)
+        return None, *scale_(gradients, upstream, held), None, None, None, None
 
 
 def _kl_and_gradients(
@@ -148,14 +154,19 @@ def _kl_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """The one pass: the scaled sum of KL over rows, and gradients of hidden, weight and bias."""
     head, ref_head = Head(weight, bias, *plan.of_head), Head(ref_weight, ref_bias, *plan.of_ref)
-    gradients = HeadGradients(head, hidden, needs)
+    step = plan.chunk_rows
+    if step is None and needs[1]:
+        problem = replace(head.problem(len(hidden), True), makes_logits=True)
+        step = problem.choose().chunk_rows
+    step = step or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
+    gradients = HeadGradients(head, hidden, needs, step)
     total = hidden.new_zeros((), dtype=torch.float64)
     for rows, kl, logits_gradient in divergences(
-        head, hidden, ref_head, ref_hidden, plan.chunk_rows, labels, plan.demotion
+        head, hidden, ref_head, ref_hidden, step, labels, plan.demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
         if any(needs):
-            g = torch.full_like(kl, plan.scale)
+            g = torch.full_like(kl, plan.scale * plan.held(weight.dtype))
             gradients.add(rows, hidden[rows], None, logits_gradient, g)
     return (total * plan.scale).to(head.wide_dtype), gradients.finish()
 
@@ -168,18 +179,31 @@ def divergences(
     chunk_rows: int | None = None,
     labels: Tensor | None = None,  # (N,)
     demotion: float = 0.0,
+    buffer: Tensor | None = None,  # (R, V) for the logits of a chunk
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, their KL (R,) and its gradient in the raw logits (R, V), which the next ones reuse."""
-    step = chunk_rows or head.chunk_rows(CHUNK_BYTES // 2)  # two share the budget
-    buffers = [one.buffer(min(step, len(hidden))) for one in (head, ref_head)]
+    """Rows, their KL (R,) and its gradient in the raw logits (R, V), which the next ones reuse.
+
+    The reference's logits are made for fewer rows at a time where a chunk has many: rows do not
+    depend on each other, and only the model's gradient is wanted whole.
+    """
+    ref_step = ref_head.chunk_rows(cost.CHUNK_BYTES // 2)
+    step = chunk_rows or min(head.chunk_rows(cost.CHUNK_BYTES // 2), ref_step)
+    ref_step = min(step, ref_step)
+    if buffer is None:
+        buffer = head.buffer(min(step, len(hidden)))
+    ref_buffer = ref_head.buffer(min(ref_step, len(hidden)))
     for rows in blocks(slice(0, len(hidden)), step):
-        logits = head.logits(hidden[rows], buffers[0])
-        ref_logits = ref_head.logits(ref_hidden[rows], buffers[1])
-        of_ref = ref_head.softcap, ref_head.logit_scale
-        if labels is not None and demotion:
-            of_ref = _demote_(ref_logits, labels[rows], demotion, *of_ref)
-        kl = torch.ops.npo_fast.row_kl_(logits, ref_logits, head.softcap, head.logit_scale, *of_ref)
-        yield rows, kl, logits
+        logits = head.logits(hidden[rows], buffer)
+        parts = []
+        for part in blocks(rows, ref_step):
+            ref_logits = ref_head.logits(ref_hidden[part], ref_buffer)
+            of_ref = ref_head.softcap, ref_head.logit_scale
+            if labels is not None and demotion:
+                of_ref = _demote_(ref_logits, labels[part], demotion, *of_ref)
+            of_model = head.softcap, head.logit_scale
+            own = logits[part.start - rows.start : part.stop - rows.start]
+            parts.append(torch.ops.npo_fast.row_kl_(own, ref_logits, *of_model, *of_ref))
+        yield rows, torch.cat(parts), logits
 
 
 def _demote_(

@@ -1,7 +1,6 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,10 +35,10 @@ def linear_log_probs(
         bias: (V,) or None.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
         logit_scale: factor on the (capped) logits.
-        chunk_rows: rows whose logits are alive at a time in the backward pass; None takes what
-            96 MiB hold, or all of them where, on a CPU, they fit the memory that the weight's
-            gradient takes later; 0 makes none. The forward pass never has more than a tile of
-            32 MiB.
+        chunk_rows: rows whose logits are alive at a time in the backward pass; None takes the
+            fastest way of ``npo_fast.ops.cost``, which is all of them where they fit the memory
+            that the weight's gradient takes later; 0 makes none. The forward pass never has more
+            than a tile of 32 MiB.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -55,13 +54,12 @@ def linear_log_probs(
     return log_probs
 
 
-def resolve_chunk_rows(op: str, head: Head, count: int, chunk_rows: int | None) -> int:
+def resolve_chunk_rows(
+    op: str, head: Head, count: int, chunk_rows: int | None, memory_bytes: int | None = None
+) -> int:
     """Rows a chunk, of ``count``; 0 for the operators that make no logits."""
     if chunk_rows is None:
-        if count and head.weight.requires_grad and head.room_in_gradient(count):
-            return count
-        rows = head.chunk_rows()
-        return 0 if rows < head.least_rows else rows
+        return head.problem(count, head.weight.requires_grad).choose(memory_bytes).chunk_rows
     if chunk_rows < 0:
         raise ValueError(
             f"{op}: chunk_rows must be at least 1, 0 for no logits, or None, got {chunk_rows}"
@@ -70,11 +68,18 @@ def resolve_chunk_rows(op: str, head: Head, count: int, chunk_rows: int | None) 
 
 
 def blocks(rows: slice, step: int) -> list[slice]:
-    """``rows`` cut into slices of at most ``step``, as few and as equal as can be."""
+    """``rows`` cut into slices of at most ``step``, as few and as equal as can be.
+
+    Where ``step`` is a multiple of 64 all but the last are: what a GPU likes rows to begin at.
+    """
     count = rows.stop - rows.start
+    if count == 0:
+        return []
     pieces = -(-count // step)
-    bounds = [rows.start + count * i // pieces for i in range(pieces + 1)] if pieces else []
-    return [slice(first, last) for first, last in pairwise(bounds)]
+    unit = 64 if step % 64 == 0 else 1
+    each = -(-count // (pieces * unit)) * unit
+    firsts = range(rows.start, rows.stop, each)
+    return [slice(first, min(first + each, rows.stop)) for first in firsts]
 
 
 @torch.library.custom_op("npo_fast::log_probs_of_rows", mutates_args=())
@@ -121,10 +126,11 @@ def _backward(
                 g, hidden, weight, labels, bias, log_probs, lse, softcap, logit_scale, needs
             )
         head = Head(weight, bias, softcap, logit_scale)
-        gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]))
-        buffer = gradients.buffer(min(chunk_rows, len(hidden)))
+        gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]), chunk_rows)
         for rows in blocks(slice(0, len(hidden)), chunk_rows):
-            found, logits_gradient = head.log_probs_and_gradient(hidden[rows], labels[rows], buffer)
+            found, logits_gradient = head.log_probs_and_gradient(
+                hidden[rows], labels[rows], gradients.logits
+            )
             gradients.add(rows, hidden[rows], found, logits_gradient, g[rows])
     return or_empty(gradients.finish(), hidden, weight, bias)
 

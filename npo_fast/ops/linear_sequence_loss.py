@@ -38,6 +38,7 @@ def linear_sequence_loss(
     logit_scale: float = 1.0,
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
+    memory_bytes: int | None = None,
     skip_below: float = 0.0,
     skipped: Skipped | None = None,
     vocabulary: VocabularySlice | None = None,
@@ -67,9 +68,12 @@ def linear_sequence_loss(
         logit_scale: factor on the (capped) logits.
         reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
             (their sum / number of tokens), "sum".
-        chunk_rows: rows whose logits are alive at a time; None takes what 96 MiB hold, or all of
-            them where, on a CPU, they fit the memory that the weight's gradient takes later; 0
-            makes no logits in memory at all, for 8NDV flops.
+        chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
+            ``npo_fast.ops.cost``: all of them where they fit the memory that the weight's gradient
+            takes later (N <= D), or are no larger than an fp32 gradient; 0 makes no logits in
+            memory at all, for 8NDV flops.
+        memory_bytes: what may be held beyond inputs, outputs and a few numbers a row, by which a
+            way is chosen where ``chunk_rows`` is None; None allows an fp32 gradient of the head.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
             bound. Costs a GPU caller one synchronisation a chunk.
@@ -99,7 +103,7 @@ def linear_sequence_loss(
         return _between_graphs(
             hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
             softcap=softcap, logit_scale=logit_scale, reduction=reduction, chunk_rows=chunk_rows,
-            skip_below=skip_below, skipped=skipped, vocabulary=vocabulary,
+            memory_bytes=memory_bytes, skip_below=skip_below, skipped=skipped, vocabulary=vocabulary,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(op, hidden, weight, bias, softcap)
@@ -123,7 +127,7 @@ def linear_sequence_loss(
     if vocabulary is not None:
         _check_slice(op, vocabulary, weight, chunk_rows)
     head = head_of(weight, bias, vocabulary=vocabulary)
-    step = resolve_chunk_rows(op, head, len(hidden), chunk_rows)
+    step = resolve_chunk_rows(op, head, len(hidden), chunk_rows, memory_bytes)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
             raise ValueError(
@@ -181,4 +185,5 @@ class _LinearSequenceLoss(torch.autograd.Function):
         if gradients is None:  # another backward through a retained graph starts anew
             plan, needs = replace(ctx.plan, skipped=None), ctx.needs_input_grad[1:4]
             _, _, gradients = loss_and_gradients(plan, needs, Inputs(*ctx.saved_tensors))
-        return None, *scale_(gradients, upstream), None, None, None
+        held = ctx.plan.held(ctx.saved_tensors[1].dtype)
+        return None, *scale_(gradients, upstream, held), None, None, None

@@ -7,7 +7,8 @@
         d_hidden[chunk] = g * (logits @ weight)                    # GEMM 2
         d_weight       += logits.T @ (g * hidden[chunk])           # GEMM 3
 
-``chunk_rows=0`` holds no logits at all: forward operator, loss and g, backward operator.
+A chunk is all rows wherever ``cost`` allows. ``chunk_rows=0`` holds no logits at all: forward
+operator, loss and g, backward operator.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.head import Gradients, HeadGradients, Needs
+from npo_fast.ops.head import Gradients, HeadGradients, Needs, held_factor
 from npo_fast.ops.linear_log_probs import blocks
 from npo_fast.ops.skipping import Skipped
 from npo_fast.ops.vocab_parallel import VocabularySlice, head_of
@@ -75,6 +76,9 @@ class Plan:
     skipped: Skipped | None = None
     vocabulary: VocabularySlice | None = None  # weight and bias are those of a slice
 
+    def held(self, dtype: torch.dtype) -> float:
+        return held_factor(dtype, self.count)
+
 
 def loss_alone(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     head = head_of(inputs.weight, inputs.bias, plan.softcap, plan.logit_scale, plan.vocabulary)
@@ -92,8 +96,8 @@ def loss_and_gradients(
     hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
     head = head_of(weight, bias, plan.softcap, plan.logit_scale, plan.vocabulary)
     step, scale = plan.chunk_rows, 1 / plan.count
-    gradients = HeadGradients(head, hidden, needs, plan.skip_below, plan.skipped)
-    buffer = gradients.buffer(min(step, len(hidden)))
+    gradients = HeadGradients(head, hidden, needs, step, plan.skip_below, plan.skipped)
+    buffer = gradients.logits
     total = hidden.new_zeros((), dtype=head.wide_dtype)
     sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
     for rows, sequences, offsets in _chunks(plan, cu_seqlens, hidden):
@@ -107,7 +111,7 @@ def loss_and_gradients(
         ref = _part(ref_log_probs, plan.loss, rows, sequences)
         value, sequence_log_probs[sequences], g = _evaluate(plan.loss, log_probs, offsets, ref)
         total += value
-        g = g * scale
+        g = g * (scale * plan.held(weight.dtype))
         if one_pass:
             gradients.add(rows, hidden[rows], log_probs, logits_gradient, g)
             continue
@@ -127,8 +131,9 @@ def _without_logits(
     offsets = _beside(cu_seqlens, hidden.device)
     value, sequence_log_probs, g = _evaluate(plan.loss, log_probs, offsets, ref_log_probs)
     gradients = torch.ops.npo_fast.linear_log_probs_backward(
-        g * scale, hidden, weight, labels, bias, log_probs, lse, *settings, needs
-    )
+        g * (scale * plan.held(weight.dtype)), hidden, weight, labels, bias, log_probs, lse,
+        *settings, needs,
+    )  # fmt: skip
     d_hidden, d_weight, d_bias = (
         gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
     )

@@ -14,14 +14,15 @@ gradient of their own slice. The gradient of ``hidden`` is a sum over ranks, whi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_fast.ops.head import CHUNK_BYTES, Head
+from npo_fast.ops.cost import Problem
+from npo_fast.ops.head import Head
 from npo_fast.ranks import most
 
 # newer names since PyTorch 2.13, which warns of the older ones
@@ -73,14 +74,11 @@ class SlicedHead(Head):
         assert self.vocabulary is not None
         return self.vocabulary
 
-    @property
-    def least_rows(self) -> int:
-        return 0  # the operators without logits do not know of slices
-
-    def chunk_rows(self, chunk_bytes: int | None = None) -> int:
-        """Those of the largest slice, so that all ranks take the same chunks."""
-        row_bytes = self._slice.most_rows * self.logits_dtype.itemsize
-        return max(1, (chunk_bytes or CHUNK_BYTES) // row_bytes)
+    def problem(self, rows: int, trains_head: bool) -> Problem:
+        """That of the largest slice, so that all ranks take the same chunks."""
+        largest = super().problem(rows, trains_head)
+        # the operators without logits do not know of slices
+        return replace(largest, vocabulary=self._slice.most_rows, makes_logits=True)
 
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         column, mine = self._slice.own(labels)

@@ -4,7 +4,7 @@ Defaults are fixed, so that two runs on one GPU model agree. ``offline`` compile
 the tests hold them to no spills and to the shared memory of the target.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -39,25 +39,20 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How one program takes a row of logits."""
+    """The tile of logits that a program of the row kernels takes at a time."""
 
-    block: int  # columns a step of a row that is longer than on_chip_columns
-    on_chip_columns: int  # rows up to here stay in registers, with softcap up to half of it
-    columns_per_warp: int
-    max_warps: int
-
-    def on_chip(self, vocabulary: int, capped: bool) -> bool:
-        """Softcap holds the slope of every column as well."""
-        return vocabulary <= (self.on_chip_columns // 2 if capped else self.on_chip_columns)
-
-    def warps(self, block: int) -> int:
-        return min(self.max_warps, max(1, block // self.columns_per_warp))
+    block_rows: int  # neighbours in memory
+    block_columns: int
+    kl_block_columns: int  # of two tiles side by side
+    num_warps: int
+    programs: int  # a processor, which then has something to do while others wait for memory
 
 
-# 64 columns a thread stay in registers without spilling (at 1024 threads a thread has too few);
-# 16 columns a thread a step (two 16-byte loads of bf16) keep enough bytes in flight
-_NVIDIA_ROW = RowConfig(block=8192, on_chip_columns=32768, columns_per_warp=512, max_warps=16)
-_AMD_ROW = RowConfig(block=8192, on_chip_columns=32768, columns_per_warp=1024, max_warps=16)
+# 32 logits a thread: four 16-byte loads of bf16 in flight, and (peak, total) of each in registers
+_NVIDIA_ROW = RowConfig(
+    block_rows=128, block_columns=32, kl_block_columns=16, num_warps=4, programs=8
+)
+_AMD_ROW = RowConfig(block_rows=128, block_columns=32, kl_block_columns=16, num_warps=4, programs=8)
 
 ROW = MappingProxyType(
     {"sm_80": _NVIDIA_ROW, "sm_90": _NVIDIA_ROW, "sm_100": _NVIDIA_ROW, "gfx942": _AMD_ROW}
@@ -72,7 +67,7 @@ _SM90_WIDE, _SM90_SQUARE = _T(128, 256, 64, 8, 3), _T(128, 128, 64, 8, 4)
 _SM100 = _T(128, 128, 64, 8, 4)  # 128x256 spills here, as it does on sm_80
 _GFX942 = _T(128, 128, 64, 8, 2)
 
-# The first of each is the default, the others are what ``autotune`` tries.
+# The first of each is the default, the others are what ``benchmarks/gpu.py`` times beside it.
 TILES: Mapping[str, Mapping[str, tuple[TileConfig, ...]]] = MappingProxyType(
     {
         "sm_80": {
@@ -114,8 +109,6 @@ CAPPED_TILES: Mapping[tuple[str, str], TileConfig] = MappingProxyType(
 
 GROUP = 16  # row blocks that walk over the columns together: 16 MiB of hidden at D=4096, in L2
 
-_tuned: dict[str, TileConfig] = {}
-
 
 def h100_floor_ms(flops: float, moved_bytes: float) -> float:
     """The larger of the time to compute and the time to move the bytes."""
@@ -132,16 +125,7 @@ def tile_config(kernel: str, dtype: torch.dtype, capped: bool = False) -> TileCo
     target = current_target()
     if capped and (target, kernel) in CAPPED_TILES:
         return CAPPED_TILES[target, kernel]
-    return _tuned.get(kernel) or TILES[target][kernel][0]
-
-
-def autotune(kernel: str, launch: Callable[[TileConfig], object]) -> TileConfig:
-    """Times every configuration of this GPU and keeps the fastest until the process ends."""
-    from triton.testing import do_bench
-
-    candidates = TILES[current_target()][kernel]
-    _tuned[kernel] = min(candidates, key=lambda config: do_bench(lambda: launch(config)))
-    return _tuned[kernel]
+    return TILES[target][kernel][0]
 
 
 def splits_that_fill(row_blocks: int, processors: int) -> int:

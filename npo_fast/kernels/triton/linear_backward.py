@@ -22,7 +22,6 @@ from torch import Tensor
 from npo_fast.kernels.triton.config import TileConfig, tile_config
 from npo_fast.kernels.triton.hidden_gradient import hidden_gradient
 from npo_fast.kernels.triton.logits_gradient import logits_gradient
-from npo_fast.kernels.triton.tiles import KeptTiles
 from npo_fast.kernels.triton.weight_gradient import weight_gradient
 
 WORKSPACE_BYTES = 32 << 20  # G of one chunk, so that it is read back from L2
@@ -43,7 +42,6 @@ def linear_backward(
     logit_scale: float,
     needs: Sequence[bool] = (True, True, True),  # hidden, weight, bias
     *,
-    skip_below: float = 0.0,  # > 0: leave out tiles of G without an element above it
     columns: int | None = None,  # of a chunk; None chooses
     configs: tuple[TileConfig, TileConfig, TileConfig] | None = None,  # G, d_hidden, d_weight
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_hidden, d_weight, d_bias; empty: not wanted
@@ -70,26 +68,15 @@ def linear_backward(
     for first in range(0, vocabulary, chunk):
         left = triton.cdiv(vocabulary - first, make.block_n) * make.block_n
         gradient = workspace[:, :left]
-        keep = in_rows = in_columns = None
-        if skip_below > 0:  # one flag a tile of G
-            shape = padded_rows // make.block_m, gradient.shape[1] // make.block_n
-            keep = gradient.new_empty(shape, dtype=torch.int8)
         logits_gradient(
-            gradient, keep, hidden, weight, labels, bias, g, log_probs, lse,
-            first, softcap, logit_scale, skip_below, make,
+            gradient, hidden, weight, labels, bias, g, log_probs, lse,
+            first, softcap, logit_scale, make,
         )  # fmt: skip
-        if keep is not None:
-            in_rows, in_columns = _kept(keep), _kept(keep.t())
         if needs[0]:
-            hidden_gradient(d_hidden, gradient, in_rows, weight, first, first > 0, to_hidden, make)
+            hidden_gradient(d_hidden, gradient, weight, first, first > 0, to_hidden)
         if needs[1]:
-            weight_gradient(d_weight, gradient, in_columns, hidden, first, to_weight, make)
+            weight_gradient(d_weight, gradient, hidden, first, to_weight)
         if wants_bias:
             part = d_bias[first : first + chunk]
             part.copy_(gradient.sum(dim=0, dtype=torch.float32)[: len(part)])
     return d_hidden.to(hidden.dtype), d_weight, d_bias
-
-
-def _kept(keep: Tensor) -> KeptTiles:
-    kept_first = keep.argsort(dim=1, descending=True, stable=True)
-    return KeptTiles(kept_first.int().contiguous(), keep.sum(dim=1, dtype=torch.int32))

@@ -4,8 +4,7 @@
 
 recomputed from hidden, weight and the logsumexp of the forward pass, in the dtype of hidden.
 Not allocated: anything wider than the chunk. Rows and columns that pad the chunk to whole tiles
-are written as zeros, so that the two GEMMs that follow need no masks. ``keep`` marks
-the tiles that hold anything above ``skip_below``.
+are written as zeros, so that the two GEMMs that follow need no masks.
 """
 
 import triton
@@ -19,10 +18,10 @@ from npo_fast.kernels.triton.tiles import grouped, logits_tile, rows_inside
 
 @triton.jit
 def logits_gradient_kernel(
-    hidden, weight, bias, labels, g, log_probs, lse, gradient, keep,
+    hidden, weight, bias, labels, g, log_probs, lse, gradient,
     row_count, first_column, vocabulary, width, hidden_stride, weight_stride, gradient_stride,
-    softcap, logit_scale, skip_below,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SKIP: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EVEN_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(row_count, BLOCK_M)
@@ -47,16 +46,12 @@ def logits_gradient_kernel(
     tile = tile * slope * tl.load(g + rows).to(tl.float32)[:, None]
     inside = (row < row_count)[:, None] & (column < vocabulary)[None, :]
     tile = tl.where(inside, tile, 0.0)
-    if SKIP:
-        largest = tl.max(tl.max(tl.abs(tile), axis=1), axis=0)
-        tl.store(keep + row_block * column_blocks + column_block, largest > skip_below)
     at = gradient + row.to(tl.int64)[:, None] * gradient_stride + within[None, :]
     tl.store(at, tile.to(gradient.dtype.element_ty))
 
 
 def logits_gradient(
     gradient: Tensor,  # (N padded, C padded) in whole tiles: written
-    keep: Tensor | None,  # (row blocks, column blocks) int8: written; None keeps every tile
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,)
@@ -67,16 +62,15 @@ def logits_gradient(
     first_column: int,
     softcap: float | None,
     logit_scale: float,
-    skip_below: float,
     config: TileConfig,
 ) -> None:
     rows, width = hidden.shape
     programs = gradient.shape[0] // config.block_m * (gradient.shape[1] // config.block_n)
     logits_gradient_kernel[(programs,)](
-        hidden, weight, bias, labels, g, log_probs, lse, gradient, keep,
+        hidden, weight, bias, labels, g, log_probs, lse, gradient,
         rows, first_column, weight.shape[0], width,
         hidden.stride(0), weight.stride(0), gradient.stride(0),
-        softcap or 1.0, logit_scale, skip_below,
-        HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, SKIP=keep is not None,
+        softcap or 1.0, logit_scale,
+        HAS_BIAS=bias is not None, SOFTCAP=softcap is not None,
         EVEN_WIDTH=width % config.block_k == 0, **config.launch(),
     )  # fmt: skip

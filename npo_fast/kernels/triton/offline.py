@@ -41,17 +41,26 @@ TARGETS_OFFLINE = {
 
 # by the name of a kernel's argument; other arguments are 32-bit integers that 16 divides
 TYPES = {
-    "logits": "*bf16", "ref_logits": "*bf16",
-    "hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "gradient": "*bf16",
-    "d_weight": "*bf16", "d_hidden": "*fp32", "labels": "*i64", "cu_seqlens": "*i32",
-    "target_logits": "*fp32", "log_probs": "*fp32", "lse": "*fp32", "lses": "*fp32",
-    "split_lse": "*fp32", "split_target": "*fp32", "ref_log_probs": "*fp32", "values": "*fp32",
-    "sequence_log_probs": "*fp32", "weights": "*fp32", "g": "*fp32", "keep": "*i8",
-    "kept": "*i32", "kept_count": "*i32", "softcap": "fp32", "logit_scale": "fp32",
-    "skip_below": "fp32", "beta": "fp32", "kls": "*fp32", "ref_softcap": "fp32",
-    "ref_logit_scale": "fp32",
+    **dict.fromkeys(
+        ("logits", "ref_logits", "hidden", "weight", "bias", "gradient", "d_weight"),
+        "*bf16",
+    ),
+    **dict.fromkeys(
+        (
+            "d_hidden", "log_probs", "lse", "lses", "split_lse", "split_target", "ref_log_probs",
+            "sequence_log_probs", "weights", "g", "kls", "peaks", "totals", "ref_peaks",
+            "ref_totals", "peak_out", "total_out", "targets", "shifts", "shares", "at_labels",
+            "factor", "out", "values",
+        ),
+        "*fp32",
+    ),
+    **dict.fromkeys(("softcap", "logit_scale", "beta", "ref_softcap", "ref_logit_scale"), "fp32"),
+    "labels": "*i64",
+    "cu_seqlens": "*i32",
 }  # fmt: skip
-NOT_DIVISIBLE = ("tiles_per_split",)
+ONE = ("row_stride", "ref_row_stride")  # in the layout of ``logits_room``
+# sizes of the problem, as odd as they come: GPT-2 has 50257 tokens, a batch any number of rows
+NOT_DIVISIBLE = ("tiles_per_split", "rows", "row_count", "columns", "vocabulary", "slices")
 
 
 @dataclass(frozen=True)
@@ -133,9 +142,11 @@ def _record(variant: Variant) -> Record:
 def _source(variant: Variant) -> ASTSource:
     """The kernel with the argument types and alignment of a launch at ordinary sizes."""
     hip = TARGETS_OFFLINE[variant.target].gpu.backend == "hip"
+    names = variant.function.arg_names
+    constants = {**variant.constants, **{name: 1 for name in ONE if name in names}}
     signature, attributes = {}, {}
-    for at, name in enumerate(variant.function.arg_names):
-        if name in variant.constants:
+    for at, name in enumerate(names):
+        if name in constants:
             signature[name] = "constexpr"
             continue
         kind = TYPES.get(name, "i32").replace("bf16", variant.dtype)
@@ -145,7 +156,7 @@ def _source(variant: Variant) -> ASTSource:
             attributes[(at,)] = [["tt.divisibility", 16]]
             if pointer and hip:  # tensors below 2 GiB: lets AMD use buffer instructions
                 attributes[(at,)].append(["tt.pointer_range", 32])
-    return ASTSource(variant.function, signature, variant.constants, attributes)
+    return ASTSource(variant.function, signature, constants, attributes)
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

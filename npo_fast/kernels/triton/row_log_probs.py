@@ -1,12 +1,13 @@
-"""Row kernel: log-probs of labels from raw logits, and their gradient written over the logits.
+"""Row kernels: log-probs of labels from raw logits, and their gradient written over the logits.
 
     z_n        = logit_scale * softcap * tanh(a_n / softcap)
     log_prob_n = z_n[y_n] - logsumexp(z_n)
     a_n       <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n        (in place)
 
-Not allocated: probabilities, an fp32 copy of the logits, a one-hot. One program a row and no
-other program's result, so no atomics. A row that fits on chip is read once and written once. A
-longer one is read twice, backwards the second time: its tail is then still in cache.
+Three launches: sums of slices of the vocabulary without the label (``slices``), a few numbers a row
+from them, and the gradient, tile by tile. Not allocated: probabilities, an fp32 copy of the
+logits, a one-hot. 6 bytes a bf16 logit move: two reads and a write; the gradient goes through the
+logits backwards, whose end is then still in cache. No atomics.
 """
 
 import torch
@@ -15,122 +16,118 @@ import triton.language as tl
 from torch import Tensor
 
 from npo_fast.kernels.triton.config import RowConfig, row_config
-from npo_fast.kernels.triton.math import activate, one_minus_exp, online_add
+from npo_fast.kernels.triton.math import activate, one_minus_exp, softplus
+from npo_fast.kernels.triton.slices import Sums, grid_of, join, reachable_rows, slice_sums
 
-# finite, so that the difference of two of them is 0 and not NaN
-LOWEST = tl.constexpr(-3.0e38)
+ROWS = 32  # of one program of the label kernel
+SLICES = 32  # that it joins at a time
 
 
 @triton.jit
-def _block_logits(
-    row, columns, vocabulary, label, target, softcap, logit_scale,
-    HAS_TARGET: tl.constexpr, SOFTCAP: tl.constexpr, EVICTION: tl.constexpr,
+def label_kernel(
+    peaks, totals, targets, log_probs, lses, shifts, shares, at_labels,
+    rows, slices, softcap, logit_scale,
+    SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row: z (-inf past the end) and dz / da."""
-    inside = columns < vocabulary
-    raw = tl.load(row + columns, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-    if HAS_TARGET:
-        raw = tl.where(columns == label, target, raw)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < rows
+    peak, total = join(peaks, totals, row, rows, slices, BLOCK_R, BLOCK_S)
+    raw = tl.load(targets + row, mask=inside, other=0.0)
     z, slope = activate(raw, softcap, logit_scale, SOFTCAP)
-    return tl.where(inside, z, -float("inf")), slope
-
-
-@triton.jit
-def _store_row(log_probs, lses, n, target_z, peak, total):
-    log_prob = (target_z - peak) - tl.log(total)  # nearly equal numbers first: exact
-    tl.store(log_probs + n, log_prob)
-    tl.store(lses + n, peak + tl.log(total))
-    return log_prob
-
-
-@triton.jit
-def _block_gradient(exps, slope, columns, label, log_prob, total):
+    log_prob = -softplus((peak - z) + tl.log(total))
+    tl.store(log_probs + row, log_prob, mask=inside)
+    tl.store(lses + row, z - log_prob, mask=inside)
+    # softmax of the others is exp(z - shift) * share
+    tl.store(shifts + row, peak, mask=inside)
+    tl.store(shares + row, 1.0 / (total + tl.exp(z - peak)), mask=inside)
     # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
-    at_label = columns == label
-    return tl.where(at_label, one_minus_exp(log_prob), -exps / total) * slope
+    tl.store(at_labels + row, one_minus_exp(log_prob) * slope, mask=inside)
 
 
 @triton.jit
-def row_log_probs_kernel(
-    logits, labels, target_logits, log_probs, lses, vocabulary, row_stride, softcap, logit_scale,
-    HAS_TARGET: tl.constexpr, SOFTCAP: tl.constexpr,
-    IN_PLACE: tl.constexpr, ON_CHIP: tl.constexpr, BLOCK: tl.constexpr,
+def gradient_kernel(
+    logits, labels, shifts, shares, at_labels,
+    rows, reachable, columns, row_stride, column_stride, slice_columns, softcap, logit_scale,
+    SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)  # n * V passes 2^31
-    row = logits + n * row_stride
-    label = tl.load(labels + n).to(tl.int32)
-    if HAS_TARGET:
-        target = tl.load(target_logits + n).to(tl.float32)
-    else:
-        target = tl.load(row + label).to(tl.float32)
-    target_z = activate(target, softcap, logit_scale, SOFTCAP)[0]
-    lanes = tl.arange(0, BLOCK)
-
-    if ON_CHIP:
-        z, slope = _block_logits(
-            row, lanes, vocabulary, label, target, softcap, logit_scale,
-            HAS_TARGET, SOFTCAP, "evict_first",
-        )  # fmt: skip
-        peak = tl.max(z)
-        exps = tl.exp(z - peak)
-        total = tl.sum(exps)
-        log_prob = _store_row(log_probs, lses, n, target_z, peak, total)
-        gradient = _block_gradient(exps, slope, lanes, label, log_prob, total)
-        tl.store(row + lanes, gradient.to(logits.dtype.element_ty), mask=lanes < vocabulary)
-    else:
-        # a running (peak, total) a lane: nothing crosses lanes before the row ends
-        peaks = tl.full((BLOCK,), LOWEST, tl.float32)
-        totals = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            z, _ = _block_logits(
-                row, start + lanes, vocabulary, label, target, softcap, logit_scale,
-                HAS_TARGET, SOFTCAP, "evict_last" if IN_PLACE else "evict_first",
-            )  # fmt: skip
-            peaks, totals = online_add(peaks, totals, z)
-        peak = tl.max(peaks)
-        total = tl.sum(totals * tl.exp(peaks - peak))
-        log_prob = _store_row(log_probs, lses, n, target_z, peak, total)
-        if IN_PLACE:
-            last = (vocabulary - 1) // BLOCK * BLOCK
-            for back in range(0, vocabulary, BLOCK):
-                columns = last - back + lanes
-                z, slope = _block_logits(
-                    row, columns, vocabulary, label, target, softcap, logit_scale,
-                    HAS_TARGET, SOFTCAP, "evict_first",
-                )  # fmt: skip
-                exps = tl.exp(z - peak)
-                gradient = _block_gradient(exps, slope, columns, label, log_prob, total)
-                inside = columns < vocabulary
-                tl.store(row + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    within = tl.arange(0, BLOCK_C)
+    slice_ = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = slice_ * slice_columns
+    last = tl.minimum(first + slice_columns, columns)
+    at = logits + (first + within).to(tl.int64)[:, None] * column_stride
+    at += row.to(tl.int64)[None, :] * row_stride
+    step = BLOCK_C * column_stride
+    inside = row < rows
+    label = tl.load(labels + row, mask=inside, other=-1).to(tl.int32)[None, :]
+    shift = tl.load(shifts + row, mask=inside, other=0.0)[None, :]
+    share = tl.load(shares + row, mask=inside, other=0.0)[None, :]
+    at_label = tl.load(at_labels + row, mask=inside, other=0.0)[None, :]
+    readable = (row < reachable)[None, :]
+    for start in range(first, last, BLOCK_C):
+        column = (start + within)[:, None]
+        mask = (column < last) & readable
+        raw = tl.load(at, mask=mask, other=0.0)
+        z, slope = activate(raw.to(tl.float32), softcap, logit_scale, SOFTCAP)
+        gradient = tl.where(column == label, at_label, -tl.exp(z - shift) * share * slope)
+        gradient = gradient.to(logits.dtype.element_ty)
+        tl.store(at, tl.where(inside[None, :], gradient, raw), mask=mask)
+        at += step
 
 
 def row_log_probs(
-    logits: Tensor,  # (R, V) raw logits, rows contiguous; in_place: d log_prob / d logits on return
-    labels: Tensor,  # (R,) in [0, V)
-    target_logits: Tensor | None,  # (R,) raw target logits that replace the rounded ones
+    logits: Tensor,  # (N, V) raw logits, best column after column; d log_prob / d logits on return
+    labels: Tensor,  # (N,) int64 in [0, V)
+    target_logits: Tensor | None,  # (N,) raw target logits that replace the rounded ones
     softcap: float | None,
     logit_scale: float,
-    *,
-    in_place: bool,
     config: RowConfig | None = None,
-) -> tuple[Tensor, Tensor]:  # log_probs (R,) fp32, lse (R,) fp32
-    assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
-    rows, vocabulary = logits.shape
-    log_probs = logits.new_empty(rows, dtype=torch.float32)
-    lse = torch.empty_like(log_probs)
-    if rows == 0:
-        return log_probs, lse
+) -> tuple[Tensor, Tensor]:  # log_probs (N,) fp32, lse (N,) fp32
     config = config or row_config()
-    on_chip = in_place and config.on_chip(vocabulary, softcap is not None)
-    block = triton.next_power_of_2(vocabulary) if on_chip else config.block
-    row_log_probs_kernel[(rows,)](
-        logits, labels.contiguous(), _contiguous(target_logits), log_probs, lse,
-        vocabulary, logits.stride(0), softcap or 1.0, logit_scale,
-        HAS_TARGET=target_logits is not None, SOFTCAP=softcap is not None,
-        IN_PLACE=in_place, ON_CHIP=on_chip, BLOCK=block, num_warps=config.warps(block),
-    )  # fmt: skip
+    labels = labels.contiguous()
+    if len(labels) == 0:
+        empty = logits.new_empty(0, dtype=torch.float32)
+        return empty, torch.empty_like(empty)
+    if target_logits is None:
+        target_logits = logits.gather(1, labels.unsqueeze(1)).squeeze(1).float()
+    sums = slice_sums(logits, labels, softcap, logit_scale, config)
+    log_probs, lse, *of_rows = with_labels(sums, target_logits, softcap, logit_scale)
+    gradient_(logits, labels, *of_rows, softcap, logit_scale, config)
     return log_probs, lse
 
 
-def _contiguous(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
+def gradient_(
+    logits: Tensor,  # (N, C) raw logits of a slice, or of all; d log_prob / d logits on return
+    labels: Tensor,  # (N,) int64, counted from the first column; may lie outside
+    shifts: Tensor,  # (N,) fp32
+    shares: Tensor,  # (N,) fp32: softmax is exp(z - shift) * share
+    at_labels: Tensor,  # (N,) fp32, the gradient at the label
+    softcap: float | None,
+    logit_scale: float,
+    config: RowConfig,
+) -> None:
+    grid = grid_of(logits, config)
+    gradient_kernel[(grid.row_blocks, grid.slices)](
+        logits, labels.contiguous(), shifts, shares, at_labels,
+        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), grid.slice_columns,
+        softcap or 1.0, logit_scale,
+        SOFTCAP=softcap is not None,
+        BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def with_labels(
+    sums: Sums,  # of the columns that are not the label
+    target_logits: Tensor,  # (N,) fp32, raw
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log_probs, lse, and what ``gradient_`` needs: shifts, shares and values at the labels."""
+    slices, rows = sums.peaks.shape
+    log_probs, lse, shifts, shares, at_labels = (torch.empty_like(sums.peaks[0]) for _ in range(5))
+    label_kernel[(triton.cdiv(rows, ROWS),)](
+        *sums, target_logits.contiguous(), log_probs, lse, shifts, shares, at_labels,
+        rows, slices, softcap or 1.0, logit_scale,
+        SOFTCAP=softcap is not None, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4,
+    )  # fmt: skip
+    return log_probs, lse, shifts, shares, at_labels

@@ -1,10 +1,7 @@
 """What the linear kernels share: the order of tiles, and one tile of logits made on chip."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from npo_fast.kernels.triton import config
 from npo_fast.kernels.triton.math import activate
@@ -13,21 +10,6 @@ GROUP = tl.constexpr(config.GROUP)
 
 # the interpreter multiplies the bit patterns of bf16; going up to fp32 first is exact
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-class KeptTiles(NamedTuple):
-    """Which tiles of a line of tiles are multiplied: the first ``counts`` of ``tiles``, ascending.
-
-    A list, because a loop over it is pipelined; a loop with a branch on a flag is not.
-    """
-
-    tiles: Tensor  # (lines, tiles of a line) int32
-    counts: Tensor  # (lines,) int32
-
-
-def kept_arguments(kept: KeptTiles | None) -> tuple[Tensor | None, Tensor | None]:
-    """``tiles`` and ``counts`` as kernels take them."""
-    return (None, None) if kept is None else (kept.tiles, kept.counts)
 
 
 @triton.jit

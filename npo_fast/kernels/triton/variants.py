@@ -11,19 +11,19 @@ from typing import Any
 
 import triton
 
-from npo_fast.kernels.triton import config, npo_head
+from npo_fast.kernels.triton import config, label_logits, npo_head, row_kl, row_log_probs, scale
 from npo_fast.kernels.triton.config import TileConfig
 from npo_fast.kernels.triton.hidden_gradient import hidden_gradient_kernel
 from npo_fast.kernels.triton.linear_backward import LEAST_COLUMNS, WORKSPACE_BYTES
 from npo_fast.kernels.triton.linear_forward import linear_forward_kernel
 from npo_fast.kernels.triton.logits_gradient import logits_gradient_kernel
 from npo_fast.kernels.triton.npo_head import npo_head_kernel
-from npo_fast.kernels.triton.row_kl import row_kl_kernel
-from npo_fast.kernels.triton.row_log_probs import row_log_probs_kernel
+from npo_fast.kernels.triton.slices import slice_sums_kernel
 from npo_fast.kernels.triton.weight_gradient import weight_gradient_kernel
 
 N, D, V = PROBLEM = 4096, 4096, 128256  # tokens, width, vocabulary of Llama 3 8B
 HALF = 2  # bytes of bf16
+FEW_WARPS = {"num_warps": 4}  # of kernels that take next to no time
 CHUNKS = triton.cdiv(V, max(LEAST_COLUMNS, WORKSPACE_BYTES // (N * HALF)))
 
 
@@ -50,8 +50,7 @@ class Variant:
 
     @property
     def config(self) -> str:
-        blocks = [self.constants[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
-                  if k in self.constants]  # fmt: skip
+        blocks = [n for key, n in self.constants.items() if key.startswith("BLOCK")]
         launch = " ".join(f"{key.removeprefix('num_')} {n}" for key, n in self.options.items())
         return f"{'x'.join(map(str, blocks))}, {launch}"
 
@@ -60,7 +59,7 @@ def variants(target: str) -> Iterator[Variant]:
     """All of a target, the options of a kernel on its default tile, plain on the others."""
     yield from _row_variants(target)
     constants = {"BLOCK": npo_head.BLOCK}
-    yield Variant(npo_head_kernel, "plain", target, constants, {"num_warps": 4}, 0.0, 8.0 * N)
+    yield Variant(npo_head_kernel, "plain", target, constants, FEW_WARPS, 0.0, 8.0 * N)
     for kernel, (default, *others) in config.TILES[target].items():
         switched = _SWITCHES[kernel]
         for name, switches in switched.items():
@@ -74,24 +73,29 @@ def variants(target: str) -> Iterator[Variant]:
 
 def _row_variants(target: str) -> Iterator[Variant]:
     row = config.ROW[target]
-    passes = {"on chip": 2, "in place": 3, "read only": 1}  # over the logits, in memory
-    for name, count in passes.items():
-        for capped in (False, True):
-            on_chip = name == "on chip"
-            block = row.on_chip_columns // (1 + capped) if on_chip else row.block
-            constants = {
-                "HAS_TARGET": True, "SOFTCAP": capped, "IN_PLACE": name != "read only",
-                "ON_CHIP": on_chip, "BLOCK": block,
-            }  # fmt: skip
-            options = {"num_warps": row.warps(block)}
-            label = f"{name}, softcap" if capped else name
-            moved = None if on_chip else count * N * V * HALF
-            yield Variant(row_log_probs_kernel, label, target, constants, options, 0.0, moved)
+    blocks = {"BLOCK_R": row.block_rows, "BLOCK_C": row.block_columns}
+    options = {"num_warps": row.num_warps}
+    once, joined = N * V * HALF, {"BLOCK_R": row_log_probs.ROWS, "BLOCK_S": row_log_probs.SLICES}
     for capped in (False, True):
-        constants = {"SOFTCAP": capped, "REF_SOFTCAP": capped, "BLOCK": row.block}
-        options = {"num_warps": row.warps(row.block)}
-        label = "softcap" if capped else "plain"
-        yield Variant(row_kl_kernel, label, target, constants, options, 0.0, 5.0 * N * V * HALF)
+        name, softcap = ("softcap" if capped else "plain"), {"SOFTCAP": capped}
+        for labels in (False, True):
+            constants = {"HAS_LABELS": labels, **softcap, **blocks}
+            label = f"{name}, labels" if labels else name
+            yield Variant(slice_sums_kernel, label, target, constants, options, 0.0, 1.0 * once)
+        yield Variant(row_log_probs.label_kernel, name, target, {**softcap, **joined}, FEW_WARPS)
+        constants = {**softcap, **blocks}
+        gradient = row_log_probs.gradient_kernel
+        yield Variant(gradient, name, target, constants, options, 0.0, 2.0 * once)
+        constants = {**constants, "REF_SOFTCAP": capped, "BLOCK_C": row.kl_block_columns}
+        yield Variant(row_kl.row_kl_kernel, name, target, constants, options, 0.0, 3.0 * once)
+    yield Variant(row_kl.join_kernel, "plain", target, joined, FEW_WARPS)
+    for bias in (False, True):
+        constants = {"HAS_BIAS": bias, "BLOCK": label_logits.BLOCK}
+        name = "bias" if bias else "plain"
+        yield Variant(label_logits.label_logits_kernel, name, target, constants, FEW_WARPS)
+    moved = 2.0 * V * D * HALF
+    constants = {"BLOCK": scale.BLOCK}
+    yield Variant(scale.scale_kernel, "plain", target, constants, FEW_WARPS, 0.0, moved)
 
 
 _KERNELS = {
@@ -107,14 +111,11 @@ _SWITCHES = {  # from nothing switched on to everything
         "softcap, bias": {"HAS_BIAS": True, "SOFTCAP": True},
     },
     "logits_gradient": {
-        "plain": {"HAS_BIAS": False, "SOFTCAP": False, "SKIP": False},
-        "softcap, bias, skip": {"HAS_BIAS": True, "SOFTCAP": True, "SKIP": True},
+        "plain": {"HAS_BIAS": False, "SOFTCAP": False},
+        "softcap, bias": {"HAS_BIAS": True, "SOFTCAP": True},
     },
-    "hidden_gradient": {
-        "plain": {"ACCUMULATE": True, "SKIP": False},
-        "skip": {"ACCUMULATE": True, "SKIP": True},
-    },
-    "weight_gradient": {"plain": {"SKIP": False}, "skip": {"SKIP": True}},
+    "hidden_gradient": {"plain": {"ACCUMULATE": True}},
+    "weight_gradient": {"plain": {}},
 }
 _MOVED_BYTES = {
     "linear_forward": HALF * (N * D + V * D),
@@ -134,9 +135,6 @@ def _gemm(
 ) -> Variant:
     constants = {**switches, "EVEN_WIDTH": True, **tile.launch()}
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-    if kernel in ("hidden_gradient", "weight_gradient"):
-        tiles = config.TILES[target]["logits_gradient"][0] if dtype == "bf16" else tile
-        constants.update(KEEP_M=tiles.block_m, KEEP_N=tiles.block_n)
     moved = _MOVED_BYTES[kernel] if dtype == "bf16" else None  # PROBLEM is in bf16
     return Variant(
         _KERNELS[kernel], name, target, constants, options, 2.0 * N * D * V, moved, dtype

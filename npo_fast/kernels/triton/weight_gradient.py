@@ -2,9 +2,8 @@
 
     d_weight[v, :] = sum over n of G[n, v] * h_n        for v in the chunk
 
-One program owns a tile of d_weight and walks over all rows, or over the blocks of rows that are
-kept, in order, with an fp32 accumulator: no atomics, and no fp32 copy of d_weight (V x D x 4
-bytes), because each tile is written once.
+One program owns a tile of d_weight and walks over all rows in order, with an fp32 accumulator: no
+atomics, and no fp32 copy of d_weight (V x D x 4 bytes), because each tile is written once.
 """
 
 import triton
@@ -12,15 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from npo_fast.kernels.triton.config import TileConfig
-from npo_fast.kernels.triton.tiles import KeptTiles, dot, grouped, kept_arguments, rows_inside
+from npo_fast.kernels.triton.tiles import dot, grouped, rows_inside
 
 
 @triton.jit
 def weight_gradient_kernel(
-    gradient, kept, kept_count, hidden, d_weight,
+    gradient, hidden, d_weight,
     row_count, padded_rows, chunk, first_column, vocabulary, width,
     gradient_stride, hidden_stride, out_stride,
-    SKIP: tl.constexpr, EVEN_WIDTH: tl.constexpr, KEEP_M: tl.constexpr, KEEP_N: tl.constexpr,
+    EVEN_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     v_blocks = chunk // BLOCK_M
@@ -31,15 +30,7 @@ def weight_gradient_kernel(
     k = tl.arange(0, BLOCK_K)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    steps = padded_rows // BLOCK_K
-    if SKIP:
-        tile_column = v_block * BLOCK_M // KEEP_N
-        steps = tl.load(kept_count + tile_column) * (KEEP_M // BLOCK_K)
-    for i in range(steps):
-        step = i
-        if SKIP:
-            tile = tl.load(kept + tile_column * (padded_rows // KEEP_M) + i // (KEEP_M // BLOCK_K))
-            step = tile * (KEEP_M // BLOCK_K) + i % (KEEP_M // BLOCK_K)
+    for step in range(padded_rows // BLOCK_K):
         n = (step * BLOCK_K + k).to(tl.int64)
         a = tl.load(gradient + n[None, :] * gradient_stride + within[:, None])
         h = rows_inside(0, step, BLOCK_K, row_count)
@@ -57,23 +48,18 @@ def weight_gradient_kernel(
 def weight_gradient(
     d_weight: Tensor,  # (V, D): rows first_column to first_column + C are written
     gradient: Tensor,  # (N padded, C padded)
-    kept: KeptTiles | None,  # of each column block of G; None: all of them
     hidden: Tensor,  # (N, D)
     first_column: int,
     config: TileConfig,
-    gradient_config: TileConfig,  # the tiles that ``kept`` counts
 ) -> None:
     vocabulary, width = d_weight.shape
     padded_rows, chunk = gradient.shape
     assert chunk % config.block_m == 0
     assert padded_rows % config.block_k == 0
-    assert kept is None or gradient_config.block_n % config.block_m == 0
-    assert kept is None or gradient_config.block_m % config.block_k == 0
     programs = chunk // config.block_m * triton.cdiv(width, config.block_n)
     weight_gradient_kernel[(programs,)](
-        gradient, *kept_arguments(kept), hidden, d_weight,
+        gradient, hidden, d_weight,
         hidden.shape[0], padded_rows, chunk, first_column, vocabulary, width,
         gradient.stride(0), hidden.stride(0), d_weight.stride(0),
-        SKIP=kept is not None, EVEN_WIDTH=width % config.block_n == 0,
-        KEEP_M=gradient_config.block_m, KEEP_N=gradient_config.block_n, **config.launch(),
+        EVEN_WIDTH=width % config.block_n == 0, **config.launch(),
     )  # fmt: skip

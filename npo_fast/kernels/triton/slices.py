@@ -1,0 +1,141 @@
+"""Logsumexp of rows of logits, a slice of the vocabulary a program; what the row kernels share.
+
+    peak[s, n], total[s, n]:  logsumexp over slice s of z_n is  peak + log(total)
+    z_n = logit_scale * softcap * tanh(a_n / softcap)
+
+Logits lie column after column, as ``logits_room`` makes them: a program takes BLOCK_R neighbouring
+rows of one column after another, so that loads are 16 bytes wide whatever the size of the
+vocabulary, and any number of programs can share a row. Every element of a tile keeps a running
+(peak, total) of its own: nothing crosses lanes before the slice ends. The label may stay apart:
+``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npo_fast.kernels.triton.config import RowConfig, processors
+from npo_fast.kernels.triton.math import activate, online_add
+
+# finite, so that the difference of two of them is 0 and not NaN
+LOWEST = tl.constexpr(-3.0e38)
+ALIGNED = 16  # rows: what Triton takes for divisible, and more than 16 bytes
+
+
+class Sums(NamedTuple):
+    """Of each slice and row."""
+
+    peaks: Tensor  # (S, N) fp32
+    totals: Tensor  # (S, N) fp32, of exp(z - peak)
+
+
+class Grid(NamedTuple):
+    """Who takes which part of (N, C) logits: a block of rows and a slice of the columns."""
+
+    row_blocks: int
+    slices: int
+    slice_columns: int
+
+
+def grid_of(logits: Tensor, config: RowConfig) -> Grid:  # (N, C)
+    """Enough slices to fill the GPU, each of whole blocks of columns."""
+    rows, columns = logits.shape
+    row_blocks = triton.cdiv(rows, config.block_rows)
+    blocks = triton.cdiv(columns, config.block_columns)
+    wanted = triton.cdiv(processors(logits.device) * config.programs, row_blocks)
+    slice_columns = triton.cdiv(blocks, min(wanted, blocks)) * config.block_columns
+    return Grid(row_blocks, triton.cdiv(columns, slice_columns), slice_columns)
+
+
+def reachable_rows(logits: Tensor) -> int:  # (N, C)
+    """Rows that a program may read in every column: N, up to the next aligned number.
+
+    A mask that ends at any N would make every load a few bytes wide. What lies between the columns
+    may be read, and is written back as it was.
+    """
+    rows, columns = logits.shape
+    aligned = triton.cdiv(rows, ALIGNED) * ALIGNED
+    row_stride, column_stride = logits.stride()
+    if row_stride != 1 or column_stride % ALIGNED or columns == 0:
+        return rows
+    end = logits.storage_offset() + (columns - 1) * column_stride + aligned
+    return aligned if end * logits.itemsize <= logits.untyped_storage().nbytes() else rows
+
+
+@triton.jit
+def slice_sums_kernel(
+    logits, labels, peaks, totals,
+    rows, reachable, columns, row_stride, column_stride, slice_columns, softcap, logit_scale,
+    HAS_LABELS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    within = tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * slice_columns
+    last = tl.minimum(first + slice_columns, columns)
+    at = logits + (first + within).to(tl.int64)[:, None] * column_stride
+    at += row.to(tl.int64)[None, :] * row_stride
+    step = BLOCK_C * column_stride
+    readable = (row < reachable)[None, :]
+    if HAS_LABELS:
+        label = tl.load(labels + row, mask=row < rows, other=-1).to(tl.int32)
+    peak = tl.full((BLOCK_C, BLOCK_R), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for start in range(first, last, BLOCK_C):
+        column = start + within
+        inside = (column < last)[:, None]
+        raw = tl.load(at, mask=inside & readable, other=0.0).to(tl.float32)
+        z, _ = activate(raw, softcap, logit_scale, SOFTCAP)
+        counts = inside
+        if HAS_LABELS:
+            counts = inside & (column[:, None] != label[None, :])
+        peak, total = online_add(peak, total, tl.where(counts, z, -float("inf")))
+        at += step
+    top = tl.max(peak, axis=0)
+    total = tl.sum(total * tl.exp(peak - top[None, :]), axis=0)
+    out = tl.program_id(1).to(tl.int64) * rows + row
+    tl.store(peaks + out, top, mask=row < rows)
+    tl.store(totals + out, total, mask=row < rows)
+
+
+@triton.jit
+def join(peaks, totals, row, rows, slices, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """``(peak, total)`` of whole rows from those of their slices, in a fixed order."""
+    inside = (row < rows)[None, :]
+    peak = tl.full((BLOCK_S, BLOCK_R), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
+    for first in range(0, slices, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        at = s.to(tl.int64)[:, None] * rows + row[None, :]
+        there = inside & (s < slices)[:, None]
+        other = tl.load(peaks + at, mask=there, other=LOWEST)
+        top = tl.maximum(peak, other)
+        total = total * tl.exp(peak - top)
+        total += tl.load(totals + at, mask=there, other=0.0) * tl.exp(other - top)
+        peak = top
+    top = tl.max(peak, axis=0)
+    return top, tl.sum(total * tl.exp(peak - top[None, :]), axis=0)
+
+
+def slice_sums(
+    logits: Tensor,  # (N, C) raw logits of a slice of the vocabulary, or of all of it
+    labels: Tensor | None,  # (N,) int64, counted from the first column: left out; may lie outside
+    softcap: float | None,
+    logit_scale: float,
+    config: RowConfig,
+) -> Sums:
+    rows, columns = logits.shape
+    grid = grid_of(logits, config)
+    peaks = logits.new_empty(grid.slices, rows, dtype=torch.float32)
+    totals = torch.empty_like(peaks)
+    slice_sums_kernel[(grid.row_blocks, grid.slices)](
+        logits, labels, peaks, totals,
+        rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
+        softcap or 1.0, logit_scale,
+        HAS_LABELS=labels is not None, SOFTCAP=softcap is not None,
+        BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
+    )  # fmt: skip
+    return Sums(peaks, totals)

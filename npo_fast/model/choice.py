@@ -1,0 +1,184 @@
+"""Which attention a model gets: the fastest that is here, runs on its GPU and serves its layers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from npo_fast.model.attention import NAME as PACKED
+from npo_fast.model.varlen import DTYPES as HALF
+from npo_fast.model.varlen import NAME as VARLEN
+from npo_fast.model.varlen import head_dim_fits, is_usual_scale, parameters, varlen_function
+
+# FlashAttention for a compute capability, the fastest first: 3 was written for Hopper, 4 for the
+# Blackwell of data centres; 4 runs on Hopper too, 2 on everything since Ampere
+FLASH_VERSIONS = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2)}
+FLASH_CAPABILITY = (8, 0)
+WIDEST_FLASH_4 = 128  # on Blackwell; the one pair of wider heads it has there came late
+
+HEAD_DIM = ("qk_head_dim", "head_dim", "head_size", "attention_head_size")  # names in transformers
+DROPOUT = ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "dropout_prob", "attn_drop")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device and the libraries here offer to attention."""
+
+    name: str  # of the device
+    capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    amd: bool = False
+    flash: frozenset[int] = frozenset()  # versions of FlashAttention that are installed
+    varlen: frozenset[str] | None = None  # parameters of PyTorch's varlen_attn, where it has one
+    built: bool = True  # this PyTorch has the kernels of FlashAttention
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What the attention layers of a model ask of a kernel."""
+
+    head_dims: frozenset[int] = frozenset({128})  # of queries and keys; empty: not known
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    window: bool = False
+    scaled: bool = False  # by another factor than head_dim**-0.5
+
+
+def machine_of(device: torch.device) -> Machine:
+    from transformers import utils
+
+    def installed(version: int) -> bool:
+        available = getattr(utils, f"is_flash_attn_{version}_available", None)
+        return available is not None and available()  # older transformers do not know all of them
+
+    if device.type != "cuda":
+        return Machine(str(device))
+    amd = torch.version.hip is not None
+    varlen = varlen_function()
+    return Machine(
+        str(device),
+        None if amd else torch.cuda.get_device_capability(device),
+        amd,
+        frozenset(version for version in (2, 3, 4) if installed(version)),
+        None if varlen is None else parameters(varlen),
+        torch.backends.cuda.is_flash_attention_available(),
+    )
+
+
+def demands_of(decoder: torch.nn.Module, config: Any) -> Demands:
+    """From the attributes that attention layers have in transformers.
+
+    Layers without the usual ones are judged by the configuration alone, and by the probe.
+    """
+    layers: list[tuple[Any, int]] = [(m, h) for m in decoder.modules() if (h := _head_dim(m))]
+    heads = frozenset(head for _, head in layers) or _configured_head_dim(config)
+    return Demands(
+        heads,
+        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        sinks=any(getattr(m, "sinks", None) is not None for m, _ in layers),
+        dropout=any(_dropout(m) > 0 for m, _ in layers),
+        window=bool(getattr(config, "sliding_window", None)),
+        scaled=any(not is_usual_scale(m.scaling, head) for m, head in layers),
+    )
+
+
+def _head_dim(module: Any) -> int | None:
+    """Of an attention layer; None of any other module."""
+    if not isinstance(getattr(module, "scaling", None), int | float):
+        return None
+    found = (getattr(module, name, None) for name in HEAD_DIM)
+    return next((head for head in found if isinstance(head, int)), None)
+
+
+def _configured_head_dim(config: Any) -> frozenset[int]:
+    if head := getattr(config, "head_dim", None):
+        return frozenset({head})
+    heads = getattr(config, "num_attention_heads", None)
+    return frozenset({config.hidden_size // heads} if heads else ())
+
+
+def _dropout(module: Any) -> float:
+    found = (getattr(module, name, None) for name in DROPOUT)
+    rates = (value.p if isinstance(value, torch.nn.Dropout) else value for value in found)
+    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+
+
+def attentions(
+    machine: Machine, dtype: torch.dtype, demands: Demands, flash: bool = True
+) -> Iterator[str]:
+    """What serves a model here, the fastest first; ``flash`` is whether it takes those packages."""
+    if flash and (version := flash_version(machine, dtype, demands)) is not None:
+        yield f"flash_attention_{version}"
+    if varlen_obstacle(machine, dtype, demands) is None:
+        yield VARLEN
+    yield PACKED
+
+
+def flash_version(machine: Machine, dtype: torch.dtype, demands: Demands) -> int | None:
+    """The installed FlashAttention that serves best; None where none does."""
+    if dtype not in HALF or demands.sinks:  # 2 has no sinks, the others differ in them
+        return None
+    if machine.amd:
+        versions: tuple[int, ...] = (2,)
+    elif machine.capability is not None and machine.capability >= FLASH_CAPABILITY:
+        versions = FLASH_VERSIONS.get(machine.capability[0], (2,))
+    else:
+        return None
+    serving = (v for v in versions if v in machine.flash and _flash_serves(v, machine, demands))
+    return next(serving, None)
+
+
+def _flash_serves(version: int, machine: Machine, demands: Demands) -> bool:
+    if demands.dropout and version > 2:  # later versions leave it out
+        return False
+    if version == 4 and demands.softcap:  # not every release has it in the backward
+        return False
+    blackwell = machine.capability is not None and machine.capability[0] > 9
+    if version == 4 and blackwell and max(demands.head_dims, default=0) > WIDEST_FLASH_4:
+        return False
+    return all(head_dim_fits(head) for head in demands.head_dims)
+
+
+def varlen_obstacle(machine: Machine, dtype: torch.dtype, demands: Demands) -> str | None:
+    """Why PyTorch's varlen_attn cannot serve, and what to do instead; None where it can."""
+    version = f"PyTorch {torch.__version__}"
+    if machine.capability is None or machine.capability < FLASH_CAPABILITY:
+        return (
+            "it runs on NVIDIA GPUs of compute capability 8.0 or newer, and the model is on "
+            f"{_described(machine)}: name --attention auto or {PACKED}"
+        )
+    if machine.varlen is None:
+        return f"{version} has no varlen_attn: upgrade to 2.10 or newer, or name --attention auto"
+    if not machine.built:
+        return f"{version} was built without FlashAttention: name --attention auto"
+    if dtype not in HALF:
+        return (
+            f"it takes bf16 and fp16, and the model is {str(dtype).removeprefix('torch.')}: "
+            "name --dtype bf16, or --attention auto"
+        )
+    if missing := next(_missing(machine.varlen, demands), None):
+        return f"{missing}: name --attention auto"
+    return None
+
+
+def _missing(takes: frozenset[str], demands: Demands) -> Iterator[str]:
+    """What a model needs and varlen_attn lacks."""
+    if heads := [head for head in sorted(demands.head_dims) if not head_dim_fits(head)]:
+        yield f"heads of {heads[0]} are not a multiple of 8 up to 256"
+    if demands.softcap:
+        yield "it has no softcap, and the model has attn_logit_softcapping"
+    if demands.sinks:
+        yield "it has no attention sinks, and the model has some"
+    if demands.dropout:
+        yield "it has no dropout, and the model has attention dropout"
+    if demands.scaled and "scale" not in takes:
+        yield "the model has a scale of its own, for which PyTorch has to be 2.11 or newer"
+    if demands.window and "window_size" not in takes:
+        yield "the model has a window, for which PyTorch has to be 2.11 or newer"
+
+
+def _described(machine: Machine) -> str:
+    if machine.capability is not None:
+        return "{} ({}.{})".format(machine.name, *machine.capability)
+    return f"{machine.name} (AMD)" if machine.amd else machine.name
