@@ -383,10 +383,13 @@ def test_a_model_with_varlen_attention_knows_where_sequences_end(
     lm = CausalLM(model, probe=False)
     assert lm._set_attention(VARLEN)
     lm.attention = VARLEN
-    found = lm.log_probs(batch)
-    assert (found - expected).abs().max() < 0.1
+    assert (lm.log_probs(batch) - expected).abs().max() < 0.1
+    lm.packs = False  # sequences run one at a time, without bounds
+    assert (lm.log_probs(batch) - expected).abs().max() < 0.1
     with lm.generating() as native:
         assert native.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == VARLEN
+    assert CausalLM(model, probe=False).native_attention == "sdpa"
 
 
 @pytest.mark.parametrize("key_value_heads", [4, 2])

@@ -1,5 +1,7 @@
 """The Triton kernels against fp64: in the interpreter, or on the GPU where there is one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,17 +10,17 @@ pytest.importorskip("triton")
 from npo_fast import NPO, segment_sum
 from npo_fast.kernels import reference
 from npo_fast.kernels.reference import logits_room
-from npo_fast.kernels.triton.config import RowConfig
+from npo_fast.kernels.triton.config import ROW
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.npo_head import npo_head
 from npo_fast.kernels.triton.row_log_probs import row_log_probs
-from npo_fast.kernels.triton.scale import scale
+from npo_fast.kernels.triton.scale import scale, scale_rows
 from tests.accuracy import assert_as_exact, free_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # several blocks of rows, and several slices of the vocabulary a row; or all in one program
-SPLIT = RowConfig(block_rows=4, block_columns=64, kl_block_columns=64, num_warps=2, programs=7)
-WHOLE = RowConfig(block_rows=16, block_columns=256, kl_block_columns=256, num_warps=4, programs=1)
+SPLIT = replace(ROW["sm_80"], block_rows=4, block_columns=64, programs=7)
+WHOLE = replace(ROW["sm_80"], block_rows=16, block_columns=256, programs=1)
 HEADS = [(False, None, 1.0), (True, None, 0.25), (True, 30.0, 1.5), (False, 30.0, 1.0)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (shape, head, dtype): on a GPU each is a few compilations, so that not all go with all
@@ -149,6 +151,20 @@ def test_scaling_multiplies_and_a_factor_of_one_changes_no_bit(dtype, count):
     assert torch.equal(scaled, values)
     scale(scaled, torch.tensor(-0.5, device=DEVICE))
     assert torch.equal(scaled, -0.5 * values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_scaled_in_fp32_into_another_dtype_or_in_place(dtype):
+    generator = torch.Generator().manual_seed(2)
+    factors = torch.randn(5, generator=generator).to(DEVICE)
+    canvas = torch.randn(5, 2100, generator=generator).to(DEVICE, dtype)
+    values = canvas[:, :2090]
+    exact = values.double() * factors.double()[:, None]
+    out = torch.empty(5, 2090, device=DEVICE)
+    scale_rows(out, values, factors)
+    assert torch.equal(out, values.float() * factors[:, None])
+    scale_rows(values, values, factors)
+    assert_largest_error_as_exact(values, exact.to(dtype), exact)
 
 
 LENGTHS = {

@@ -1,6 +1,7 @@
 """KL to a reference: the row kernels and ``linear_kl`` against plain PyTorch in fp64."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,12 +29,10 @@ def triton_op(logits, ref_logits, *setting):
     Several slices of the vocabulary, and several blocks of rows.
     """
     pytest.importorskip("triton")
-    from npo_fast.kernels.triton.config import RowConfig
+    from npo_fast.kernels.triton.config import ROW
     from npo_fast.kernels.triton.row_kl import row_kl
 
-    config = RowConfig(
-        block_rows=4, block_columns=512, kl_block_columns=256, num_warps=4, programs=4
-    )
+    config = replace(ROW["sm_80"], block_rows=4, block_columns=256, programs=4)
     there, ref_there = logits.to(DEVICE), ref_logits.to(DEVICE)
     kl = row_kl(there, ref_there, *setting, config=config)
     logits.copy_(there)

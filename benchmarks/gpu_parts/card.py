@@ -1,7 +1,4 @@
-"""Part 0: which card with which software, and what it does at best."""
-
-import platform
-from importlib.metadata import PackageNotFoundError, version
+"""Part 0: which card it is, and what it does at best."""
 
 import torch
 
@@ -10,19 +7,8 @@ from gpu_parts.measure import bare_gemms, interleaved, make_problem, summary
 from gpu_parts.record import Record
 from npo_fast.bench.timing import Times
 
-PACKAGES = (
-    "torch", "triton", "transformers", "numpy", "scipy", "pytest", "trl", "liger-kernel",
-    "cut-cross-entropy", "flash-attn",
-)  # fmt: skip
-
 
 def run(record: Record, device: torch.device, tiny: bool, job: str) -> None:
-    record.row("versions", "python", version=platform.python_version())
-    for package in PACKAGES:
-        try:
-            record.row("versions", package, version=version(package))
-        except PackageNotFoundError:
-            continue
     if device.type == "cuda":
         record.attempt("properties", lambda: _properties(record))
     record.attempt("copy", lambda: _copy(record, device, tiny))

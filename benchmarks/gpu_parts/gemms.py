@@ -57,7 +57,8 @@ def one_size(
         call = variant.call if isinstance(variant, Prepared) else variant
         if isinstance(variant, Prepared):
             variant.prepare()
-        record.row(table, name, error=error, **peak_mib(call, device, 0))
+        record.row(table, name, error=error)
+        record.row(table, name, **peak_mib(call, device))
     timed |= layouts(gradient, hidden)
     flops = 2 * rows * width * vocabulary
     for name, times in interleaved(timed, device, tiny).items():

@@ -82,12 +82,16 @@ def summary(times: Times) -> dict[str, float]:
     return {"ms": times.median_ms, "min_ms": min(times.times_ms), "rounds": len(times.times_ms)}
 
 
-def peak_mib(call: Call, device: torch.device, outputs_bytes: int) -> dict[str, float]:
-    """Peak of a call that has run before, whole and beyond its outputs; empty where unknown."""
+def peak_mib(
+    call: Call, device: torch.device, outputs_bytes: int | None = None
+) -> dict[str, float]:
+    """Peak of a call that has run before, and beyond its outputs; empty where unknown."""
     try:
         peak = peak_bytes(call, device)
     except MemoryUnknownError:
         return {}
+    if outputs_bytes is None:
+        return {"peak_mib": peak / MIB}
     return {"peak_mib": peak / MIB, "beyond_outputs_mib": (peak - outputs_bytes) / MIB}
 
 

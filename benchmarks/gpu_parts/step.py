@@ -92,7 +92,7 @@ def begin(
         if steps is None:
             continue
         record.row("step", way, resident_mib=(allocated(device) - before) / MIB)
-        second = partial(peak_mib, partial(next, steps), device, 0)
+        second = partial(peak_mib, partial(next, steps), device)
         peak = record.attempt(f"{way}: second step", second)
         if peak is None:
             continue

@@ -29,7 +29,7 @@ FEW_ROW_TILES = ((64, 32, 4), (128, 16, 4), (128, 64, 4), (128, 32, 8), (256, 32
 TINY_ROW_TILES = ((16, 32, 4),)
 PROGRAMS, TINY_PROGRAMS = (4, 16), ()
 COLUMN_FIELD = {"row_log_probs": "block_columns", "row_kl": "kl_block_columns"}
-TILE_SIZE, TINY_TILE_SIZE = (4096, 4096, 128256), (32, 32, 96)  # rows, width, vocabulary
+TILE_SIZE, TINY_TILE_SIZE = (4096, 4096, 128256), (16, 32, 48)  # rows, width, vocabulary
 TOLERANCE = 2e-2
 CHECKED_ROWS = 16
 ROUNDS = 10
@@ -91,7 +91,9 @@ def row_configs(column_field: str, tiny: bool, thorough: bool) -> Iterator[tuple
     default = configs.row_config()
     yield "default", default
     names = ("block_rows", column_field, "num_warps")
-    tiles = TINY_ROW_TILES if tiny else ROW_TILES if thorough else FEW_ROW_TILES
+    tiles = ROW_TILES if thorough else FEW_ROW_TILES
+    if tiny:
+        tiles = TINY_ROW_TILES if thorough else ()
     changes = [dict(zip(names, tile, strict=True)) for tile in tiles]
     changes += [{"programs": programs} for programs in (TINY_PROGRAMS if tiny else PROGRAMS)]
     there = {field.name for field in fields(default)}
@@ -121,7 +123,8 @@ def _tiles(record: Record, device: torch.device, tiny: bool) -> None:
     rest = (hidden, weight, labels, None)
     logits = hidden[:CHECKED_ROWS].float() @ weight.float().T
     log_probs = logits.log_softmax(-1).gather(1, labels[:CHECKED_ROWS, None]).squeeze(1)
-    found = linear_forward(*rest, None, 1.0)
+    chosen = _tile_configs("linear_forward", tiny)[0]
+    found = linear_forward(*rest, None, 1.0, config=chosen)
     g = torch.full_like(found[0], 1 / rows)
     p = logits.softmax(-1)
     p[torch.arange(len(p), device=device), labels[: len(p)]] -= 1

@@ -5,15 +5,18 @@ from typing import Any
 
 MOST_ROWS = 24  # of one table; the JSON has the rest
 HIDDEN = ("min_ms", "rounds")  # columns that only the JSON has
-EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b")
-ERROR_CHARACTERS = 160
+EXCEPTION = re.compile(r"(E +)?[\w.]*(Error|Exception|Exit|Interrupt)\b")
+MOST_ERRORS, ERROR_CHARACTERS = 15, 160
 
 
 def markdown(document: dict[str, Any]) -> str:
     lines = [f"# {document['what']}", ""]
-    for key in ("date", "commit", "nvidia_smi", "seconds"):
+    for key in ("date", "commit", "nvidia_smi", "versions", "seconds"):
         if document.get(key):
-            lines.append(f"- {key}: {document[key]}")
+            value = document[key]
+            if isinstance(value, dict):
+                value = ", ".join(f"{name} {own}" for name, own in value.items())
+            lines.append(f"- {key}: {value}")
     for number, part in document["parts"].items():
         jobs = part["jobs"]
         states = dict.fromkeys(_state(name, job) for name, job in jobs.items())
@@ -21,7 +24,11 @@ def markdown(document: dict[str, Any]) -> str:
         for name, rows in joined([job.get("tables", {}) for job in jobs.values()]).items():
             lines += ["", *_table(name, rows)]
         errors = {k: v for job in jobs.values() for k, v in job.get("errors", {}).items()}
-        lines += ["", *(_error(name, text) for name, text in errors.items())] if errors else []
+        if errors:
+            lines += ["", "Failed or left out:", ""]
+            lines += [_error(name, text) for name, text in list(errors.items())[:MOST_ERRORS]]
+        if len(errors) > MOST_ERRORS:
+            lines.append(f"- and {len(errors) - MOST_ERRORS} more in the JSON")
     return "\n".join(lines) + "\n"
 
 
@@ -67,4 +74,4 @@ def _error(name: str, text: str) -> str:
     """The line of a traceback that names the exception, else the last one."""
     lines = text.strip().splitlines() or ["no message"]
     named = [line for line in lines if EXCEPTION.match(line)]
-    return f"- not measured: {name}: {(named or lines)[-1][:ERROR_CHARACTERS]}"
+    return f"- {name}: {(named or lines)[-1][:ERROR_CHARACTERS]}"

@@ -28,6 +28,7 @@ from torch import Tensor
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
 TILE_BYTES = 32 << 20  # of logits: many rows times a slice of the vocabulary
 TILE_ROWS = 2048
+ROW_MULTIPLE = 16
 LEAST_COLUMNS = 64  # below, the GEMM of a slice costs more than it computes
 
 library = torch.library.Library("npo_fast", "DEF")
@@ -54,6 +55,7 @@ library.define(
     "bool[3] needs) -> (Tensor, Tensor, Tensor)"
 )
 library.define("scale_(Tensor(a!) values, Tensor factor) -> ()")
+library.define("scale_rows(Tensor(a!) out, Tensor values, Tensor factors) -> ()")
 library.define(
     "row_kl_(Tensor(a!) logits, Tensor ref_logits, float? softcap, float logit_scale, "
     "float? ref_softcap, float ref_logit_scale) -> Tensor"
@@ -244,6 +246,11 @@ def scale_(values: Tensor, factor: Tensor) -> None:  # any shape, ()
         values.mul_(factor)
 
 
+def scale_rows(out: Tensor, values: Tensor, factors: Tensor) -> None:  # (R, D), (R, D), (R,)
+    """``out = factors[:, None] * values``, rounded once; ``out`` may be ``values``."""
+    torch.mul(values, factors.unsqueeze(1), out=out)
+
+
 def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
@@ -345,8 +352,22 @@ def logits_room(rows: int, columns: int, beside: Tensor, dtype: torch.dtype) -> 
     a GPU any number of programs share a row, and a slice of the vocabulary is one piece of memory
     that begins at a multiple of 64 elements, whatever the vocabulary.
     """
-    stride = column_stride(rows, beside.is_cpu)
+    stride = column_stride(rows, runs_on_cpu(beside))
     return beside.new_empty(columns, stride, dtype=dtype)[:, :rows].t()
+
+
+def runs_on_cpu(tensor: Tensor) -> bool:
+    """Whether layouts and policies are those of a CPU. Tests ask for a GPU's on a CPU."""
+    return tensor.is_cpu
+
+
+def padded_rows(rows: int, on_cpu: bool) -> int:
+    """Rows that a GEMM works on: of a GPU a multiple of 16.
+
+    Rows of logits are the dimension that is contiguous in memory, and at any other number cuBLAS
+    falls to kernels that move 2 bytes at a time, three times as slow.
+    """
+    return rows if on_cpu else -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def column_stride(rows: int, on_cpu: bool) -> int:
@@ -420,6 +441,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
     "row_kl_": (row_kl_, _row_kl_fake),
     "scale_": (scale_, _no_result),
+    "scale_rows": (scale_rows, _no_result),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

@@ -67,7 +67,8 @@ def varlen_attention(
     value = F.pad(value, (0, head_dim - value_dim)) if value_dim < head_dim else value
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = attend(varlen, q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    return out[..., :value_dim].unsqueeze(0), None
+    out = out if value_dim == head_dim else out[..., :value_dim]  # a slice costs a copy backwards
+    return out.unsqueeze(0), None
 
 
 def attend(

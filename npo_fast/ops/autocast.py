@@ -5,13 +5,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# known beforehand: torch.compile of PyTorch 2.11 cannot ask
+WITH_AUTOCAST = frozenset(
+    one for one in ("cpu", "cuda", "xpu", "mps", "meta") if torch.amp.is_autocast_available(one)
+)
+
 
 def autocast_inputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inputs in autocast's dtype where it is on; gradients flow back through the casts."""
     device = hidden.device.type
-    if not torch.amp.is_autocast_available(device) or hidden.dtype == torch.float64:
+    if device not in WITH_AUTOCAST or hidden.dtype == torch.float64:
         return hidden, weight, bias
     if not torch.is_autocast_enabled(device):
         return hidden, weight, bias
@@ -22,5 +27,4 @@ def autocast_inputs(
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Inside the operators dtypes are chosen GEMM by GEMM, and fp32 sums must stay fp32."""
     device = like.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else nullcontext()

@@ -118,9 +118,12 @@ class Problem:
         return max(unit, self.width // unit * unit)
 
     def rows_of_bytes(self, chunk_bytes: int) -> int:
-        """Rows whose logits fit; on a GPU whole tiles, one at least."""
+        """Rows whose logits fit; on a GPU whole tiles, two at least.
+
+        Each chunk reads the weight anew, R flops a byte: below 256 rows a GPU waits for memory.
+        """
         rows = chunk_bytes // max(1, self.vocabulary * self.itemsize)
-        return max(1, rows) if self.on_cpu else max(1, rows // ROW_TILE) * ROW_TILE
+        return max(1, rows) if self.on_cpu else max(2, rows // ROW_TILE) * ROW_TILE
 
     @property
     def _ndv(self) -> float:

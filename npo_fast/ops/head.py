@@ -4,11 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
+from npo_fast.kernels import reference
 from npo_fast.kernels.products import add_product_
-from npo_fast.kernels.reference import column_stride, empty_gradients, logits_room
+from npo_fast.kernels.reference import (
+    column_stride,
+    empty_gradients,
+    logits_room,
+    padded_rows,
+)
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
@@ -32,7 +39,7 @@ class Head:
     def logits_dtype(self) -> torch.dtype:
         """CPUs multiply fp32 faster than bf16 or fp16, and a wide chunk costs no accuracy."""
         dtype = self.weight.dtype
-        return torch.promote_types(dtype, torch.float32) if self.weight.is_cpu else dtype
+        return torch.promote_types(dtype, torch.float32) if reference.runs_on_cpu(self.weight) else dtype
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -44,32 +51,39 @@ class Head:
         return Problem(
             rows, width, vocabulary,
             itemsize=self.logits_dtype.itemsize, wide_itemsize=self.wide_dtype.itemsize,
-            trains_head=trains_head, on_cpu=self.weight.is_cpu,
+            trains_head=trains_head, on_cpu=reference.runs_on_cpu(self.weight),
         )  # fmt: skip
 
     def chunk_rows(self, chunk_bytes: int | None = None) -> int:
         """Rows whose logits fit ``chunk_bytes`` (None: ``cost.CHUNK_BYTES``), at least one."""
         return self.problem(0, False).rows_of_bytes(chunk_bytes or cost.CHUNK_BYTES)
 
-    def buffer(self, rows: int) -> Tensor:  # (rows, V)
+    def padded(self, rows: int) -> int:
+        return padded_rows(rows, reference.runs_on_cpu(self.weight))
+
+    def buffer(self, rows: int) -> Tensor:  # (padded rows, V)
         """Room for the logits of one chunk after another.
 
         A buffer a chunk would keep two alive at a time, and the CPU would map in each page anew.
         """
-        return logits_room(rows, len(self.weight), self.weight, self.logits_dtype)
+        return logits_room(self.padded(rows), len(self.weight), self.weight, self.logits_dtype)
 
     def logits(
         self, hidden: Tensor, buffer: Tensor
     ) -> Tensor:  # (R, D) -> (R, V) raw, before softcap and scale
+        rows = len(hidden)
+        more = self.padded(rows) - rows
         hidden = hidden.to(self.logits_dtype)
-        logits = buffer[: len(hidden)]
+        if more:
+            hidden = F.pad(hidden, (0, 0, 0, more))
+        logits = buffer[: rows + more]
         for columns, weight in self._weight_tiles():
             if self.bias is None:
                 torch.mm(hidden, weight.t(), out=logits[:, columns])
             else:
                 bias = self.bias[columns].to(hidden.dtype)
                 torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
-        return logits
+        return logits[:rows]
 
     def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z, in the wide dtype
         z = logits.to(self.wide_dtype)
@@ -142,23 +156,27 @@ class HeadGradients:
     ) -> None:
         self.head, self.rows = head, len(hidden)
         self.skip_below, self.skipped = skip_below, skipped
-        self.hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+        rows = min(chunk_rows, self.rows)
+        self.hidden = None
+        if needs[0]:  # with room for the rows that pad the last chunk
+            room = head.padded(rows) if rows == self.rows else self.rows + head.padded(1) - 1
+            self.hidden = hidden.new_empty(room, hidden.shape[1])
         self.weight: Tensor | None = None  # what the products add up in
         self.finished: Tensor | None = None  # in the dtype of the parameter, where that is another
         self.strips: list[slice] = []  # of the vocabulary, where logits lie in self.weight
         self.beta = 0  # the first chunk overwrites: a pass of zeros over the head is not cheap
-        rows = min(chunk_rows, self.rows)
-        self.logits = self._in_gradient(rows) if needs[1] else head.buffer(rows)  # (rows, V)
+        # (padded rows, V)
+        self.logits = self._in_gradient(rows) if needs[1] else head.buffer(rows)
         self.bias = None
         if head.bias is not None and needs[2]:
             self.bias = head.bias.new_zeros(head.bias.shape, dtype=head.wide_dtype)
 
-    def _in_gradient(self, rows: int) -> Tensor:  # (rows, V)
+    def _in_gradient(self, rows: int) -> Tensor:  # (padded rows, V)
         """Allocates the gradient of the weight, and finds room for the logits of a chunk."""
         head, weight = self.head, self.head.weight
         (vocabulary, width), single = weight.shape, rows == self.rows
         dtype = head.logits_dtype if single else head.wide_dtype
-        stride = column_stride(rows, weight.is_cpu)
+        stride = column_stride(rows, reference.runs_on_cpu(weight))
         fits = 0 < stride <= width
         ahead = 0  # elements by which the gradient's memory begins before the logits need it to
         if single and fits:
@@ -173,7 +191,7 @@ class HeadGradients:
         elif not self.strips:
             return head.buffer(rows)
         end = memory[len(memory) - vocabulary * stride :]
-        return end.view(vocabulary, stride)[:, :rows].t()
+        return end.view(vocabulary, stride)[:, : head.padded(rows)].t()
 
     def add(
         self,
@@ -191,14 +209,17 @@ class HeadGradients:
         if kept is not None:
             logits_gradient = compact_(logits_gradient, kept)
             hidden, g = hidden[kept], g[kept]
-        g = g.unsqueeze(1)
-        if self.hidden is not None:
-            self._add_hidden(self.hidden[rows], logits_gradient, g, kept)
         if self.bias is not None:
-            _add_bias_(self.bias, logits_gradient, g.squeeze(1))
+            _add_bias_(self.bias, logits_gradient, g)
+        count, padded = len(g), self.head.padded(len(g))
+        logits_gradient = self.logits[:padded]
+        logits_gradient[count:] = 0
+        if self.hidden is not None:
+            self._set_hidden(self.hidden, rows, logits_gradient, g, kept)
         if self.weight is not None:
-            scaled = torch.empty_like(hidden, dtype=logits_gradient.dtype)
-            torch.mul(hidden, g, out=scaled)
+            scaled = logits_gradient.new_empty(padded, hidden.shape[1])
+            scaled[count:] = 0
+            torch.ops.npo_fast.scale_rows(scaled[:count], hidden, g)
             of_columns = logits_gradient.t()
             for columns in self.strips:
                 torch.mm(of_columns[columns], scaled, out=self.weight[columns])
@@ -206,19 +227,27 @@ class HeadGradients:
                 add_product_(self.weight, of_columns, scaled, self.beta)
         self.beta = 1
 
-    def _add_hidden(
-        self, out: Tensor, logits_gradient: Tensor, g: Tensor, kept: Tensor | None
+    def _set_hidden(
+        self,
+        d_hidden: Tensor,  # (N, D), a few rows more where chunks are padded
+        rows: slice,
+        logits_gradient: Tensor,  # (padded rows of a chunk, V)
+        g: Tensor,  # (rows of a chunk,)
+        kept: Tensor | None,
     ) -> None:
-        direct = kept is None and out.dtype == logits_gradient.dtype
-        shape = len(logits_gradient), out.shape[1]
-        d_hidden = out if direct else logits_gradient.new_empty(shape)
-        self.head.hidden_gradient(logits_gradient, d_hidden)
-        d_hidden.mul_(g)
+        """Rows that pad this chunk are overwritten by the next, and cut off from the last."""
+        count, padded = len(g), len(logits_gradient)
+        direct = kept is None and d_hidden.dtype == logits_gradient.dtype
+        out = d_hidden[rows.start : rows.start + padded]
+        made = out if direct else logits_gradient.new_empty(padded, d_hidden.shape[1])
+        self.head.hidden_gradient(logits_gradient, made)
+        made = made[:count]
+        torch.ops.npo_fast.scale_rows(made, made, g)
         if kept is not None:
-            out.zero_()
-            out.index_copy_(0, kept, d_hidden.to(out.dtype))
+            d_hidden[rows] = 0
+            d_hidden[rows].index_copy_(0, kept, made.to(d_hidden.dtype))
         elif not direct:
-            out.copy_(d_hidden)
+            d_hidden[rows] = made
 
     def finish(self) -> Gradients:
         """The gradients in the dtypes of their parameters."""
@@ -228,7 +257,7 @@ class HeadGradients:
         if weight is not None and self.finished is not None:
             weight = self.finished.copy_(weight)
         return (
-            self.hidden,
+            None if self.hidden is None else self.hidden[: self.rows],
             None if weight is None else weight.to(self.head.weight.dtype),
             None if bias is None or self.head.bias is None else bias.to(self.head.bias.dtype),
         )

@@ -14,6 +14,8 @@ from npo_fast.ops.checks import check_head, check_label_values, check_labels
 from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs, held_factor, scale_
 from npo_fast.ops.linear_log_probs import blocks
 
+SLAB_LOGITS = 1 << 20  # capped at a time
+
 
 def linear_kl(
     hidden: Tensor,  # (N, D)
@@ -55,7 +57,7 @@ def linear_kl(
         demotion: nats that the reference's logit of each label is lowered by, 0 or more.
         reduction: "mean" over rows, or "sum".
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
-            ``npo_fast.ops.cost``, and what 48 MiB hold of the reference's.
+            ``npo_fast.ops.cost``, and what 96 MiB hold of the reference's.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The
@@ -186,7 +188,7 @@ def divergences(
     The reference's logits are made for fewer rows at a time where a chunk has many: rows do not
     depend on each other, and only the model's gradient is wanted whole.
     """
-    ref_step = ref_head.chunk_rows(cost.CHUNK_BYTES // 2)
+    ref_step = ref_head.chunk_rows()
     step = chunk_rows or min(head.chunk_rows(cost.CHUNK_BYTES // 2), ref_step)
     ref_step = min(step, ref_step)
     if buffer is None:
@@ -215,7 +217,9 @@ def _demote_(
 ) -> tuple[float | None, float]:
     """Lowers ``z`` at the labels, in place; returns the softcap and scale still to be applied."""
     if softcap is not None:  # a capped logit minus the demotion may lie below the cap
-        logits.div_(softcap).tanh_().mul_(softcap * logit_scale)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        for column in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
+            column.copy_(torch.tanh(column.to(wide) / softcap) * (softcap * logit_scale))
         softcap, logit_scale = None, 1.0
     lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / logit_scale
     logits.scatter_(1, labels.unsqueeze(1), lowered)

@@ -103,7 +103,8 @@ def linear_sequence_loss(
         return _between_graphs(
             hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
             softcap=softcap, logit_scale=logit_scale, reduction=reduction, chunk_rows=chunk_rows,
-            memory_bytes=memory_bytes, skip_below=skip_below, skipped=skipped, vocabulary=vocabulary,
+            memory_bytes=memory_bytes, skip_below=skip_below, skipped=skipped,
+            vocabulary=vocabulary,
         )  # fmt: skip
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(op, hidden, weight, bias, softcap)

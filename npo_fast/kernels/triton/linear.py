@@ -3,7 +3,6 @@
 fp32 operands multiply without tensor cores, which the tile kernels are made for.
 """
 
-
 import torch
 from torch import Tensor
 
@@ -17,8 +16,6 @@ def linear_forward(hidden: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return serve(hidden, *rest)
 
 
-def linear_backward(
-    g: Tensor, hidden: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward(g: Tensor, hidden: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     serve = sliced_backward if hidden.dtype == torch.float32 else tiles_backward.linear_backward
     return serve(g, hidden, *rest)

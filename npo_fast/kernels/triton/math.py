@@ -71,14 +71,3 @@ def activate(raw, softcap, logit_scale, SOFTCAP: tl.constexpr):
         z = raw * logit_scale
         slope = logit_scale
     return z, slope
-
-
-@triton.jit
-def online_add(peak, total, z):
-    """Elementwise ``(peak, total)`` of ``exp(peak) * total`` after adding ``exp(z)``: one exp.
-
-    Of the two factors ``exp(peak - new)`` and ``exp(z - new)`` one is always 1.
-    """
-    decay = tl.exp(-tl.abs(z - peak))
-    total = tl.where(z > peak, total * decay + 1.0, total + decay)
-    return tl.maximum(peak, z), total

@@ -21,6 +21,7 @@ LAUNCHERS: dict[str, tuple[str, str]] = {
     "npo_head": ("npo_head", "npo_head"),
     "row_kl_": ("row_kl", "row_kl"),
     "scale_": ("scale", "scale"),
+    "scale_rows": ("scale", "scale_rows"),
     "linear_log_probs": ("linear", "linear_forward"),
     "linear_log_probs_backward": ("linear", "linear_backward"),
 }

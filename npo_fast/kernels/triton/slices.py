@@ -5,8 +5,8 @@
 
 Logits lie column after column, as ``logits_room`` makes them: a program takes BLOCK_R neighbouring
 rows of one column after another, so that loads are 16 bytes wide whatever the size of the
-vocabulary, and any number of programs can share a row. Every element of a tile keeps a running
-(peak, total) of its own: nothing crosses lanes before the slice ends. The label may stay apart:
+vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total) of its own: nothing
+crosses lanes before the slice ends. The label may stay apart:
 ``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
 """
 
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from npo_fast.kernels.triton.config import RowConfig, processors
-from npo_fast.kernels.triton.math import activate, online_add
+from npo_fast.kernels.triton.math import activate
 
 # finite, so that the difference of two of them is 0 and not NaN
 LOWEST = tl.constexpr(-3.0e38)
@@ -66,34 +66,63 @@ def reachable_rows(logits: Tensor) -> int:  # (N, C)
 
 
 @triton.jit
+def _column_z(
+    at, column, last, label, readable, softcap, logit_scale,
+    HAS_LABELS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z of a few columns; -inf past the end, and at the label."""
+    counts = (column < last)[:, None]
+    raw = tl.load(at, mask=counts & readable, other=0.0).to(tl.float32)
+    z, _ = activate(raw, softcap, logit_scale, SOFTCAP)
+    if HAS_LABELS:
+        counts = counts & (column[:, None] != label)
+    return tl.where(counts, z, -float("inf"))
+
+
+@triton.jit
 def slice_sums_kernel(
     logits, labels, peaks, totals,
     rows, reachable, columns, row_stride, column_stride, slice_columns, softcap, logit_scale,
     HAS_LABELS: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    # a quarter of a tile at a time: four columns share a change of the peak, and its registers
+    QUARTER: tl.constexpr = BLOCK_C // 4
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    within = tl.arange(0, BLOCK_C)
+    within = tl.arange(0, QUARTER)
     first = tl.program_id(1) * slice_columns
     last = tl.minimum(first + slice_columns, columns)
     at = logits + (first + within).to(tl.int64)[:, None] * column_stride
     at += row.to(tl.int64)[None, :] * row_stride
-    step = BLOCK_C * column_stride
+    step = QUARTER * column_stride
     readable = (row < reachable)[None, :]
+    label = tl.full((1, BLOCK_R), -1, tl.int32)
     if HAS_LABELS:
-        label = tl.load(labels + row, mask=row < rows, other=-1).to(tl.int32)
-    peak = tl.full((BLOCK_C, BLOCK_R), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+        label = tl.load(labels + row, mask=row < rows, other=-1).to(tl.int32)[None, :]
+    peak = tl.full((QUARTER, BLOCK_R), LOWEST, tl.float32)
+    total = tl.zeros((QUARTER, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_C):
         column = start + within
-        inside = (column < last)[:, None]
-        raw = tl.load(at, mask=inside & readable, other=0.0).to(tl.float32)
-        z, _ = activate(raw, softcap, logit_scale, SOFTCAP)
-        counts = inside
-        if HAS_LABELS:
-            counts = inside & (column[:, None] != label[None, :])
-        peak, total = online_add(peak, total, tl.where(counts, z, -float("inf")))
-        at += step
+        a = _column_z(
+            at, column, last, label, readable, softcap, logit_scale, HAS_LABELS, SOFTCAP
+        )
+        b = _column_z(
+            at + step, column + QUARTER, last, label, readable, softcap, logit_scale,
+            HAS_LABELS, SOFTCAP,
+        )  # fmt: skip
+        c = _column_z(
+            at + 2 * step, column + 2 * QUARTER, last, label, readable, softcap, logit_scale,
+            HAS_LABELS, SOFTCAP,
+        )  # fmt: skip
+        d = _column_z(
+            at + 3 * step, column + 3 * QUARTER, last, label, readable, softcap, logit_scale,
+            HAS_LABELS, SOFTCAP,
+        )  # fmt: skip
+        top = tl.maximum(peak, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
+        total *= tl.exp(peak - top)
+        total += (tl.exp(a - top) + tl.exp(b - top)) + (tl.exp(c - top) + tl.exp(d - top))
+        peak = top
+        at += 4 * step
     top = tl.max(peak, axis=0)
     total = tl.sum(total * tl.exp(peak - top[None, :]), axis=0)
     out = tl.program_id(1).to(tl.int64) * rows + row

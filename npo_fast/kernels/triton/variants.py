@@ -86,8 +86,9 @@ def _row_variants(target: str) -> Iterator[Variant]:
         constants = {**softcap, **blocks}
         gradient = row_log_probs.gradient_kernel
         yield Variant(gradient, name, target, constants, options, 0.0, 2.0 * once)
-        constants = {**constants, "REF_SOFTCAP": capped, "BLOCK_C": row.kl_block_columns}
-        yield Variant(row_kl.row_kl_kernel, name, target, constants, options, 0.0, 3.0 * once)
+        constants = {**constants, "REF_SOFTCAP": capped}
+        kl_options = {"num_warps": row.kl_num_warps}
+        yield Variant(row_kl.row_kl_kernel, name, target, constants, kl_options, 0.0, 3.0 * once)
     yield Variant(row_kl.join_kernel, "plain", target, joined, FEW_WARPS)
     for bias in (False, True):
         constants = {"HAS_BIAS": bias, "BLOCK": label_logits.BLOCK}
