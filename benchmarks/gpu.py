@@ -56,6 +56,7 @@ class Part:
     least_s: float  # with less time than this a job is not begun
     jobs: tuple[str, ...] = ("all",)
     side_by_side: bool = False
+    quiet: bool = False  # the host's time counts: nothing else runs beside it
 
 
 # the most valuable first
@@ -69,8 +70,8 @@ PARTS = {
         tuple(f"{i}of{SHARES}" for i in range(SHARES)), side_by_side=True,
     ),
     3: Part("the third GEMM, and layouts of the logits", "gemms", 50, 12),
-    6: Part("attention on a pack", "attention", 45, 12),
-    7: Part("a training step of a Llama of 1B", "step", 90, 25),
+    6: Part("attention on a pack", "attention", 45, 12, quiet=True),
+    7: Part("a training step of a Llama of 1B", "step", 90, 25, quiet=True),
     4: Part("configurations of the kernels", "sweep", 75, 15),
     9: Part("faults on purpose", "faults", 30, 0, ("crashes", "endless"), side_by_side=True),
 }  # fmt: skip
@@ -168,7 +169,7 @@ class Suite:
         for child in children:
             child.go(started + limit_s)
         known = {(child.part, child.job) for child in self.waiting}
-        for other, others in following:
+        for other, others in [] if part.quiet else following:
             if len(others) == 1 and (other, others[0]) not in known and _importable(others[0]):
                 self.waiting.append(self.new(other, others[0]))
         self.watch(children, entry, started)
@@ -243,9 +244,8 @@ class Suite:
                 entry[child.job]["status"] = "cut off"
             self.end(child)
         self.write()
-        text = markdown(self.document)
-        (self.out / "gpu.md").write_text(text)
-        print(text)
+        (self.out / "gpu.md").write_text(markdown(self.document))
+        print(markdown(self.document, brief=True))
 
     @property
     def complete(self) -> bool:

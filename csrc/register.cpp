@@ -48,6 +48,10 @@ Dtype dtype_of(const char* op, const Tensor& logits) {
   }
 }
 
+ScalarType wide_of(Dtype dtype) {
+  return dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
+}
+
 void check_rows(const char* op, const Tensor& logits, const Tensor& labels) {
   STD_TORCH_CHECK(logits.dim() == 2, op, ": logits must be (R, V), got ", logits.dim(), " dims");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
@@ -82,16 +86,17 @@ void parallel_for(int64_t count, int64_t grain, Body body, const void* context) 
       0, count, grain, [&](int64_t first, int64_t last) { body(context, first, last); });
 }
 
-std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
-                                          std::optional<Tensor> target_logits,
-                                          std::optional<double> softcap, double logit_scale) {
-  const char* op = "row_log_probs_";
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_log_probs(Tensor logits, Tensor labels,
+                                                         std::optional<Tensor> target_logits,
+                                                         std::optional<double> softcap,
+                                                         double logit_scale) {
+  const char* op = "row_log_probs";
   check_rows(op, logits, labels);
   const int64_t count = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(!target_logits || (target_logits->dim() == 1 && target_logits->size(0) == count),
                   op, ": target_logits must be (", count, ",), one a row of logits");
   const Tensor dense_labels = torch::stable::contiguous(labels);
-  Tensor chunk = dense_rows(logits);
+  const Tensor chunk = dense_rows(logits);
   auto rows = rows_of<WholeRows>(op, chunk, softcap, logit_scale);
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
   for (int64_t row = 0; row < count; ++row) {
@@ -100,9 +105,11 @@ std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
                     " is outside the vocabulary [0, ", vocabulary, ")");
   }
 
-  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
+  const auto wide = wide_of(rows.dtype);
   Tensor log_probs = torch::stable::new_empty(logits, {count}, wide);
   Tensor lse = torch::stable::new_empty(logits, {count}, wide);
+  Tensor shift = torch::stable::new_empty(logits, {count}, wide);
+  Tensor share = torch::stable::new_empty(logits, {count}, wide);
   std::optional<Tensor> targets;
   if (target_logits) {
     targets = torch::stable::contiguous(torch::stable::to(*target_logits, wide));
@@ -110,9 +117,33 @@ std::tuple<Tensor, Tensor> row_log_probs_(Tensor logits, Tensor labels,
   }
   rows.log_probs = log_probs.data_ptr();
   rows.lse = lse.data_ptr();
+  rows.shift = shift.data_ptr();
+  rows.share = share.data_ptr();
   kernels().row_log_probs(rows, parallel_for);
+  return {log_probs, lse, shift, share};
+}
+
+void row_gradient_(Tensor logits, Tensor labels, Tensor log_probs, Tensor shift, Tensor share,
+                   Tensor g, std::optional<double> softcap, double logit_scale) {
+  const char* op = "row_gradient_";
+  check_rows(op, logits, labels);
+  const Tensor dense_labels = torch::stable::contiguous(labels);
+  const Tensor chunk = dense_rows(logits);
+  auto rows = rows_of<GradientRows>(op, chunk, softcap, logit_scale);
+  const auto dense = [&](const Tensor& one) {
+    STD_TORCH_CHECK(one.dim() == 1 && one.size(0) == logits.size(0), op,
+                    ": log_probs, shift, share and g must be (", logits.size(0),
+                    ",), one a row of logits");
+    return torch::stable::contiguous(torch::stable::to(one, wide_of(rows.dtype)));
+  };
+  const Tensor of_rows[] = {dense(log_probs), dense(shift), dense(share), dense(g)};
+  rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
+  rows.log_probs = of_rows[0].data_ptr();
+  rows.shift = of_rows[1].data_ptr();
+  rows.share = of_rows[2].data_ptr();
+  rows.g = of_rows[3].data_ptr();
+  kernels().row_gradient(rows, parallel_for);
   if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
-  return {log_probs, lse};
 }
 
 void tile_log_probs_(Tensor logits, Tensor labels, std::optional<double> softcap,
@@ -147,8 +178,7 @@ Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, 
   const Tensor ref_chunk = dense_rows(ref_logits);
   auto rows = rows_of<KlRows>(op, chunk, softcap, logit_scale);
   rows.ref_logits = logits_of(ref_chunk, ref_softcap, ref_logit_scale);
-  const auto wide = rows.dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
-  Tensor kl = torch::stable::new_empty(logits, {count}, wide);
+  Tensor kl = torch::stable::new_empty(logits, {count}, wide_of(rows.dtype));
   rows.kl = kl.data_ptr();
   kernels().row_kl(rows, parallel_for);
   if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
@@ -159,7 +189,8 @@ Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, 
 }  // namespace npo_fast
 
 STABLE_TORCH_LIBRARY_IMPL(npo_fast, CPU, m) {
-  m.impl("row_log_probs_", TORCH_BOX(&npo_fast::row_log_probs_));
+  m.impl("row_log_probs", TORCH_BOX(&npo_fast::row_log_probs));
+  m.impl("row_gradient_", TORCH_BOX(&npo_fast::row_gradient_));
   m.impl("tile_log_probs_", TORCH_BOX(&npo_fast::tile_log_probs_));
   m.impl("row_kl_", TORCH_BOX(&npo_fast::row_kl_));
 }

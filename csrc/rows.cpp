@@ -1,6 +1,6 @@
 // z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
 // log_prob_n = z_n[y_n] - logsumexp(z_n)
-// a_n        <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
+// a_n        <- g_n * (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 //
 // A chunk lies column after column, so the lanes of a vector are rows: each keeps a max and a sum
 // of its own, and nothing is added up across a vector. Tiles of SLICE columns by STRIP rows go to
@@ -209,42 +209,63 @@ template <class T, bool capped>
 void row_log_probs(const WholeRows& rows, ParallelFor parallel_for) {
   using F = Wide<T>;
   const Activation<F, capped> activation(rows.logits);
-  T* logits = static_cast<T*>(rows.logits.data);
-  const int64_t stride = rows.logits.stride;
+  const T* logits = static_cast<const T*>(rows.logits.data);
   const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, rows.labels);
-
-  const Scratch<F> shift(rows.rows), share(rows.rows), at_label(rows.rows);
   for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
-    const T* raw = logits + rows.labels[row] * stride + row;
-    const Activated<F> target =
+    const T* raw = logits + rows.labels[row] * rows.logits.stride + row;
+    const Vector<F> target =
         activation(rows.target_logits ? broadcast(static_cast<const F*>(rows.target_logits)[row])
-                                      : load_first(raw, 1));
+                                      : load_first(raw, 1)).z;
     const LogSumExp others = sums.of_row(row);
-    const double z = target.z[0], rest = others.value();
+    const double z = target[0], rest = others.value();
     const double above = ::log1p(::exp(lower(rest, z) - higher(rest, z)));
     const double lse = higher(rest, z) + above;
     const double log_prob = (z - higher(rest, z)) - above;  // NaN for z = +inf, as it should be
     static_cast<F*>(rows.log_probs)[row] = F(log_prob);
     static_cast<F*>(rows.lse)[row] = F(lse);
-    shift[row] = F(others.shift());
-    share[row] = F(-::exp(others.shift() - lse));
-    at_label[row] = F(-::expm1(log_prob)) * target.slope[0];
+    static_cast<F*>(rows.shift)[row] = F(others.shift());
+    static_cast<F*>(rows.share)[row] = F(::exp(others.shift() - lse));
   });
+}
 
+template <class T, bool capped>
+void row_gradient(const GradientRows& rows, ParallelFor parallel_for) {
+  using F = Wide<T>;
+  const Activation<F, capped> activation(rows.logits);
+  T* logits = static_cast<T*>(rows.logits.data);
+  const int64_t stride = rows.logits.stride;
+  const F *log_probs = static_cast<const F*>(rows.log_probs), *g = static_cast<const F*>(rows.g);
+  const F* share = static_cast<const F*>(rows.share);
+  const Scratch<F> shift(rows.rows), factor(rows.rows);
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    shift[row] = static_cast<const F*>(rows.shift)[row];
+    factor[row] = -share[row] * g[row];
+  }
   for_tiles(parallel_for, rows, [&](const Tile& tile) {
+    alignas(64) F at_label[STRIP];  // before the logits are overwritten
+    int64_t labelled[STRIP], count = 0;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const int64_t label = rows.labels[tile.row + row];
+      if (label < tile.column || label >= tile.column + tile.columns) continue;
+      const T* raw = logits + label * stride + tile.row + row;
+      const F slope = activation(load_first(raw, 1)).slope[0];
+      const F rest = F(-::expm1(double(log_probs[tile.row + row])));  // 1 - p does not cancel
+      at_label[count] = g[tile.row + row] * rest * slope;
+      labelled[count++] = tile.row + row;
+    }
     for (int64_t column = tile.column; column < tile.column + tile.columns; ++column) {
       T* to = logits + column * stride + tile.row;
       for (int64_t at = 0; at < tile.rows; at += lanes<F>) {
         fetch(to + DEPTH * stride + at);
         const auto [z, slope] = activation(load_up_to(to + at, tile.rows - at));
-        const Vector<F> p = exp(z - load(shift.at(tile.row + at))) * load(share.at(tile.row + at));
+        const Vector<F> p =
+            exp(z - load(shift.at(tile.row + at))) * load(factor.at(tile.row + at));
         store_up_to(to + at, p * slope, tile.rows - at);
       }
     }
-    for (int64_t row = tile.row; row < tile.row + tile.rows; ++row) {
-      const int64_t column = rows.labels[row];
-      if (column < tile.column || column >= tile.column + tile.columns) continue;
-      store_first(logits + column * stride + row, broadcast(at_label[row]), 1);
+    for (int64_t one = 0; one < count; ++one) {
+      const int64_t row = labelled[one];
+      store_first(logits + rows.labels[row] * stride + row, broadcast(at_label[one]), 1);
     }
   });
 }
@@ -360,6 +381,12 @@ void any_row_log_probs(const WholeRows& rows, ParallelFor parallel_for) {
   });
 }
 
+void any_row_gradient(const GradientRows& rows, ParallelFor parallel_for) {
+  specialised(rows, [&](auto zero, auto capped) {
+    row_gradient<decltype(zero), capped>(rows, parallel_for);
+  });
+}
+
 void any_tile_log_probs(const TileRows& rows, ParallelFor parallel_for) {
   specialised(rows, [&](auto zero, auto capped) {
     tile_log_probs<decltype(zero), capped>(rows, parallel_for);
@@ -377,7 +404,8 @@ void any_row_kl(const KlRows& rows, ParallelFor parallel_for) {
 }  // namespace
 
 namespace NPO_ISA {
-extern const Kernels kernels = {any_row_log_probs, any_tile_log_probs, any_row_kl};
+extern const Kernels kernels = {any_row_log_probs, any_row_gradient, any_tile_log_probs,
+                                any_row_kl};
 }
 
 }  // namespace npo_fast

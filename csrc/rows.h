@@ -21,12 +21,23 @@ struct Rows {
   Logits logits;
 };
 
-// All of the vocabulary: log-probs, and logits <- d log_prob / d logits. fp32, or fp64 beside fp64.
+// All of the vocabulary: log-probs, and softmax = exp(z - shift) * share. fp32, or fp64 beside fp64.
 struct WholeRows : Rows {
   const int64_t* labels;      // (R,) in [0, C)
   const void* target_logits;  // (R,) raw, replaces the logit at the label; or null
   void* log_probs;            // (R,)
   void* lse;                  // (R,)
+  void* shift;                // (R,)
+  void* share;                // (R,)
+};
+
+// All of the vocabulary or a slice: logits <- g * d log_prob / d logits. fp32, or fp64 beside fp64.
+struct GradientRows : Rows {
+  const int64_t* labels;  // (R,) counted from the first column; may lie outside
+  const void* log_probs;  // (R,)
+  const void* shift;      // (R,)
+  const void* share;      // (R,)
+  const void* g;          // (R,)
 };
 
 // A slice of the vocabulary: labels count from its first column and may lie outside.
@@ -49,6 +60,7 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, const void
 // As each instruction set has them.
 struct Kernels {
   void (*row_log_probs)(const WholeRows&, ParallelFor);
+  void (*row_gradient)(const GradientRows&, ParallelFor);
   void (*tile_log_probs)(const TileRows&, ParallelFor);
   void (*row_kl)(const KlRows&, ParallelFor);
 };

@@ -401,11 +401,11 @@ def test_a_compiled_function_with_the_loss_in_it_gives_the_numbers_of_eager(chun
     torch.compiler.reset()
     tensors, labels = head_case(FEW, WIDTH, VOCAB, torch.float32)
     cu_seqlens, body = sequence_bounds(FEW), torch.nn.Linear(WIDTH, WIDTH, device=DEVICE)
-    ref = torch.zeros(len(cu_seqlens) - 1, device=DEVICE)
+    loss, ref = NPO(0.1), torch.zeros(len(cu_seqlens) - 1, device=DEVICE)
 
     def function(x, weight):
         value, log_probs = linear_sequence_loss(
-            F.silu(body(x)), weight, labels, cu_seqlens, NPO(0.1), ref_log_probs=ref,
+            F.silu(body(x)), weight, labels, cu_seqlens, loss, ref_log_probs=ref,
             chunk_rows=chunk_rows,
         )  # fmt: skip
         return 3 * value, log_probs
@@ -445,38 +445,47 @@ def test_a_label_outside_the_vocabulary_stops_the_process_and_names_the_operator
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_kernels_as_shipped_are_as_exact_as_pytorch(dtype, softcap):
-    """In blocks of whole rows and in those that end early, column after column or row after row."""
+    """On logits that lie column after column, and row after row."""
     pytest.importorskip("triton")
     from npo_fast.kernels.triton.row_kl import row_kl
-    from npo_fast.kernels.triton.row_log_probs import row_log_probs
+    from npo_fast.kernels.triton.row_log_probs import row_gradient, row_log_probs
 
-    truncated = DEVICE == "cpu"
-    vocabulary = 32001 if ON_GPU else 301
-    logits = (4 * torch.randn(19, vocabulary, device=DEVICE)).to(dtype)
-    labels, other = torch.randint(0, vocabulary, (19,), device=DEVICE), logits.roll(1, 0)
+    rows, vocabulary = 19, 32001 if ON_GPU else 301
+    logits = (4 * torch.randn(rows, vocabulary, device=DEVICE)).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     target = logits.float().gather(1, labels[:, None]).squeeze(1) + 0.01
+    ref_logits, g = logits.roll(1, 0), torch.randn(rows, device=DEVICE)
 
-    def check(kernel, plain_kernel, *arguments, least_size=0.0):
-        by_columns = reference.logits_room(*logits.shape, logits, dtype).copy_(logits)
-        plain, exact = logits.clone(), logits.double()
-        of_plain = plain_kernel(plain, *arguments)
-        of_exact = plain_kernel(
-            exact, *(a.double() if torch.is_tensor(a) and a.is_floating_point() else a
-                     for a in arguments)
-        )  # fmt: skip
-        for gradient in (by_columns, logits.clone()):
-            found = kernel(gradient, *arguments)
-            for got, one, want in zip(
-                (*listed(found), gradient), (*listed(of_plain), plain), (*listed(of_exact), exact),
-                strict=True,
-            ):  # fmt: skip
-                assert_as_exact(got, one, want, least_size=least_size, truncated=truncated)
+    def log_probs_and_gradient(kernel, gradient_kernel, logits, wide=torch.float32):
+        settings = softcap, 0.5
+        log_probs, lse, *softmax = kernel(logits, labels, target.to(wide), *settings)
+        gradient_kernel(logits, labels, log_probs, *softmax, g.to(wide), *settings)
+        return log_probs, lse, logits
 
-    def listed(found):
-        return found if isinstance(found, tuple) else (found,)
+    def kl_and_gradient(kernel, logits):
+        kl = kernel(logits, ref_logits.to(logits.dtype), softcap, 0.5, None, 1.0)
+        return kl, logits
 
-    check(row_log_probs, reference.row_log_probs_, labels, target, softcap, 0.5)
-    check(row_kl, reference.row_kl_, other, softcap, 0.5, None, 1.0, least_size=1.0)
+    plain_kernels = reference.row_log_probs, reference.row_gradient_
+    plain = (
+        *log_probs_and_gradient(*plain_kernels, logits.clone()),
+        *kl_and_gradient(reference.row_kl_, logits.clone()),
+    )
+    exact = (
+        *log_probs_and_gradient(*plain_kernels, logits.double(), torch.float64),
+        *kl_and_gradient(reference.row_kl_, logits.double()),
+    )
+    sizes = {"log_probs": 0.0, "lse": 0.0, "d log_prob": 0.0, "kl": 1.0, "d kl": 1.0}
+    for by_columns in (True, False):
+        copies = [logits.clone(), logits.clone()]
+        if by_columns:
+            copies = [reference.logits_room(*one.shape, one, dtype).copy_(one) for one in copies]
+        found = (
+            *log_probs_and_gradient(row_log_probs, row_gradient, copies[0]),
+            *kl_and_gradient(row_kl, copies[1]),
+        )
+        for (name, size), got, one, want in zip(sizes.items(), found, plain, exact, strict=True):
+            assert_as_exact(got, one, want, name, least_size=size, truncated=DEVICE == "cpu")
 
 
 # ---- models ----

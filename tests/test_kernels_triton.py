@@ -13,8 +13,8 @@ from npo_fast.kernels.reference import logits_room
 from npo_fast.kernels.triton.config import ROW
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.npo_head import npo_head
-from npo_fast.kernels.triton.row_log_probs import row_log_probs
-from npo_fast.kernels.triton.scale import scale, scale_rows
+from npo_fast.kernels.triton.row_log_probs import row_gradient, row_log_probs
+from npo_fast.kernels.triton.scale import scale
 from tests.accuracy import assert_as_exact, free_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,22 +38,34 @@ def _poison(poison_new_tensors):
 
 
 def rows_case(rows, vocabulary, dtype=torch.float32, spread=5.0, seed=0):
-    """Logits, column after column as the operators make them; labels; target logits."""
+    """Logits, column after column as the operators make them; labels; target logits; g."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocabulary, generator=generator) * spread).to(dtype)
     labels = torch.randint(vocabulary, (rows,), generator=generator)
     target = logits.float().gather(1, labels[:, None]).squeeze(1)
     target = target + 0.01 * torch.randn(rows, generator=generator)
-    labels, target = labels.to(DEVICE), target.to(DEVICE)
-    return logits_room(rows, vocabulary, target, dtype).copy_(logits), labels, target
+    g = torch.randn(rows, generator=generator)
+    labels, target, g = (one.to(DEVICE) for one in (labels, target, g))
+    return logits_room(rows, vocabulary, target, dtype).copy_(logits), labels, target, g
 
 
-def row_oracle(logits, labels, target, softcap, logit_scale):
-    exact = logits.double()
-    log_probs, lse = reference.row_log_probs_(
-        exact, labels, None if target is None else target.double(), softcap, logit_scale
-    )
-    return log_probs, lse, exact
+def plain_rows(logits, labels, target, g, softcap, logit_scale):
+    """Log-probs, logsumexp and, in the place of the logits, the gradient: PyTorch's."""
+    log_probs, lse, *softmax = reference.row_log_probs(logits, labels, target, softcap, logit_scale)
+    reference.row_gradient_(logits, labels, log_probs, *softmax, g, softcap, logit_scale)
+    return log_probs, lse, logits
+
+
+def exact_rows(logits, labels, target, g, softcap, logit_scale):
+    target = None if target is None else target.double()
+    return plain_rows(logits.double(), labels, target, g.double(), softcap, logit_scale)
+
+
+def kernel_rows(logits, labels, target, g, softcap, logit_scale, config):
+    settings = softcap, logit_scale, config
+    log_probs, lse, *softmax = row_log_probs(logits, labels, target, *settings)
+    row_gradient(logits, labels, log_probs, *softmax, g, *settings)
+    return log_probs, lse, logits
 
 
 def assert_largest_error_as_exact(got, plain, exact, name=""):
@@ -63,31 +75,32 @@ def assert_largest_error_as_exact(got, plain, exact, name=""):
 
 @pytest.mark.parametrize("config", [SPLIT, WHOLE], ids=["split", "whole"])
 @pytest.mark.parametrize(("shape", "head", "dtype"), ROW_CASES, ids=str)
-def test_row_kernel_is_as_exact_as_pytorch(shape, head, dtype, config):
-    with_target, softcap, logit_scale = head
-    logits, labels, target = rows_case(*shape, dtype=dtype)
+def test_row_kernels_are_as_exact_as_pytorch(shape, head, dtype, config):
+    with_target, *settings = head
+    logits, labels, target, g = rows_case(*shape, dtype=dtype)
     target = target if with_target else None
-    exact = row_oracle(logits, labels, target, softcap, logit_scale)
-    plain_gradient = logits.clone()
-    plain = reference.row_log_probs_(plain_gradient, labels, target, softcap, logit_scale)
-    log_probs, lse = row_log_probs(logits, labels, target, softcap, logit_scale, config=config)
-    assert log_probs.dtype == lse.dtype == torch.float32
-    found, names = (log_probs, lse, logits), ("log_probs", "lse", "gradient")
-    for got, other, want, name in zip(found, (*plain, plain_gradient), exact, names, strict=True):
+    exact = exact_rows(logits, labels, target, g, *settings)
+    plain = plain_rows(logits.clone(), labels, target, g, *settings)
+    found = kernel_rows(logits, labels, target, g, *settings, config)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    names = "log_probs", "lse", "gradient"
+    for got, other, want, name in zip(found, plain, exact, names, strict=True):
         assert_largest_error_as_exact(got, other, want, name)
 
 
 @pytest.mark.parametrize("config", [SPLIT, WHOLE], ids=["split", "whole"])
-def test_row_kernel_keeps_extreme_rows_finite(config):
-    logits, labels, _ = rows_case(4, 200)
+def test_row_kernels_keep_extreme_rows_finite(config):
+    logits, labels, _, _ = rows_case(4, 200)
+    g = torch.ones(4, device=DEVICE)
     logits[0] *= 1e4  # saturated
     logits[1] = 0.0  # uniform
     logits[2, labels[2]] = 60.0  # memorised: 1 - p is 0 in fp32 arithmetic on p
     logits[3] = -1e30
     logits[3, labels[3]] = -2e30
-    exact = row_oracle(logits, labels, None, None, 1.0)
-    log_probs, lse = row_log_probs(logits, labels, None, None, 1.0, config=config)
-    for got, want in zip((log_probs, lse, logits), exact, strict=True):
+    exact = exact_rows(logits, labels, None, g, None, 1.0)
+    for got, want in zip(
+        kernel_rows(logits, labels, None, g, None, 1.0, config), exact, strict=True
+    ):
         assert got.isfinite().all()
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
@@ -95,32 +108,42 @@ def test_row_kernel_keeps_extreme_rows_finite(config):
 def test_gradient_of_a_nearly_sure_token_keeps_its_relative_precision():
     logits = torch.zeros(1, 8, device=DEVICE)
     logits[0, 3] = 14.0
-    labels = torch.tensor([3], device=DEVICE)
-    target = logits[0, 3:4].clone()
-    exact = row_oracle(logits, labels, target, None, 1.0)
-    log_probs, _ = row_log_probs(logits, labels, target, None, 1.0, config=WHOLE)
-    for got, want in ((log_probs, exact[0]), (logits[0, 3:4], exact[2][0, 3:4])):
+    labels, g = torch.tensor([3], device=DEVICE), torch.ones(1, device=DEVICE)
+    exact_log_probs, _, exact = exact_rows(logits, labels, None, g, None, 1.0)
+    log_probs, _, gradient = kernel_rows(logits, labels, None, g, None, 1.0, WHOLE)
+    for got, want in ((log_probs, exact_log_probs), (gradient[:, 3], exact[:, 3])):
         torch.testing.assert_close(got.double(), want, rtol=free_error(DEVICE), atol=0.0)
 
 
-def test_row_kernel_takes_rows_after_rows_and_leaves_what_lies_between_them_alone():
-    logits, labels, _ = rows_case(6, 131)
+def test_a_slice_without_the_label_gets_the_gradient_of_its_columns():
+    logits, labels, target, g = rows_case(6, 131)
+    whole = logits.clone()
+    log_probs, _, *softmax = row_log_probs(logits, labels, target, 5.0, 0.5, SPLIT)
+    row_gradient(whole, labels, log_probs, *softmax, g, 5.0, 0.5, SPLIT)
+    for columns in (slice(0, 70), slice(70, 131)):
+        part = logits[:, columns]
+        row_gradient(part, labels - columns.start, log_probs, *softmax, g, 5.0, 0.5, SPLIT)
+        torch.testing.assert_close(part, whole[:, columns])
+
+
+def test_row_kernels_take_rows_after_rows_and_leave_what_lies_between_them_alone():
+    logits, labels, _, g = rows_case(6, 131)
     by_rows = torch.full((6, 140), 7.0, device=DEVICE)
     by_rows[:, :131] = logits
     by_columns = torch.full((131, 24), 7.0, device=DEVICE)
     by_columns[:, :6] = logits.t()
-    row_log_probs(logits, labels, None, None, 1.0, config=SPLIT)
+    kernel_rows(logits, labels, None, g, None, 1.0, SPLIT)
     for view in (by_rows[:, :131], by_columns[:, :6].t()):
-        row_log_probs(view, labels, None, None, 1.0, config=SPLIT)
+        kernel_rows(view, labels, None, g, None, 1.0, SPLIT)
         torch.testing.assert_close(view, logits)
     assert (by_rows[:, 131:] == 7.0).all()
     assert (by_columns[:, 6:] == 7.0).all()
 
 
 def test_no_rows_launch_nothing():
-    logits = torch.empty(0, 9, device=DEVICE)
+    logits, g = torch.empty(0, 9, device=DEVICE), torch.empty(0, device=DEVICE)
     labels = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    log_probs, lse = row_log_probs(logits, labels, None, None, 1.0)
+    log_probs, lse, _ = kernel_rows(logits, labels, None, g, None, 1.0, WHOLE)
     assert log_probs.shape == lse.shape == (0,)
 
 
@@ -151,20 +174,6 @@ def test_scaling_multiplies_and_a_factor_of_one_changes_no_bit(dtype, count):
     assert torch.equal(scaled, values)
     scale(scaled, torch.tensor(-0.5, device=DEVICE))
     assert torch.equal(scaled, -0.5 * values)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_are_scaled_in_fp32_into_another_dtype_or_in_place(dtype):
-    generator = torch.Generator().manual_seed(2)
-    factors = torch.randn(5, generator=generator).to(DEVICE)
-    canvas = torch.randn(5, 2100, generator=generator).to(DEVICE, dtype)
-    values = canvas[:, :2090]
-    exact = values.double() * factors.double()[:, None]
-    out = torch.empty(5, 2090, device=DEVICE)
-    scale_rows(out, values, factors)
-    assert torch.equal(out, values.float() * factors[:, None])
-    scale_rows(values, values, factors)
-    assert_largest_error_as_exact(values, exact.to(dtype), exact)
 
 
 LENGTHS = {
@@ -214,13 +223,12 @@ def test_npo_value_and_weight_equal_what_autograd_finds():
 
 
 def test_two_runs_are_bit_identical():
-    logits, labels, target = rows_case(9, 777, torch.bfloat16)
+    logits, labels, target, g = rows_case(9, 777, torch.bfloat16)
     runs = []
     for _ in range(2):
-        gradient = logits.clone()
-        log_probs, lse = row_log_probs(gradient, labels, target, None, 1.0, config=SPLIT)
-        head = npo_head(log_probs, torch.tensor([0, 4, 9]), log_probs[:2].clone(), 0.1)
-        runs.append((gradient, log_probs, lse, *head))
+        rows = kernel_rows(logits.clone(), labels, target, g, None, 1.0, SPLIT)
+        head = npo_head(rows[0], torch.tensor([0, 4, 9]), rows[0][:2].clone(), 0.1)
+        runs.append((*rows, *head))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 

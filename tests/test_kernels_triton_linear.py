@@ -1,4 +1,4 @@
-"""The Triton linear kernels, forward and backward, against fp64 and against plain PyTorch."""
+"""The linear operators of a GPU, forward and backward, against fp64 and against plain PyTorch."""
 
 import pytest
 import torch
@@ -7,15 +7,10 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from npo_fast.kernels import reference
-from npo_fast.kernels.triton import linear_sliced, registration
-from npo_fast.kernels.triton.config import TileConfig, splits_that_fill
-from npo_fast.kernels.triton.linear_backward import linear_backward
-from npo_fast.kernels.triton.linear_forward import linear_forward
+from npo_fast.kernels.triton import linear, registration
 from tests.accuracy import assert_as_exact
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = TileConfig(32, 64, 32, num_warps=4, num_stages=2)
-CONFIGS = (SMALL, TileConfig(32, 32, 32, 4, 2), TileConfig(64, 32, 16, 4, 2))
 PLAIN = {"softcap": None, "logit_scale": 1.0}
 CAPPED = {"softcap": 4.0, "logit_scale": 0.7, "with_bias": True}
 HEADS = {"plain": PLAIN, "capped": CAPPED}
@@ -58,33 +53,16 @@ def pytorch(hidden, weight, labels, bias, g, softcap, logit_scale, dtype):
     return log_probs.detach(), *grads, *([None] if bias is None else [])
 
 
-def kernels(hidden, weight, labels, bias, g, softcap, logit_scale, **options):
-    log_probs, lse = linear_forward(
-        hidden, weight, labels, bias, softcap, logit_scale, config=SMALL, splits=3
-    )
-    grads = linear_backward(
-        g, hidden, weight, labels, bias, log_probs, lse, softcap, logit_scale,
-        columns=256, configs=CONFIGS, **options,
-    )  # fmt: skip
-    return log_probs, *grads
+def run(hidden, weight, labels, bias, g, softcap, logit_scale, needs=(True, True, True)):
+    head, settings = (hidden, weight, labels, bias), (softcap, logit_scale)
+    log_probs, lse = linear.linear_forward(*head, *settings)
+    return log_probs, *linear.linear_backward(g, *head, log_probs, lse, *settings, needs)
 
 
-def sliced(hidden, weight, labels, bias, g, softcap, logit_scale, needs=(True, True, True)):
-    head = hidden, weight, labels, bias
-    log_probs, lse = linear_sliced.sliced_forward(*head, softcap, logit_scale)
-    grads = linear_sliced.sliced_backward(
-        g, *head, log_probs, lse, softcap, logit_scale, needs
-    )  # fmt: skip
-    return log_probs, *grads
-
-
-WAYS = {"tiles": kernels, "sliced": sliced}
-
-
-@pytest.fixture
-def _small_slices(monkeypatch):
-    monkeypatch.setattr(linear_sliced, "SLICE_BYTES", 1)
-    monkeypatch.setattr(linear_sliced, "LEAST_COLUMNS", 256)
+@pytest.fixture(autouse=True)
+def _several_slices(monkeypatch):
+    monkeypatch.setattr(linear, "SLICE_BYTES", 1)
+    monkeypatch.setattr(linear, "LEAST_COLUMNS", 256)
 
 
 @pytest.fixture(autouse=True)
@@ -92,14 +70,12 @@ def _poison(poison_new_tensors):
     """Every output and workspace starts as NaN."""
 
 
-@pytest.mark.usefixtures("_small_slices")
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("shape", "head", "dtype"), CASES, ids=str)
-def test_linear_kernels_are_as_exact_as_pytorch(shape, head, dtype, way):
+def test_linear_kernels_are_as_exact_as_pytorch(shape, head, dtype):
     head = HEADS[head]
     tensors = case(*shape, dtype, head.get("with_bias", False))
     settings = head["softcap"], head["logit_scale"]
-    got = WAYS[way](*tensors, *settings)
+    got = run(*tensors, *settings)
     plain = pytorch(*tensors, *settings, dtype)
     exact = pytorch(*tensors, *settings, torch.float64)
     assert got[0].dtype == torch.float32
@@ -109,24 +85,12 @@ def test_linear_kernels_are_as_exact_as_pytorch(shape, head, dtype, way):
             assert_as_exact(one, other, want, name, truncated=DEVICE == "cpu")
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 1000])
-def test_splitting_the_vocabulary_changes_nothing_but_rounding(splits):
-    hidden, weight, labels, _, _ = case(17, 20, 331, torch.float32)
-    settings = None, 1.0
-    got = linear_forward(hidden, weight, labels, None, *settings, config=SMALL, splits=splits)
-    one = linear_forward(hidden, weight, labels, None, *settings, config=SMALL, splits=1)
-    for split, whole in zip(got, one, strict=True):
-        torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.usefixtures("_small_slices")
-@pytest.mark.parametrize("way", WAYS)
-def test_memorised_and_saturated_rows_stay_finite_and_exact(way):
+def test_memorised_and_saturated_rows_stay_finite_and_exact():
     hidden, weight, labels, _, g = case(9, 16, 150, torch.float32)
     hidden[:4] = weight[labels[:4]] * 40  # memorised: p is 1 in fp32
     hidden[4] *= 1e3  # saturated, most likely at another token
     weight[7] *= 50
-    got = WAYS[way](hidden, weight, labels, None, g, None, 1.0)
+    got = run(hidden, weight, labels, None, g, None, 1.0)
     exact = pytorch(hidden, weight, labels, None, g, None, 1.0, torch.float64)
     plain = pytorch(hidden, weight, labels, None, g, None, 1.0, torch.float32)
     for one, other, want in zip(got[:3], plain[:3], exact[:3], strict=True):
@@ -134,19 +98,14 @@ def test_memorised_and_saturated_rows_stay_finite_and_exact(way):
         assert_as_exact(one, other, want)
 
 
-@pytest.mark.usefixtures("_small_slices")
-@pytest.mark.parametrize("way", WAYS)
-def test_two_runs_are_bit_identical(way):
+def test_two_runs_are_bit_identical():
     tensors = case(17, 20, 131, torch.bfloat16)
-    runs = [WAYS[way](*tensors, None, 1.0) for _ in range(2)]
+    runs = [run(*tensors, None, 1.0) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*(r[:3] for r in runs), strict=True))
 
 
-@pytest.mark.usefixtures("_small_slices")
-@pytest.mark.parametrize("way", WAYS)
-def test_frozen_weight_or_hidden_gets_no_gradient(way):
+def test_frozen_weight_or_hidden_gets_no_gradient():
     hidden, weight, labels, _, g = case(5, 8, 70, torch.float32)
-    run = WAYS[way]
     both = run(hidden, weight, labels, None, g, None, 1.0)
     frozen = run(hidden, weight, labels, None, g, None, 1.0, needs=(True, False, False))
     assert frozen[2].shape == (0,)
@@ -156,10 +115,9 @@ def test_frozen_weight_or_hidden_gets_no_gradient(way):
     assert torch.equal(frozen[2], both[2])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_rows_give_zero_gradients(way):
+def test_no_rows_give_zero_gradients():
     hidden, weight, labels, bias, g = case(0, 8, 10, torch.float32, with_bias=True)
-    log_probs, d_hidden, d_weight, d_bias = WAYS[way](hidden, weight, labels, bias, g, None, 1.0)
+    log_probs, d_hidden, d_weight, d_bias = run(hidden, weight, labels, bias, g, None, 1.0)
     assert log_probs.shape == (0,)
     assert d_hidden.shape == (0, 8)
     assert d_weight.count_nonzero() == d_bias.count_nonzero() == 0
@@ -169,21 +127,14 @@ def test_rows_of_a_wider_buffer_need_no_copy():
     hidden, weight, labels, _, g = case(6, 16, 40, torch.float32)
     wide = torch.full((6, 24), 3.0, device=DEVICE)
     wide[:, :16] = hidden
-    want = kernels(hidden, weight, labels, None, g, None, 1.0)
-    got = kernels(wide[:, :16], weight, labels, None, g, None, 1.0)
-    assert all(torch.equal(one, other) for one, other in zip(got[:3], want[:3], strict=True))
-
-
-@pytest.mark.parametrize("row_blocks", [1, 5, 16, 32, 100, 512])
-def test_splits_fill_the_gpu(row_blocks):
-    splits = splits_that_fill(row_blocks, 132)
-    programs = row_blocks * splits
-    assert programs / (-(-programs // 132) * 132) > 0.9
+    want = run(hidden, weight, labels, None, g, None, 1.0)
+    got = run(wide[:, :16], weight, labels, None, g, None, 1.0)
+    torch.testing.assert_close(got[:3], want[:3])
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 def test_the_operators_give_on_a_gpu_what_they_give_elsewhere(head):
-    """As registered, with the shipped tiles; fp64 and strided columns go to the reference."""
+    """As registered; fp64 and strided columns go to the reference."""
     for dtype, strided in ((torch.float32, False), (torch.float64, False), (torch.float32, True)):
         hidden, weight, labels, bias, g = case(37, 24, 150, dtype, head.get("with_bias", False))
         if strided:

@@ -132,15 +132,20 @@ class Third:
     def apart(self, step: int, copy: bool) -> None:
         pairs = zip(self.gradient.split(step, dim=1), self.half.split(step), strict=True)
         for columns, out in pairs:
-            torch.mm((columns.contiguous() if copy else columns).t(), self.hidden, out=out)
+            torch.mm((_packed(columns) if copy else columns).t(), self.hidden, out=out)
 
     def tail_aside(self) -> None:
         """The gradient's first rows end before the logits begin; the others' logits move first."""
         free = self.vocabulary * (self.width - self.rows) // self.width
-        tail = self.by_row[:, free:].contiguous()
+        tail = _packed(self.by_row[:, free:])
         if free:
             torch.mm(self.by_row[:, :free].t(), self.hidden, out=self.half[:free])
         torch.mm(tail.t(), self.hidden, out=self.half[free:])
+
+
+def _packed(columns: Tensor) -> Tensor:
+    """A copy, also where ``contiguous`` makes none."""
+    return columns.clone(memory_format=torch.contiguous_format)
 
 
 def layouts(gradient: Tensor, hidden: Tensor) -> dict[str, Variant]:

@@ -28,7 +28,11 @@ ROW_TILES = (
 FEW_ROW_TILES = ((64, 32, 4), (128, 16, 4), (128, 64, 4), (128, 32, 8), (256, 32, 8))
 TINY_ROW_TILES = ((16, 32, 4),)
 PROGRAMS, TINY_PROGRAMS = (4, 16), ()
-COLUMN_FIELD = {"row_log_probs": "block_columns", "row_kl": "kl_block_columns"}
+# fields of RowConfig that are a kernel's own, the first that is there
+OWN_FIELDS = {
+    "row_log_probs": (("block_columns",), ("num_warps",)),
+    "row_kl": (("kl_block_columns", "block_columns"), ("kl_num_warps", "num_warps")),
+}
 TILE_SIZE, TINY_TILE_SIZE = (4096, 4096, 128256), (16, 32, 48)  # rows, width, vocabulary
 TOLERANCE = 2e-2
 CHECKED_ROWS = 16
@@ -69,7 +73,7 @@ def _rows(
     for kernel, (launch, right, passes) in kernels.items():
         table = f"{kernel}, {rows} x {vocabulary}"
         all_tiles = thorough and kernel == "row_log_probs"
-        for label, config in row_configs(COLUMN_FIELD[kernel], tiny, all_tiles):
+        for label, config in row_configs(kernel, tiny, all_tiles):
             if record.left_s < LEAST_S:
                 return
             times = record.attempt(
@@ -86,19 +90,20 @@ def _rows(
             )  # fmt: skip
 
 
-def row_configs(column_field: str, tiny: bool, thorough: bool) -> Iterator[tuple[str, Any]]:
-    """The default first; the fields that are not there any more are left alone."""
+def row_configs(kernel: str, tiny: bool, thorough: bool) -> Iterator[tuple[str, Any]]:
+    """The default first, then others that differ from it."""
     default = configs.row_config()
     yield "default", default
-    names = ("block_rows", column_field, "num_warps")
+    there = {field.name for field in fields(default)}
+    own = [next(name for name in names if name in there) for names in OWN_FIELDS[kernel]]
+    names = ("block_rows", *own)
     tiles = ROW_TILES if thorough else FEW_ROW_TILES
     if tiny:
         tiles = TINY_ROW_TILES if thorough else ()
     changes = [dict(zip(names, tile, strict=True)) for tile in tiles]
     changes += [{"programs": programs} for programs in (TINY_PROGRAMS if tiny else PROGRAMS)]
-    there = {field.name for field in fields(default)}
     for change in changes:
-        config = replace(default, **{k: v for k, v in change.items() if k in there})
+        config = replace(default, **change)
         if config != default:
             yield " ".join(f"{name}={value}" for name, value in change.items()), config
 

@@ -42,8 +42,7 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
         logits = head.logits(hidden[part], buffer)
         found.greedy[part] = logits.argmax(-1) == labels[part]
         _moments(head, logits, found.mean[part], found.std[part])
-        # last: it writes over the logits
-        found.log_probs[part] = head.differentiate_(logits, hidden[part], labels[part])
+        found.log_probs[part] = head.softmax(logits, hidden[part], labels[part]).log_probs
     return found
 
 

@@ -13,27 +13,28 @@ def add_product_(
     a: Tensor,  # (M, K)
     b: Tensor,  # (K, N)
     beta: int,  # 0: out is written, and never read
+    alpha: float = 1.0,
 ) -> None:
-    """``out = a @ b + beta * out``, with the sums of the product in fp32 whatever the operands.
+    """``out = alpha * a @ b + beta * out``; the product's sums are fp32 whatever the operands.
 
     8 bytes of ``out`` an element where the library adds in place. Where it does not, the product
     is made a strip at a time; in the dtype of the operands where it knows no other, as on CPUs.
     """
     if out.dtype == a.dtype:
-        out.addmm_(a, b, beta=beta)
+        out.addmm_(a, b, beta=beta, alpha=alpha)
         return
     way = wide_product(a.device, a.dtype)
     if way == "addmm" and beta:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
         return
     wide = {} if way == "none" else {"out_dtype": out.dtype}
     step = max(1, STRIP_BYTES // max(1, out.shape[1] * out.itemsize))
     for to, rows in zip(out.split(step), a.split(step), strict=True):
         product = torch.mm(rows, b, **wide)
         if beta:
-            to.add_(product)
+            to.add_(product, alpha=alpha)
         else:
-            to.copy_(product)
+            torch.mul(product, alpha, out=to)
 
 
 @cache

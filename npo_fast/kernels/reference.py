@@ -5,9 +5,10 @@ The row operators see one chunk of raw logits ``a = W h + b`` (before softcap an
     z_n        = logit_scale * softcap * tanh(a_n / softcap)      (softcap optional)
     log_prob_n = z_n[y_n] - logsumexp(z_n)
 
-``row_log_probs_`` also replaces the chunk by the gradient of its own log-probabilities,
+``row_gradient_`` then replaces the chunk by the gradient of a loss, given its derivative g in the
+log-probabilities,
 
-    d log_prob_n / d a_n = (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
+    d loss / d a_n = g_n * (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 
 so that no second buffer of this size exists. Rows go through in slabs that stay in cache.
 ``npo_head`` goes on from the token log-probs to the NPO loss of the sequences. ``row_kl_`` compares
@@ -18,7 +19,9 @@ a slice of the vocabulary at a time, so nothing V-wide exists; the backward oper
 slice of logits again from the logsumexp.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,8 +36,12 @@ LEAST_COLUMNS = 64  # below, the GEMM of a slice costs more than it computes
 
 library = torch.library.Library("npo_fast", "DEF")
 library.define(
-    "row_log_probs_(Tensor(a!) logits, Tensor labels, Tensor? target_logits, "
-    "float? softcap, float logit_scale) -> (Tensor, Tensor)"
+    "row_log_probs(Tensor logits, Tensor labels, Tensor? target_logits, float? softcap, "
+    "float logit_scale) -> (Tensor log_probs, Tensor lse, Tensor shift, Tensor share)"
+)
+library.define(
+    "row_gradient_(Tensor(a!) logits, Tensor labels, Tensor log_probs, Tensor shift, "
+    "Tensor share, Tensor g, float? softcap, float logit_scale) -> ()"
 )
 library.define("label_logits(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias) -> Tensor")
 library.define(
@@ -55,33 +62,59 @@ library.define(
     "bool[3] needs) -> (Tensor, Tensor, Tensor)"
 )
 library.define("scale_(Tensor(a!) values, Tensor factor) -> ()")
-library.define("scale_rows(Tensor(a!) out, Tensor values, Tensor factors) -> ()")
 library.define(
     "row_kl_(Tensor(a!) logits, Tensor ref_logits, float? softcap, float logit_scale, "
     "float? ref_softcap, float ref_logit_scale) -> Tensor"
 )
 
 
-def row_log_probs_(
-    logits: Tensor,  # (R, V) raw logits; on return d log_prob / d logits
+def row_log_probs(
+    logits: Tensor,  # (R, V) raw logits
     labels: Tensor,  # (R,) int64 in [0, V)
     target_logits: Tensor | None,  # (R,) raw target logits that replace the rounded ones
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:  # log_probs (R,), lse (R,): fp32, or fp64 for fp64 logits
-    log_probs, lse = _outputs(logits)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (R,) each: fp32, or fp64 for fp64 logits
+    """log_probs, lse, and ``softmax(z) = exp(z - shift) * share``: more exact than by the lse."""
+    log_probs, lse, shift, share = (_row_output(logits) for _ in range(4))
     for rows in _slabs(logits):
-        z, slope = _activate(logits[rows], labels[rows], _at(target_logits, rows), softcap)
-        shifted, log_probs[rows], lse[rows] = _normalise(z * logit_scale, labels[rows])
-        grad = shifted.exp_()
-        grad.div_(grad.sum(dim=-1, keepdim=True)).neg_()
+        raw = logits[rows].to(lse.dtype)
+        if target_logits is not None:
+            target = target_logits[rows].to(raw.dtype)
+            raw = raw.scatter(1, labels[rows].unsqueeze(1), target.unsqueeze(1))
+        z = _capped(raw, softcap)[0] * logit_scale
+        top = z.amax(dim=-1)
+        shifted = z - top.unsqueeze(1)
+        total = shifted.exp().sum(dim=-1)
+        at_label = shifted.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+        log_probs[rows] = at_label - total.log()
+        lse[rows], shift[rows], share[rows] = top + total.log(), top, 1 / total
+    return log_probs, lse, shift, share
+
+
+def row_gradient_(
+    logits: Tensor,  # (R, C) raw logits of the vocabulary or a slice; on return d loss / d logits
+    labels: Tensor,  # (R,) int64, counted from the first column; may lie outside
+    log_probs: Tensor,  # (R,) of the labels
+    shift: Tensor,  # (R,)
+    share: Tensor,  # (R,) softmax is exp(z - shift) * share
+    g: Tensor,  # (R,) d loss / d log_prob
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    wide = _wide(logits.dtype)
+    for rows in _slabs(logits):
+        z, slope = _capped(logits[rows].to(wide), softcap)
+        grad = (z * logit_scale).sub_(shift[rows].unsqueeze(1)).exp_()
+        grad.mul_(share[rows].unsqueeze(1)).neg_()
         # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
-        column = labels[rows].unsqueeze(1)
-        grad.scatter_(1, column, -torch.expm1(log_probs[rows]).unsqueeze(1))
+        column = labels[rows]
+        mine = ((column >= 0) & (column < z.shape[1])).nonzero().squeeze(1)
+        grad[mine, column[mine]] = -torch.expm1(log_probs[rows][mine])
         if slope is not None:
             grad.mul_(slope)
-        logits[rows] = grad.mul_(logit_scale).to(logits.dtype)
-    return log_probs, lse
+        grad.mul_((g[rows].to(wide) * logit_scale).unsqueeze(1))
+        logits[rows] = grad.to(logits.dtype)
 
 
 def label_logits(
@@ -91,7 +124,7 @@ def label_logits(
     bias: Tensor | None,  # (V,)
 ) -> Tensor:  # (N,) fp32, or fp64 for fp64 inputs
     """``w_{y_n} h_n + b_{y_n}``: the raw target logits, not rounded to half precision."""
-    out = _outputs(hidden)[0]
+    out = _row_output(hidden)
     for rows in _slabs(hidden):
         gathered = weight[labels[rows]].to(out.dtype)
         out[rows] = (hidden[rows].to(out.dtype) * gathered).sum(-1)
@@ -113,7 +146,8 @@ def tile_log_probs_(
     The label stays apart for ``with_label``.
     """
     for rows in _slabs(logits):
-        z = (_activate(logits[rows], labels[rows], None, softcap)[0] * logit_scale).double()
+        raw = logits[rows].to(_wide(logits.dtype))
+        z = (_capped(raw, softcap)[0] * logit_scale).double()
         mine = ((labels[rows] >= 0) & (labels[rows] < z.shape[1])).nonzero().squeeze(1)
         column = labels[rows][mine]
         target[rows] = target[rows].index_copy(0, mine, z[mine, column])
@@ -148,14 +182,18 @@ def linear_log_probs(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,): fp32, or fp64 for fp64 inputs
-    log_probs, lse = _outputs(hidden)
+    log_probs, lse = _row_output(hidden), _row_output(hidden)
+    dtype = product_dtype(weight)
     for rows in _row_tiles(hidden):
         others = lse.new_full((rows.stop - rows.start,), -torch.inf, dtype=torch.float64)
         target = torch.full_like(others, torch.nan)
-        for columns, logits in _column_tiles(hidden[rows], weight, bias):
+        for columns, logits in _column_tiles(hidden[rows], weight, bias, dtype):
             torch.ops.npo_fast.tile_log_probs_(
                 logits, labels[rows] - columns.start, softcap, logit_scale, others, target
             )
+        if dtype != lse.dtype:  # not the rounded one
+            raw = torch.ops.npo_fast.label_logits(hidden[rows], weight, labels[rows], bias)
+            target = (_capped(raw, softcap)[0] * logit_scale).double()
         log_probs[rows], lse[rows] = with_label(others, target)
     return log_probs, lse
 
@@ -190,9 +228,9 @@ def linear_log_probs_backward(
     for rows in _row_tiles(hidden):
         block = hidden[rows].to(wide)
         row_scale = (g[rows] * logit_scale).to(wide).unsqueeze(1)
-        for columns, logits in _column_tiles(block, weight, bias):
+        for columns, logits in _column_tiles(block, weight, bias, wide):
             column = labels[rows] - columns.start
-            z, slope = _activate(logits, column, None, softcap)
+            z, slope = _capped(logits.to(wide), softcap)
             gradient = (z * logit_scale).sub_(lse[rows].unsqueeze(1)).exp_().neg_()
             mine = ((column >= 0) & (column < z.shape[1])).nonzero().squeeze(1)
             gradient[mine, column[mine]] = at_label[rows][mine]
@@ -246,11 +284,6 @@ def scale_(values: Tensor, factor: Tensor) -> None:  # any shape, ()
         values.mul_(factor)
 
 
-def scale_rows(out: Tensor, values: Tensor, factors: Tensor) -> None:  # (R, D), (R, D), (R,)
-    """``out = factors[:, None] * values``, rounded once; ``out`` may be ``values``."""
-    torch.mul(values, factors.unsqueeze(1), out=out)
-
-
 def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
@@ -262,16 +295,6 @@ def segment_sum(
     offsets = cu_seqlens.to(values.device, torch.int64)
     sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0, unsafe=True)
     return sums.to(values.dtype)
-
-
-def _activate(
-    logits: Tensor, labels: Tensor, target_logits: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Softcapped logits in at least fp32, and the slope of the softcap where there is one."""
-    raw = logits.to(_wide(logits.dtype))
-    if target_logits is not None:
-        raw = raw.scatter(1, labels.unsqueeze(1), target_logits.to(raw.dtype).unsqueeze(1))
-    return _capped(raw, softcap)
 
 
 def _capped(raw: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -289,26 +312,12 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p.div_(total), top, total.log()
 
 
-def _normalise(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``z - max(z)``, the log-probs of the labels and the logsumexp, each rounded once or twice."""
-    top = z.amax(dim=-1, keepdim=True)
-    shifted = z - top
-    log_sum = shifted.exp().sum(dim=-1).log_()
-    log_probs = shifted.gather(1, labels.unsqueeze(1)).squeeze(1) - log_sum
-    return shifted, log_probs, top.squeeze(1) + log_sum
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    shape, dtype = logits.shape[:1], _wide(logits.dtype)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
-
-
-def _at(values: Tensor | None, rows: slice) -> Tensor | None:
-    return None if values is None else values[rows]
+def _row_output(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=_wide(logits.dtype))
 
 
 def _slabs(logits: Tensor) -> list[slice]:
@@ -327,20 +336,20 @@ def _column_tiles(
     hidden: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[slice, Tensor]]:  # columns, their raw logits (R, C) until the next ones
-    wide = _wide(weight.dtype)
     vocabulary, width = weight.shape
-    hidden = hidden.to(wide)
-    converted = 0 if weight.dtype == wide else width  # the slice of the weight in fp32 counts
-    step = max(LEAST_COLUMNS, TILE_BYTES // (wide.itemsize * (max(1, len(hidden)) + converted)))
-    tile = logits_room(len(hidden), min(step, vocabulary), weight, wide)
+    hidden = hidden.to(dtype)
+    converted = 0 if weight.dtype == dtype else width  # the slice of the weight in fp32 counts
+    step = max(LEAST_COLUMNS, TILE_BYTES // (dtype.itemsize * (max(1, len(hidden)) + converted)))
+    tile = logits_room(len(hidden), min(step, vocabulary), weight, dtype)
     for first in range(0, vocabulary, step):
         columns = slice(first, min(first + step, vocabulary))
-        part, logits = weight[columns].to(wide), tile[:, : columns.stop - first]
+        part, logits = weight[columns].to(dtype), tile[:, : columns.stop - first]
         if bias is None:
             torch.mm(hidden, part.t(), out=logits)
         else:
-            torch.addmm(bias[columns].to(wide), hidden, part.t(), out=logits)
+            torch.addmm(bias[columns].to(dtype), hidden, part.t(), out=logits)
         yield columns, logits
 
 
@@ -354,6 +363,27 @@ def logits_room(rows: int, columns: int, beside: Tensor, dtype: torch.dtype) -> 
     """
     stride = column_stride(rows, runs_on_cpu(beside))
     return beside.new_empty(columns, stride, dtype=dtype)[:, :rows].t()
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which dtype operands are multiplied and logits kept.
+
+    A CPU without instructions for bf16 multiplies fp32 faster, and wide logits cost no accuracy;
+    none is known to be fast at fp16.
+    """
+    if not runs_on_cpu(weight) or (weight.dtype == torch.bfloat16 and cpu_multiplies_bf16()):
+        return weight.dtype
+    return _wide(weight.dtype)
+
+
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """AMX, or AVX-512 BF16; NPO_FAST_CPU_BF16=0 or 1 decides otherwise."""
+    wish = os.environ.get("NPO_FAST_CPU_BF16", "")
+    if wish:
+        return wish != "0"
+    has = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in has)
 
 
 def runs_on_cpu(tensor: Tensor) -> bool:
@@ -392,18 +422,12 @@ def empty_gradients(
     )
 
 
-def _row_fake(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(logits)
+def _row_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _row_output(logits), _row_output(logits), _row_output(logits), _row_output(logits)
 
 
 def _label_fake(hidden: Tensor, *_: Any) -> Tensor:
-    return _outputs(hidden)[0]
+    return _row_output(hidden)
 
 
 def _npo_head_fake(
@@ -418,7 +442,7 @@ def _no_result(*_: Any) -> None:
 
 
 def _linear_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(hidden)
+    return _row_output(hidden), _row_output(hidden)
 
 
 def _linear_backward_fake(
@@ -428,12 +452,13 @@ def _linear_backward_fake(
 
 
 def _row_kl_fake(logits: Tensor, *_: Any) -> Tensor:
-    return _outputs(logits)[0]
+    return _row_output(logits)
 
 
 # by name: the kernel, and the shapes and dtypes that it returns
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "row_log_probs_": (row_log_probs_, _row_fake),
+    "row_log_probs": (row_log_probs, _row_fake),
+    "row_gradient_": (row_gradient_, _no_result),
     "label_logits": (label_logits, _label_fake),
     "tile_log_probs_": (tile_log_probs_, _no_result),
     "npo_head": (npo_head, _npo_head_fake),
@@ -441,7 +466,6 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_log_probs_backward": (linear_log_probs_backward, _linear_backward_fake),
     "row_kl_": (row_kl_, _row_kl_fake),
     "scale_": (scale_, _no_result),
-    "scale_rows": (scale_rows, _no_result),
 }
 for _name, (_kernel, _shapes) in OPERATORS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

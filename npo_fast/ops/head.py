@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,18 @@ Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradie
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 
+class Softmax(NamedTuple):
+    """What is known of each row of a chunk: ``softmax(z) = exp(z - shift) * share``."""
+
+    log_probs: Tensor  # (R,) of the labels
+    labels: Tensor  # (R,)
+    shift: Tensor  # (R,)
+    share: Tensor  # (R,)
+
+    def of_rows(self, rows: Tensor) -> "Softmax":
+        return Softmax(*(one[rows] for one in self))
+
+
 @dataclass(frozen=True)
 class Head:
     """``z = logit_scale * softcap(weight @ h + bias)`` and what has to be known to evaluate it."""
@@ -37,9 +50,8 @@ class Head:
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        """CPUs multiply fp32 faster than bf16 or fp16, and a wide chunk costs no accuracy."""
-        dtype = self.weight.dtype
-        return torch.promote_types(dtype, torch.float32) if reference.runs_on_cpu(self.weight) else dtype
+        """That of the products: half precision where the processor has instructions for it."""
+        return reference.product_dtype(self.weight)
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -68,15 +80,16 @@ class Head:
         """
         return logits_room(self.padded(rows), len(self.weight), self.weight, self.logits_dtype)
 
+    def operand(self, hidden: Tensor) -> Tensor:  # (R, D) -> (padded R, D) in the logits' dtype
+        more = self.padded(len(hidden)) - len(hidden)
+        hidden = hidden.to(self.logits_dtype)
+        return F.pad(hidden, (0, 0, 0, more)) if more else hidden
+
     def logits(
         self, hidden: Tensor, buffer: Tensor
     ) -> Tensor:  # (R, D) -> (R, V) raw, before softcap and scale
-        rows = len(hidden)
-        more = self.padded(rows) - rows
-        hidden = hidden.to(self.logits_dtype)
-        if more:
-            hidden = F.pad(hidden, (0, 0, 0, more))
-        logits = buffer[: rows + more]
+        rows, hidden = len(hidden), self.operand(hidden)
+        logits = buffer[: len(hidden)]
         for columns, weight in self._weight_tiles():
             if self.bias is None:
                 torch.mm(hidden, weight.t(), out=logits[:, columns])
@@ -97,27 +110,28 @@ class Head:
         )
         return log_probs
 
-    def log_probs_and_gradient(
-        self, hidden: Tensor, labels: Tensor, buffer: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (R,) log-probs and (R, V) their gradient in the raw logits
-        logits = self.logits(hidden, buffer)
-        return self.differentiate_(logits, hidden, labels), logits
-
-    def differentiate_(
+    def softmax(
         self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> Tensor:  # (R, V) logits of (R, D) -> (R,) log-probs; logits <- their gradient
+    ) -> "Softmax":  # (R, V) raw logits of (R, D)
         target = self._target_logits(hidden, labels)
-        log_probs, _ = torch.ops.npo_fast.row_log_probs_(
+        log_probs, _, shift, share = torch.ops.npo_fast.row_log_probs(
             logits, labels, target, self.softcap, self.logit_scale
         )
-        return log_probs
+        return Softmax(log_probs, labels, shift, share)
 
-    def hidden_gradient(self, logits_gradient: Tensor, out: Tensor) -> None:  # (R, V), (R, D)
-        tiles = self._weight_tiles()
-        columns, weight = next(tiles)
-        torch.mm(logits_gradient[:, columns], weight, out=out)
-        for columns, weight in tiles:
-            out.addmm_(logits_gradient[:, columns], weight)
+    def differentiate_(self, logits: Tensor, softmax: "Softmax", g: Tensor) -> None:
+        """Logits <- the gradient in them of a loss with derivative g (R,) in the log-probs."""
+        torch.ops.npo_fast.row_gradient_(
+            logits, softmax.labels, softmax.log_probs, softmax.shift, softmax.share, g,
+            self.softcap, self.logit_scale,
+        )  # fmt: skip
+
+    def hidden_gradient(
+        self, logits_gradient: Tensor, out: Tensor, alpha: float
+    ) -> None:  # (R, V), (R, D)
+        for columns, weight in self._weight_tiles():
+            beta = int(columns.start > 0)
+            out.addmm_(logits_gradient[:, columns], weight, beta=beta, alpha=alpha)
 
     def _target_logits(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
         """Raw target logits from an fp32 dot, where the chunk itself is rounded to half."""
@@ -197,34 +211,46 @@ class HeadGradients:
         self,
         rows: slice,
         hidden: Tensor,  # (R, D) the rows of this chunk
-        log_probs: Tensor | None,  # (R,), for skipping
-        logits_gradient: Tensor,  # (R, V) d log_prob / d logits
+        logits: Tensor,  # (R, V) raw, in self.logits
+        softmax: Softmax,
         g: Tensor,  # (R,) d loss / d log_prob
+        alpha: float = 1.0,  # times which g is meant
     ) -> None:
-        """``d_hidden = g * (G W)`` and ``d_weight += G^T (g * hidden)``: g never meets width V."""
+        """``d_hidden = alpha G W``, ``d_weight += alpha G^T hidden``; G replaces the logits."""
         kept = None
-        if self.skip_below > 0 and log_probs is not None:
-            scale = self.head.logit_scale
+        if self.skip_below > 0:
+            scale = self.head.logit_scale * alpha
+            log_probs = softmax.log_probs
             kept = rows_that_matter(hidden, log_probs, g, scale, self.skip_below, self.skipped)
         if kept is not None:
-            logits_gradient = compact_(logits_gradient, kept)
+            logits, softmax = compact_(logits, kept), softmax.of_rows(kept)
             hidden, g = hidden[kept], g[kept]
-        if self.bias is not None:
-            _add_bias_(self.bias, logits_gradient, g)
-        count, padded = len(g), self.head.padded(len(g))
-        logits_gradient = self.logits[:padded]
+        self.head.differentiate_(logits, softmax, g)
+        self.add_products(rows, hidden, alpha, kept)
+
+    def add_products(
+        self,
+        rows: slice,
+        hidden: Tensor,  # (R, D), or (K, D) where fewer are kept
+        alpha: float,
+        kept: Tensor | None = None,  # (K,) rows of the chunk
+    ) -> None:
+        """What the gradient in ``self.logits`` adds, times ``alpha``."""
+        count = len(hidden)
+        logits_gradient = self.logits[: self.head.padded(count)]
         logits_gradient[count:] = 0
+        if self.bias is not None:
+            total = logits_gradient.sum(dim=0, dtype=self.bias.dtype)
+            self.bias.add_(total, alpha=alpha)
         if self.hidden is not None:
-            self._set_hidden(self.hidden, rows, logits_gradient, g, kept)
+            self._set_hidden(self.hidden, rows, logits_gradient, alpha, count, kept)
         if self.weight is not None:
-            scaled = logits_gradient.new_empty(padded, hidden.shape[1])
-            scaled[count:] = 0
-            torch.ops.npo_fast.scale_rows(scaled[:count], hidden, g)
+            operand = self.head.operand(hidden)
             of_columns = logits_gradient.t()
             for columns in self.strips:
-                torch.mm(of_columns[columns], scaled, out=self.weight[columns])
+                self.weight[columns].addmm_(of_columns[columns], operand, beta=0, alpha=alpha)
             if not self.strips:
-                add_product_(self.weight, of_columns, scaled, self.beta)
+                add_product_(self.weight, of_columns, operand, self.beta, alpha)
         self.beta = 1
 
     def _set_hidden(
@@ -232,22 +258,21 @@ class HeadGradients:
         d_hidden: Tensor,  # (N, D), a few rows more where chunks are padded
         rows: slice,
         logits_gradient: Tensor,  # (padded rows of a chunk, V)
-        g: Tensor,  # (rows of a chunk,)
+        alpha: float,
+        count: int,  # rows that are not padding
         kept: Tensor | None,
     ) -> None:
         """Rows that pad this chunk are overwritten by the next, and cut off from the last."""
-        count, padded = len(g), len(logits_gradient)
+        padded = len(logits_gradient)
         direct = kept is None and d_hidden.dtype == logits_gradient.dtype
         out = d_hidden[rows.start : rows.start + padded]
         made = out if direct else logits_gradient.new_empty(padded, d_hidden.shape[1])
-        self.head.hidden_gradient(logits_gradient, made)
-        made = made[:count]
-        torch.ops.npo_fast.scale_rows(made, made, g)
+        self.head.hidden_gradient(logits_gradient, made, alpha)
         if kept is not None:
             d_hidden[rows] = 0
-            d_hidden[rows].index_copy_(0, kept, made.to(d_hidden.dtype))
+            d_hidden[rows].index_copy_(0, kept, made[:count].to(d_hidden.dtype))
         elif not direct:
-            d_hidden[rows] = made
+            d_hidden[rows] = made[:count]
 
     def finish(self) -> Gradients:
         """The gradients in the dtypes of their parameters."""
@@ -279,12 +304,6 @@ def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
         found.append(slice(first, last))
         first = last
     return found
-
-
-def _add_bias_(bias: Tensor, logits_gradient: Tensor, g: Tensor) -> None:  # (V,), (R, V), (R,)
-    step = max(1, UPCAST_BYTES // (max(1, len(g)) * g.itemsize))
-    for to, columns in zip(bias.split(step), logits_gradient.t().split(step), strict=True):
-        to += torch.mv(columns.to(g.dtype), g)
 
 
 def or_empty(

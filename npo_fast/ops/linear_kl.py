@@ -163,13 +163,12 @@ def _kl_and_gradients(
     step = step or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
     gradients = HeadGradients(head, hidden, needs, step)
     total = hidden.new_zeros((), dtype=torch.float64)
-    for rows, kl, logits_gradient in divergences(
+    for rows, kl, _ in divergences(
         head, hidden, ref_head, ref_hidden, step, labels, plan.demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
         if any(needs):
-            g = torch.full_like(kl, plan.scale * plan.held(weight.dtype))
-            gradients.add(rows, hidden[rows], None, logits_gradient, g)
+            gradients.add_products(rows, hidden[rows], plan.scale * plan.held(weight.dtype))
     return (total * plan.scale).to(head.wide_dtype), gradients.finish()
 
 

@@ -128,10 +128,9 @@ def _backward(
         head = Head(weight, bias, softcap, logit_scale)
         gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]), chunk_rows)
         for rows in blocks(slice(0, len(hidden)), chunk_rows):
-            found, logits_gradient = head.log_probs_and_gradient(
-                hidden[rows], labels[rows], gradients.logits
-            )
-            gradients.add(rows, hidden[rows], found, logits_gradient, g[rows])
+            logits = head.logits(hidden[rows], gradients.logits)
+            softmax = head.softmax(logits, hidden[rows], labels[rows])
+            gradients.add(rows, hidden[rows], logits, softmax, g[rows])
     return or_empty(gradients.finish(), hidden, weight, bias)
 
 

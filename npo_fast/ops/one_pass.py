@@ -2,10 +2,11 @@
 
     for each chunk of whole sequences:
         logits    = hidden[chunk] @ weight.T                       # GEMM 1
-        log_probs = row_log_probs_(logits, labels)                 # logits <- d log_prob / d logits
+        log_probs = row_log_probs(logits, labels)
         loss, g   = loss and its derivative in the log-probs
-        d_hidden[chunk] = g * (logits @ weight)                    # GEMM 2
-        d_weight       += logits.T @ (g * hidden[chunk])           # GEMM 3
+        row_gradient_(logits, labels, g)                           # logits <- d loss / d logits
+        d_hidden[chunk] = logits @ weight                          # GEMM 2
+        d_weight       += logits.T @ hidden[chunk]                 # GEMM 3
 
 A chunk is all rows wherever ``cost`` allows. ``chunk_rows=0`` holds no logits at all: forward
 operator, loss and g, backward operator.
@@ -96,29 +97,33 @@ def loss_and_gradients(
     hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
     head = head_of(weight, bias, plan.softcap, plan.logit_scale, plan.vocabulary)
     step, scale = plan.chunk_rows, 1 / plan.count
+    # in fp16 the gradient of the logits is formed as large as it can be
+    g_scale, alpha = scale, 1.0
+    if weight.dtype == torch.float16:
+        g_scale, alpha = 1.0, scale * plan.held(weight.dtype)
     gradients = HeadGradients(head, hidden, needs, step, plan.skip_below, plan.skipped)
-    buffer = gradients.logits
     total = hidden.new_zeros((), dtype=head.wide_dtype)
     sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
     for rows, sequences, offsets in _chunks(plan, cu_seqlens, hidden):
         one_pass = rows.stop - rows.start <= step
         if one_pass:
-            log_probs, logits_gradient = head.log_probs_and_gradient(
-                hidden[rows], labels[rows], buffer
-            )
+            logits = head.logits(hidden[rows], gradients.logits)
+            softmax = head.softmax(logits, hidden[rows], labels[rows])
+            log_probs = softmax.log_probs
         else:  # the weight g needs the whole group: its log-probs first, its gradient after
             log_probs = head.log_probs(hidden[rows], labels[rows])
         ref = _part(ref_log_probs, plan.loss, rows, sequences)
         value, sequence_log_probs[sequences], g = _evaluate(plan.loss, log_probs, offsets, ref)
         total += value
-        g = g * (scale * plan.held(weight.dtype))
+        g = g * g_scale
         if one_pass:
-            gradients.add(rows, hidden[rows], log_probs, logits_gradient, g)
+            gradients.add(rows, hidden[rows], logits, softmax, g, alpha)
             continue
         for block in blocks(rows, step):
-            _, logits_gradient = head.log_probs_and_gradient(hidden[block], labels[block], buffer)
+            logits = head.logits(hidden[block], gradients.logits)
             at = slice(block.start - rows.start, block.stop - rows.start)
-            gradients.add(block, hidden[block], log_probs[at], logits_gradient, g[at])
+            softmax = head.softmax(logits, hidden[block], labels[block])
+            gradients.add(block, hidden[block], logits, softmax, g[at], alpha)
     return total * scale, sequence_log_probs, gradients.finish()
 
 

@@ -8,7 +8,7 @@ the slice without the label, and the label's logit where the slice has it.
 (The label stays apart so that l_n keeps its digits where the model is sure of it.)
 
 The row kernel normalises over the slice; ``exp(lse_n(slice) - lse_n)``, one number a row, is what
-its gradient lacks. All ranks then know every log-prob, evaluate the same loss, and hold the
+its share lacks. All ranks then know every log-prob, evaluate the same loss, and hold the
 gradient of their own slice. The gradient of ``hidden`` is a sum over ranks, which the backward of
 ``gather_rows`` takes on its way back to those whose rows they are.
 """
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_fast.ops.cost import Problem
-from npo_fast.ops.head import Head
+from npo_fast.ops.head import Head, Softmax
 from npo_fast.ranks import most
 
 # newer names since PyTorch 2.13, which warns of the older ones
@@ -87,25 +87,18 @@ class SlicedHead(Head):
         )
         return self._combine(found, lse, mine)[0]
 
-    def differentiate_(
+    def softmax(
         self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> Tensor:  # (R, V) logits of (R, D) -> (R,) log-probs; logits <- their gradient
+    ) -> Softmax:  # (R, V) raw logits of (R, D); over the whole vocabulary
         column, mine = self._slice.own(labels)
-        target = self._target_logits(hidden, column)
-        if target is None:
-            target = logits.gather(1, column.unsqueeze(1)).squeeze(1).clone()
-        found, own_lse = torch.ops.npo_fast.row_log_probs_(
-            logits, column, target, self.softcap, self.logit_scale
+        found, own_lse, shift, share = torch.ops.npo_fast.row_log_probs(
+            logits, column, self._target_logits(hidden, column), self.softcap, self.logit_scale
         )
-        z = self.activate(target)
         log_probs, lse = self._combine(found, own_lse, mine)
-        logits.mul_(torch.exp(own_lse - lse).unsqueeze(1))
-        slope = self.logit_scale * torch.ones_like(z)
-        if self.softcap is not None:
-            slope *= 1 - torch.tanh(target.to(z.dtype) / self.softcap).square()
-        at_label = torch.where(mine, -torch.expm1(log_probs), -torch.exp(z - lse)) * slope
-        logits.scatter_(1, column.unsqueeze(1), at_label.to(logits.dtype).unsqueeze(1))
-        return log_probs
+        outside = column.new_full((), -1)
+        return Softmax(
+            log_probs, torch.where(mine, column, outside), shift, share * torch.exp(own_lse - lse)
+        )
 
     def _combine(
         self,

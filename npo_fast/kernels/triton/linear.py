@@ -1,21 +1,102 @@
-"""The linear operators of a GPU: tile kernels in half precision, vendor GEMMs in fp32.
+"""A linear head over slices of the vocabulary: vendor GEMMs, and the row kernels on what they make.
 
-fp32 operands multiply without tensor cores, which the tile kernels are made for.
+    forward:   sums of each slice's logits, joined at the end             2NDV flops
+    backward:  logits of a slice again, their gradient G from the logsumexp,
+               d_hidden += G @ W[slice],  d_weight[slice] = G.T @ h       6NDV flops
+
+A slice stays in cache. That of ``d_weight`` is finished at once in the weight's dtype: no
+accumulation, no V-wide memory. ``d_hidden`` adds up in fp32. Every element is added up in one
+order: no atomics. Kernels that kept tiles of logits on chip took as long forward, and backward a
+quarter longer (H200, bf16, N=4096, D=4096, V=128256: 6.9 against 6.8 ms, 24.0 against 19.4).
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.kernels.triton import linear_backward as tiles_backward
-from npo_fast.kernels.triton import linear_forward as tiles_forward
-from npo_fast.kernels.triton.linear_sliced import sliced_backward, sliced_forward
+from npo_fast.kernels.products import add_product_
+from npo_fast.kernels.reference import logits_room, padded_rows
+from npo_fast.kernels.triton.config import row_config
+from npo_fast.kernels.triton.label_logits import label_logits
+from npo_fast.kernels.triton.row_log_probs import row_gradient, with_labels
+from npo_fast.kernels.triton.slices import Sums, slice_sums
+
+SLICE_BYTES = 32 << 20  # of logits: they are read again from cache
+LEAST_COLUMNS = 2048  # d_hidden goes through memory once a slice
 
 
-def linear_forward(hidden: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    serve = sliced_forward if hidden.dtype == torch.float32 else tiles_forward.linear_forward
-    return serve(hidden, *rest)
+def linear_forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) in [0, V)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # log_probs (N,) fp32, lse (N,) fp32
+    config, rows = row_config(), len(hidden)
+    target = label_logits(hidden, weight, labels, bias)
+    sums = [
+        slice_sums(logits[:rows], labels - columns.start, softcap, logit_scale, config)
+        for columns, logits in _slices(hidden, weight, bias)
+    ]
+    joined = Sums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
+    log_probs, lse, _, _ = with_labels(joined, target, softcap, logit_scale)
+    return log_probs, lse
 
 
-def linear_backward(g: Tensor, hidden: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    serve = sliced_backward if hidden.dtype == torch.float32 else tiles_backward.linear_backward
-    return serve(g, hidden, *rest)
+def linear_backward(
+    g: Tensor,  # (N,) d loss / d log_prob
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    log_probs: Tensor,  # (N,) of the forward pass
+    lse: Tensor,  # (N,) of the forward pass
+    softcap: float | None,
+    logit_scale: float,
+    needs: Sequence[bool],  # hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:  # d_hidden, d_weight, d_bias; empty: not wanted
+    rows = len(hidden)
+    padded = padded_rows(rows, on_cpu=False)
+    shape = (padded, hidden.shape[1]) if needs[0] else (0,)
+    d_hidden = hidden.new_empty(shape, dtype=torch.float32)
+    d_weight = weight.new_empty(weight.shape if needs[1] else 0)
+    wants_bias = bias is not None and needs[2]
+    d_bias = (hidden if bias is None else bias).new_empty(len(weight) if wants_bias else 0)
+    operand = _padded(hidden, padded)
+    share = torch.ones_like(lse)
+    for columns, logits in _slices(hidden, weight, bias):
+        row_gradient(
+            logits[:rows], labels - columns.start, log_probs, lse, share, g, softcap, logit_scale
+        )
+        logits[rows:] = 0
+        if needs[0]:
+            add_product_(d_hidden, logits, weight[columns], beta=int(columns.start > 0))
+        if needs[1]:
+            torch.mm(logits.t(), operand, out=d_weight[columns])
+        if wants_bias:
+            d_bias[columns] = logits.sum(dim=0, dtype=torch.float32).to(d_bias.dtype)
+    return d_hidden[:rows].to(hidden.dtype), d_weight, d_bias
+
+
+def _slices(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:  # columns, raw logits (padded N, C) until the next ones
+    rows, vocabulary = padded_rows(len(hidden), on_cpu=False), len(weight)
+    hidden = _padded(hidden, rows)
+    step = max(LEAST_COLUMNS, SLICE_BYTES // (max(rows, 1) * hidden.itemsize))
+    room = logits_room(rows, min(step, vocabulary), weight, hidden.dtype)
+    for first in range(0, vocabulary, step):
+        columns = slice(first, min(first + step, vocabulary))
+        logits = room[:, : columns.stop - first]
+        if bias is None:
+            torch.mm(hidden, weight[columns].t(), out=logits)
+        else:
+            torch.addmm(bias[columns], hidden, weight[columns].t(), out=logits)
+        yield columns, logits
+
+
+def _padded(hidden: Tensor, rows: int) -> Tensor:  # (N, D) -> (rows, D), with zeros
+    return F.pad(hidden, (0, 0, 0, rows - len(hidden))) if rows > len(hidden) else hidden

@@ -16,16 +16,16 @@ KEY = "CUDA"
 
 # by operator: the module of its launcher, and the launcher
 LAUNCHERS: dict[str, tuple[str, str]] = {
-    "row_log_probs_": ("row_log_probs", "row_log_probs"),
+    "row_log_probs": ("row_log_probs", "row_log_probs"),
+    "row_gradient_": ("row_log_probs", "row_gradient"),
     "label_logits": ("label_logits", "label_logits"),
     "npo_head": ("npo_head", "npo_head"),
     "row_kl_": ("row_kl", "row_kl"),
     "scale_": ("scale", "scale"),
-    "scale_rows": ("scale", "scale_rows"),
     "linear_log_probs": ("linear", "linear_forward"),
     "linear_log_probs_backward": ("linear", "linear_backward"),
 }
-ANY_STRIDES = ("row_log_probs_", "row_kl_", "scale_")
+ANY_STRIDES = ("row_log_probs", "row_gradient_", "row_kl_", "scale_")
 
 
 def kernel(operator: str) -> Callable[..., Any]:

@@ -1,16 +1,15 @@
-"""Row kernels: log-probs of labels from raw logits, and their gradient written over the logits.
+"""Row kernels: log-probs of labels from raw logits, and the gradient of a loss written over them.
 
     z_n        = logit_scale * softcap * tanh(a_n / softcap)
     log_prob_n = z_n[y_n] - logsumexp(z_n)
-    a_n       <- (onehot(y_n) - softmax(z_n)) * d z_n / d a_n        (in place)
+    a_n       <- g_n * (onehot(y_n) - softmax(z_n)) * d z_n / d a_n        (in place)
 
-Three launches: sums of slices of the vocabulary without the label (``slices``), a few numbers a row
-from them, and the gradient, tile by tile. Not allocated: probabilities, an fp32 copy of the
-logits, a one-hot. 6 bytes a bf16 logit move: two reads and a write; the gradient goes through the
-logits backwards, whose end is then still in cache. No atomics.
+Three launches: sums of slices of the vocabulary without the label (``slices``); a few numbers a row
+from them; and, when the loss has been evaluated, the gradient, tile by tile. Not allocated:
+probabilities, an fp32 copy of the logits, a one-hot. 6 bytes a bf16 logit move: two reads and a
+write; the gradient goes through the logits backwards, whose end is then still in cache. No atomics.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,7 @@ SLICES = 32  # that it joins at a time
 
 @triton.jit
 def label_kernel(
-    peaks, totals, targets, log_probs, lses, shifts, shares, at_labels,
+    peaks, totals, targets, log_probs, lses, shifts, shares,
     rows, slices, softcap, logit_scale,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -33,20 +32,18 @@ def label_kernel(
     inside = row < rows
     peak, total = join(peaks, totals, row, rows, slices, BLOCK_R, BLOCK_S)
     raw = tl.load(targets + row, mask=inside, other=0.0)
-    z, slope = activate(raw, softcap, logit_scale, SOFTCAP)
+    z, _ = activate(raw, softcap, logit_scale, SOFTCAP)
     log_prob = -softplus((peak - z) + tl.log(total))
     tl.store(log_probs + row, log_prob, mask=inside)
     tl.store(lses + row, z - log_prob, mask=inside)
     # softmax of the others is exp(z - shift) * share
     tl.store(shifts + row, peak, mask=inside)
     tl.store(shares + row, 1.0 / (total + tl.exp(z - peak)), mask=inside)
-    # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
-    tl.store(at_labels + row, one_minus_exp(log_prob) * slope, mask=inside)
 
 
 @triton.jit
 def gradient_kernel(
-    logits, labels, shifts, shares, at_labels,
+    logits, labels, log_probs, shifts, shares, g,
     rows, reachable, columns, row_stride, column_stride, slice_columns, softcap, logit_scale,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -62,58 +59,34 @@ def gradient_kernel(
     label = tl.load(labels + row, mask=inside, other=-1).to(tl.int32)[None, :]
     shift = tl.load(shifts + row, mask=inside, other=0.0)[None, :]
     share = tl.load(shares + row, mask=inside, other=0.0)[None, :]
-    at_label = tl.load(at_labels + row, mask=inside, other=0.0)[None, :]
+    weight = tl.load(g + row, mask=inside, other=0.0).to(tl.float32)[None, :]
+    # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
+    at_label = one_minus_exp(tl.load(log_probs + row, mask=inside, other=0.0))[None, :] * weight
+    share = -share * weight
     readable = (row < reachable)[None, :]
     for start in range(first, last, BLOCK_C):
         column = (start + within)[:, None]
         mask = (column < last) & readable
         raw = tl.load(at, mask=mask, other=0.0)
         z, slope = activate(raw.to(tl.float32), softcap, logit_scale, SOFTCAP)
-        gradient = tl.where(column == label, at_label, -tl.exp(z - shift) * share * slope)
+        gradient = tl.where(column == label, at_label, tl.exp(z - shift) * share) * slope
         gradient = gradient.to(logits.dtype.element_ty)
         tl.store(at, tl.where(inside[None, :], gradient, raw), mask=mask)
         at += step
 
 
 def row_log_probs(
-    logits: Tensor,  # (N, V) raw logits, best column after column; d log_prob / d logits on return
+    logits: Tensor,  # (N, V) raw logits, best column after column
     labels: Tensor,  # (N,) int64 in [0, V)
     target_logits: Tensor | None,  # (N,) raw target logits that replace the rounded ones
     softcap: float | None,
     logit_scale: float,
     config: RowConfig | None = None,
-) -> tuple[Tensor, Tensor]:  # log_probs (N,) fp32, lse (N,) fp32
-    config = config or row_config()
-    labels = labels.contiguous()
-    if len(labels) == 0:
-        empty = logits.new_empty(0, dtype=torch.float32)
-        return empty, torch.empty_like(empty)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log_probs, lse, shift, share: (N,) fp32
     if target_logits is None:
         target_logits = logits.gather(1, labels.unsqueeze(1)).squeeze(1).float()
-    sums = slice_sums(logits, labels, softcap, logit_scale, config)
-    log_probs, lse, *of_rows = with_labels(sums, target_logits, softcap, logit_scale)
-    gradient_(logits, labels, *of_rows, softcap, logit_scale, config)
-    return log_probs, lse
-
-
-def gradient_(
-    logits: Tensor,  # (N, C) raw logits of a slice, or of all; d log_prob / d logits on return
-    labels: Tensor,  # (N,) int64, counted from the first column; may lie outside
-    shifts: Tensor,  # (N,) fp32
-    shares: Tensor,  # (N,) fp32: softmax is exp(z - shift) * share
-    at_labels: Tensor,  # (N,) fp32, the gradient at the label
-    softcap: float | None,
-    logit_scale: float,
-    config: RowConfig,
-) -> None:
-    grid = grid_of(logits, config)
-    gradient_kernel[(grid.row_blocks, grid.slices)](
-        logits, labels.contiguous(), shifts, shares, at_labels,
-        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), grid.slice_columns,
-        softcap or 1.0, logit_scale,
-        SOFTCAP=softcap is not None,
-        BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
-    )  # fmt: skip
+    sums = slice_sums(logits, labels, softcap, logit_scale, config or row_config())
+    return with_labels(sums, target_logits, softcap, logit_scale)
 
 
 def with_labels(
@@ -121,13 +94,38 @@ def with_labels(
     target_logits: Tensor,  # (N,) fp32, raw
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log_probs, lse, and what ``gradient_`` needs: shifts, shares and values at the labels."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log_probs, lse, shift, share: (N,) fp32
     slices, rows = sums.peaks.shape
-    log_probs, lse, shifts, shares, at_labels = (torch.empty_like(sums.peaks[0]) for _ in range(5))
-    label_kernel[(triton.cdiv(rows, ROWS),)](
-        *sums, target_logits.contiguous(), log_probs, lse, shifts, shares, at_labels,
-        rows, slices, softcap or 1.0, logit_scale,
-        SOFTCAP=softcap is not None, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4,
+    log_probs, lse, shift, share = (sums.peaks.new_empty(rows) for _ in range(4))
+    if rows:
+        label_kernel[(triton.cdiv(rows, ROWS),)](
+            *sums, target_logits.contiguous(), log_probs, lse, shift, share,
+            rows, slices, softcap or 1.0, logit_scale,
+            SOFTCAP=softcap is not None, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4,
+        )  # fmt: skip
+    return log_probs, lse, shift, share
+
+
+def row_gradient(
+    logits: Tensor,  # (N, C) raw logits of a slice, or of all; d loss / d logits on return
+    labels: Tensor,  # (N,) int64, counted from the first column; may lie outside
+    log_probs: Tensor,  # (N,) fp32
+    shift: Tensor,  # (N,) fp32
+    share: Tensor,  # (N,) fp32: softmax is exp(z - shift) * share
+    g: Tensor,  # (N,) d loss / d log_prob
+    softcap: float | None,
+    logit_scale: float,
+    config: RowConfig | None = None,
+) -> None:
+    config = config or row_config()
+    grid = grid_of(logits, config)
+    if not logits.numel():
+        return
+    of_rows = (one.contiguous() for one in (labels, log_probs, shift, share, g))
+    gradient_kernel[(grid.row_blocks, grid.slices)](
+        logits, *of_rows,
+        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), grid.slice_columns,
+        softcap or 1.0, logit_scale,
+        SOFTCAP=softcap is not None,
+        BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
-    return log_probs, lse, shifts, shares, at_labels

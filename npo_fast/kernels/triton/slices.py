@@ -5,8 +5,8 @@
 
 Logits lie column after column, as ``logits_room`` makes them: a program takes BLOCK_R neighbouring
 rows of one column after another, so that loads are 16 bytes wide whatever the size of the
-vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total) of its own: nothing
-crosses lanes before the slice ends. The label may stay apart:
+vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total) of
+its own: nothing crosses lanes before the slice ends. The label may stay apart:
 ``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
 """
 
@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 def grid_of(logits: Tensor, config: RowConfig) -> Grid:  # (N, C)
     """Enough slices to fill the GPU, each of whole blocks of columns."""
     rows, columns = logits.shape
-    row_blocks = triton.cdiv(rows, config.block_rows)
+    row_blocks = max(1, triton.cdiv(rows, config.block_rows))
     blocks = triton.cdiv(columns, config.block_columns)
     wanted = triton.cdiv(processors(logits.device) * config.programs, row_blocks)
     slice_columns = triton.cdiv(blocks, min(wanted, blocks)) * config.block_columns
@@ -87,7 +87,7 @@ def slice_sums_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # a quarter of a tile at a time: four columns share a change of the peak, and its registers
-    QUARTER: tl.constexpr = BLOCK_C // 4
+    QUARTER: tl.constexpr = BLOCK_C // 4  # noqa: N806
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     within = tl.arange(0, QUARTER)
     first = tl.program_id(1) * slice_columns
@@ -160,8 +160,10 @@ def slice_sums(
     grid = grid_of(logits, config)
     peaks = logits.new_empty(grid.slices, rows, dtype=torch.float32)
     totals = torch.empty_like(peaks)
+    if not rows:
+        return Sums(peaks, totals)
     slice_sums_kernel[(grid.row_blocks, grid.slices)](
-        logits, labels, peaks, totals,
+        logits, None if labels is None else labels.contiguous(), peaks, totals,
         rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
         softcap or 1.0, logit_scale,
         HAS_LABELS=labels is not None, SOFTCAP=softcap is not None,

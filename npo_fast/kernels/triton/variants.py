@@ -5,21 +5,16 @@ between memory and the chip: an operand of a GEMM once a pass over it, the works
 backward pass once a write and once a read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 
 from npo_fast.kernels.triton import config, label_logits, npo_head, row_kl, row_log_probs, scale
-from npo_fast.kernels.triton.config import TileConfig
-from npo_fast.kernels.triton.hidden_gradient import hidden_gradient_kernel
 from npo_fast.kernels.triton.linear_backward import LEAST_COLUMNS, WORKSPACE_BYTES
-from npo_fast.kernels.triton.linear_forward import linear_forward_kernel
-from npo_fast.kernels.triton.logits_gradient import logits_gradient_kernel
 from npo_fast.kernels.triton.npo_head import npo_head_kernel
 from npo_fast.kernels.triton.slices import slice_sums_kernel
-from npo_fast.kernels.triton.weight_gradient import weight_gradient_kernel
 
 N, D, V = PROBLEM = 4096, 4096, 128256  # tokens, width, vocabulary of Llama 3 8B
 HALF = 2  # bytes of bf16
@@ -60,15 +55,6 @@ def variants(target: str) -> Iterator[Variant]:
     yield from _row_variants(target)
     constants = {"BLOCK": npo_head.BLOCK}
     yield Variant(npo_head_kernel, "plain", target, constants, FEW_WARPS, 0.0, 8.0 * N)
-    for kernel, (default, *others) in config.TILES[target].items():
-        switched = _SWITCHES[kernel]
-        for name, switches in switched.items():
-            capped = config.CAPPED_TILES.get((target, kernel)) if "softcap" in name else None
-            yield _gemm(kernel, name, target, capped or default, switches)
-        for tile in others:
-            yield _gemm(kernel, "plain", target, tile, switched["plain"])
-        name, switches = list(switched.items())[-1]
-        yield _gemm(kernel, name, target, config.FP32_TILE, switches, "fp32")
 
 
 def _row_variants(target: str) -> Iterator[Variant]:
@@ -97,46 +83,3 @@ def _row_variants(target: str) -> Iterator[Variant]:
     moved = 2.0 * V * D * HALF
     constants = {"BLOCK": scale.BLOCK}
     yield Variant(scale.scale_kernel, "plain", target, constants, FEW_WARPS, 0.0, moved)
-
-
-_KERNELS = {
-    "linear_forward": linear_forward_kernel,
-    "logits_gradient": logits_gradient_kernel,
-    "hidden_gradient": hidden_gradient_kernel,
-    "weight_gradient": weight_gradient_kernel,
-}
-_SWITCHES = {  # from nothing switched on to everything
-    "linear_forward": {
-        "plain": {"HAS_BIAS": False, "SOFTCAP": False},
-        "bias": {"HAS_BIAS": True, "SOFTCAP": False},
-        "softcap, bias": {"HAS_BIAS": True, "SOFTCAP": True},
-    },
-    "logits_gradient": {
-        "plain": {"HAS_BIAS": False, "SOFTCAP": False},
-        "softcap, bias": {"HAS_BIAS": True, "SOFTCAP": True},
-    },
-    "hidden_gradient": {"plain": {"ACCUMULATE": True}},
-    "weight_gradient": {"plain": {}},
-}
-_MOVED_BYTES = {
-    "linear_forward": HALF * (N * D + V * D),
-    "logits_gradient": HALF * (CHUNKS * N * D + V * D + N * V),
-    "hidden_gradient": HALF * (N * V + V * D) + 8 * CHUNKS * N * D,  # fp32 sums, read and written
-    "weight_gradient": HALF * (N * V + CHUNKS * N * D + V * D),
-}
-
-
-def _gemm(
-    kernel: str,
-    name: str,
-    target: str,
-    tile: TileConfig,
-    switches: Mapping[str, bool],
-    dtype: str = "bf16",
-) -> Variant:
-    constants = {**switches, "EVEN_WIDTH": True, **tile.launch()}
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-    moved = _MOVED_BYTES[kernel] if dtype == "bf16" else None  # PROBLEM is in bf16
-    return Variant(
-        _KERNELS[kernel], name, target, constants, options, 2.0 * N * D * V, moved, dtype
-    )
