@@ -69,7 +69,7 @@ def test_what_is_timed_is_right_and_stands_beside_the_gemms(whole):
     _, document = whole
     found = tables(document, 2)
     shapes = [rows for name, rows in found.items() if name.startswith("N=")]
-    assert len(shapes) == 4
+    assert len(shapes) >= 4
     for rows in shapes:
         for path in ("default", "no logits", "chunks of 1024"):
             row = rows[path]

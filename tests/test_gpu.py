@@ -19,6 +19,7 @@ from npo_fast.data import Sequence, pack
 from npo_fast.kernels import reference
 from npo_fast.methods import build_method
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.ops.compiled import IN_GRAPH
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from tests.accuracy import assert_as_exact, assert_near, free_error
@@ -411,7 +412,7 @@ def test_a_compiled_function_with_the_loss_in_it_gives_the_numbers_of_eager(chun
         return 3 * value, log_probs
 
     backend = "inductor" if ON_GPU else "aot_eager"
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    compiled = torch.compile(function, backend=backend, fullgraph=IN_GRAPH)
     learned = [*tensors.values(), *body.parameters()]
     runs = []
     for one in (compiled, function):

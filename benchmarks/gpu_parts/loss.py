@@ -26,9 +26,12 @@ from npo_fast.bench.loss import check
 from npo_fast.bench.memory import forward, train
 from npo_fast.bench.truth import TOLERANCE, Truth
 
-# rows, width, vocabulary; the last vocabulary is odd
-SIZES = ((4096, 4096, 128256), (8192, 4096, 32000), (2048, 2048, 151936), (2048, 4096, 50257))
-TINY_SIZES = ((96, 64, 512), (128, 64, 256), (64, 32, 384), (64, 64, 257))
+# rows, width, vocabulary; some odd, and more rows than the gradient of the head has room for
+SIZES = (
+    (4096, 4096, 128256), (8192, 4096, 32000), (2048, 2048, 151936), (2048, 4096, 50257),
+    (3999, 4096, 128256), (16384, 4096, 32000),
+)  # fmt: skip
+TINY_SIZES = ((96, 64, 512), (128, 64, 256), (64, 32, 384), (64, 64, 257), (61, 64, 300))
 
 # arguments of ``linear_sequence_loss`` by the name of the path; new ones are added here
 PATHS: dict[str, dict[str, Any]] = {

@@ -1,8 +1,8 @@
 """The Triton kernels at N=4096, D=4096, V=128256 in bf16: predicted, or measured on a GPU.
 
 Without a GPU every kernel is compiled for every target and its machine code read; the time is the
-H100's floor from flops and bytes. With one, ``measure`` times the same shape. It was written
-without a GPU at hand and has not run yet.
+H100's floor from flops and bytes. With one, ``measure`` times the same shape;
+``benchmarks/gpu.py`` goes further.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from npo_fast.kernels.reference import logits_room
 from npo_fast.kernels.triton.config import h100_floor_ms
 from npo_fast.kernels.triton.offline import Record
 from npo_fast.kernels.triton.variants import HALF, D, N, V
 
 SEQUENCES = 64
-TILE_KERNELS = ("linear_forward", "logits_gradient", "hidden_gradient", "weight_gradient")
+ROW_KERNELS = (("slice_sums", "plain, labels"), ("gradient", "plain"), ("npo_head", "plain"))
 
 
 @dataclass(frozen=True)
@@ -36,32 +37,29 @@ def predict(records: Iterable[Record]) -> dict[str, float]:
         if one.h100_floor_ms is not None and one.dtype == "bf16"
     }
     gemms = 3 * h100_floor_ms(2.0 * N * D * V, HALF * (N * D + V * D + N * V))
-    steps = {
-        "three_gemms_ms": gemms,
-        "fused_loss_ms": gemms + floors["row_log_probs", "in place"] + floors["npo_head", "plain"],
-    }
-    tiles = [floors[name, "plain"] for name in TILE_KERNELS]
-    return {**steps, "tile_kernels_forward_and_backward_ms": sum(tiles)}
+    return {"three_gemms_ms": gemms, "fused_loss_ms": gemms + sum(floors[k] for k in ROW_KERNELS)}
 
 
 def measure(device: torch.device) -> list[Measurement]:
-    """Median times of the launches (untested: there was no GPU to run it on)."""
+    """Median times of the launches."""
     from triton.testing import do_bench
 
-    from npo_fast.kernels.triton.linear_backward import linear_backward
-    from npo_fast.kernels.triton.linear_forward import linear_forward
+    from npo_fast.kernels.triton.linear import linear_backward, linear_forward
     from npo_fast.kernels.triton.npo_head import npo_head
-    from npo_fast.kernels.triton.row_log_probs import row_log_probs
+    from npo_fast.kernels.triton.row_log_probs import row_gradient, row_log_probs
 
     options: Any = {"device": device, "dtype": torch.bfloat16}
     hidden = torch.randn(N, D, **options)
     weight = torch.randn(V, D, **options) * D**-0.5
-    logits = hidden @ weight.T
+    logits = logits_room(N, V, weight, torch.bfloat16)
+    torch.mm(hidden, weight.T, out=logits)
     labels = torch.randint(V, (N,), device=device)
     cu_seqlens = torch.arange(0, N + 1, N // SEQUENCES, device=device, dtype=torch.int32)
     ref = torch.zeros(SEQUENCES, device=device)
     log_probs, lse = linear_forward(hidden, weight, labels, None, None, 1.0)
-    g = torch.full_like(log_probs, 1.0 / SEQUENCES)
+    g, target = torch.full_like(log_probs, 1.0 / SEQUENCES), torch.zeros_like(log_probs)
+    ones = torch.ones_like(lse)
+    needs = (True, True, True)
 
     logits_bytes = HALF * N * V
     gemm = 2.0 * N * D * V
@@ -70,20 +68,21 @@ def measure(device: torch.device) -> list[Measurement]:
         "logits GEMM": (
             lambda: torch.mm(hidden, weight.T, out=logits), gemm, operands + logits_bytes,
         ),
-        "row_log_probs (read only)": (
-            lambda: row_log_probs(logits, labels, None, None, 1.0, in_place=False),
-            0.0, logits_bytes,
+        "row_log_probs": (
+            lambda: row_log_probs(logits, labels, target, None, 1.0), 0.0, logits_bytes,
         ),
-        "row_log_probs (in place)": (
-            lambda: row_log_probs(logits, labels, None, None, 1.0, in_place=True),
-            0.0, 3 * logits_bytes,
+        "row_gradient": (
+            lambda: row_gradient(logits, labels, log_probs, lse, ones, g, None, 1.0),
+            0.0, 2 * logits_bytes,
         ),
         "npo_head": (lambda: npo_head(log_probs, cu_seqlens, ref, 0.1), 0.0, 8.0 * N),
         "linear_forward": (
             lambda: linear_forward(hidden, weight, labels, None, None, 1.0), gemm, operands,
         ),
         "linear_backward": (
-            lambda: linear_backward(g, hidden, weight, labels, None, log_probs, lse, None, 1.0),
+            lambda: linear_backward(
+                g, hidden, weight, labels, None, log_probs, lse, None, 1.0, needs
+            ),
             3 * gemm, 2 * operands,
         ),
     }  # fmt: skip

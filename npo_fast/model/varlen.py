@@ -83,8 +83,8 @@ def attend(
 ) -> Tensor:  # (T, heads, head_dim)
     """Calls ``varlen`` by the parameters that it has.
 
-    PyTorch 2.10 knows ``is_causal`` alone, 2.11 ``scale`` and ``window_size``, and one that has
-    ``enable_gqa`` takes fewer heads of keys than of queries.
+    PyTorch 2.10 knows ``is_causal`` alone, 2.11 ``scale`` and ``window_size``. Fewer heads of keys
+    than of queries are taken by 2.11 as they are, by one that has ``enable_gqa`` when told so.
 
     Raises:
         NotImplementedError: a scale or a window, and this PyTorch has neither.
@@ -105,7 +105,7 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and "enable_gqa" in takes:
         arguments["enable_gqa"] = True
-    elif groups > 1:
+    elif groups > 1 and "window_size" not in takes:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out: Tensor = varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **arguments)
     return out

@@ -15,6 +15,9 @@ from npo_fast.ops.checks import check_cu_seqlens, check_label_values
 from npo_fast.ops.head import Head, held_factor, or_empty
 from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_and_gradients
 
+# in between Dynamo cannot hand a frozen dataclass to a function: there the loss breaks the graph
+IN_GRAPH = not "2.11" <= torch.__version__[:4] < "2.13"
+
 _numbered: dict[SequenceLoss, int] = {}
 
 
@@ -23,10 +26,14 @@ def loss_number(loss: SequenceLoss) -> int:
     return _numbered.setdefault(loss, len(_numbered))
 
 
-def sequence_loss(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+def sequence_loss(
+    loss: int,  # its number: PyTorch 2.11 cannot ask for it inside a plan
+    plan: Plan,
+    inputs: Inputs,
+) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     needs = [t is not None and t.requires_grad for t in inputs[:3]]
     value, sequence_log_probs, *_ = torch.ops.npo_fast.linear_sequence_loss(
-        *inputs, loss_number(plan.loss),
+        *inputs, loss,
         plan.softcap, plan.logit_scale, plan.count, plan.chunk_rows, needs,
     )  # fmt: skip
     return value, sequence_log_probs.detach()

@@ -75,10 +75,15 @@ class Problem:
         most = memory_bytes
         if most is None:
             most = max(CHUNK_BYTES, self.wide_itemsize * self.vocabulary * self.width)
-        fitting = [way for way in ways if way.held_bytes <= most]
-        if fitting:
-            return min(fitting, key=lambda way: way.time_ms(self.itemsize))
-        return min(ways, key=lambda way: way.held_bytes)
+        best = ways[0]
+        for way in ways[1:]:  # no sorting by a key: torch.compile follows this
+            fits, best_fits = way.held_bytes <= most, best.held_bytes <= most
+            if fits and best_fits:
+                better = way.time_ms(self.itemsize) < best.time_ms(self.itemsize)
+            else:
+                better = way.held_bytes < best.held_bytes
+            best = way if better else best
+        return best
 
     def whole(self) -> Way:
         stride = column_stride(self.rows, self.on_cpu)

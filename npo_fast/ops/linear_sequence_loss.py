@@ -93,12 +93,13 @@ def linear_sequence_loss(
     ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
     graph as one operator; the loss must be hashable, and labels and offsets are checked when the
     graph runs. Any other loss, or ``skip_below``, runs between two graphs: autograd cannot run in
-    an operator.
+    an operator. So does every loss under PyTorch 2.11 and 2.12.
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
     op = "linear_sequence_loss"
-    in_graph = hasattr(loss, "value_and_weight") and skip_below == 0 and vocabulary is None
+    in_graph = compiled.IN_GRAPH and hasattr(loss, "value_and_weight")
+    in_graph = in_graph and skip_below == 0 and vocabulary is None
     if torch.compiler.is_compiling() and not in_graph:
         return _between_graphs(
             hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
@@ -140,10 +141,11 @@ def linear_sequence_loss(
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
+    number = compiled.loss_number(loss) if torch.compiler.is_compiling() else -1
     plan = Plan(loss, softcap, logit_scale, max(count, 1), step, skip_below, skipped, vocabulary)
     inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
     if torch.compiler.is_compiling():
-        return compiled.sequence_loss(plan, inputs)
+        return compiled.sequence_loss(number, plan, inputs)
     check_label_values(op, labels, vocabulary.vocabulary if vocabulary else len(weight))
     with no_autocast(hidden):
         return _LinearSequenceLoss.apply(plan, *inputs)

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads what came out.
 
 ``inspect()`` gives one ``Record`` a kernel, configuration and target: registers, spills, shared
-memory, tensor-core instructions and 16-byte loads, counted in the machine code by the tools that
+memory and 16-byte loads, counted in the machine code by the tools that
 come with Triton; and the time below which no H100 can be. ``python -m`` this module prints JSON.
 """
 
@@ -25,18 +25,15 @@ from npo_fast.kernels.triton.variants import Variant, variants
 class Target:
     gpu: GPUTarget
     shared_limit_bytes: int
-    tensor_core: str  # its instruction, as a pattern
     wide_load: str  # 16 bytes a lane, or a bulk copy
 
 
 _NVIDIA_LOAD = r"LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG"
 TARGETS_OFFLINE = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, "HMMA", _NVIDIA_LOAD),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, "HGMMA", _NVIDIA_LOAD),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, "UTCHMMA", _NVIDIA_LOAD),
-    "gfx942": Target(
-        GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma", r"(?:global|buffer)_load_dwordx4"
-    ),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, _NVIDIA_LOAD),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, _NVIDIA_LOAD),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, _NVIDIA_LOAD),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, r"(?:global|buffer)_load_dwordx4"),
 }
 
 # by the name of a kernel's argument; other arguments are 32-bit integers that 16 divides
@@ -76,10 +73,8 @@ class Record:
     spill_bytes: int  # NVIDIA: stack; AMD: private segment and spilled registers
     shared_bytes: int
     shared_limit_bytes: int
-    is_gemm: bool
-    tensor_core_instructions: int
     wide_loads: int  # 16-byte load instructions
-    h100_floor_ms: float | None  # from flops and bytes; None where the problem does not meet it
+    h100_floor_ms: float | None  # to move the bytes; None where there are next to none
 
 
 def inspect(targets: Iterable[str] = TARGETS) -> Iterator[Record]:
@@ -102,7 +97,6 @@ def table(records: Iterable[Record]) -> list[dict[str, str | int | float]]:
             "spill_bytes": one.spill_bytes,
             "shared_kib": round(one.shared_bytes / 1024, 1),
             "shared_limit_kib": one.shared_limit_bytes // 1024,
-            "tensor_core": one.tensor_core_instructions,
             "loads_16_bytes": one.wide_loads,
             "h100_floor_ms": "" if one.h100_floor_ms is None else round(one.h100_floor_ms, 3),
         }
@@ -119,9 +113,7 @@ def _record(variant: Variant) -> Record:
         registers, spill_bytes, code = _read_cubin(compiled.asm["cubin"])
     else:
         registers, spill_bytes, code = _read_amdgcn(compiled.asm["amdgcn"])
-    floor = None
-    if variant.moved_bytes is not None:
-        floor = h100_floor_ms(variant.flops, variant.moved_bytes)
+    floor = h100_floor_ms(0.0, variant.moved_bytes) if variant.moved_bytes else None
     return Record(
         kernel=variant.kernel,
         variant=variant.name,
@@ -132,8 +124,6 @@ def _record(variant: Variant) -> Record:
         spill_bytes=spill_bytes,
         shared_bytes=compiled.metadata.shared,
         shared_limit_bytes=target.shared_limit_bytes,
-        is_gemm=variant.is_gemm,
-        tensor_core_instructions=len(re.findall(rf"\b{target.tensor_core}", code)),
         wide_loads=len(re.findall(target.wide_load, code)),
         h100_floor_ms=floor,
     )

@@ -103,9 +103,7 @@ def slice_sums_kernel(
     total = tl.zeros((QUARTER, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_C):
         column = start + within
-        a = _column_z(
-            at, column, last, label, readable, softcap, logit_scale, HAS_LABELS, SOFTCAP
-        )
+        a = _column_z(at, column, last, label, readable, softcap, logit_scale, HAS_LABELS, SOFTCAP)
         b = _column_z(
             at + step, column + QUARTER, last, label, readable, softcap, logit_scale,
             HAS_LABELS, SOFTCAP,

@@ -1,25 +1,20 @@
 """Every kernel that is shipped, as it is compiled for a target: what ``offline`` looks at.
 
-Costs are those of one step over ``PROBLEM``, each byte counted where a kernel has to move it
-between memory and the chip: an operand of a GEMM once a pass over it, the workspace of the
-backward pass once a write and once a read.
+Bytes are those of one step over ``PROBLEM``, each counted where a kernel has to move it between
+memory and the chip.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-
 from npo_fast.kernels.triton import config, label_logits, npo_head, row_kl, row_log_probs, scale
-from npo_fast.kernels.triton.linear_backward import LEAST_COLUMNS, WORKSPACE_BYTES
 from npo_fast.kernels.triton.npo_head import npo_head_kernel
 from npo_fast.kernels.triton.slices import slice_sums_kernel
 
 N, D, V = PROBLEM = 4096, 4096, 128256  # tokens, width, vocabulary of Llama 3 8B
 HALF = 2  # bytes of bf16
 FEW_WARPS = {"num_warps": 4}  # of kernels that take next to no time
-CHUNKS = triton.cdiv(V, max(LEAST_COLUMNS, WORKSPACE_BYTES // (N * HALF)))
 
 
 @dataclass(frozen=True)
@@ -31,17 +26,12 @@ class Variant:
     target: str
     constants: dict[str, Any]
     options: dict[str, int]
-    flops: float = 0.0
-    moved_bytes: float | None = None  # None: never meets PROBLEM
+    moved_bytes: float = 0.0  # over PROBLEM; 0: next to nothing
     dtype: str = "bf16"
 
     @property
     def kernel(self) -> str:
         return self.function.__name__.removesuffix("_kernel")
-
-    @property
-    def is_gemm(self) -> bool:
-        return "BLOCK_M" in self.constants
 
     @property
     def config(self) -> str:
@@ -51,13 +41,7 @@ class Variant:
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """All of a target, the options of a kernel on its default tile, plain on the others."""
-    yield from _row_variants(target)
-    constants = {"BLOCK": npo_head.BLOCK}
-    yield Variant(npo_head_kernel, "plain", target, constants, FEW_WARPS, 0.0, 8.0 * N)
-
-
-def _row_variants(target: str) -> Iterator[Variant]:
+    """All of a target."""
     row = config.ROW[target]
     blocks = {"BLOCK_R": row.block_rows, "BLOCK_C": row.block_columns}
     options = {"num_warps": row.num_warps}
@@ -67,14 +51,14 @@ def _row_variants(target: str) -> Iterator[Variant]:
         for labels in (False, True):
             constants = {"HAS_LABELS": labels, **softcap, **blocks}
             label = f"{name}, labels" if labels else name
-            yield Variant(slice_sums_kernel, label, target, constants, options, 0.0, 1.0 * once)
+            yield Variant(slice_sums_kernel, label, target, constants, options, 1.0 * once)
         yield Variant(row_log_probs.label_kernel, name, target, {**softcap, **joined}, FEW_WARPS)
         constants = {**softcap, **blocks}
         gradient = row_log_probs.gradient_kernel
-        yield Variant(gradient, name, target, constants, options, 0.0, 2.0 * once)
+        yield Variant(gradient, name, target, constants, options, 2.0 * once)
         constants = {**constants, "REF_SOFTCAP": capped}
         kl_options = {"num_warps": row.kl_num_warps}
-        yield Variant(row_kl.row_kl_kernel, name, target, constants, kl_options, 0.0, 3.0 * once)
+        yield Variant(row_kl.row_kl_kernel, name, target, constants, kl_options, 3.0 * once)
     yield Variant(row_kl.join_kernel, "plain", target, joined, FEW_WARPS)
     for bias in (False, True):
         constants = {"HAS_BIAS": bias, "BLOCK": label_logits.BLOCK}
@@ -82,4 +66,14 @@ def _row_variants(target: str) -> Iterator[Variant]:
         yield Variant(label_logits.label_logits_kernel, name, target, constants, FEW_WARPS)
     moved = 2.0 * V * D * HALF
     constants = {"BLOCK": scale.BLOCK}
-    yield Variant(scale.scale_kernel, "plain", target, constants, FEW_WARPS, 0.0, moved)
+    yield Variant(scale.scale_kernel, "plain", target, constants, FEW_WARPS, moved)
+    constants = {"BLOCK": npo_head.BLOCK}
+    yield Variant(npo_head_kernel, "plain", target, constants, FEW_WARPS, 8.0 * N)
+    # fp32 logits, of all options at once
+    for function in (slice_sums_kernel, row_log_probs.gradient_kernel, row_kl.row_kl_kernel):
+        names = [name for name in function.arg_names if name in ("SOFTCAP", "REF_SOFTCAP")]
+        constants = {**dict.fromkeys(names, True), **blocks}
+        if "HAS_LABELS" in function.arg_names:
+            constants["HAS_LABELS"] = True
+        warps = row.kl_num_warps if function is row_kl.row_kl_kernel else row.num_warps
+        yield Variant(function, "softcap", target, constants, {"num_warps": warps}, dtype="fp32")
