@@ -227,8 +227,8 @@ class Suite:
             with (self.out / "gpu.log").open("a") as log:
                 log.write(f"\n==== part {child.part}, {child.job}\n")
                 log.write(child.log.read_text(errors="replace"))
-        child.log.unlink(missing_ok=True)
-        child.file.unlink(missing_ok=True)
+        for file in (child.log, child.file, child.file.with_suffix(".new")):
+            file.unlink(missing_ok=True)
         self.children.remove(child)
 
     def write(self) -> None:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from npo_fast.bench.provenance import provenance
-from npo_fast.memory import Footprint, Planned, footprint, sharded
+from npo_fast.memory import Footprint, Planned, footprint
 from npo_fast.memory.model import empty_lm, empty_model
 from npo_fast.memory.plan import GIB, REFERENCE, StepRun
 from npo_fast.memory.tracker import FlashAttention
@@ -117,7 +117,7 @@ def measure(case: Case) -> Footprint:
         with run.tracker:
             run.step()
         return run.footprint()
-    return sharded(config, case.planned, footprint(config, case.planned), case.ranks)
+    return footprint(config, case.planned, case.ranks)
 
 
 def main() -> None:

@@ -17,8 +17,12 @@ from gpu_parts.record import Record
 from npo_fast.bench.timing import Times
 from npo_fast.kernels.triton import config as configs
 
-ROW_SIZES = ((4096, 128256), (4096, 32000), (2048, 151936), (2048, 50257))  # rows, vocabulary
-TINY_ROW_SIZES = ((16, 96), (16, 65))
+# rows, vocabulary, elements from column to column
+ROW_SIZES = (
+    (4096, 128256, 4096), (3999, 128256, 4032), (3999, 128256, 4096), (4096, 32000, 4096),
+    (2048, 151936, 2048), (2048, 50257, 2048),
+)  # fmt: skip
+TINY_ROW_SIZES = ((16, 96, 64), (15, 65, 64))
 # rows, columns and warps of a tile, of 16 to 64 logits a thread; and programs a processor
 ROW_TILES = (
     (64, 32, 4), (64, 64, 4), (128, 16, 4), (128, 32, 4), (128, 64, 4), (256, 16, 4), (256, 32, 4),
@@ -36,21 +40,22 @@ LEAST_S = 4.0  # with less time left nothing more is compiled
 
 def run(record: Record, device: torch.device, tiny: bool, job: str) -> None:
     sizes = TINY_ROW_SIZES if tiny else ROW_SIZES
-    for rows, vocabulary in sizes[:1]:
-        _rows(record, rows, vocabulary, device, tiny, thorough=True)
+    for size in sizes[:1]:
+        _rows(record, *size, device, tiny, thorough=True)
     record.attempt("linear operators", lambda: _linear(record, device, tiny))
-    for rows, vocabulary in sizes[1:]:
-        _rows(record, rows, vocabulary, device, tiny, thorough=False)
+    for size in sizes[1:]:
+        _rows(record, *size, device, tiny, thorough=False)
 
 
 def _rows(
-    record: Record, rows: int, vocabulary: int, device: torch.device, tiny: bool, thorough: bool
-) -> None:
+    record: Record, rows: int, vocabulary: int, stride: int, device: torch.device, tiny: bool,
+    thorough: bool,
+) -> None:  # fmt: skip
     from npo_fast.kernels.triton.row_kl import row_kl
     from npo_fast.kernels.triton.row_log_probs import row_gradient, row_log_probs
 
     free_memory(device)
-    fresh, logits, ref = (_by_column(rows, vocabulary, device) for _ in range(3))
+    fresh, logits, ref = (_by_column(rows, vocabulary, stride, device) for _ in range(3))
     labels = torch.randint(vocabulary, (rows,), device=device)
     target = fresh.gather(1, labels[:, None]).squeeze(1).float()
     log_p, ref_log_p = (x[:CHECKED_ROWS].float().log_softmax(-1) for x in (fresh, ref))
@@ -78,7 +83,7 @@ def _rows(
         "row_kl": (launch_kl, kl, 5),
     }
     for kernel, (launch, right, passes) in kernels.items():
-        table = f"{kernel}, {rows} x {vocabulary}"
+        table = f"{kernel}, {rows} x {vocabulary}, columns of {stride}"
         all_tiles = thorough and kernel != "row_kl"
         for label, config in row_configs(kernel, tiny, all_tiles):
             if record.left_s < LEAST_S:
@@ -109,8 +114,9 @@ def row_configs(kernel: str, tiny: bool, thorough: bool) -> Iterator[tuple[str, 
             yield " ".join(f"{name}={value}" for name, value in change.items()), config
 
 
-def _by_column(rows: int, vocabulary: int, device: torch.device) -> Tensor:  # (rows, vocabulary)
-    stride = -(-rows // 64) * 64
+def _by_column(
+    rows: int, vocabulary: int, stride: int, device: torch.device
+) -> Tensor:  # (rows, vocabulary)
     memory = torch.randn(vocabulary, stride, device=device, dtype=torch.bfloat16)
     return memory[:, :rows].t()
 

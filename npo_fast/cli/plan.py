@@ -64,7 +64,7 @@ def run(command: Command) -> None:
         raise UserError(f"ranks must be 1 or more, got {options.ranks}")
     planned = options.planned()
 
-    from npo_fast.memory import CARDS_GB, advise, flags, footprint, sharded
+    from npo_fast.memory import CARDS_GB, advise, flags, footprint
     from npo_fast.model.load import load_config
 
     config = load_config(options.model)
@@ -72,7 +72,7 @@ def run(command: Command) -> None:
     @cache
     def measure(plan: "Planned") -> "Footprint":
         say(" ".join(["a step without data", *flags(planned, plan)]))
-        return sharded(config, plan, footprint(config, plan), options.ranks)
+        return footprint(config, plan, options.ranks)
 
     found = measure(planned)
     cards = CARDS_GB if options.card is None else (options.card,)

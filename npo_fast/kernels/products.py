@@ -27,10 +27,9 @@ def add_product_(
     if way == "addmm" and beta:
         torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
         return
-    wide = {} if way == "none" else {"out_dtype": out.dtype}
     step = max(1, STRIP_BYTES // max(1, out.shape[1] * out.itemsize))
     for to, rows in zip(out.split(step), a.split(step), strict=True):
-        product = torch.mm(rows, b, **wide)
+        product = torch.mm(rows, b) if way == "none" else torch.mm(rows, b, out_dtype=out.dtype)
         if beta:
             to.add_(product, alpha=alpha)
         else:

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npo_fast.kernels.pages import in_huge_pages
+
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
 TILE_BYTES = 32 << 20  # of logits: many rows times a slice of the vocabulary
 TILE_ROWS = 2048
@@ -362,7 +364,7 @@ def logits_room(rows: int, columns: int, beside: Tensor, dtype: torch.dtype) -> 
     that begins at a multiple of 64 elements, whatever the vocabulary.
     """
     stride = column_stride(rows, runs_on_cpu(beside))
-    return beside.new_empty(columns, stride, dtype=dtype)[:, :rows].t()
+    return in_huge_pages(beside.new_empty(columns, stride, dtype=dtype))[:, :rows].t()
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:

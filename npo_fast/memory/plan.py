@@ -1,8 +1,10 @@
 """Peak memory of a training step, by kind, from the step's own code on tensors without data.
 
 On the meta device a tensor has a shape and no bytes, and every operator runs as it would on a GPU:
-the decoder, its backward, and the fused loss chunk by chunk. Nothing is estimated by formula but
-what the optimizer keeps (``STATE_BYTES``) and what a sharded run divides (``sharded``).
+the decoder, its backward, and the fused loss with a GPU's chunks, layouts and dtypes (``ops.cost``
+has a CPU's for tensors on a CPU alone). Nothing is estimated by formula but what the optimizer
+keeps (``state_bytes``), what an operator holds while it runs (``tracker.workspace_bytes``) and what
+a sharded run divides (``sharded``).
 """
 
 from collections.abc import Iterable
@@ -23,7 +25,7 @@ from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.sharding import repeated_layers
-from npo_fast.ops.head import CHUNK_BYTES
+from npo_fast.ops.cost import Problem
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.step import micro_step, streams_of
@@ -102,7 +104,7 @@ class Footprint:
         return self.peak + self.allowance
 
 
-def footprint(config: Any, planned: Planned) -> Footprint:
+def footprint(config: Any, planned: Planned, ranks: int = 1) -> Footprint:
     """Runs one micro-batch, later than the first of a step later than the first.
 
     Weights and optimizer states are there, and with an ordinary step the gradients of earlier
@@ -111,13 +113,16 @@ def footprint(config: Any, planned: Planned) -> Footprint:
 
     Args:
         config: a transformers configuration.
+        ranks: GPUs that share the model (FSDP); the bytes are those of one.
 
     Raises:
         UserError: a model that cannot be built, or whose code looks at values.
     """
+    if ranks < 1:
+        raise UserError(f"ranks must be 1 or more, got {ranks}")
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     lm = empty_lm(model, planned.gradient_checkpointing)
-    run = StepRun(lm, planned)
+    run = StepRun(lm, planned, ranks)
     try:
         with run.tracker:
             run.step()
@@ -131,7 +136,7 @@ def footprint(config: Any, planned: Planned) -> Footprint:
             f"{type(model).__name__} looks at values while it runs, so it cannot run without "
             f"data: {reason}"
         ) from error
-    return run.footprint()
+    return run.footprint() if ranks == 1 else sharded(model, planned, run.footprint(), ranks)
 
 
 def parameter_count(parameter: Parameter) -> int:
@@ -156,8 +161,8 @@ def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
 class StepRun:
     """The step of the training loop under a tracker."""
 
-    def __init__(self, lm: CausalLM, planned: Planned) -> None:
-        self.lm, self.planned, self.tracker = lm, planned, Tracker()
+    def __init__(self, lm: CausalLM, planned: Planned, ranks: int = 1) -> None:
+        self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
         self.trained = [p for p in lm.model.parameters() if p.requires_grad]
         self.kept: list[Tensor] = []  # states: nothing else refers to them
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
@@ -260,7 +265,8 @@ class StepRun:
     def update(self, parameter: Tensor) -> None:
         """PyTorch's fused AdamW needs no room; torchao's takes two fp32 copies (seen)."""
         if self.planned.optimizer != "adamw":
-            torch.empty(2, *parameter.shape, dtype=torch.float32, device="meta")
+            own = -(-parameter.numel() // self.ranks)
+            torch.empty(2, own, dtype=torch.float32, device="meta")
 
     def _from_now_on(self, kind: str) -> None:
         self.tracker.kind = kind
@@ -291,32 +297,40 @@ class _Cache:
             return weight.new_empty(self.rows, weight.shape[1], requires_grad=False)
 
 
-def sharded(config: Any, planned: Planned, one: Footprint, ranks: int) -> Footprint:
-    """One rank's share of ``one`` where weights are sharded over ``ranks`` (FSDP).
+def sharded(model: Any, planned: Planned, one: Footprint, ranks: int) -> Footprint:
+    """One rank's share of ``one``, the footprint of the whole model on one GPU.
 
-    Weights, gradients, optimizer states and the gradient of the head (its rows are divided too)
-    shrink by ``ranks``; two gathered decoder layers (the one at work and the next) and the whole
-    gradient of one are added. Each rank makes a chunk of logits of its own slice, for the answer
-    rows of all ranks, whose hidden states and their gradients it holds. Activations stay: every
-    rank has its own micro-batch.
+    Weights, gradients and optimizer states shrink by ``ranks``; two gathered decoder layers (the
+    one at work and the next) and the whole gradient of one are added. Each rank has a slice of the
+    vocabulary for the answer rows of all: the slice's gradient, what the cost model says is held
+    beside it, and all rows' hidden states and their gradients. Activations stay: every rank has
+    its own micro-batch.
     """
-    if ranks < 1:
-        raise UserError(f"ranks must be 1 or more, got {ranks}")
-    if ranks == 1:
-        return one
-    model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     layer, head = layer_bytes(model), model.get_output_embeddings().weight
     bytes_ = dict(one.bytes)
-    logits = min(bytes_[HEAD], CHUNK_BYTES)
-    bytes_[HEAD] -= logits
-    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER, HEAD):
+    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER):
         bytes_[kind] = -(-bytes_[kind] // ranks)
-    answers = planned.micro_batch_tokens - planned.micro_batch_tokens // 4
-    bytes_[HEAD] += logits + 2 * ranks * answers * head.shape[1] * head.element_size()
+    bytes_[HEAD] = _head_bytes(slice_problem(head, planned, ranks))
     bytes_[WEIGHTS] += 2 * layer
     if not planned.lora_rank:
         bytes_[GRADIENTS] += layer
     return replace(one, bytes=bytes_)
+
+
+def slice_problem(head: Tensor, planned: Planned, ranks: int) -> Problem:
+    """The answer rows of all ranks and one rank's slice of the vocabulary, for the cost model."""
+    vocabulary, width = head.shape
+    answers = planned.micro_batch_tokens - planned.micro_batch_tokens // 4
+    return Problem(
+        ranks * answers, width, -(-vocabulary // ranks), head.element_size(),
+        trains_head=not planned.lora_rank, makes_logits=True,
+    )  # fmt: skip
+
+
+def _head_bytes(problem: Problem) -> int:
+    gradient = problem.vocabulary * problem.width if problem.trains_head else 0
+    rows = 2 * problem.rows * problem.width  # hidden states and their gradients
+    return problem.choose().held_bytes + problem.itemsize * (gradient + rows)
 
 
 def layer_bytes(model: Any) -> int:

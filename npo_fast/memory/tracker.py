@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from npo_fast.ops.cost import SLICE_BYTES
+
 
 class Tracker(TorchDispatchMode):
     """Bytes alive by kind, and what they were when their sum was largest."""
@@ -58,7 +60,7 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._entry(leaf.untyped_storage())
-        self._look()
+        self._look(workspace_bytes(func, args))
         return out
 
     def _entry(self, storage: Any) -> list[Any]:  # kind, bytes
@@ -74,9 +76,25 @@ class Tracker(TorchDispatchMode):
             self._storages[address] = weakref.ref(storage, freed), entry
         return self._storages[address][1]
 
-    def _look(self) -> None:
-        if sum(self.alive.values()) > self.peak:
+    def _look(self, workspace: int = 0) -> None:
+        """Is this the peak; ``workspace`` bytes are held by the operator that has just run."""
+        if sum(self.alive.values()) + workspace > self.peak:
             self.at_peak = self.alive.copy()
+            self.at_peak[self.kind] += workspace
+
+
+def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """What an operator holds while it runs, and frees: without data its kernels allocate nothing.
+
+    The two operators without logits hold a slice of them; the backward one adds up the gradient of
+    the hidden states in fp32.
+    """
+    forward = func is torch.ops.npo_fast.linear_log_probs.default
+    if not forward and func is not torch.ops.npo_fast.linear_log_probs_backward.default:
+        return 0
+    hidden, weight = args[:2] if forward else args[1:3]
+    logits = min(SLICE_BYTES, hidden.element_size() * len(hidden) * len(weight))
+    return logits + (0 if forward else 4 * hidden.numel())
 
 
 class FlashAttention(TorchFunctionMode):

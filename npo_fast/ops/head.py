@@ -10,6 +10,7 @@ from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.kernels import reference
+from npo_fast.kernels.pages import in_huge_pages
 from npo_fast.kernels.products import add_product_
 from npo_fast.kernels.reference import (
     column_stride,
@@ -194,10 +195,9 @@ class HeadGradients:
         fits = 0 < stride <= width
         ahead = 0  # elements by which the gradient's memory begins before the logits need it to
         if single and fits:
-            strip = max(1, cost.STRIP_BYTES // (width * dtype.itemsize))
-            ahead = width * min(strip, vocabulary)
+            ahead = width * cost.strip_rows(vocabulary, width, dtype.itemsize)
             self.strips = strips(vocabulary, width, stride, ahead)
-        memory = weight.new_empty(vocabulary * width + ahead, dtype=dtype)
+        memory = in_huge_pages(weight.new_empty(vocabulary * width + ahead, dtype=dtype))
         self.weight = memory[: vocabulary * width].view(vocabulary, width)
         if fits and not single and weight.dtype == head.logits_dtype != dtype:
             self.finished = weight.new_empty(weight.shape)
