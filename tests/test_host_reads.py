@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npo_fast import GA, NPO, SimNPO, linear_sequence_loss
+from npo_fast.kernels import reference
 from npo_fast.ops import one_pass
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
@@ -93,20 +94,27 @@ def test_forward_work_off_the_cpu_makes_no_logits():
         linear_sequence_loss(hidden, weight, labels, BOUNDS, GA())
         Head(weight).log_probs(hidden, labels)
     assert waits.called.count("npo_fast::linear_log_probs") == 2
-    assert not {"aten::mm", "npo_fast::row_log_probs_"} & set(waits.called)
+    assert not {"aten::mm", "npo_fast::row_log_probs"} & set(waits.called)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "vocabulary", "chunked"),
+    ("dtype", "rows", "trained", "options", "on_a_gpu", "on_a_cpu"),
     [
-        (torch.bfloat16, 128_256, True),
-        (torch.bfloat16, 500_000, False),  # 100 rows
-        (torch.float32, 262_144, True),  # 96 rows, enough where a GPU does 20 flops a byte
-        (torch.float32, 2_000_000, False),
-        (torch.float64, 50_000_000, True),  # no tile kernels
+        (torch.bfloat16, 2000, True, {}, 2000, 2000),  # in the memory of the gradient
+        (torch.bfloat16, 4000, True, {}, 4000, 251),  # no larger than an fp32 gradient
+        (torch.bfloat16, 9000, True, {}, 2048, 251),  # as many as the gradient has room for
+        (torch.float32, 9000, True, {}, 256, 251),
+        (torch.bfloat16, 9000, False, {}, 1280, 251),  # whole tiles of a GEMM
+        (torch.bfloat16, 9000, True, {"memory_bytes": 64 << 20}, 0, 251),  # slices hold less
+        (torch.bfloat16, 9000, True, {"chunk_rows": 77}, 77, 77),
     ],
 )
-def test_a_chunk_of_few_rows_gives_way_to_the_tile_kernels(dtype, vocabulary, chunked):
-    for device, expected in (("meta", chunked), ("cpu", True)):
-        weight = torch.empty(1, device=device, dtype=dtype).expand(vocabulary, D)
-        assert bool(resolve_chunk_rows("op", Head(weight), 4096, None)) == expected
+def test_the_way_through_the_head_is_that_of_the_device(
+    dtype, rows, trained, options, on_a_gpu, on_a_cpu, monkeypatch
+):
+    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: False)
+    for device, expected in (("meta", on_a_gpu), ("cpu", on_a_cpu)):
+        weight = torch.empty(1, 1, device=device, dtype=dtype).expand(100_000, 2048)
+        weight.requires_grad_(trained)
+        options = {"chunk_rows": None, **options}
+        assert resolve_chunk_rows("op", Head(weight), rows, **options) == expected, device

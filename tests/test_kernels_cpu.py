@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def plain_pytorch(
     return log_probs.detach(), z.detach().logsumexp(-1), gradient
 
 
+def both_(
+    logits: Tensor,  # on return the gradient of the sum of the log-probs
+    labels: Tensor,
+    target: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ops: Any = OPS,
+) -> tuple[Tensor, Tensor]:  # log_probs, lse
+    log_probs, lse, *softmax = ops.row_log_probs(logits, labels, target, softcap, logit_scale)
+    g = torch.ones_like(log_probs)
+    ops.row_gradient_(logits, labels, log_probs, *softmax, g, softcap, logit_scale)
+    return log_probs, lse
+
+
 def fused(
     raw: Tensor,
     labels: Tensor,
@@ -44,9 +59,9 @@ def fused(
     logit_scale: float = 1.0,
     target: Tensor | None = None,
 ) -> Result:
+    """The log-probs, then the gradient of their sum."""
     gradient = raw.clone()
-    log_probs, lse = OPS.row_log_probs_(gradient, labels, target, softcap, logit_scale)
-    return log_probs, lse, gradient
+    return *both_(gradient, labels, target, softcap, logit_scale), gradient
 
 
 def tiled(
@@ -110,9 +125,7 @@ def test_as_accurate_as_plain_pytorch(
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_fp64_logits_stay_fp64(shape: tuple[int, int], setting: tuple[float | None, float]) -> None:
     raw, labels = random_rows(*shape, torch.float64), random_labels(*shape)
-    target = torch.randn(shape[0], dtype=torch.float64)
-    ours = fused(raw, labels, *setting, target)
-    raw.scatter_(1, labels[:, None], target[:, None])
+    ours = fused(raw, labels, *setting)
     for got, truth in zip(ours, plain_pytorch(raw, labels, *setting), strict=True):
         torch.testing.assert_close(got, truth, rtol=1e-13, atol=1e-13)
 
@@ -122,13 +135,19 @@ def test_fp64_logits_stay_fp64(shape: tuple[int, int], setting: tuple[float | No
 def test_target_logits_replace_the_logit_at_the_label(
     dtype: torch.dtype, setting: tuple[float | None, float]
 ) -> None:
-    raw, labels = random_rows(6, 1000, dtype), random_labels(6, 1000)
-    target = torch.randn(6) * 4
+    wide, labels = random_rows(6, 1000, torch.float32), random_labels(6, 1000)
+    raw = wide.to(dtype)
+    target = wide.gather(1, labels[:, None]).squeeze(1)
+    if setting[0] is None:  # a softcap has the slope of the logit that is stored
+        target = torch.randn(6) * 4
+        wide = raw.float().scatter(1, labels[:, None], target[:, None])
     ours = fused(raw, labels, *setting, target)
-    wide = raw.float().scatter(1, labels[:, None], target[:, None])
     plain, exact = (plain_pytorch(x, labels, *setting) for x in (wide, wide.double()))
-    plain = (*plain[:2], plain[2].to(dtype))
-    assert_as_accurate(ours, plain, exact)
+    if setting[0] is not None:
+        of_raw = raw.double().scatter(1, labels[:, None], target.double()[:, None])
+        plain = (*plain[:2], plain_pytorch(raw, labels, *setting)[2])
+        exact = (*plain_pytorch(of_raw, labels, *setting)[:2], exact[2])
+    assert_as_accurate(ours, (*plain[:2], plain[2].to(dtype)), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -206,7 +225,7 @@ def test_rows_that_are_strided() -> None:
         forward = tiled(view, label, columns=columns)
         canvas = wide.clone()
         target = canvas.as_strided(view.shape, view.stride(), view.storage_offset())
-        log_probs, lse = OPS.row_log_probs_(target, label, None, None, 1.0)
+        log_probs, lse = both_(target, label, None, None, 1.0)
         assert torch.equal(log_probs, expected[0])
         torch.testing.assert_close(forward[0], expected[0])
         assert torch.equal(lse, expected[1])
@@ -228,7 +247,7 @@ def test_chunks_of_columns_and_of_rows_give_the_same_bits(
     canvas = torch.full((523, 1040), torch.nan, dtype=dtype)
     chunk = canvas[:, :1037].t().copy_(raw)
     forward = tiled(chunk, labels, *setting, columns=300)
-    log_probs, lse = OPS.row_log_probs_(chunk, labels, None, *setting)
+    log_probs, lse = both_(chunk, labels, None, *setting)
     for got, truth in zip((log_probs, lse, chunk), expected, strict=True):
         assert torch.equal(got, truth)
     torch.testing.assert_close(forward[0], log_probs)
@@ -241,7 +260,7 @@ def test_nothing_is_read_or_written_outside_the_rows(dtype: torch.dtype) -> None
     canvas[:, :127] = random_rows(3, 127, dtype)
     labels = torch.tensor([0, 60, 126])
     expected = fused(canvas[:, :127].contiguous(), labels)
-    log_probs, _ = OPS.row_log_probs_(canvas[:, :127], labels, None, None, 1.0)
+    log_probs, _ = both_(canvas[:, :127], labels, None, None, 1.0)
     assert torch.equal(log_probs, expected[0])
     assert torch.equal(canvas[:, :127], expected[2])
     assert bool(canvas[:, 127:].isnan().all())
@@ -250,7 +269,7 @@ def test_nothing_is_read_or_written_outside_the_rows(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_no_rows(dtype: torch.dtype) -> None:
     empty, labels = torch.empty(0, 11, dtype=dtype), torch.empty(0, dtype=torch.int64)
-    log_probs, lse = OPS.row_log_probs_(empty, labels, None, None, 1.0)
+    log_probs, lse = both_(empty, labels, None, None, 1.0)
     assert log_probs.shape == lse.shape == (0,)
     assert tiled(empty, labels)[0].shape == (0,)
 
@@ -285,12 +304,15 @@ def test_poisoned_memory_does_not_reach_the_outputs() -> None:
 @pytest.mark.parametrize("label", [-1, 10])
 def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
     with pytest.raises(RuntimeError, match=r"labels\[1\] = -?\d+ is outside the vocabulary"):
-        OPS.row_log_probs_(torch.zeros(2, 10), torch.tensor([0, label]), None, None, 1.0)
+        OPS.row_log_probs(torch.zeros(2, 10), torch.tensor([0, label]), None, None, 1.0)
 
 
 def test_integer_logits_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="row_log_probs_: logits must be float32"):
-        OPS.row_log_probs_(torch.zeros(2, 10).int(), torch.tensor([0, 1]), None, None, 1.0)
+    raw, labels, of_rows = torch.zeros(2, 10).int(), torch.tensor([0, 1]), torch.zeros(2)
+    with pytest.raises(RuntimeError, match="row_log_probs: logits must be float32"):
+        OPS.row_log_probs(raw, labels, None, None, 1.0)
+    with pytest.raises(RuntimeError, match="row_gradient_: logits must be float32"):
+        OPS.row_gradient_(raw, labels, *[of_rows] * 4, None, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -298,13 +320,16 @@ def test_opcheck(dtype: torch.dtype) -> None:
     raw, labels = random_rows(3, 17, dtype), random_labels(3, 17)
     target = torch.randn(3, dtype=torch.promote_types(dtype, torch.float32))
     for arguments in ((raw, labels, None, None, 1.0), (raw, labels, target, 30.0, 0.5)):
-        torch.library.opcheck(OPS.row_log_probs_.default, arguments)
+        torch.library.opcheck(OPS.row_log_probs.default, arguments)
+    log_probs, _, shift, share = OPS.row_log_probs(raw, labels, None, 30.0, 0.5)
+    of_rows = log_probs, shift, share, torch.randn_like(log_probs)
+    torch.library.opcheck(OPS.row_gradient_.default, (raw, labels, *of_rows, 30.0, 0.5))
     others, z = torch.zeros(2, 3, dtype=torch.float64)
     torch.library.opcheck(OPS.tile_log_probs_.default, (raw, labels, 30.0, 0.5, others, z))
 
 
 def test_the_library_serves_the_cpu_and_the_reference_everything_else() -> None:
-    for op in ("row_log_probs_", "tile_log_probs_"):
+    for op in ("row_log_probs", "row_gradient_", "tile_log_probs_", "row_kl_"):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has(f"npo_fast::{op}", "CPU")
         assert has(f"npo_fast::{op}", "CompositeExplicitAutograd")
@@ -331,8 +356,10 @@ def test_every_instruction_set_that_runs_here_agrees(capability: str) -> None:
         "import torch, npo_fast; torch.manual_seed(3); total = 0\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
         "    raw = (torch.randn(4, 1003) * 4).to(dtype)\n"
-        "    args = torch.arange(4) * 300, None, 30.0, 1.5\n"
-        "    log_probs, lse = torch.ops.npo_fast.row_log_probs_(raw, *args)\n"
+        "    labels, head, ops = torch.arange(4) * 300, (30.0, 1.5), torch.ops.npo_fast\n"
+        "    log_probs, lse, *rest = ops.row_log_probs(raw, labels, None, *head)\n"
+        "    g = torch.ones_like(lse)\n"
+        "    ops.row_gradient_(raw, labels, log_probs, *rest, g, *head)\n"
         "    total += log_probs.double().sum() + lse.double().sum() + raw.double().abs().sum()\n"
         "print(total.item())"
     )
@@ -348,7 +375,7 @@ def test_every_instruction_set_that_runs_here_agrees(capability: str) -> None:
     for dtype in (*DTYPES, torch.float64):
         raw = random_rows(4, 1003, dtype)
         labels = torch.arange(4) * 300
-        log_probs, lse = reference.row_log_probs_(raw, labels, None, 30.0, 1.5)
+        log_probs, lse = both_(raw, labels, None, 30.0, 1.5, ops=reference)
         total += sum(float(x.double().sum()) for x in (log_probs, lse, raw.abs()))
     torch.testing.assert_close(float(capped.stdout), total, rtol=1e-4, atol=0)
 

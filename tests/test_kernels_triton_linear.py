@@ -23,7 +23,7 @@ CASES = [
     ),
     ((5, 13, 1), "plain", torch.float32),
     ((17, 20, 131), "capped", torch.bfloat16),
-    ((1, 8, 64), "capped", torch.float16),
+    ((16, 8, 64), "capped", torch.float16),
 ]
 
 

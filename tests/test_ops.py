@@ -284,11 +284,16 @@ def test_npo_loss_is_the_mean_npo_loss():
     )
 
 
-def test_the_row_operator_keeps_its_contract():
-    op = torch.ops.npo_fast.row_log_probs_
+def test_the_row_operators_keep_their_contract():
+    ops = torch.ops.npo_fast
     logits, labels = torch.randn(6, 17), torch.randint(0, 17, (6,))
-    torch.library.opcheck(op, (logits, labels, None, None, 1.0))
-    torch.library.opcheck(op, (logits, labels, torch.randn(6), 3.0, 0.5))
+    before = logits.clone()
+    for target, *head in ((None, None, 1.0), (torch.randn(6), 3.0, 0.5)):
+        torch.library.opcheck(ops.row_log_probs, (logits, labels, target, *head))
+        log_probs, _, shift, share = ops.row_log_probs(logits, labels, target, *head)
+        assert torch.equal(logits, before), "the log-probs are read off, and nothing is written"
+        of_rows = labels, log_probs, shift, share, torch.randn(6)
+        torch.library.opcheck(ops.row_gradient_, (logits, *of_rows, *head))
 
 
 MISFITS = {

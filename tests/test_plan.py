@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from npo_fast.cli import main
 from npo_fast.data import Sequence, pack
 from npo_fast.errors import UserError
-from npo_fast.memory import Footprint, Planned, advise, flags, footprint, sharded
+from npo_fast.kernels.products import STRIP_BYTES
+from npo_fast.memory import Footprint, Planned, advise, flags, footprint
 from npo_fast.memory.model import empty_lm, empty_model
-from npo_fast.memory.plan import KINDS, layer_bytes, state_bytes
+from npo_fast.memory.plan import KINDS, layer_bytes, slice_problem, state_bytes
 from npo_fast.memory.tracker import FlashAttention, Tracker
 from npo_fast.methods import METHODS, build_method
+from npo_fast.ops.cost import Problem
+from npo_fast.ops.head import Head
 from npo_fast.trainer.order import check_step_in_backward
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import micro_step
@@ -144,15 +148,71 @@ def test_other_architectures_can_be_planned(family):
     assert footprint(config(family), replace(SMALL, gradient_checkpointing=True)).peak > 0
 
 
+def of_head(width, vocabulary, tokens, method="NPO", lora_rank=0):
+    """Planned bytes of loss and head in bf16, the answer rows, and what outputs and rows take."""
+    model = transformers.LlamaConfig(
+        hidden_size=width, vocab_size=vocabulary, num_hidden_layers=1, num_attention_heads=8,
+        intermediate_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    plan = Planned(method=method, micro_batch_tokens=tokens, sequence_length=16)
+    found = footprint(model, replace(plan, lora_rank=lora_rank)).bytes["head"]
+    rows = tokens // 16 * 12  # a quarter of each sequence is prompt
+    trained = 0 if lora_rank else vocabulary * width
+    return found, rows, 2 * (trained + 2 * rows * width)
+
+
+@pytest.mark.parametrize(
+    ("way", "width", "tokens", "lora_rank"),
+    [
+        ("whole", 1024, 1024, 0),  # fewer rows than the width: in the gradient's memory
+        ("whole", 1024, 2048, 0),  # more, and no larger than an fp32 gradient
+        ("chunks", 2048, 16384, 0),
+        ("slices", 256, 4096, 0),
+        ("frozen", 1024, 8192, 4),
+    ],
+)
+def test_the_head_holds_what_the_cost_model_says_of_a_gpu(way, width, tokens, lora_rank):
+    vocabulary = 50_257
+    found, rows, others = of_head(width, vocabulary, tokens, lora_rank=lora_rank)
+    chosen = Problem(rows, width, vocabulary, 2, trains_head=not lora_rank).choose()
+    assert chosen.name == way
+    # the first of several chunks makes its product in strips
+    strips = 2 * STRIP_BYTES if way == "chunks" else 0
+    least = chosen.held_bytes + others
+    assert least <= found <= 1.03 * least + strips
+
+
+def test_kl_holds_a_chunk_of_the_references_logits_more():
+    vocabulary, width = 100_000, 1024
+    found, rows, others = of_head(width, vocabulary, tokens=1024, method="GA+KL")
+    weight = torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta")
+    ref_rows = Head(weight).chunk_rows()
+    assert ref_rows < rows <= width
+    held = Problem(rows, width, vocabulary, 2, makes_logits=True).choose().held_bytes
+    assert found == pytest.approx(held + 2 * ref_rows * vocabulary + others, rel=0.03)
+
+
 def test_ranks_share_all_but_activations_and_gathered_layers():
-    one = footprint(config(), SMALL)
-    four = sharded(config(), SMALL, one, 4)
-    layer = layer_bytes(empty_model(config(), "fp32"))
+    one, four = footprint(config(), SMALL), footprint(config(), SMALL, ranks=4)
+    model = empty_model(config(), "fp32")
+    layer, head = layer_bytes(model), model.get_output_embeddings().weight
     assert four.bytes["weights"] == -(-one.bytes["weights"] // 4) + 2 * layer
     assert four.bytes["gradients"] == -(-one.bytes["gradients"] // 4) + layer
     assert four.bytes["optimizer"] == -(-one.bytes["optimizer"] // 4)
     assert four.bytes["activations"] == one.bytes["activations"]
-    assert sharded(config(), SMALL, one, 1) is one
+    own = -(-len(head) // 4)
+    rows = 4 * 48  # a quarter of 64 tokens is prompt
+    problem = slice_problem(head, SMALL, 4)
+    assert (problem.rows, problem.vocabulary, problem.makes_logits) == (rows, own, True)
+    assert four.bytes["head"] == problem.choose().held_bytes + 4 * (own + 2 * rows) * 32
+
+
+def test_a_rank_updates_its_share_of_the_largest_weight():
+    wide = config(vocab_size=40_000)
+    plan = replace(SMALL, dtype="bf16", optimizer="adamw-bf16", micro_batch_tokens=16)
+    one, four = (footprint(wide, plan, ranks=ranks) for ranks in (1, 4))
+    assert one.bytes["backward"] >= 2 * 4 * 40_000 * 32, "two copies in fp32"
+    assert four.bytes["backward"] <= one.bytes["backward"] / 2
 
 
 def fake_measure(costs):

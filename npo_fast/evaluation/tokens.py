@@ -39,10 +39,12 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
     buffer = head.buffer(min(step, rows))
     for chunk in torch.arange(rows).split(step):
         part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-        logits = head.logits(hidden[part], buffer)
+        padded = head.logits(hidden[part], buffer)
+        logits = padded[: len(chunk)]
         found.greedy[part] = logits.argmax(-1) == labels[part]
         _moments(head, logits, found.mean[part], found.std[part])
-        found.log_probs[part] = head.softmax(logits, hidden[part], labels[part]).log_probs
+        softmax = head.softmax(padded, hidden[part], labels[part])
+        found.log_probs[part] = softmax.log_probs[: len(chunk)]
     return found
 
 

@@ -1,10 +1,10 @@
 """Peak memory of a training step, by kind, from the step's own code on tensors without data.
 
 On the meta device a tensor has a shape and no bytes, and every operator runs as it would on a GPU:
-the decoder, its backward, and the fused loss with a GPU's chunks, layouts and dtypes (``ops.cost``
-has a CPU's for tensors on a CPU alone). Nothing is estimated by formula but what the optimizer
-keeps (``state_bytes``), what an operator holds while it runs (``tracker.workspace_bytes``) and what
-a sharded run divides (``sharded``).
+the decoder, its backward, and the fused loss in the chunks, layouts and dtypes of a GPU (``ops``
+has others for tensors on a CPU alone). Three things are computed by formula: what the optimizer
+keeps (``state_bytes``), what an operator holds while it runs (``tracker.workspace_bytes``), and
+one GPU's share of a sharded run (``sharded``).
 """
 
 from collections.abc import Iterable

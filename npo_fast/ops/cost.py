@@ -70,12 +70,10 @@ class Problem:
     def choose(self, memory_bytes: int | None = None) -> Way:
         """The fastest that holds no more than ``memory_bytes``; else the one that holds least.
 
-        None: no more than an fp32 gradient of the head, or ``CHUNK_BYTES``.
+        None: no more than ``usual_bytes``.
         """
         ways = self.ways()
-        most = memory_bytes
-        if most is None:
-            most = max(CHUNK_BYTES, self.wide_itemsize * self.vocabulary * self.width)
+        most = self.usual_bytes if memory_bytes is None else memory_bytes
         best = ways[0]
         for way in ways[1:]:  # no sorting by a key: torch.compile follows this
             fits, best_fits = way.held_bytes <= most, best.held_bytes <= most
@@ -85,6 +83,20 @@ class Problem:
                 better = way.held_bytes < best.held_bytes
             best = way if better else best
         return best
+
+    @property
+    def usual_bytes(self) -> int:
+        """An fp32 gradient of the head, or ``CHUNK_BYTES``; twice as much on a CPU in bf16.
+
+        CPUs have no product of bf16 operands with an fp32 result: to add up chunks, each rounded,
+        takes a third longer than to make all logits at once, and is less exact.
+        """
+        usual = max(CHUNK_BYTES, self.wide_itemsize * self.vocabulary * self.width)
+        return 2 * usual if self._rounds_products else usual
+
+    @property
+    def _rounds_products(self) -> bool:
+        return self.on_cpu and self.itemsize < self.wide_itemsize
 
     def whole(self) -> Way:
         stride = column_stride(self.rows, self.on_cpu)
@@ -120,7 +132,7 @@ class Problem:
     def chunk_rows(self) -> int:
         """Of a chunk where several add up: as many as the finished gradient has room for."""
         if self.on_cpu or self.wide_itemsize == self.itemsize:
-            return self.rows_of_bytes(CHUNK_BYTES)
+            return self.rows_of_bytes(self.usual_bytes if self._rounds_products else CHUNK_BYTES)
         unit = GOOD_ROWS if self.width >= GOOD_ROWS else 64
         return max(unit, self.width // unit * unit)
 

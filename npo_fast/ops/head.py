@@ -29,15 +29,18 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, wei
 
 
 class Softmax(NamedTuple):
-    """What is known of each row of a chunk: ``softmax(z) = exp(z - shift) * share``."""
+    """What is known of each row of a chunk, those that pad it too.
+
+    ``softmax(z) = exp(z - shift) * share``.
+    """
 
     log_probs: Tensor  # (R,) of the labels
     labels: Tensor  # (R,)
     shift: Tensor  # (R,)
     share: Tensor  # (R,)
 
-    def of_rows(self, rows: Tensor) -> "Softmax":
-        return Softmax(*(one[rows] for one in self))
+    def of_rows(self, rows: Tensor, padded: int) -> "Softmax":
+        return Softmax(*(pad_rows(one[rows], padded) for one in self))
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class Head:
 
     def logits(
         self, hidden: Tensor, buffer: Tensor
-    ) -> Tensor:  # (R, D) -> (R, V) raw, before softcap and scale
-        rows, hidden = len(hidden), self.operand(hidden)
+    ) -> Tensor:  # (R, D) -> (padded R, V) raw, before softcap and scale
+        hidden = self.operand(hidden)
         logits = buffer[: len(hidden)]
         for columns, weight in self._weight_tiles():
             if self.bias is None:
@@ -97,7 +100,7 @@ class Head:
             else:
                 bias = self.bias[columns].to(hidden.dtype)
                 torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
-        return logits[:rows]
+        return logits
 
     def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z, in the wide dtype
         z = logits.to(self.wide_dtype)
@@ -113,18 +116,22 @@ class Head:
 
     def softmax(
         self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> "Softmax":  # (R, V) raw logits of (R, D)
-        target = self._target_logits(hidden, labels)
+    ) -> Softmax:  # (padded R, V) raw logits of (R, D)
+        target = self._target_logits(hidden, labels, len(logits))
+        labels = pad_rows(labels, len(logits))
         log_probs, _, shift, share = torch.ops.npo_fast.row_log_probs(
             logits, labels, target, self.softcap, self.logit_scale
         )
         return Softmax(log_probs, labels, shift, share)
 
-    def differentiate_(self, logits: Tensor, softmax: "Softmax", g: Tensor) -> None:
-        """Logits <- the gradient in them of a loss with derivative g (R,) in the log-probs."""
+    def differentiate_(self, logits: Tensor, softmax: Softmax, g: Tensor) -> None:
+        """Logits <- the gradient in them of a loss with derivative g (R,) in the log-probs.
+
+        Rows that pad the chunk become zero.
+        """
         torch.ops.npo_fast.row_gradient_(
-            logits, softmax.labels, softmax.log_probs, softmax.shift, softmax.share, g,
-            self.softcap, self.logit_scale,
+            logits, softmax.labels, softmax.log_probs, softmax.shift, softmax.share,
+            pad_rows(g, len(logits)), self.softcap, self.logit_scale,
         )  # fmt: skip
 
     def hidden_gradient(
@@ -134,11 +141,12 @@ class Head:
             beta = int(columns.start > 0)
             out.addmm_(logits_gradient[:, columns], weight, beta=beta, alpha=alpha)
 
-    def _target_logits(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
+    def _target_logits(self, hidden: Tensor, labels: Tensor, padded: int) -> Tensor | None:
         """Raw target logits from an fp32 dot, where the chunk itself is rounded to half."""
         if self.logits_dtype == self.wide_dtype:
             return None
-        return torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
+        found = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
+        return pad_rows(found, padded)
 
     def _weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in ``logits_dtype``: itself, or one converted slice of rows after another."""
@@ -150,6 +158,10 @@ class Head:
         for first in range(0, vocabulary, step):
             columns = slice(first, min(first + step, vocabulary))
             yield columns, self.weight[columns].to(self.logits_dtype)
+
+
+def pad_rows(values: Tensor, rows: int) -> Tensor:  # (R,) -> (rows,), with zeros
+    return F.pad(values, (0, rows - len(values))) if rows > len(values) else values
 
 
 class HeadGradients:
@@ -211,7 +223,7 @@ class HeadGradients:
         self,
         rows: slice,
         hidden: Tensor,  # (R, D) the rows of this chunk
-        logits: Tensor,  # (R, V) raw, in self.logits
+        logits: Tensor,  # (padded R, V) raw, in self.logits
         softmax: Softmax,
         g: Tensor,  # (R,) d loss / d log_prob
         alpha: float = 1.0,  # times which g is meant
@@ -220,10 +232,12 @@ class HeadGradients:
         kept = None
         if self.skip_below > 0:
             scale = self.head.logit_scale * alpha
-            log_probs = softmax.log_probs
+            log_probs = softmax.log_probs[: len(g)]
             kept = rows_that_matter(hidden, log_probs, g, scale, self.skip_below, self.skipped)
         if kept is not None:
-            logits, softmax = compact_(logits, kept), softmax.of_rows(kept)
+            compact_(logits, kept)
+            logits = self.logits[: self.head.padded(len(kept))]
+            softmax = softmax.of_rows(kept, len(logits))
             hidden, g = hidden[kept], g[kept]
         self.head.differentiate_(logits, softmax, g)
         self.add_products(rows, hidden, alpha, kept)
@@ -238,7 +252,7 @@ class HeadGradients:
         """What the gradient in ``self.logits`` adds, times ``alpha``."""
         count = len(hidden)
         logits_gradient = self.logits[: self.head.padded(count)]
-        logits_gradient[count:] = 0
+        logits_gradient[count:] = 0  # of a divergence, padding has some
         if self.bias is not None:
             total = logits_gradient.sum(dim=0, dtype=self.bias.dtype)
             self.bias.add_(total, alpha=alpha)

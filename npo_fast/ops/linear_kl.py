@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from npo_fast.ops import cost
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs, held_factor, scale_
+from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs, held_factor, pad_rows, scale_
 from npo_fast.ops.linear_log_probs import blocks
 
 SLAB_LOGITS = 1 << 20  # capped at a time
@@ -200,10 +200,12 @@ def divergences(
             ref_logits = ref_head.logits(ref_hidden[part], ref_buffer)
             of_ref = ref_head.softcap, ref_head.logit_scale
             if labels is not None and demotion:
-                of_ref = _demote_(ref_logits, labels[part], demotion, *of_ref)
+                demoted = pad_rows(labels[part], len(ref_logits))
+                of_ref = _demote_(ref_logits, demoted, demotion, *of_ref)
             of_model = head.softcap, head.logit_scale
-            own = logits[part.start - rows.start : part.stop - rows.start]
-            parts.append(torch.ops.npo_fast.row_kl_(own, ref_logits, *of_model, *of_ref))
+            own = logits[part.start - rows.start :][: len(ref_logits)]
+            kl = torch.ops.npo_fast.row_kl_(own, ref_logits, *of_model, *of_ref)
+            parts.append(kl[: part.stop - part.start])
         yield rows, torch.cat(parts), logits
 
 

@@ -109,7 +109,7 @@ def loss_and_gradients(
         if one_pass:
             logits = head.logits(hidden[rows], gradients.logits)
             softmax = head.softmax(logits, hidden[rows], labels[rows])
-            log_probs = softmax.log_probs
+            log_probs = softmax.log_probs[: rows.stop - rows.start]
         else:  # the weight g needs the whole group: its log-probs first, its gradient after
             log_probs = head.log_probs(hidden[rows], labels[rows])
         ref = _part(ref_log_probs, plan.loss, rows, sequences)

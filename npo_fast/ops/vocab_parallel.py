@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_fast.ops.cost import Problem
-from npo_fast.ops.head import Head, Softmax
+from npo_fast.ops.head import Head, Softmax, pad_rows
 from npo_fast.ranks import most
 
 # newer names since PyTorch 2.13, which warns of the older ones
@@ -89,10 +89,12 @@ class SlicedHead(Head):
 
     def softmax(
         self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> Softmax:  # (R, V) raw logits of (R, D); over the whole vocabulary
-        column, mine = self._slice.own(labels)
+    ) -> Softmax:  # (padded R, V) raw logits of (R, D); over the whole vocabulary
+        padded = len(logits)
+        target = self._target_logits(hidden, self._slice.own(labels)[0], padded)
+        column, mine = self._slice.own(pad_rows(labels, padded))
         found, own_lse, shift, share = torch.ops.npo_fast.row_log_probs(
-            logits, column, self._target_logits(hidden, column), self.softcap, self.logit_scale
+            logits, column, target, self.softcap, self.logit_scale
         )
         log_probs, lse = self._combine(found, own_lse, mine)
         outside = column.new_full((), -1)

@@ -36,14 +36,16 @@ def linear_forward(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,) fp32, lse (N,) fp32
     config, rows = row_config(), len(hidden)
-    target = label_logits(hidden, weight, labels, bias)
+    padded = padded_rows(rows, on_cpu=False)
+    target = _padded(label_logits(hidden, weight, labels, bias), padded)
+    labels = _padded(labels, padded)
     sums = [
-        slice_sums(logits[:rows], labels - columns.start, softcap, logit_scale, config)
+        slice_sums(logits, labels - columns.start, softcap, logit_scale, config)
         for columns, logits in _slices(hidden, weight, bias)
     ]
     joined = Sums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
     log_probs, lse, _, _ = with_labels(joined, target, softcap, logit_scale)
-    return log_probs, lse
+    return log_probs[:rows].clone(), lse[:rows].clone()
 
 
 def linear_backward(
@@ -66,12 +68,11 @@ def linear_backward(
     wants_bias = bias is not None and needs[2]
     d_bias = (hidden if bias is None else bias).new_empty(len(weight) if wants_bias else 0)
     operand = _padded(hidden, padded)
+    # rows that pad have no g: their gradient is zero
+    labels, log_probs, lse, g = (_padded(one, padded) for one in (labels, log_probs, lse, g))
     share = torch.ones_like(lse)
     for columns, logits in _slices(hidden, weight, bias):
-        row_gradient(
-            logits[:rows], labels - columns.start, log_probs, lse, share, g, softcap, logit_scale
-        )
-        logits[rows:] = 0
+        row_gradient(logits, labels - columns.start, log_probs, lse, share, g, softcap, logit_scale)
         if needs[0]:
             add_product_(d_hidden, logits, weight[columns], beta=int(columns.start > 0))
         if needs[1]:
@@ -98,5 +99,6 @@ def _slices(
         yield columns, logits
 
 
-def _padded(hidden: Tensor, rows: int) -> Tensor:  # (N, D) -> (rows, D), with zeros
-    return F.pad(hidden, (0, 0, 0, rows - len(hidden))) if rows > len(hidden) else hidden
+def _padded(values: Tensor, rows: int) -> Tensor:  # (N, …) -> (rows, …), with zeros
+    sides = (0, 0) * (values.dim() - 1)
+    return F.pad(values, (*sides, 0, rows - len(values))) if rows > len(values) else values
