@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats
 # Half precision: of the head alone; and of a deep model, whose rounding differs from one shape to
-# another by more (seen: 0.74, SmolLM2-135M fine-tuned). What a neighbour changes at one shape is
-# no rounding.
-HALF_TOLERANCE, HALF_SHAPES, HALF_NEIGHBOUR = 0.25, 1.0, 0.05
+# another by more (seen: 0.74, SmolLM2-135M fine-tuned; 1.4, 16 random layers on a CPU without
+# instructions for bf16). What a neighbour changes at one shape is no rounding.
+HALF_TOLERANCE, HALF_SHAPES, HALF_NEIGHBOUR = 0.25, 2.0, 0.05
 
 
 @torch.no_grad()

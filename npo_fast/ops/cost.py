@@ -116,6 +116,8 @@ class Problem:
         else:
             moved += (self.wide_itemsize + self.itemsize) * head
             held = self.wide_itemsize * head
+            if column_stride(rows, self.on_cpu) > self.width:  # no room in the finished gradient
+                held += self.itemsize * rows * self.vocabulary
         return Way("chunks", rows, 6 * self._ndv, self._row_bytes + moved, held)
 
     def slices(self) -> Way:
@@ -132,7 +134,9 @@ class Problem:
     def chunk_rows(self) -> int:
         """Of a chunk where several add up: as many as the finished gradient has room for."""
         if self.on_cpu or self.wide_itemsize == self.itemsize:
-            return self.rows_of_bytes(self.usual_bytes if self._rounds_products else CHUNK_BYTES)
+            return self.rows_of_bytes(
+                self.usual_bytes // 2 if self._rounds_products else CHUNK_BYTES
+            )
         unit = GOOD_ROWS if self.width >= GOOD_ROWS else 64
         return max(unit, self.width // unit * unit)
 
