@@ -95,6 +95,7 @@ def loaded(name: str, lora_rank: int) -> Any:
     import torch
     import transformers
 
+    from npo_fast.model.adapters import add_lora
     from npo_fast.model.load import load_model
 
     if name in RANDOM:
@@ -102,10 +103,7 @@ def loaded(name: str, lora_rank: int) -> Any:
     else:
         model = load_model(find_smollm2(), dtype="fp32", device="cpu").model
     if lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        adapters = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, adapters).base_model.model
+        model = add_lora(model, name, lora_rank, alpha=2 * lora_rank)
     assert next(model.parameters()).dtype == torch.float32
     return model
 

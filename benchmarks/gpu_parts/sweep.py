@@ -30,7 +30,7 @@ ROW_TILES = (
 )  # fmt: skip
 FEW_ROW_TILES = ((64, 32, 4), (128, 16, 4), (128, 64, 4), (128, 32, 8), (256, 32, 8))
 TINY_ROW_TILES = ((16, 32, 4),)
-PROGRAMS, TINY_PROGRAMS = (4, 16), ()
+PROGRAMS, TINY_PROGRAMS = (4, 8), ()
 LINEAR_SIZE, TINY_LINEAR_SIZE = (4096, 4096, 128256), (16, 32, 48)  # rows, width, vocabulary
 TOLERANCE = 2e-2
 CHECKED_ROWS = 16
@@ -102,7 +102,8 @@ def row_configs(kernel: str, tiny: bool, thorough: bool) -> Iterator[tuple[str, 
     """The default first, then others that differ from it."""
     default = configs.row_config()
     yield "default", default
-    names = ("block_rows", "block_columns", "kl_num_warps" if kernel == "row_kl" else "num_warps")
+    columns = "kl_block_columns" if kernel == "row_kl" else "block_columns"
+    names = ("block_rows", columns, "num_warps")
     tiles = ROW_TILES if thorough else FEW_ROW_TILES
     if tiny:
         tiles = TINY_ROW_TILES if thorough else ()

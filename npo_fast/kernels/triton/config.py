@@ -4,7 +4,7 @@ Fixed, so that two runs on one GPU model agree. ``offline`` compiles all of them
 them to no spills and to the shared memory of the target.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -21,14 +21,17 @@ class RowConfig:
 
     block_rows: int  # neighbours in memory
     block_columns: int
+    kl_block_columns: int  # of two tiles side by side
     num_warps: int
-    kl_num_warps: int  # for two tiles side by side
     programs: int  # a processor, which then has something to do while others wait for memory
 
 
 # 32 logits a thread: four 16-byte loads of bf16 in flight. The best of 15 on an H200
-_ROW = RowConfig(block_rows=128, block_columns=32, num_warps=4, kl_num_warps=8, programs=8)
-ROW = MappingProxyType(dict.fromkeys(TARGETS, _ROW))
+_NVIDIA_ROW = RowConfig(
+    block_rows=128, block_columns=32, kl_block_columns=16, num_warps=4, programs=16
+)
+_AMD_ROW = replace(_NVIDIA_ROW, block_columns=64)  # twice the lanes a warp
+ROW = MappingProxyType({name: _NVIDIA_ROW for name in TARGETS} | {"gfx942": _AMD_ROW})
 
 
 def h100_floor_ms(flops: float, moved_bytes: float) -> float:

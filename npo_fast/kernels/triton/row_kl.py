@@ -107,7 +107,7 @@ def row_kl(
         *logits.stride(), *ref_logits.stride(), grid.slice_columns,
         softcap or 1.0, logit_scale, ref_softcap or 1.0, ref_logit_scale,
         SOFTCAP=softcap is not None, REF_SOFTCAP=ref_softcap is not None,
-        BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.kl_num_warps,
+        BLOCK_R=config.block_rows, BLOCK_C=config.kl_block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return kls.sum(dim=0)
 

@@ -44,6 +44,7 @@ def variants(target: str) -> Iterator[Variant]:
     """All of a target."""
     row = config.ROW[target]
     blocks = {"BLOCK_R": row.block_rows, "BLOCK_C": row.block_columns}
+    kl_blocks = {**blocks, "BLOCK_C": row.kl_block_columns}
     options = {"num_warps": row.num_warps}
     once, joined = N * V * HALF, {"BLOCK_R": row_log_probs.ROWS, "BLOCK_S": row_log_probs.SLICES}
     for capped in (False, True):
@@ -56,9 +57,8 @@ def variants(target: str) -> Iterator[Variant]:
         constants = {**softcap, **blocks}
         gradient = row_log_probs.gradient_kernel
         yield Variant(gradient, name, target, constants, options, 2.0 * once)
-        constants = {**constants, "REF_SOFTCAP": capped}
-        kl_options = {"num_warps": row.kl_num_warps}
-        yield Variant(row_kl.row_kl_kernel, name, target, constants, kl_options, 3.0 * once)
+        constants = {**constants, **kl_blocks, "REF_SOFTCAP": capped}
+        yield Variant(row_kl.row_kl_kernel, name, target, constants, options, 3.0 * once)
     yield Variant(row_kl.join_kernel, "plain", target, joined, FEW_WARPS)
     for bias in (False, True):
         constants = {"HAS_BIAS": bias, "BLOCK": label_logits.BLOCK}
@@ -72,8 +72,8 @@ def variants(target: str) -> Iterator[Variant]:
     # fp32 logits, of all options at once
     for function in (slice_sums_kernel, row_log_probs.gradient_kernel, row_kl.row_kl_kernel):
         names = [name for name in function.arg_names if name in ("SOFTCAP", "REF_SOFTCAP")]
-        constants = {**dict.fromkeys(names, True), **blocks}
+        tile = kl_blocks if function is row_kl.row_kl_kernel else blocks
+        constants = {**dict.fromkeys(names, True), **tile}
         if "HAS_LABELS" in function.arg_names:
             constants["HAS_LABELS"] = True
-        warps = row.kl_num_warps if function is row_kl.row_kl_kernel else row.num_warps
-        yield Variant(function, "softcap", target, constants, {"num_warps": warps}, dtype="fp32")
+        yield Variant(function, "softcap", target, constants, options, dtype="fp32")
