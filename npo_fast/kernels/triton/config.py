@@ -30,8 +30,8 @@ class RowConfig:
 _NVIDIA_ROW = RowConfig(
     block_rows=128, block_columns=32, kl_block_columns=16, num_warps=4, programs=16
 )
-_AMD_ROW = replace(_NVIDIA_ROW, block_columns=64)  # twice the lanes a warp
-ROW = MappingProxyType({name: _NVIDIA_ROW for name in TARGETS} | {"gfx942": _AMD_ROW})
+_AMD_ROW = replace(_NVIDIA_ROW, block_rows=256)  # twice the lanes a warp
+ROW = MappingProxyType(dict.fromkeys(TARGETS, _NVIDIA_ROW) | {"gfx942": _AMD_ROW})
 
 
 def h100_floor_ms(flops: float, moved_bytes: float) -> float:
