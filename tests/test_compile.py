@@ -152,6 +152,25 @@ def test_autocast_in_the_graph_is_autocast_outside():
         torch.testing.assert_close(compiled(x, NPO(0.1)), function(x, NPO(0.1)))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
+def test_a_compiled_step_in_fp16_gives_the_gradients_of_eager(reduction):
+    """Which are held at a multiple until the loss scale is known."""
+    weight = torch.randn(V, D).half().requires_grad_()
+    hidden, labels = torch.randn(ROWS, D).half().requires_grad_(), torch.randint(0, V, (ROWS,))
+
+    def function():
+        value, _ = linear_sequence_loss(
+            hidden, weight, labels, CU, NPO(), ref_log_probs=REF, reduction=reduction
+        )
+        return 1024 * value
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    runs = [torch.autograd.grad(each(), (hidden, weight)) for each in (function, compiled)]
+    for eager, found in zip(*runs, strict=True):
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found, eager, rtol=2e-3, atol=1e-4)
+
+
 def test_a_label_outside_the_vocabulary_is_refused_when_the_graph_runs():
     body, head, labels = setting()
     labels[2] = V

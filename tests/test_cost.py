@@ -88,7 +88,8 @@ def test_no_other_way_that_fits_is_faster():
     draw = random.Random(0)
     for _ in range(300):
         one = problem(
-            draw.randint(1, 20_000), (draw.choice([64, 576, 1024, 4096]), draw.randint(90, 200_000)),
+            draw.randint(1, 20_000),
+            (draw.choice([64, 576, 1024, 4096]), draw.randint(90, 200_000)),
             itemsize=draw.choice([2, 4]), on_cpu=draw.random() < 0.5,
             makes_logits=draw.random() < 0.3,
         )  # fmt: skip

@@ -123,6 +123,15 @@ def test_no_rows_give_zero_gradients():
     assert d_weight.count_nonzero() == d_bias.count_nonzero() == 0
 
 
+def test_a_bias_that_is_large_everywhere_changes_nothing():
+    """Rows that pad have the bias for their logits, and no logsumexp."""
+    *tensors, _, g = case(9, 16, 150, torch.float32)
+    want = run(*tensors, torch.zeros(150, device=DEVICE), g, None, 1.0)
+    got = run(*tensors, torch.full((150,), 128.0, device=DEVICE), g, None, 1.0)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 def test_rows_of_a_wider_buffer_need_no_copy():
     hidden, weight, labels, _, g = case(6, 16, 40, torch.float32)
     wide = torch.full((6, 24), 3.0, device=DEVICE)

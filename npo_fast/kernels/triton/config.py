@@ -30,7 +30,8 @@ class RowConfig:
 _NVIDIA_ROW = RowConfig(
     block_rows=128, block_columns=32, kl_block_columns=16, num_warps=4, programs=16
 )
-_AMD_ROW = replace(_NVIDIA_ROW, block_rows=256)  # twice the lanes a warp
+# twice the lanes a warp, and no spills
+_AMD_ROW = replace(_NVIDIA_ROW, block_columns=16, kl_block_columns=8, num_warps=1)
 ROW = MappingProxyType(dict.fromkeys(TARGETS, _NVIDIA_ROW) | {"gfx942": _AMD_ROW})
 
 

@@ -1,0 +1,275 @@
+"""bf16 where a CPU has instructions for it, and fp16 under a loss scale."""
+
+from collections.abc import Iterator
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from npo_fast import NLL, NPO, linear_kl, linear_log_probs, linear_sequence_loss
+from npo_fast.kernels import reference
+from npo_fast.ops import head
+from tests.accuracy import assert_as_exact
+
+WIDTH, VOCABULARY = 64, 517
+INSTRUCTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+# --- bf16 on a CPU --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """Whether this CPU multiplies bf16 is found out anew."""
+    reference.cpu_multiplies_bf16.cache_clear()
+    yield monkeypatch
+    reference.cpu_multiplies_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("instructions", [(), *((one,) for one in INSTRUCTIONS), INSTRUCTIONS])
+@pytest.mark.parametrize(("wish", "granted"), [("", None), ("0", False), ("1", True)])
+def test_the_environment_decides_and_else_the_processor(asked, instructions, wish, granted):
+    for name in INSTRUCTIONS:
+        asked.setattr(torch.cpu, name, lambda has=name in instructions: has)
+    asked.setenv("NPO_FAST_CPU_BF16", wish)
+    expected = bool(instructions) if granted is None else granted
+    assert reference.cpu_multiplies_bf16() == expected
+    products = {
+        dtype: reference.product_dtype(torch.empty(1, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    }
+    assert products == {
+        torch.bfloat16: torch.bfloat16 if expected else torch.float32,
+        torch.float16: torch.float32,  # no CPU is known to be fast at it
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
+
+
+def test_a_pytorch_that_cannot_say_multiplies_in_fp32(asked):
+    for name in INSTRUCTIONS:
+        asked.delattr(torch.cpu, name, raising=False)
+    asked.delenv("NPO_FAST_CPU_BF16", raising=False)
+    assert not reference.cpu_multiplies_bf16()
+
+
+def bf16_case(rows: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"hidden": (rows, WIDTH), "weight": (VOCABULARY, WIDTH), "bias": (VOCABULARY,)}
+    return {
+        name: (torch.randn(*shape, generator=generator) * (0.4 if name == "weight" else 1))
+        .bfloat16()
+        .requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+def plain_log_probs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(wide).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+
+
+def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+
+
+def gradients(value: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, list(tensors.values())))
+
+
+@pytest.mark.parametrize(("rows", "chunk_rows"), [(40, None), (64, None), (120, None), (40, 0)])
+def test_bf16_products_cost_no_accuracy_beside_plain_pytorch(rows, chunk_rows, monkeypatch):
+    """Over draws. The log-probs are better: the label's logit is not rounded."""
+    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: True)
+    bounds, ref = torch.tensor([0, 7, rows]), torch.tensor([-30.0, -300.0])
+    squares: dict[str, Tensor] = {}
+    for seed in range(8):
+        tensors = bf16_case(rows, seed)
+        labels = torch.randint(VOCABULARY, (rows,))
+        of = {
+            "ours": linear_sequence_loss(
+                labels=labels, cu_seqlens=bounds, loss=NPO(0.1), ref_log_probs=ref,
+                chunk_rows=chunk_rows, **tensors,
+            )[0],
+            "plain": NPO(0.1)(plain_log_probs(labels=labels, **tensors), bounds, ref).mean(),
+        }  # fmt: skip
+        leaves = wide(tensors)
+        log_probs = plain_log_probs(labels=labels, **leaves)
+        exact = gradients(NPO(0.1)(log_probs, bounds, ref.double()).mean(), leaves)
+        errors = {
+            who: [
+                float((got.double() - want).norm() ** 2)
+                for got, want in zip(gradients(value, tensors), exact, strict=True)
+            ]
+            for who, value in of.items()
+        }
+        with torch.no_grad():
+            ours = linear_log_probs(labels=labels, chunk_rows=chunk_rows, **tensors)
+            plain = plain_log_probs(labels=labels, **tensors)
+        for who, found in (("ours", ours), ("plain", plain)):
+            errors[who].append(float((found.double() - log_probs).detach().norm() ** 2))
+            squares[who] = squares.get(who, 0) + torch.tensor(errors[who])
+    ratios = dict(
+        zip([*tensors, "log_probs"], (squares["ours"] / squares["plain"]).sqrt(), strict=True)
+    )
+    assert ratios.pop("log_probs") < 0.9
+    assert all(ratio <= 1.05 for ratio in ratios.values()), ratios
+
+
+def test_bf16_logits_are_kept_in_bf16_and_in_the_memory_of_the_gradient(monkeypatch):
+    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: True)
+    seen: list[tuple[torch.dtype, int]] = []
+    original = Tensor.new_empty
+
+    def watch(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        seen.append((out.dtype, out.numel()))
+        return out
+
+    monkeypatch.setattr(Tensor, "new_empty", watch)
+    tensors = bf16_case(40, 0)
+    labels, bounds = torch.randint(VOCABULARY, (40,)), torch.tensor([0, 40])
+    linear_sequence_loss(labels=labels, cu_seqlens=bounds, loss=NLL(), **tensors)[0].backward()
+    large = [(dtype, n) for dtype, n in seen if n >= 40 * VOCABULARY]
+    assert [dtype for dtype, _ in large] == [torch.bfloat16]
+    assert WIDTH * VOCABULARY < large[0][1] <= WIDTH * VOCABULARY * 9 / 8
+
+
+def test_without_bf16_products_all_is_computed_in_fp32_and_rounded_once(monkeypatch):
+    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: False)
+    half = bf16_case(50, 0)
+    single = {name: t.detach().float().requires_grad_() for name, t in half.items()}
+    labels, bounds = torch.randint(VOCABULARY, (50,)), torch.tensor([0, 20, 50])
+    ref = torch.tensor([-100.0, -150.0])
+    found, expected = (
+        linear_sequence_loss(
+            labels=labels, cu_seqlens=bounds, loss=NPO(0.1), ref_log_probs=ref, **tensors
+        )
+        for tensors in (half, single)
+    )
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    for got, want in zip(gradients(found[0], half), gradients(expected[0], single), strict=True):
+        assert torch.equal(got, want.bfloat16())
+
+
+# --- fp16 under a loss scale ----------------------------------------------------------------------
+
+SCALE = 65536.0  # what a GradScaler begins with
+POLICIES = {"CPU": True, "GPU": False}
+
+
+@pytest.fixture(params=POLICIES.values(), ids=POLICIES)
+def _policy(request, monkeypatch):
+    """fp16 is multiplied in fp32 on a CPU, and as it is on a GPU."""
+    if not request.param:
+        monkeypatch.setattr(reference, "runs_on_cpu", lambda tensor: False)
+
+
+def fp16_case(rows: int, width: int = 16, vocabulary: int = 64) -> dict[str, Tensor]:
+    return {
+        "hidden": torch.randn(rows, width).half().requires_grad_(),
+        "weight": (0.5 * torch.randn(vocabulary, width)).half().requires_grad_(),
+    }
+
+
+@pytest.mark.usefixtures("_policy")
+@pytest.mark.parametrize("reduction", ["mean", "token_mean"])
+@pytest.mark.parametrize("chunk_rows", [None, 5000, 0])
+def test_gradients_of_a_mean_over_many_tokens_do_not_underflow(chunk_rows, reduction):
+    """They are formed before the loss scale is known: at scale 1 most would be 0 in fp16."""
+    rows = 32_768
+    tensors, labels = fp16_case(rows), torch.randint(64, (rows,))
+    bounds = torch.arange(0, rows + 1, 4)
+    ref = torch.full((len(bounds) - 1,), -25.0)
+    arguments = {
+        "labels": labels, "cu_seqlens": bounds, "loss": NPO(0.1), "ref_log_probs": ref,
+        "reduction": reduction, "chunk_rows": chunk_rows,
+    }  # fmt: skip
+    value, _ = linear_sequence_loss(**arguments, **tensors)
+    ours = gradients(SCALE * value, tensors)
+
+    def by_pytorch(leaves):
+        log_probs = plain_log_probs(labels=labels, **leaves)
+        values = NPO(0.1)(log_probs, bounds, ref.to(log_probs))
+        count = rows if reduction == "token_mean" else len(values)
+        return gradients(SCALE * values.sum() / count, leaves)
+
+    plain, exact = by_pytorch(tensors), by_pytorch(wide(tensors))
+    for got, other, want, name in zip(ours, plain, exact, tensors, strict=True):
+        assert got.dtype == torch.float16
+        assert bool(got.isfinite().all())
+        assert_as_exact(got, other, want, name)
+
+
+@pytest.mark.usefixtures("_policy")
+def test_gradients_of_kl_over_many_tokens_do_not_underflow():
+    rows = 32_768
+    tensors, ref = fp16_case(rows), {f"ref_{k}": t.detach() for k, t in fp16_case(rows).items()}
+    ours = gradients(SCALE * linear_kl(**tensors, **ref), tensors)
+
+    def by_pytorch(leaves):
+        dtype = torch.promote_types(leaves["hidden"].dtype, torch.float32)
+        log_p = (leaves["hidden"] @ leaves["weight"].t()).to(dtype).log_softmax(-1)
+        hidden, weight = (one.to(leaves["hidden"].dtype) for one in ref.values())
+        log_ref = (hidden @ weight.t()).to(dtype).log_softmax(-1)
+        return gradients(SCALE * (log_ref.exp() * (log_ref - log_p)).sum() / rows, leaves)
+
+    plain, exact = by_pytorch(tensors), by_pytorch(wide(tensors))
+    for got, other, want, name in zip(ours, plain, exact, tensors, strict=True):
+        assert_as_exact(got, other, want, name)
+
+
+@pytest.mark.usefixtures("_policy")
+@pytest.mark.parametrize("rows", [6, 100, 700])
+def test_what_gradients_are_held_at_does_not_change_them(rows, monkeypatch):
+    """A power of two rounds nothing but what is below the normal numbers of fp16."""
+    tensors, labels = fp16_case(rows), torch.randint(64, (rows,))
+    ref = {f"ref_{name}": t.detach() for name, t in fp16_case(rows).items()}
+    bounds, subnormal = torch.tensor([0, rows // 3, rows]), 2.0**-24
+
+    def both() -> list[Tensor]:
+        value, _ = linear_sequence_loss(
+            labels=labels, cu_seqlens=bounds, loss=NLL(), reduction="token_mean", **tensors
+        )
+        return [*gradients(value, tensors), *gradients(linear_kl(**tensors, **ref), tensors)]
+
+    held = both()
+    for name in ("one_pass", "linear_kl"):
+        module = import_module(f"npo_fast.ops.{name}")
+        monkeypatch.setattr(module, "held_factor", lambda dtype, count: 1.0)
+    for got, want in zip(held, both(), strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=2**-10, atol=2 * subnormal)
+
+
+def test_the_factor_is_a_power_of_two_that_fits():
+    for count in range(1, 3000):
+        factor = head.held_factor(torch.float16, count)
+        assert 1 <= factor <= min(count, 256)
+        assert factor.hex().startswith("0x1.0000000000000p")
+        assert factor == 256 or factor > count / 2
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert head.held_factor(dtype, 1000) == 1.0, (
+            "of the range of fp32, where nothing underflows"
+        )
+
+
+@pytest.mark.usefixtures("_policy")
+def test_a_second_backward_in_fp16_gives_the_same_gradients():
+    tensors, labels = fp16_case(600), torch.randint(64, (600,))
+    ref = {f"ref_{name}": t.detach() for name, t in fp16_case(600).items()}
+    value, _ = linear_sequence_loss(
+        labels=labels, cu_seqlens=torch.tensor([0, 200, 600]), loss=NLL(),
+        reduction="token_mean", **tensors,
+    )  # fmt: skip
+    for one in (value, linear_kl(**tensors, **ref)):
+        leaves = list(tensors.values())
+        first = torch.autograd.grad(1024 * one, leaves, retain_graph=True)
+        second = torch.autograd.grad(4096 * one, leaves)
+        for got, want in zip(second, first, strict=True):
+            assert float(want.abs().max()) > 1e-2
+            torch.testing.assert_close(got.float(), 4 * want.float(), rtol=2e-3, atol=1e-6)
