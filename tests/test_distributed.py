@@ -18,12 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from npo_fast import ranks
 from npo_fast.cli import main
 from npo_fast.data import Sequence, micro_batches
+from npo_fast.kernels import reference
 from npo_fast.losses import DPO, NLL, NPO
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import add_lora
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.sharding import shard, whole
 from npo_fast.ops import linear_sequence_loss
+from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.vocab_parallel import (
     SlicedHead,
     VocabularySlice,
@@ -123,20 +125,15 @@ CU_SEQLENS = torch.tensor([0, 4, 7, 10, 19])
 REFERENCE = torch.tensor([-20.0, -11.0, -9.0, -41.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("count", PROCESSES)
-@pytest.mark.parametrize(
-    ("loss", "chunk_rows", "skip_below"),
-    [(NPO(0.1), None, 0.0), (DPO(0.1), 7, 0.0), (NLL(), 3, 0.2)],
-    ids=[
-        "NPO in one chunk",
-        "DPO in chunks",
-        "NLL in less than a sequence, skipping",
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
-    tmp_path, count, loss, chunk_rows, skip_below, dtype
-):
+SLICED = {
+    "NPO in one chunk": (NPO(0.1), None, 0.0),
+    "DPO in chunks": (DPO(0.1), 7, 0.0),
+    "NLL in less than a sequence, skipping": (NLL(), 3, 0.2),
+}
+
+
+def _assert_loss_of_the_whole(found: list, dtype, loss, chunk_rows, skip_below) -> None:
+    """What ranks have found, against one process."""
     _, hidden, weight, bias, labels = _problem(dtype)
     one = torch.cat(hidden).requires_grad_()
     weight.requires_grad_()
@@ -147,13 +144,37 @@ def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
         **HEAD,
     )  # fmt: skip
     (2 * value).backward()
-    found = on_ranks(count, tmp_path, _loss_of_slices, dtype, loss, chunk_rows, skip_below)
     close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
     for own in found:
         torch.testing.assert_close(own[0], value.detach(), **close)
         torch.testing.assert_close(own[1], log_probs, **close)
     for i, gradient in enumerate((one.grad, weight.grad, bias.grad), start=2):
         torch.testing.assert_close(torch.cat([own[i] for own in found]), gradient, **close)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize(("loss", "chunk_rows", "skip_below"), SLICED.values(), ids=SLICED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
+    tmp_path, count, loss, chunk_rows, skip_below, dtype
+):
+    found = on_ranks(count, tmp_path, _loss_of_slices, dtype, loss, chunk_rows, skip_below)
+    _assert_loss_of_the_whole(found, dtype, loss, chunk_rows, skip_below)
+
+
+def _as_on_gpus(mesh, cases: list) -> list:
+    """Padded rows, bf16 logits and unrounded label logits, of labels that the slice may lack."""
+    reference.runs_on_cpu = lambda tensor: False
+    return [_loss_of_slices(mesh, *case) for case in cases]
+
+
+def test_slices_give_the_loss_of_the_whole_in_what_gpus_are_given(tmp_path):
+    cases = [
+        (dtype, *case) for dtype in (torch.float64, torch.bfloat16) for case in SLICED.values()
+    ]
+    found = on_ranks(2, tmp_path, _as_on_gpus, cases)
+    for case, *of_ranks in zip(cases, *found, strict=True):
+        _assert_loss_of_the_whole(of_ranks, *case)
 
 
 @pytest.mark.parametrize("vocabulary", [32001, 50257, 128256, 151936])
@@ -166,12 +187,18 @@ def test_all_ranks_cut_the_same_chunks(vocabulary, count, dtype):
     class LastSlice(VocabularySlice):
         ranks, rank = count, count - 1
 
-    rows = set()
-    for own in (Slice(None, vocabulary), LastSlice(None, vocabulary)):
-        weight = torch.empty(own.rows, 8, dtype=dtype, device="meta")
-        rows.add(SlicedHead(weight, vocabulary=own).chunk_rows())
-    assert len(rows) == 1
-    assert rows.pop() > 1
+    slices = Slice(None, vocabulary), LastSlice(None, vocabulary)
+    for trained, rows, memory_bytes in (
+        (True, 900, None), (True, 1800, None), (True, 50_000, None), (True, 50_000, 1 << 20),
+        (False, 50_000, None),
+    ):  # fmt: skip
+        chunks = set()
+        for own in slices:
+            weight = torch.empty(own.rows, 1024, dtype=dtype, device="meta")
+            head = SlicedHead(weight.requires_grad_(trained), vocabulary=own)
+            chunks.add(resolve_chunk_rows("op", head, rows, None, memory_bytes))
+        assert len(chunks) == 1
+        assert chunks.pop() >= 256, "of logits: whoever makes none knows of no slices"
 
 
 def _sure(mesh):

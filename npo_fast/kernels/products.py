@@ -34,6 +34,7 @@ def add_product_(
             to.add_(product, alpha=alpha)
         else:
             torch.mul(product, alpha, out=to)
+        del product  # before the next one is made
 
 
 @cache
