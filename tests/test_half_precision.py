@@ -1,6 +1,5 @@
 """bf16 where a CPU has instructions for it, and fp16 under a loss scale."""
 
-from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
@@ -19,20 +18,12 @@ INSTRUCTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 # --- bf16 on a CPU --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def asked(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    """Whether this CPU multiplies bf16 is found out anew."""
-    reference.cpu_multiplies_bf16.cache_clear()
-    yield monkeypatch
-    reference.cpu_multiplies_bf16.cache_clear()
-
-
 @pytest.mark.parametrize("instructions", [(), *((one,) for one in INSTRUCTIONS), INSTRUCTIONS])
 @pytest.mark.parametrize(("wish", "granted"), [("", None), ("0", False), ("1", True)])
-def test_the_environment_decides_and_else_the_processor(asked, instructions, wish, granted):
+def test_the_environment_decides_and_else_the_processor(monkeypatch, instructions, wish, granted):
     for name in INSTRUCTIONS:
-        asked.setattr(torch.cpu, name, lambda has=name in instructions: has)
-    asked.setenv("NPO_FAST_CPU_BF16", wish)
+        monkeypatch.setattr(torch.cpu, name, lambda has=name in instructions: has)
+    monkeypatch.setenv("NPO_FAST_CPU_BF16", wish)
     expected = bool(instructions) if granted is None else granted
     assert reference.cpu_multiplies_bf16() == expected
     products = {
@@ -47,10 +38,10 @@ def test_the_environment_decides_and_else_the_processor(asked, instructions, wis
     }
 
 
-def test_a_pytorch_that_cannot_say_multiplies_in_fp32(asked):
+def test_a_pytorch_that_cannot_say_multiplies_in_fp32(monkeypatch):
     for name in INSTRUCTIONS:
-        asked.delattr(torch.cpu, name, raising=False)
-    asked.delenv("NPO_FAST_CPU_BF16", raising=False)
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.delenv("NPO_FAST_CPU_BF16", raising=False)
     assert not reference.cpu_multiplies_bf16()
 
 

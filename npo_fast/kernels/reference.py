@@ -21,7 +21,6 @@ slice of logits again from the logsumexp.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -378,7 +377,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return _wide(weight.dtype)
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile cannot look for itself
 def cpu_multiplies_bf16() -> bool:
     """AMX, or AVX-512 BF16; NPO_FAST_CPU_BF16=0 or 1 decides otherwise."""
     wish = os.environ.get("NPO_FAST_CPU_BF16", "")
