@@ -34,7 +34,7 @@ from npo_fast.bench.timing import bare_gemms, interleaved
 from npo_fast.bench.truth import TOLERANCE, Truth
 from npo_fast.data import Sequence
 from npo_fast.kernels import cpu
-from npo_fast.kernels.reference import cpu_multiplies_bf16
+from npo_fast.kernels.layout import cpu_multiplies_bf16
 from npo_fast.methods import build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_log_probs, train

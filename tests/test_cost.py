@@ -8,7 +8,7 @@ import torch
 
 from npo_fast import NPO, linear_kl, linear_sequence_loss
 from npo_fast.kernels import products
-from npo_fast.kernels.reference import column_stride
+from npo_fast.kernels.layout import column_stride
 from npo_fast.memory.tracker import Tracker
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from npo_fast import ranks
 from npo_fast.cli import main
 from npo_fast.data import Sequence, micro_batches
-from npo_fast.kernels import reference
+from npo_fast.kernels import layout
 from npo_fast.losses import DPO, NLL, NPO
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import add_lora
@@ -164,7 +164,7 @@ def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
 
 def _as_on_gpus(mesh, cases: list) -> list:
     """Padded rows, bf16 logits and unrounded label logits, of labels that the slice may lack."""
-    reference.runs_on_cpu = lambda tensor: False
+    layout.runs_on_cpu = lambda tensor: False
     return [_loss_of_slices(mesh, *case) for case in cases]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npo_fast import NLL, NPO, SimNPO, linear_kl, linear_log_probs, linear_sequence_loss
 from npo_fast.data import Sequence, pack
-from npo_fast.kernels import reference
+from npo_fast.kernels import layout, reference
 from npo_fast.methods import build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops.compiled import IN_GRAPH
@@ -480,7 +480,7 @@ def test_row_kernels_as_shipped_are_as_exact_as_pytorch(dtype, softcap):
     for by_columns in (True, False):
         copies = [logits.clone(), logits.clone()]
         if by_columns:
-            copies = [reference.logits_room(*one.shape, one, dtype).copy_(one) for one in copies]
+            copies = [layout.logits_room(*one.shape, one, dtype).copy_(one) for one in copies]
         found = (
             *log_probs_and_gradient(row_log_probs, row_gradient, copies[0]),
             *kl_and_gradient(row_kl, copies[1]),

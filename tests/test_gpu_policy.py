@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_fast import NPO, SimNPO, Skipped, linear_kl, linear_log_probs, linear_sequence_loss
-from npo_fast.kernels import products, reference
+from npo_fast.kernels import layout, products
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.head import Head, HeadGradients
@@ -31,7 +31,7 @@ HEADS = {"plain": PLAIN, "bias": BIAS, "capped": CAPPED}
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch, poison_new_tensors):
     """Everything small, so that many strips and several chunks come of it."""
-    monkeypatch.setattr(reference, "runs_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(layout, "runs_on_cpu", lambda tensor: False)
     monkeypatch.setattr(cost, "CHUNK_BYTES", 1)
     monkeypatch.setattr(cost, "STRIP_BYTES", 2 * WIDTH * 60)
     monkeypatch.setattr(products, "STRIP_BYTES", 4 * WIDTH * 150)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_fast import NLL, NPO, linear_kl, linear_log_probs, linear_sequence_loss
-from npo_fast.kernels import reference
+from npo_fast.kernels import layout
 from npo_fast.ops import head
 from tests.accuracy import assert_as_exact
 
@@ -25,9 +25,9 @@ def test_the_environment_decides_and_else_the_processor(monkeypatch, instruction
         monkeypatch.setattr(torch.cpu, name, lambda has=name in instructions: has)
     monkeypatch.setenv("NPO_FAST_CPU_BF16", wish)
     expected = bool(instructions) if granted is None else granted
-    assert reference.cpu_multiplies_bf16() == expected
+    assert layout.cpu_multiplies_bf16() == expected
     products = {
-        dtype: reference.product_dtype(torch.empty(1, dtype=dtype))
+        dtype: layout.product_dtype(torch.empty(1, dtype=dtype))
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     }
     assert products == {
@@ -42,7 +42,7 @@ def test_a_pytorch_that_cannot_say_multiplies_in_fp32(monkeypatch):
     for name in INSTRUCTIONS:
         monkeypatch.delattr(torch.cpu, name, raising=False)
     monkeypatch.delenv("NPO_FAST_CPU_BF16", raising=False)
-    assert not reference.cpu_multiplies_bf16()
+    assert not layout.cpu_multiplies_bf16()
 
 
 def bf16_case(rows: int, seed: int) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def gradients(value: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize(("rows", "chunk_rows"), [(40, None), (64, None), (120, None), (40, 0)])
 def test_bf16_products_cost_no_accuracy_beside_plain_pytorch(rows, chunk_rows, monkeypatch):
     """Over draws. The log-probs are better: the label's logit is not rounded."""
-    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: True)
     bounds, ref = torch.tensor([0, 7, rows]), torch.tensor([-30.0, -300.0])
     squares: dict[str, Tensor] = {}
     for seed in range(8):
@@ -112,7 +112,7 @@ def test_bf16_products_cost_no_accuracy_beside_plain_pytorch(rows, chunk_rows, m
 
 
 def test_bf16_logits_are_kept_in_bf16_and_in_the_memory_of_the_gradient(monkeypatch):
-    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: True)
     seen: list[tuple[torch.dtype, int]] = []
     original = Tensor.new_empty
 
@@ -131,7 +131,7 @@ def test_bf16_logits_are_kept_in_bf16_and_in_the_memory_of_the_gradient(monkeypa
 
 
 def test_without_bf16_products_all_is_computed_in_fp32_and_rounded_once(monkeypatch):
-    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: False)
     half = bf16_case(50, 0)
     single = {name: t.detach().float().requires_grad_() for name, t in half.items()}
     labels, bounds = torch.randint(VOCABULARY, (50,)), torch.tensor([0, 20, 50])
@@ -158,7 +158,7 @@ POLICIES = {"CPU": True, "GPU": False}
 def _policy(request, monkeypatch):
     """fp16 is multiplied in fp32 on a CPU, and as it is on a GPU."""
     if not request.param:
-        monkeypatch.setattr(reference, "runs_on_cpu", lambda tensor: False)
+        monkeypatch.setattr(layout, "runs_on_cpu", lambda tensor: False)
 
 
 def fp16_case(rows: int, width: int = 16, vocabulary: int = 64) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npo_fast import GA, NPO, SimNPO, linear_sequence_loss
-from npo_fast.kernels import reference
+from npo_fast.kernels import layout
 from npo_fast.ops import one_pass
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
@@ -112,7 +112,7 @@ def test_forward_work_off_the_cpu_makes_no_logits():
 def test_the_way_through_the_head_is_that_of_the_device(
     dtype, rows, trained, options, on_a_gpu, on_a_cpu, monkeypatch
 ):
-    monkeypatch.setattr(reference, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: False)
     for device, expected in (("meta", on_a_gpu), ("cpu", on_a_cpu)):
         weight = torch.empty(1, 1, device=device, dtype=dtype).expand(100_000, 2048)
         weight.requires_grad_(trained)

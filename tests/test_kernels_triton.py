@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from npo_fast import NPO, segment_sum
 from npo_fast.kernels import reference
-from npo_fast.kernels.reference import logits_room
+from npo_fast.kernels.layout import logits_room
 from npo_fast.kernels.triton.config import ROW
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.npo_head import npo_head

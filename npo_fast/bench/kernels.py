@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.kernels.reference import logits_room
+from npo_fast.kernels.layout import logits_room
 from npo_fast.kernels.triton.config import h100_floor_ms
 from npo_fast.kernels.triton.offline import Record
 from npo_fast.kernels.triton.variants import HALF, D, N, V

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npo_fast.kernels.reference import empty_gradients
+from npo_fast.kernels.layout import empty_gradients
 from npo_fast.ops.autocast import no_autocast
 from npo_fast.ops.checks import check_cu_seqlens, check_label_values
 from npo_fast.ops.head import Gradients, Head, Needs, held_factor, or_empty, scale_

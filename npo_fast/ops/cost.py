@@ -19,7 +19,7 @@ with the logits in the memory of the finished gradient; ``slices`` a slice, and 
 from dataclasses import dataclass
 from typing import Literal
 
-from npo_fast.kernels.reference import column_stride
+from npo_fast.kernels.layout import column_stride
 
 CHUNK_BYTES = 96 << 20  # logits alive at a time, where none can lie in a gradient
 FROZEN_BYTES = 256 << 20  # ... and none is there: a GPU then does 7 % better than with 96 MiB

@@ -9,15 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
-from npo_fast.kernels import reference
+from npo_fast.kernels import layout
+from npo_fast.kernels.layout import column_stride, empty_gradients, logits_room, padded_rows
 from npo_fast.kernels.pages import in_huge_pages
 from npo_fast.kernels.products import add_product_
-from npo_fast.kernels.reference import (
-    column_stride,
-    empty_gradients,
-    logits_room,
-    padded_rows,
-)
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.skipping import Skipped, compact_, rows_that_matter
@@ -55,7 +50,7 @@ class Head:
     @property
     def logits_dtype(self) -> torch.dtype:
         """That of the products: half precision where the processor has instructions for it."""
-        return reference.product_dtype(self.weight)
+        return layout.product_dtype(self.weight)
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -67,7 +62,7 @@ class Head:
         return Problem(
             rows, width, vocabulary,
             itemsize=self.logits_dtype.itemsize, wide_itemsize=self.wide_dtype.itemsize,
-            trains_head=trains_head, on_cpu=reference.runs_on_cpu(self.weight),
+            trains_head=trains_head, on_cpu=layout.runs_on_cpu(self.weight),
         )  # fmt: skip
 
     def chunk_rows(self, chunk_bytes: int | None = None) -> int:
@@ -75,7 +70,7 @@ class Head:
         return self.problem(0, False).rows_of_bytes(chunk_bytes or cost.CHUNK_BYTES)
 
     def padded(self, rows: int) -> int:
-        return padded_rows(rows, reference.runs_on_cpu(self.weight))
+        return padded_rows(rows, layout.runs_on_cpu(self.weight))
 
     def buffer(self, rows: int) -> Tensor:  # (padded rows, V)
         """Room for the logits of one chunk after another.
@@ -203,7 +198,7 @@ class HeadGradients:
         head, weight = self.head, self.head.weight
         (vocabulary, width), single = weight.shape, rows == self.rows
         dtype = head.logits_dtype if single else head.wide_dtype
-        stride = column_stride(rows, reference.runs_on_cpu(weight))
+        stride = column_stride(rows, layout.runs_on_cpu(weight))
         fits = 0 < stride <= width
         ahead = 0  # elements by which the gradient's memory begins before the logits need it to
         if single and fits:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npo_fast.kernels.reference import empty_gradients
+from npo_fast.kernels.layout import empty_gradients
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
 from npo_fast.ops.head import Head, HeadGradients, or_empty

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npo_fast.kernels.layout import logits_room, padded_rows
 from npo_fast.kernels.products import add_product_
-from npo_fast.kernels.reference import logits_room, padded_rows
 from npo_fast.kernels.triton.config import row_config
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.row_log_probs import row_gradient, with_labels
