@@ -1,5 +1,6 @@
 """torch.compile takes the fused NPO loss into its graph and gives the numbers of eager PyTorch."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,7 @@ from npo_fast import (
     linear_sequence_loss,
     segment_sum,
 )
+from npo_fast.ops import compiled as compiled_ops
 
 ROWS, D, V = 9, 6, 11
 CU = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -169,6 +171,70 @@ def test_a_compiled_step_in_fp16_gives_the_gradients_of_eager(reduction):
     for eager, found in zip(*runs, strict=True):
         assert found.dtype == torch.float16
         torch.testing.assert_close(found, eager, rtol=2e-3, atol=1e-4)
+
+
+@pytest.fixture
+def whole_graph():
+    """A compiled step, its value, and the parameters."""
+    if not compiled_ops.IN_GRAPH:
+        pytest.skip("this PyTorch breaks the graph at the loss")
+    weight = torch.randn(V, D, requires_grad=True)
+    hidden, labels = torch.randn(ROWS, D, requires_grad=True), torch.randint(0, V, (ROWS,))
+
+    def function():
+        return linear_sequence_loss(hidden, weight, labels, CU, NPO(), ref_log_probs=REF)[0]
+
+    return function, torch.compile(function, backend="aot_eager", fullgraph=True), (hidden, weight)
+
+
+def test_the_backward_hands_on_the_gradients_that_the_forward_made(whole_graph):
+    """A second gradient of the head would be as large as the head."""
+    _, compiled, leaves = whole_graph
+    value = compiled()
+    ((_, made, _),) = compiled_ops._kept.values()
+    address = made.data_ptr()
+    value.backward()
+    assert leaves[1].grad.data_ptr() == address
+    assert not compiled_ops._kept
+
+
+def test_gradients_that_nobody_asks_for_go_with_their_graph(whole_graph):
+    _, compiled, leaves = whole_graph
+    values = [compiled() for _ in range(3)]
+    assert len(compiled_ops._kept) == 3
+    torch.autograd.grad(values[1], leaves)
+    assert len(compiled_ops._kept) == 2
+    del values
+    gc.collect()
+    assert not compiled_ops._kept
+    with torch.no_grad():
+        compiled()
+    gc.collect()
+    assert not compiled_ops._kept
+
+
+def test_graphs_that_are_alive_together_do_not_mix_their_gradients(whole_graph):
+    function, compiled, leaves = whole_graph
+    values, expected = [], []
+    for _ in range(3):
+        values.append(compiled())
+        expected.append(torch.autograd.grad(function(), leaves))
+        with torch.no_grad():
+            leaves[1].data = leaves[1].data + 1  # another weight, not another value of this one
+    for at in (1, 2, 0):
+        found = torch.autograd.grad(values[at], leaves)
+        for one, other in zip(found, expected[at], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_second_backward_through_a_retained_graph_starts_anew(whole_graph):
+    function, compiled, leaves = whole_graph
+    (expected,) = (torch.autograd.grad(function(), leaves),)
+    value = compiled()
+    for factor in (2.0, 3.0):
+        found = torch.autograd.grad(factor * value, leaves, retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, factor * other)
 
 
 def test_a_label_outside_the_vocabulary_is_refused_when_the_graph_runs():

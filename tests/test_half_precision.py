@@ -98,16 +98,18 @@ def test_bf16_products_cost_no_accuracy_beside_plain_pytorch(rows, chunk_rows, m
             ]
             for who, value in of.items()
         }
-        with torch.no_grad():
-            ours = linear_log_probs(labels=labels, chunk_rows=chunk_rows, **tensors)
-            plain = plain_log_probs(labels=labels, **tensors)
-        for who, found in (("ours", ours), ("plain", plain)):
-            errors[who].append(float((found.double() - log_probs).detach().norm() ** 2))
+        alone = linear_log_probs(labels=labels, chunk_rows=chunk_rows, **tensors)
+        _, of_loss = linear_sequence_loss(  # of sequences of one token each
+            labels=labels, cu_seqlens=torch.arange(rows + 1), loss=NLL(), chunk_rows=chunk_rows,
+            **tensors,
+        )  # fmt: skip
+        plain = plain_log_probs(labels=labels, **tensors)
+        for who, found in (("ours", [alone, of_loss]), ("plain", [plain, plain])):
+            errors[who] += [float((one.double() - log_probs).detach().norm() ** 2) for one in found]
             squares[who] = squares.get(who, 0) + torch.tensor(errors[who])
-    ratios = dict(
-        zip([*tensors, "log_probs"], (squares["ours"] / squares["plain"]).sqrt(), strict=True)
-    )
-    assert ratios.pop("log_probs") < 0.9
+    names = [*tensors, "log_probs", "log_probs of the loss"]
+    ratios = dict(zip(names, (squares["ours"] / squares["plain"]).sqrt(), strict=True))
+    assert all(ratios.pop(name) < 0.9 for name in names[-2:])
     assert all(ratio <= 1.05 for ratio in ratios.values()), ratios
 
 
@@ -146,6 +148,22 @@ def test_without_bf16_products_all_is_computed_in_fp32_and_rounded_once(monkeypa
     assert torch.equal(found[1], expected[1])
     for got, want in zip(gradients(found[0], half), gradients(expected[0], single), strict=True):
         assert torch.equal(got, want.bfloat16())
+
+
+def test_a_weight_that_is_converted_slice_by_slice_adds_up_to_the_same(monkeypatch):
+    monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: False)
+    tensors = bf16_case(50, 0)
+    arguments = {
+        "labels": torch.randint(VOCABULARY, (50,)), "cu_seqlens": torch.tensor([0, 20, 50]),
+        "loss": NLL(), **tensors,
+    }  # fmt: skip
+    runs = []
+    for rows in (VOCABULARY, 100):  # of the weight at a time; the last 17 are a slice of their own
+        monkeypatch.setattr(head, "UPCAST_BYTES", rows * WIDTH * 4)
+        value, _ = linear_sequence_loss(**arguments)
+        runs.append([value, *gradients(value, tensors)])
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # --- fp16 under a loss scale ----------------------------------------------------------------------

@@ -120,7 +120,6 @@ def is_usual_scale(scaling: float, head_dim: int) -> bool:
     return abs(scaling * head_dim**0.5 - 1) < 1e-12
 
 
-@cache
 def varlen_function() -> Callable[..., Any] | None:
     """``varlen_attn`` where PyTorch has it: 2.10 and newer."""
     try:

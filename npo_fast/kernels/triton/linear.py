@@ -68,11 +68,11 @@ def linear_backward(
     wants_bias = bias is not None and needs[2]
     d_bias = (hidden if bias is None else bias).new_empty(len(weight) if wants_bias else 0)
     operand = _padded(hidden, padded)
-    # rows that pad have no g: their gradient is zero
     labels, log_probs, lse, g = (_padded(one, padded) for one in (labels, log_probs, lse, g))
     share = torch.ones_like(lse)
     for columns, logits in _slices(hidden, weight, bias):
         row_gradient(logits, labels - columns.start, log_probs, lse, share, g, softcap, logit_scale)
+        logits[rows:] = 0  # 0 times exp(bias) is no number where the bias is large
         if needs[0]:
             add_product_(d_hidden, logits, weight[columns], beta=int(columns.start > 0))
         if needs[1]:
