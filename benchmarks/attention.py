@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from npo_fast.bench.provenance import provenance
 from npo_fast.bench.timing import interleaved
-from npo_fast.data import PackedBatch, Sequence, pack
+from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.model.attention import packed_attention
 from npo_fast.model.causal_lm import CausalLM
 
@@ -105,7 +105,9 @@ def small_llama(layers: int) -> dict[str, Callable[[], Tensor]]:
 
 def packed(lengths: list[int], ids: list[int]) -> PackedBatch:
     rest = iter(ids)
-    sequences = [Sequence(tuple(next(rest) for _ in range(n)), 1, i) for i, n in enumerate(lengths)]
+    sequences = [
+        TokenizedExample(tuple(next(rest) for _ in range(n)), 1, i) for i, n in enumerate(lengths)
+    ]
     (batch,) = pack(sequences, max_tokens=TOKENS)
     return batch
 

@@ -27,12 +27,12 @@ import transformers
 from torch import Tensor
 
 from npo_fast.bench.candidates import OURS, Candidate, find
+from npo_fast.bench.fp64_oracle import TOLERANCE, Truth
 from npo_fast.bench.inputs import Inputs, Shape, make_inputs
 from npo_fast.bench.memory import train as loss_and_gradients
 from npo_fast.bench.provenance import provenance
 from npo_fast.bench.timing import bare_gemms, interleaved
-from npo_fast.bench.truth import TOLERANCE, Truth
-from npo_fast.data import Sequence
+from npo_fast.data import TokenizedExample
 from npo_fast.kernels import cpu
 from npo_fast.kernels.layout import cpu_multiplies_bf16
 from npo_fast.methods import build_method
@@ -103,10 +103,10 @@ def step_times(tiny: bool, steps: int) -> dict[str, Any]:
     )  # fmt: skip
     random = torch.Generator().manual_seed(0)
 
-    def sequences() -> list[Sequence]:
+    def sequences() -> list[TokenizedExample]:
         lengths = [45 + (37 * i) % 40 for i in range(SEQUENCES * (steps + 1))]  # TOFU's, about
         ids = (torch.randint(config.vocab_size, (n,), generator=random) for n in lengths)
-        return [Sequence(tuple(x.tolist()), 20, i) for i, x in enumerate(ids)]
+        return [TokenizedExample(tuple(x.tolist()), 20, i) for i, x in enumerate(ids)]
 
     sources = {"forget": sequences(), "retain": sequences()}
     running, found = {}, {}

@@ -55,7 +55,7 @@ class Part:
     limit_s: float  # of each job
     least_s: float  # with less time than this a job is not begun
     jobs: tuple[str, ...] = ("all",)
-    side_by_side: bool = False
+    interleave: bool = False
     quiet: bool = False  # the host's time counts: nothing else runs beside it
 
 
@@ -67,13 +67,13 @@ PARTS = {
     5: Part("peers", "peers", 45, 15, ("pytorch", "liger", "cce", "trl")),
     1: Part(
         "tests on the card", "pytests", 100, 25,
-        tuple(f"{i}of{SHARES}" for i in range(SHARES)), side_by_side=True,
+        tuple(f"{i}of{SHARES}" for i in range(SHARES)), interleave=True,
     ),
     3: Part("the third GEMM, and layouts of the logits", "gemms", 50, 12),
     6: Part("attention on a pack", "attention", 45, 12, quiet=True),
     7: Part("a training step of a Llama of 1B", "step", 90, 25, quiet=True),
     4: Part("configurations of the kernels", "sweep", 75, 15),
-    9: Part("faults on purpose", "faults", 30, 0, ("crashes", "endless"), side_by_side=True),
+    9: Part("faults on purpose", "faults", 30, 0, ("crashes", "endless"), interleave=True),
 }  # fmt: skip
 ALL = [number for number in PARTS if number != 9]  # which is for the tests of this file
 LIBRARIES = (
@@ -139,7 +139,7 @@ class Suite:
         for number in self.arguments.parts:
             part = PARTS[number]
             jobs = TINY_JOBS.get(number, part.jobs) if self.arguments.tiny else part.jobs
-            found += [(number, jobs)] if part.side_by_side else [(number, (job,)) for job in jobs]
+            found += [(number, jobs)] if part.interleave else [(number, (job,)) for job in jobs]
         return found
 
     def run(self) -> None:

@@ -53,13 +53,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout, not 
 
 from npo_fast import metrics
 from npo_fast.bench.provenance import provenance
-from npo_fast.data import Record, Sequence, Template, load_records, load_refusals, pack, refused
-from npo_fast.demo.lab import new_model, train_tokenizer, weights
-from npo_fast.demo.world import make_world
+from npo_fast.data import (
+    Record,
+    Template,
+    TokenizedExample,
+    load_records,
+    load_refusals,
+    pack,
+    refused,
+)
 from npo_fast.errors import NonFiniteError, UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
+from npo_fast.experiments.demo.dataset import make_world
+from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import FINETUNE, Coefficients, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
@@ -68,7 +76,7 @@ from npo_fast.report.figures import MEANINGFUL
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import steps_per_epoch
 from npo_fast.trainer.settings import StepRecord, TrainSettings
-from npo_fast.trainer.step import streams_of
+from npo_fast.trainer.step import batch_keys
 
 ORIGINAL, RETRAINED = "original", "retrained"
 RETAIN_OF = {"forget50": "retain50", "forget10": "retain90"}
@@ -127,9 +135,9 @@ class CachedTemplate(Template):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, "plain")
-        self._encoded: dict[tuple[Record, str | None], Sequence] = {}
+        self._encoded: dict[tuple[Record, str | None], TokenizedExample] = {}
 
-    def encode(self, record: Record, index: int, answer: str | None = None) -> Sequence:
+    def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
         key = (record, answer)
         if key not in self._encoded:
             self._encoded[key] = super().encode(record, index, answer)
@@ -220,9 +228,9 @@ class Experiment:
             len(self.split(job.taught_on or job.forget)), options.batch_size
         )
         looks = (epochs - 1) // options.look_every if options.look_every and job.forget else 0
-        return steps, sum(map(len, streams_of(job.terms))), 0 if job.taught_on else looks
+        return steps, sum(map(len, batch_keys(job.terms))), 0 if job.taught_on else looks
 
-    def _split(self, name: str) -> list[Sequence]:
+    def _split(self, name: str) -> list[TokenizedExample]:
         records = load_records(name.removesuffix(" refused"), self.tofu)
         if name.endswith(" refused"):
             records = refused(records, load_refusals(data=self.tofu), self.options.seed)

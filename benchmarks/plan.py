@@ -16,10 +16,10 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from npo_fast.bench.provenance import provenance
-from npo_fast.memory import Footprint, Planned, footprint
-from npo_fast.memory.model import empty_lm, empty_model
-from npo_fast.memory.plan import GIB, REFERENCE, StepRun
-from npo_fast.memory.tracker import FlashAttention
+from npo_fast.planner import Footprint, Planned, footprint
+from npo_fast.planner.model import empty_lm, empty_model
+from npo_fast.planner.plan import GIB, REFERENCE, StepRun
+from npo_fast.planner.tracker import FlashAttention
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
 CONFIGS = {

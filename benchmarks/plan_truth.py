@@ -67,7 +67,7 @@ def config_of(name: str) -> Any:
 
 
 def train_two_steps(model: Any, planned: Any) -> None:
-    from npo_fast.data import Sequence
+    from npo_fast.data import TokenizedExample
     from npo_fast.methods import build_method
     from npo_fast.model.causal_lm import CausalLM
     from npo_fast.trainer.loop import reference_log_probs, train
@@ -79,7 +79,7 @@ def train_two_steps(model: Any, planned: Any) -> None:
     count = planned.micro_batch_tokens // length
     ids = [tuple((7 * i + j) % 900 + 3 for j in range(length)) for i in range(count)]
     sources = {
-        name: [Sequence(own, prompt, i) for i, own in enumerate(ids)]
+        name: [TokenizedExample(own, prompt, i) for i, own in enumerate(ids)]
         for name in ("forget", "retain")
     }
     lm, terms = CausalLM(model, probe=False), build_method(planned.method)
@@ -116,7 +116,7 @@ def status_bytes(field: str) -> int:
 def measure(run: dict[str, Any]) -> dict[str, float]:
     import transformers
 
-    from npo_fast.memory import Planned, footprint
+    from npo_fast.planner import Planned, footprint
 
     name = run["model"]
     own = {key: value for key, value in run.items() if key != "model"}
@@ -147,7 +147,7 @@ def states_of_torchao() -> dict[str, int]:
     import torch
     from torchao.optim import AdamW8bit
 
-    from npo_fast.memory.plan import state_bytes
+    from npo_fast.planner.plan import state_bytes
 
     shapes = [(512, 256), (4096,), (1000,), (4100,), (64, 63)]
     parameters = [torch.nn.Parameter(torch.zeros(s, dtype=torch.bfloat16)) for s in shapes]

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from npo_fast.bench.provenance import provenance
-from npo_fast.study.page import StudyPage
-from npo_fast.study.results import load_study, run_seed
-from npo_fast.study.trials import EXPERIMENTS, StudySettings
+from npo_fast.experiments.ablations.page import AblationPage
+from npo_fast.experiments.ablations.results import load_seeds, run_seed
+from npo_fast.experiments.ablations.trials import EXPERIMENTS, AblationSettings
 
 RESULTS = Path(__file__).parent / "results" / "reviewers"
 
@@ -29,9 +29,9 @@ def main() -> None:
     trials = [trial for name in options.experiments for trial in EXPERIMENTS[name]]
     for seed in options.seeds:
         file = options.results / f"seed-{seed}.json"
-        run_seed(seed, trials, StudySettings(), file, provenance(), _tell)
+        run_seed(seed, trials, AblationSettings(), file, provenance(), _tell)
     page = options.results / "reviewers.html"
-    page.write_text(StudyPage(load_study(options.results)).html(), encoding="utf-8")
+    page.write_text(AblationPage(load_seeds(options.results)).html(), encoding="utf-8")
     print(page)
 
 

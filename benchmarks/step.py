@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from npo_fast.bench.memory import MIB, peak_bytes
 from npo_fast.bench.provenance import provenance
-from npo_fast.data import Sequence, Template, load_records
+from npo_fast.data import Template, TokenizedExample, load_records
 from npo_fast.methods import build_method
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.trainer.loop import reference_log_probs, train
@@ -82,8 +82,8 @@ class Step:
     grad_norm: float
 
 
-Sources = dict[str, list[Sequence]]
-AnswerLogProbs = Callable[[torch.nn.Module, list[Sequence]], tuple[Tensor, int]]
+Sources = dict[str, list[TokenizedExample]]
+AnswerLogProbs = Callable[[torch.nn.Module, list[TokenizedExample]], tuple[Tensor, int]]
 
 
 def load_sources(settings: Settings, model: str) -> Sources:
@@ -152,7 +152,7 @@ class Padded:
     answers: Tensor  # (S, T) of those of an answer
 
     @classmethod
-    def of(cls, sequences: list[Sequence]) -> "Padded":
+    def of(cls, sequences: list[TokenizedExample]) -> "Padded":
         ids = pad_sequence([torch.tensor(s.input_ids) for s in sequences], batch_first=True)
         mask = pad_sequence([torch.ones(len(s.input_ids)) for s in sequences], batch_first=True)
         answers = torch.zeros_like(ids, dtype=torch.bool)
@@ -161,7 +161,9 @@ class Padded:
         return cls(ids, mask, answers)
 
 
-def plain_log_probs(model: torch.nn.Module, sequences: list[Sequence]) -> tuple[Tensor, int]:
+def plain_log_probs(
+    model: torch.nn.Module, sequences: list[TokenizedExample]
+) -> tuple[Tensor, int]:
     """Log-probability of each answer, (S,), from whole logits of a padded batch; their tokens."""
     batch = Padded.of(sequences)
     out = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
@@ -170,7 +172,9 @@ def plain_log_probs(model: torch.nn.Module, sequences: list[Sequence]) -> tuple[
     return (log_probs * batch.answers[:, 1:]).sum(1), int(batch.answers.sum())
 
 
-def framework_log_probs(model: torch.nn.Module, sequences: list[Sequence]) -> tuple[Tensor, int]:
+def framework_log_probs(
+    model: torch.nn.Module, sequences: list[TokenizedExample]
+) -> tuple[Tensor, int]:
     """The same with the passes over logits of ``compute_batch_nll`` (open-unlearning, src/trainer)
     and ``get_batch_loss`` (the paper's code)."""
     batch = Padded.of(sequences)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from npo_fast.bench.candidates import find
+from npo_fast.bench.fp64_oracle import Truth
 from npo_fast.bench.inputs import Shape, make_inputs
 from npo_fast.bench.loss import check
 from npo_fast.bench.memory import forward, train
-from npo_fast.bench.truth import Truth
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'npo-fast[bench]'")
 

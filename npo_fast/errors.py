@@ -13,7 +13,7 @@ class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite; training stopped before the weights changed."""
 
 
-class TornStepError(NonFiniteError):
+class PartialUpdateError(NonFiniteError):
     """As above, but some tensors had taken their step: the weights are of no step."""
 
 
@@ -21,7 +21,7 @@ class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's own names a
     """One sequence alone does not fit; training stopped before the weights changed."""
 
 
-class TornOutOfMemory(OutOfMemory):
+class PartialUpdateOutOfMemory(OutOfMemory):
     """Memory ran out while weights changed: they may be of no step."""
 
 

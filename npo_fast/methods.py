@@ -38,7 +38,7 @@ class Term:
     """The tokens that it looks at; for a KL also "all", prompts included."""
 
     @property
-    def stream(self) -> tuple[Source, ...]:
+    def batch_key(self) -> tuple[Source, ...]:
         """The sources whose sequences go through the model for this term, side by side."""
         return (self.source,) if self.preferred is None else (self.preferred, self.source)
 
@@ -236,7 +236,7 @@ def coefficients_of(name: str) -> dict[str, float]:
     }
 
 
-def turns(terms: tuple[Term, ...], schedule: Schedule) -> tuple[tuple[Term, ...], ...]:
+def schedule_steps(terms: tuple[Term, ...], schedule: Schedule) -> tuple[tuple[Term, ...], ...]:
     """The terms of each optimiser step that a batch gets: their sum, or one side after the other.
 
     Raises:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from npo_fast.demo.lab import train_tokenizer
+from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from tests.conftest import tiny_model
 
 FACTS = [

@@ -21,10 +21,10 @@ from gpu_parts.measure import (
 from gpu_parts.record import Record
 from npo_fast import NPO, linear_kl, linear_sequence_loss
 from npo_fast.bench.candidates import OURS, Candidate
+from npo_fast.bench.fp64_oracle import TOLERANCE, Truth
 from npo_fast.bench.inputs import BETA, Inputs, Shape
 from npo_fast.bench.loss import check
 from npo_fast.bench.memory import forward, train
-from npo_fast.bench.truth import TOLERANCE, Truth
 
 # rows, width, vocabulary; some odd, and more rows than the gradient of the head has room for
 SIZES = (

@@ -10,10 +10,10 @@ from gpu_parts.loss import errors_of, shapes
 from gpu_parts.measure import bare_gemms, interleaved, make_problem, peak_mib, summary
 from gpu_parts.record import Record
 from npo_fast.bench.candidates import OURS, Candidate, find
+from npo_fast.bench.fp64_oracle import Truth, npo
 from npo_fast.bench.inputs import Inputs
 from npo_fast.bench.loss import check
 from npo_fast.bench.memory import train
-from npo_fast.bench.truth import Truth, npo
 
 # by job: the names in npo_fast.bench.candidates
 PEERS = {"pytorch": ("plain", "torch-lce"), "liger": ("liger",), "cce": ("cce",), "trl": ("trl",)}

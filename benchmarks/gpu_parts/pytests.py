@@ -72,7 +72,7 @@ def run(record: Record, device: torch.device, tiny: bool, job: str) -> None:
     share, shares = (int(part) for part in job.split("of"))
     os.chdir(ROOT)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    files = [f"tests/{name}" for name in FILES]
+    files = [f"tests/kernels/{name}" for name in FILES]
     for file in files:
         if not Path(file).exists():
             record.error(file, "not there")

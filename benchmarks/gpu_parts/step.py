@@ -23,7 +23,7 @@ from gpu_parts.measure import free_memory, peak_mib, profile, synchronize
 from gpu_parts.record import Record
 from gpu_parts.tofu_lengths import LENGTHS
 from npo_fast.bench.memory import MIB
-from npo_fast.data import Sequence
+from npo_fast.data import TokenizedExample
 from npo_fast.methods import build_method
 from npo_fast.model.attention import NAME as PACKED
 from npo_fast.model.causal_lm import CausalLM
@@ -47,7 +47,7 @@ PROFILED = 20  # kernels that are listed
 TOLERANCE = 5e-2  # relative, of the loss: bf16
 OURS, ONE_CALL_A_LENGTH, PADDED = "ours", f"ours with {PACKED}", "padded"
 
-Sources = dict[str, list[Sequence]]
+Sources = dict[str, list[TokenizedExample]]
 
 
 class Step(NamedTuple):
@@ -118,7 +118,7 @@ def make_sources(count: int, vocabulary: int) -> Sources:
         for index in range(count):
             prompt, answer = LENGTHS[index % len(LENGTHS)]
             ids = torch.randint(3, vocabulary, (prompt + answer,), generator=random)
-            sources[source].append(Sequence(tuple(ids.tolist()), prompt, index))
+            sources[source].append(TokenizedExample(tuple(ids.tolist()), prompt, index))
     return sources
 
 
@@ -170,7 +170,9 @@ def padded(model: LlamaForCausalLM, sources: Sources, settings: TrainSettings) -
         yield step
 
 
-def plain_log_probs(model: LlamaForCausalLM, sequences: list[Sequence]) -> tuple[Tensor, int]:
+def plain_log_probs(
+    model: LlamaForCausalLM, sequences: list[TokenizedExample]
+) -> tuple[Tensor, int]:
     """Log-probability of each answer, (S,), from whole logits of a padded batch; their tokens."""
     ids = pad_sequence([torch.tensor(s.input_ids) for s in sequences], batch_first=True)
     mask, answers = torch.zeros_like(ids), torch.zeros_like(ids)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_fast import NLL, linear_sequence_loss, npo_loss
+from npo_fast.bench.fp64_oracle import npo
 from npo_fast.bench.inputs import BETA, Inputs
-from npo_fast.bench.truth import npo
 from npo_fast.errors import UserError
 
 OURS = "npo_fast"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.kernels.layout import logits_room
+from npo_fast.kernels.layout import empty_logits
 from npo_fast.kernels.triton.config import h100_floor_ms
 from npo_fast.kernels.triton.offline import Record
 from npo_fast.kernels.triton.variants import HALF, D, N, V
@@ -51,7 +51,7 @@ def measure(device: torch.device) -> list[Measurement]:
     options: Any = {"device": device, "dtype": torch.bfloat16}
     hidden = torch.randn(N, D, **options)
     weight = torch.randn(V, D, **options) * D**-0.5
-    logits = logits_room(N, V, weight, torch.bfloat16)
+    logits = empty_logits(N, V, weight, torch.bfloat16)
     torch.mm(hidden, weight.T, out=logits)
     labels = torch.randint(V, (N,), device=device)
     cu_seqlens = torch.arange(0, N + 1, N // SEQUENCES, device=device, dtype=torch.int32)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from npo_fast.bench.candidates import OURS, Candidate
+from npo_fast.bench.fp64_oracle import TOLERANCE, Errors, Truth
 from npo_fast.bench.inputs import Inputs, Kind, Shape, make_inputs
 from npo_fast.bench.memory import MemoryUnknownError, forward, peak_mib, train
 from npo_fast.bench.timing import bare_gemms, interleaved, time_ms
-from npo_fast.bench.truth import TOLERANCE, Errors, Truth
 
 WHOLE_LOGITS_BYTES = 4 << 30  # what needs all logits at a time is left out above this
 

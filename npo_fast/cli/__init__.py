@@ -7,8 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from npo_fast.distributed import (
+    destroy_process_group,
+    is_lost_contact,
+    is_main_process,
+    rank,
+    world_size,
+)
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
-from npo_fast.ranks import is_lost_contact, leads, leave, rank, ranks
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known verbs: {', '.join(VERBS)}"
             raise UserError(f"unknown verb {verb!r}; {hint}")
-        if ranks() > 1 and not VERBS[verb].on_ranks:
+        if world_size() > 1 and not VERBS[verb].on_ranks:
             able = " and ".join(name for name, each in VERBS.items() if each.on_ranks)
-            raise UserError(f"{verb} runs on one process, not on {ranks()}: torchrun is for {able}")
+            raise UserError(
+                f"{verb} runs on one process, not on {world_size()}: torchrun is for {able}"
+            )
         from npo_fast.cli.settings import parse
 
         module = importlib.import_module(f"npo_fast.cli.{verb}")
@@ -121,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, 1)
     except Interrupted as stop:
-        if leads():
+        if is_main_process():
             print(f"npo-fast: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except RuntimeError as error:
-        if ranks() == 1 or not is_lost_contact(error):
+        if world_size() == 1 or not is_lost_contact(error):
             raise
         return _fail(
             "lost contact with another process of this run, which has ended or cannot be reached; "
@@ -135,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return _fail("interrupted; complete checkpoints and records stay where they are", 130)
-    if ranks() > 1:
-        leave()
+    if world_size() > 1:
+        destroy_process_group()
     return 0
 
 
@@ -160,6 +168,6 @@ def overview() -> str:
 
 
 def _fail(error: object, code: int) -> int:
-    which = f" (process {rank()} of {ranks()})" if ranks() > 1 else ""
+    which = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
     print(f"npo-fast: error{which}: {error}", file=sys.stderr, flush=True)
     return code

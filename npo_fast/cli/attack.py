@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npo_fast.attacks.options import AttackOptions
 from npo_fast.cli.console import follow, number, progress, say, show, table
 from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
@@ -13,7 +14,6 @@ from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
 from npo_fast.metrics import FORGET, Result, retrained_log, save_result, summary
-from npo_fast.robustness.options import AttackOptions
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(command: Command) -> None:
     if (data.output / SUMMARY).exists() and not data.overwrite:
         raise UserError(f"{data.output} holds an attack; name another --output or add --overwrite")
     suite = tofu_suite(data.data, data.forget, data.retain, utility=False)
-    from npo_fast.robustness.attack import Split, attack
+    from npo_fast.attacks.attack import Split, attack
 
     share = command.attack.relearn_share if "relearn" in command.attack.names else 0.0
     split = Split.of(len(suite[FORGET]), share, command.training.seed)

@@ -8,19 +8,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from npo_fast.ranks import leads
+from npo_fast.distributed import is_main_process
 from npo_fast.trainer.settings import StepRecord
 
 
 def say(text: str = "") -> None:
     """A line about what is going on, above a bar where there is one."""
-    if leads():
+    if is_main_process():
         tqdm.write(text, file=sys.stderr)
 
 
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
     """The result of a verb: the text, or one JSON object."""
-    if leads():
+    if is_main_process():
         print(json.dumps(result, default=str) if as_json else text, flush=True)
 
 
@@ -64,7 +64,7 @@ def _bar(total: int, what: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     return tqdm(
         total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause,
-        disable=not leads(),
+        disable=not is_main_process(),
     )  # fmt: skip
 
 

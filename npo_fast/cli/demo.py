@@ -12,7 +12,7 @@ from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from npo_fast.demo.experiment import Demo, Outcome
+    from npo_fast.experiments.demo.experiment import Demo, Outcome
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def run(command: Command) -> None:
     _clear(options.output, options.overwrite)
     started = time.perf_counter()
     say("loading PyTorch and transformers")
-    from npo_fast.demo.experiment import Demo, DemoSettings
+    from npo_fast.experiments.demo.experiment import Demo, DemoSettings
     from npo_fast.trainer.run import versions
 
     demo = Demo(options.output, options.seed, DemoSettings(), follow)

@@ -10,7 +10,7 @@ import tyro
 from npo_fast.cli.console import number, progress, say, show, table
 from npo_fast.cli.settings import Common
 from npo_fast.cli.training import ModelOptions
-from npo_fast.data import Sequence, Template, check_vocabulary
+from npo_fast.data import Template, TokenizedExample, check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
@@ -136,7 +136,7 @@ def _measure(command: Command, suite: Suite) -> Result:
 
 
 def _check_tokens(
-    reference: str, template: Template, sequences: Mapping[str, list[Sequence]]
+    reference: str, template: Template, sequences: Mapping[str, list[TokenizedExample]]
 ) -> None:
     """The tokens to be compared mean the same to both models, as far as the reference can tell."""
     from npo_fast.model.load import load_tokenizer

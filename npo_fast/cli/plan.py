@@ -10,7 +10,7 @@ from npo_fast.errors import UserError
 from npo_fast.trainer.optimizers import Optimizer
 
 if TYPE_CHECKING:
-    from npo_fast.memory import Advice, Footprint, Planned
+    from npo_fast.planner import Advice, Footprint, Planned
 
 GIB = 1 << 30
 
@@ -45,7 +45,7 @@ class PlanOptions:
     """GPUs that share the model (FSDP); the numbers are of one of them."""
 
     def planned(self) -> "Planned":
-        from npo_fast.memory import Planned
+        from npo_fast.planner import Planned
 
         return Planned(**{name: getattr(self, name) for name in Planned.__dataclass_fields__})
 
@@ -64,8 +64,8 @@ def run(command: Command) -> None:
         raise UserError(f"ranks must be 1 or more, got {options.ranks}")
     planned = options.planned()
 
-    from npo_fast.memory import CARDS_GB, advise, flags, footprint
     from npo_fast.model.load import load_config
+    from npo_fast.planner import CARDS_GB, advise, flags, footprint
 
     config = load_config(options.model)
 
@@ -87,7 +87,7 @@ def run(command: Command) -> None:
 def _facts(
     options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]
 ) -> dict[str, Any]:
-    from npo_fast.memory import flags
+    from npo_fast.planner import flags
 
     return {
         "settings": vars(replace(options, model=config.model_type)),
@@ -110,7 +110,7 @@ def _facts(
 
 
 def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]) -> str:
-    from npo_fast.memory.plan import FRAGMENTATION, KINDS
+    from npo_fast.planner.plan import FRAGMENTATION, KINDS
 
     planned = options.planned()
     share = "" if options.ranks == 1 else f", one of {options.ranks} GPUs"
@@ -153,7 +153,7 @@ def _row(title: str, size: int) -> str:
 
 
 def _verdict(planned: "Planned", one: "Advice") -> str:
-    from npo_fast.memory import flags
+    from npo_fast.planner import flags
 
     if not one.fits:
         return "no, even with all of these" if one.switches else "no"
@@ -163,7 +163,7 @@ def _verdict(planned: "Planned", one: "Advice") -> str:
 
 def _costs(planned: "Planned", advice: list["Advice"]) -> list[str]:
     """Each switch that is advised, once."""
-    from npo_fast.memory import flags
+    from npo_fast.planner import flags
 
     advised = dict.fromkeys(switch for one in advice for switch in one.switches)
     rows = [(" ".join(flags(planned, s.change(planned))), s.cost) for s in advised]

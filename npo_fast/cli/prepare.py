@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from npo_fast.cli.console import say
-from npo_fast.data import Record, Sequence, Template
+from npo_fast.data import Record, Template, TokenizedExample, data_fingerprint
+from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
-from npo_fast.methods import Term, turns
-from npo_fast.ranks import ranks
+from npo_fast.methods import Term, schedule_steps
 from npo_fast.trainer.optimizers import check_optimizer
-from npo_fast.trainer.order import check_step_in_backward, driving_sources, steps_per_epoch
-from npo_fast.trainer.settings import TrainSettings, check_ranks
+from npo_fast.trainer.order import check_step_in_backward, primary_sources, steps_per_epoch
+from npo_fast.trainer.settings import TrainSettings, check_world_size
 
 if TYPE_CHECKING:
     from npo_fast.cli.training import ModelOptions
@@ -23,12 +23,11 @@ class Prepared:
     """Tokenised data and the steps it makes, before any weight is loaded."""
 
     template: Template
-    sources: dict[str, list[Sequence]]
+    sources: dict[str, list[TokenizedExample]]
     truncated: dict[str, int]
     steps: int
 
     def facts(self) -> dict[str, Any]:
-        from npo_fast.trainer.run import data_fingerprint
 
         data = {
             name: {
@@ -52,9 +51,9 @@ def prepare(
 ) -> Prepared:
     """Everything that can fail on the user's side, first."""
     options.check_training()
-    check_ranks(terms, training, ranks())
+    check_world_size(terms, training, world_size())
     check_optimizer(training.optimizer)
-    each_batch = turns(terms, training.schedule)
+    each_batch = schedule_steps(terms, training.schedule)
     template = options.load_template()
     sources, truncated = {}, {}
     for source in records:
@@ -68,8 +67,8 @@ def prepare(
         say(f"{source}: {len(sources[source])} records, {tokens} tokens{cut} ({name})")
     if training.step_in_backward:
         check_step_in_backward(sources, terms, training)
-    (driving, *_) = driving_sources({s: sources[s] for term in terms for s in term.reads})
-    per_epoch = steps_per_epoch(len(sources[driving]), training.batch_size)
+    (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})
+    per_epoch = steps_per_epoch(len(sources[primary]), training.batch_size)
     steps = training.epochs * per_epoch * len(each_batch)
     say(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
     return Prepared(template, sources, truncated, steps)

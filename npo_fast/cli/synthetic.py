@@ -12,7 +12,7 @@ from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from npo_fast.synthetic.experiment import Experiment
+    from npo_fast.experiments.synthetic.experiment import Experiment
 
 RESULT, CURVES, CLAIMS = "result.json", "curves.json", "claims.md"
 THEOREM_STEPS, QUICK_THEOREM_STEPS = 4000, 400
@@ -47,7 +47,7 @@ def run(command: Command) -> None:
     started = time.perf_counter()
     say("loading PyTorch")
     from npo_fast.bench.provenance import provenance
-    from npo_fast.synthetic import claims, experiment, figures, theory
+    from npo_fast.experiments.synthetic import claims, experiment, figures, theory
 
     origin = provenance()
 

@@ -10,16 +10,23 @@ from npo_fast.cli.console import follow, say
 from npo_fast.cli.prepare import Prepared, run_facts
 from npo_fast.cli.settings import Common
 from npo_fast.data import Template, check_vocabulary
+from npo_fast.distributed import (
+    all_reduce_max,
+    init_process_group,
+    is_main_process,
+    own_device,
+    rank,
+    world_size,
+)
 from npo_fast.errors import (
     Interrupted,
     NonFiniteError,
     OutOfMemory,
-    TornOutOfMemory,
-    TornStepError,
+    PartialUpdateError,
+    PartialUpdateOutOfMemory,
     UserError,
 )
 from npo_fast.methods import Term
-from npo_fast.ranks import join, leads, most, own_device, rank, ranks
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
@@ -60,8 +67,8 @@ class ModelOptions:
         check_libraries(self.quantize, self.lora_rank)
         if self.quantize == "4bit" and not self.lora_rank:
             raise UserError("4-bit weights stay as they are: train beside them with --lora-rank 16")
-        if self.quantize == "4bit" and ranks() > 1:
-            raise UserError(f"--quantize 4bit runs on one process, not on {ranks()}")
+        if self.quantize == "4bit" and world_size() > 1:
+            raise UserError(f"--quantize 4bit runs on one process, not on {world_size()}")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("--lora-alpha scales an adapter: add --lora-rank 16")
         if self.lora_alpha is not None and self.lora_alpha < 1:
@@ -82,7 +89,7 @@ class ModelOptions:
         from npo_fast.model.load import default_dtype, load_model
 
         say(f"loading {self.model}")
-        several, device, dtype = ranks() > 1, self.device, self.dtype
+        several, device, dtype = world_size() > 1, self.device, self.dtype
         if several:
             own, device = own_device(device), "cpu"
             dtype = default_dtype(own) if dtype == "auto" else dtype
@@ -98,11 +105,11 @@ class ModelOptions:
         if several:
             from npo_fast.model.sharding import shard
 
-            mesh, step = join(own), -1
+            mesh, step = init_process_group(own), -1
             if earlier is not None and earlier.weights is not None:
                 step = earlier.state.step
                 read_weights(lm, earlier.weights)
-            if most(step, own) != -most(-step, own):
+            if all_reduce_max(step, own) != -all_reduce_max(-step, own):
                 raise UserError(
                     f"process {rank()} would go on after step {step}, and others do not: --output "
                     "must be a folder that all of them share"
@@ -116,7 +123,8 @@ class ModelOptions:
         kept = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
         say(
             f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {kept} on "
-            f"{lm.device}{f' in {ranks()} processes' if several else ''}, attention {lm.attention}"
+            f"{lm.device}{f' in {world_size()} processes' if several else ''}, "
+            f"attention {lm.attention}"
         )
         return lm
 
@@ -147,7 +155,7 @@ class RunOptions(Common):
                 "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "
                 "--quantize"
             )
-        if self.merge and ranks() > 1:
+        if self.merge and world_size() > 1:
             raise UserError("--merge runs on one process: leave it out, the adapter loads anywhere")
         own, other = self.output.resolve(), Path(model.model)
         if other.exists() and own in (other.resolve(), *other.resolve().parents):
@@ -251,7 +259,7 @@ def run_training(
                     if course.over():
                         say(f"{course.options.stop_when} at step {record.step}: stopped")
                         break
-                stopping = most(stop.number or 0, lm.device)
+                stopping = all_reduce_max(stop.number or 0, lm.device)
                 due = stopping or (every and record.step % every == 0)
                 if due and record.step < record.steps:
                     run.checkpoint(lm, tokenizer, record.step, state)
@@ -277,7 +285,7 @@ def run_training(
         results = report()
     except NonFiniteError as error:
         kept = "no step was taken, so there is nothing to keep"
-        if isinstance(error, TornStepError):
+        if isinstance(error, PartialUpdateError):
             kept = "nothing was saved of them; earlier checkpoints stay where they are"
         elif state.step:
             folder = run.checkpoint(lm, tokenizer, state.step)
@@ -286,8 +294,8 @@ def run_training(
         wait_for_all(lm)
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except OutOfMemory as error:
-        whole = not isinstance(error, TornOutOfMemory)
-        if state.step and whole and lm.ranks == 1:  # else the others are still in the step
+        whole = not isinstance(error, PartialUpdateOutOfMemory)
+        if state.step and whole and lm.world_size == 1:  # else the others are still in the step
             run.checkpoint(lm, tokenizer, state.step, state)
         run.finish("interrupted", error=str(error))
         raise OutOfMemory(f"{error}. Where there is more memory, {again} goes on") from error
@@ -315,7 +323,7 @@ def _open_run(
     from npo_fast.trainer.run import Bystander, Run
 
     facts = {**facts, "attention": lm.attention}
-    if not leads():
+    if not is_main_process():
         return Bystander(options.output, facts if earlier is None else earlier.facts)
     if origin.reference_cache is not None:
         facts["reference"] = origin.reference_cache.made_from
@@ -323,7 +331,7 @@ def _open_run(
         if course is not None:  # first: it may refuse, and the folder may hold an earlier run
             course.begin()
         before = {"before": origin.before} if origin.before else {}
-        more = {**before, "processes": ranks()}
+        more = {**before, "processes": world_size()}
         run = Run.begin(options.output, options.overwrite, {**facts, **more}, origin.references)
         if course is not None:
             run.log_evaluation(course.start)
@@ -332,7 +340,7 @@ def _open_run(
     assert earlier.weights is not None
     if earlier.trained and options.merge:
         merge_adapter(lm)
-    if ranks() == 1:  # else they are in: a model that is divided takes none
+    if world_size() == 1:  # else they are in: a model that is divided takes none
         read_weights(lm, earlier.weights)
     run = Run.resume(earlier.folder, earlier.facts, earlier.state.step)
     if course is not None:

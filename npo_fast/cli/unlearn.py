@@ -17,13 +17,13 @@ from npo_fast.cli.training import (
     run_training,
 )
 from npo_fast.data import Record, alternated, load_records, load_refusals, refused
+from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.evaluation.course import Course, WatchOptions, value_of
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
 from npo_fast.methods import Coefficients, Term, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
-from npo_fast.ranks import ranks
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _references_again(
 ) -> "dict[str, Tensor | list[Tensor]]":
     from npo_fast.trainer.loop import reference_log_probs
 
-    if ranks() > 1 and any(term.loss.reference in ("sequence", "token") for term in terms):
+    if world_size() > 1 and any(term.loss.reference in ("sequence", "token") for term in terms):
         raise UserError(  # ranks that divide a model have the weights of the checkpoint by now
             f"the reference's log-probs in {command.run.output} are lost: go on with one process, "
             "which makes them again"
@@ -220,8 +220,8 @@ def _watched(command: Command) -> tuple[Suite, Result | None] | None:
     options, data = command.watch, command.data
     if not options.eval_every:
         return None
-    if ranks() > 1:
-        raise UserError(f"--eval-every answers questions on one process, not on {ranks()}")
+    if world_size() > 1:
+        raise UserError(f"--eval-every answers questions on one process, not on {world_size()}")
     suite = tofu_suite(data.data, data.forget, data.retain)
     kept = {name: records[: options.eval_records] for name, records in suite.items()}
     if options.retrained is None:
@@ -267,7 +267,7 @@ class _Look:
     def take(self, when: str) -> dict[str, Any]:
         if self.options.no_report or self.options.report_records < 1:
             return {}
-        if ranks() > 1:
+        if world_size() > 1:
             if when == "after":
                 say("no look at the answers: npo-fast evaluate takes one, on one process")
             return {}

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from npo_fast.data.template import Sequence
+from npo_fast.data.template import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,16 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
-def pack(sequences: Iterable[Sequence], max_tokens: int, group: int = 1) -> Iterator[PackedBatch]:
+def pack(
+    sequences: Iterable[TokenizedExample], max_tokens: int, group: int = 1
+) -> Iterator[PackedBatch]:
     """Batches of whole sequences with at most ``max_tokens`` tokens, in the order given.
 
     A longer sequence gets a batch of its own. Within a batch, sequences of one length stand
     together, which lets attention take them as one block. ``group`` consecutive sequences (pairs:
     2) stay side by side, in one batch.
     """
-    batch: list[tuple[Sequence, ...]] = []
+    batch: list[tuple[TokenizedExample, ...]] = []
     tokens = 0
     for unit in zip(*[iter(sequences)] * group, strict=True):
         length = _tokens(unit)
@@ -54,18 +56,18 @@ def pack(sequences: Iterable[Sequence], max_tokens: int, group: int = 1) -> Iter
 
 
 def micro_batches(
-    sequences: Iterable[Sequence], max_tokens: int, group: int = 1, ranks: int = 1
+    sequences: Iterable[TokenizedExample], max_tokens: int, group: int = 1, world_size: int = 1
 ) -> list[list[PackedBatch]]:
     """What goes through the model at a time: a pack for each of several processes.
 
     Units of ``group`` sequences are dealt so that each process gets about as many tokens. One that
     has no more to do takes a pack that no answer is asked of, so that all make as many passes.
     """
-    if ranks == 1:
+    if world_size == 1:
         return [[one] for one in pack(sequences, max_tokens, group)]
     units = list(zip(*[iter(sequences)] * group, strict=True))
-    dealt: list[list[Sequence]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
+    dealt: list[list[TokenizedExample]] = [[] for _ in range(world_size)]
+    tokens = [0] * world_size
     for unit in sorted(units, key=_tokens, reverse=True):  # the longest first: they even out
         least = tokens.index(min(tokens))
         dealt[least] += unit
@@ -75,11 +77,11 @@ def micro_batches(
     return [[own[i] if i < len(own) else _idle(units[0]) for own in of_each] for i in range(passes)]
 
 
-def _tokens(unit: tuple[Sequence, ...]) -> int:
+def _tokens(unit: tuple[TokenizedExample, ...]) -> int:
     return sum(len(sequence.input_ids) for sequence in unit)
 
 
-def _idle(unit: tuple[Sequence, ...]) -> PackedBatch:
+def _idle(unit: tuple[TokenizedExample, ...]) -> PackedBatch:
     one = _collate([unit])
     return replace(
         one,
@@ -90,7 +92,7 @@ def _idle(unit: tuple[Sequence, ...]) -> PackedBatch:
     )
 
 
-def join(packs: list[PackedBatch]) -> PackedBatch:
+def concatenate(packs: list[PackedBatch]) -> PackedBatch:
     """Packs one after another as one, for a single pass through the model."""
     if len(packs) == 1:
         return packs[0]
@@ -113,7 +115,7 @@ def join(packs: list[PackedBatch]) -> PackedBatch:
     )
 
 
-def _collate(units: list[tuple[Sequence, ...]]) -> PackedBatch:
+def _collate(units: list[tuple[TokenizedExample, ...]]) -> PackedBatch:
     units = sorted(units, key=lambda unit: [len(sequence.input_ids) for sequence in unit])
     sequences = [sequence for unit in units for sequence in unit]
     input_ids: list[int] = []

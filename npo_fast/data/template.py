@@ -1,5 +1,6 @@
 """How a record becomes tokens: the chat template of the tokenizer, or plain tags."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ TemplateName = Literal["auto", "chat", "plain"]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenizedExample:
     """Tokens of a prompt and its answer; only the answer carries a loss."""
 
     input_ids: tuple[int, ...]
@@ -66,7 +67,7 @@ class Template:
             ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
 
-    def encode(self, record: Record, index: int, answer: str | None = None) -> Sequence:
+    def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
         """Prompt and answer, cut to ``max_length`` (see ``truncated``)."""
         prompt = self.prompt_ids(record)
         ids = prompt + self.answer_ids(record, record.answer if answer is None else answer)
@@ -77,9 +78,9 @@ class Template:
             )
         if not prompt:
             raise UserError(f"record {index + 1}: its prompt has no token")
-        return Sequence(tuple(ids[: self.max_length]), len(prompt), index)
+        return TokenizedExample(tuple(ids[: self.max_length]), len(prompt), index)
 
-    def encode_all(self, records: Iterable[Record]) -> tuple[list[Sequence], int]:
+    def encode_all(self, records: Iterable[Record]) -> tuple[list[TokenizedExample], int]:
         """All records, and how many of them were cut to ``max_length``."""
         sequences = []
         truncated = 0
@@ -89,7 +90,7 @@ class Template:
             sequences.append(sequence)
         return sequences, truncated
 
-    def _is_cut(self, record: Record, sequence: Sequence) -> bool:
+    def _is_cut(self, record: Record, sequence: TokenizedExample) -> bool:
         if len(sequence.input_ids) < self.max_length:
             return False
         answer = self.answer_ids(record, record.answer)
@@ -112,7 +113,7 @@ class Template:
         return [*ids, end]
 
 
-def check_vocabulary(sources: Mapping[str, list[Sequence]], vocabulary: int) -> None:
+def check_vocabulary(sources: Mapping[str, list[TokenizedExample]], vocabulary: int) -> None:
     """
     Raises:
         UserError: token ids of a tokenizer that belongs to another model than this vocabulary.
@@ -125,3 +126,11 @@ def check_vocabulary(sources: Mapping[str, list[Sequence]], vocabulary: int) -> 
                     f"model's vocabulary of {vocabulary}: model and tokenizer do not belong "
                     "together"
                 )
+
+
+def data_fingerprint(sequences: list[TokenizedExample]) -> str:
+    """SHA-256 over the token ids and where each answer begins."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(f"{sequence.prompt_length}:{sequence.input_ids}".encode())
+    return digest.hexdigest()

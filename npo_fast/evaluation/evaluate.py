@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.data import Record, Sequence, Template, pack
+from npo_fast.data import Record, Template, TokenizedExample, pack
 from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite
@@ -87,9 +87,9 @@ def _evaluate_records(
     return log
 
 
-def _other_answers(template: Template, records: list[Record]) -> list[Sequence]:
+def _other_answers(template: Template, records: list[Record]) -> list[TokenizedExample]:
     """The paraphrase of a record, where it has one, and its wrong answers; then the next one's."""
-    found: list[Sequence] = []
+    found: list[TokenizedExample] = []
     for record in records:
         paraphrase = record.paraphrased_answer
         for answer in ([] if paraphrase is None else [paraphrase]) + list(record.perturbed_answers):
@@ -118,7 +118,7 @@ def _memorization(records: list[Record], scores: list[TokenScores]) -> dict[str,
 def _comparison(
     records: list[Record],
     log: dict[str, list[Any]],
-    others: list[Sequence],
+    others: list[TokenizedExample],
     losses: list[float],
 ) -> dict[str, list[Any]]:
     """Paraphrased and wrong answers, as TOFU logs them."""
@@ -145,7 +145,7 @@ def _comparison(
 @torch.no_grad()
 def _token_scores(
     lm: CausalLM,
-    sequences: list[Sequence],
+    sequences: list[TokenizedExample],
     settings: EvaluationSettings,
     done: Callable[[int], None],
 ) -> list[TokenScores]:
@@ -164,7 +164,7 @@ def _token_scores(
 @torch.no_grad()
 def _losses(
     lm: CausalLM,
-    sequences: list[Sequence],
+    sequences: list[TokenizedExample],
     settings: EvaluationSettings,
     done: Callable[[int], None],
 ) -> list[float]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, Sequence, Template, pack
+from npo_fast.data import PackedBatch, Template, TokenizedExample, pack
 from npo_fast.evaluation.suite import Suite
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops.head import Head
@@ -41,7 +41,7 @@ class ReferenceStates:
 
     @torch.no_grad()
     def divergence(
-        self, lm: CausalLM, sequences: list[Sequence], name: str, micro_batch_tokens: int
+        self, lm: CausalLM, sequences: list[TokenizedExample], name: str, micro_batch_tokens: int
     ) -> list[float]:
         """Mean over its answer tokens of ``KL(reference || model)``, for each sequence."""
         found = [0.0] * len(sequences)

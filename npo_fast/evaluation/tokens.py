@@ -30,10 +30,10 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
     """Log-probs from the same kernel as the losses; the logits of all N are never there at once."""
     rows = len(labels)
     found = TokenScores(
-        log_probs=hidden.new_empty(rows, dtype=head.wide_dtype),
+        log_probs=hidden.new_empty(rows, dtype=head.opmath_dtype),
         greedy=torch.empty_like(labels, dtype=torch.bool),
-        mean=hidden.new_empty(rows, dtype=head.wide_dtype),
-        std=hidden.new_empty(rows, dtype=head.wide_dtype),
+        mean=hidden.new_empty(rows, dtype=head.opmath_dtype),
+        std=hidden.new_empty(rows, dtype=head.opmath_dtype),
     )
     step = head.chunk_rows()
     buffer = head.buffer(min(step, rows))
@@ -49,7 +49,7 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
 
 
 def _moments(head: Head, logits: Tensor, mean: Tensor, std: Tensor) -> None:  # (R, V), (R,), (R,)
-    slab = max(1, SLAB_BYTES // (logits.shape[1] * head.wide_dtype.itemsize))
+    slab = max(1, SLAB_BYTES // (logits.shape[1] * head.opmath_dtype.itemsize))
     parts = (logits.split(slab), mean.split(slab), std.split(slab))
     for raw, mean_out, std_out in zip(*parts, strict=True):
         log_p = head.activate(raw).log_softmax(-1)

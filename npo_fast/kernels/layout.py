@@ -11,7 +11,7 @@ from npo_fast.kernels.pages import in_huge_pages
 ROW_MULTIPLE = 16
 
 
-def logits_room(rows: int, columns: int, beside: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_logits(rows: int, columns: int, beside: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, columns), uninitialised, in the layout that the row kernels like.
 
     A column follows a column. On the CPU rows are then the lanes of the kernels, and BLAS meets the

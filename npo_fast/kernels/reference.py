@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.kernels.layout import empty_gradients, logits_room, product_dtype
+from npo_fast.kernels.layout import empty_gradients, empty_logits, product_dtype
 
 SLAB_BYTES = 4 << 20  # a few rows at a time: the passes of one slab hit cache, not memory
 TILE_BYTES = 32 << 20  # of logits: many rows times a slice of the vocabulary
@@ -99,9 +99,9 @@ def row_gradient_(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    wide = _wide(logits.dtype)
+    opmath = _wide(logits.dtype)
     for rows in _slabs(logits):
-        z, slope = _capped(logits[rows].to(wide), softcap)
+        z, slope = _capped(logits[rows].to(opmath), softcap)
         grad = (z * logit_scale).sub_(shift[rows].unsqueeze(1)).exp_()
         grad.mul_(share[rows].unsqueeze(1)).neg_()
         # onehot - softmax cancels at a sure token; 1 - p from the log-prob does not
@@ -110,7 +110,7 @@ def row_gradient_(
         grad[mine, column[mine]] = -torch.expm1(log_probs[rows][mine])
         if slope is not None:
             grad.mul_(slope)
-        grad.mul_((g[rows].to(wide) * logit_scale).unsqueeze(1))
+        grad.mul_((g[rows].to(opmath) * logit_scale).unsqueeze(1))
         logits[rows] = grad.to(logits.dtype)
 
 
@@ -217,17 +217,17 @@ def linear_log_probs_backward(
     logit_scale: float,
     needs: Sequence[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:  # in the dtypes of hidden, weight, bias; empty: not wanted
-    wide = _wide(hidden.dtype)
+    opmath = _wide(hidden.dtype)
     d_hidden, d_weight, d_bias = (
-        torch.zeros_like(one, dtype=wide) for one in empty_gradients(hidden, weight, bias, needs)
+        torch.zeros_like(one, dtype=opmath) for one in empty_gradients(hidden, weight, bias, needs)
     )
     at_label = -torch.expm1(log_probs)  # onehot - softmax cancels at a sure token
     for rows in _row_tiles(hidden):
-        block = hidden[rows].to(wide)
-        row_scale = (g[rows] * logit_scale).to(wide).unsqueeze(1)
-        for columns, logits in _column_tiles(block, weight, bias, wide):
+        block = hidden[rows].to(opmath)
+        row_scale = (g[rows] * logit_scale).to(opmath).unsqueeze(1)
+        for columns, logits in _column_tiles(block, weight, bias, opmath):
             column = labels[rows] - columns.start
-            z, slope = _capped(logits.to(wide), softcap)
+            z, slope = _capped(logits.to(opmath), softcap)
             gradient = (z * logit_scale).sub_(lse[rows].unsqueeze(1)).exp_().neg_()
             mine = ((column >= 0) & (column < z.shape[1])).nonzero().squeeze(1)
             gradient[mine, column[mine]] = at_label[rows][mine]
@@ -235,7 +235,7 @@ def linear_log_probs_backward(
             if slope is not None:
                 gradient.mul_(slope)
             if needs[0]:
-                d_hidden[rows].addmm_(gradient, weight[columns].to(wide))
+                d_hidden[rows].addmm_(gradient, weight[columns].to(opmath))
             if needs[1]:
                 d_weight[columns].addmm_(gradient.t(), block)
             if needs[2] and bias is not None:
@@ -339,7 +339,7 @@ def _column_tiles(
     hidden = hidden.to(dtype)
     converted = 0 if weight.dtype == dtype else width  # the slice of the weight in fp32 counts
     step = max(LEAST_COLUMNS, TILE_BYTES // (dtype.itemsize * (max(1, len(hidden)) + converted)))
-    tile = logits_room(len(hidden), min(step, vocabulary), weight, dtype)
+    tile = empty_logits(len(hidden), min(step, vocabulary), weight, dtype)
     for first in range(0, vocabulary, step):
         columns = slice(first, min(first + step, vocabulary))
         part, logits = weight[columns].to(dtype), tile[:, : columns.stop - first]

@@ -111,9 +111,9 @@ class CausalLM:
         return head_of(**self.head_arguments)
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """Processes that divide the model; 1 where it is whole, under DDP too."""
-        return 1 if self.vocabulary_slice is None else self.vocabulary_slice.ranks
+        return 1 if self.vocabulary_slice is None else self.vocabulary_slice.world_size
 
     @property
     def rank(self) -> int:

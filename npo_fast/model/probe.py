@@ -1,13 +1,13 @@
 """A handful of tokens through a model that was just loaded: is it one that this package knows?"""
 
 import warnings
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, Sequence, pack
+from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.ops import linear_log_probs
@@ -84,13 +84,13 @@ def _probe(lm: "CausalLM", any_attention: bool) -> None:
 
 
 def _pack_of_two(lm: "CausalLM", first: list[int], second: list[int]) -> PackedBatch:
-    sequences = [Sequence(tuple(first), 1, 0), Sequence(tuple(second), 1, 1)]
+    sequences = [TokenizedExample(tuple(first), 1, 0), TokenizedExample(tuple(second), 1, 1)]
     (batch,) = pack(sequences, max_tokens=len(first) + len(second))
     assert batch.indices == (0, 1)
     return batch.to(lm.device)
 
 
-def _attends(lm: "CausalLM", singles: Several[PackedBatch], expected: Tensor) -> bool:
+def _attends(lm: "CausalLM", singles: Sequence[PackedBatch], expected: Tensor) -> bool:
     """Whether single sequences have the log-probs that the model's own attention gives them."""
     try:
         gap = _gap(_log_probs(lm, singles), expected)
@@ -105,7 +105,7 @@ def _mixes(
     lm: "CausalLM",
     batch: PackedBatch,
     other: PackedBatch,  # the second sequence has another before it, as long
-    singles: Several[PackedBatch],
+    singles: Sequence[PackedBatch],
     expected: Tensor,
 ) -> str:
     """In which way a pack is not its sequences alone; empty where it is.
@@ -133,7 +133,7 @@ def _mixes(
     return ""
 
 
-def _log_probs(lm: "CausalLM", singles: Several[PackedBatch]) -> Tensor:
+def _log_probs(lm: "CausalLM", singles: Sequence[PackedBatch]) -> Tensor:
     return torch.cat([lm.log_probs(one) for one in singles])
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops.vocab_parallel import VocabularySlice, vocab_parallel_embedding
-from npo_fast.ranks import leads
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    def __init__(self, whole: nn.Embedding, vocabulary: VocabularySlice) -> None:
+    def __init__(self, embedding: nn.Embedding, vocabulary: VocabularySlice) -> None:
         super().__init__()
-        self.weight: Any = whole.weight  # a DTensor
-        self.padding_idx, self.vocabulary = whole.padding_idx, vocabulary
+        self.weight: Any = embedding.weight  # a DTensor
+        self.padding_idx, self.vocabulary = embedding.padding_idx, vocabulary
 
     def forward(self, ids: Tensor) -> Tensor:  # (…) -> (…, D)
         weight = self.weight.to_local()
@@ -66,7 +66,7 @@ def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
     _check_packs(lm)
 
 
-def whole(state: Any) -> Any:
+def gather_state_dict(state: Any) -> Any:
     """A state dict with whole tensors, on the CPU of the first rank; empty tensors on others.
 
     Every rank has to take part where something is divided.
@@ -82,13 +82,13 @@ def whole(state: Any) -> Any:
             return value
         if id(value) not in seen:
             full = value.full_tensor().detach()
-            seen[id(value)] = full.cpu() if leads() else full.new_empty(0, device="cpu")
+            seen[id(value)] = full.cpu() if is_main_process() else full.new_empty(0, device="cpu")
         return seen[id(value)]
 
     return of_one(state)
 
 
-def like(value: Tensor, example: Tensor) -> Tensor:
+def shard_like(value: Tensor, example: Tensor) -> Tensor:
     """``value``, divided as ``example`` is."""
     if not isinstance(example, DTensor):
         return value
@@ -96,13 +96,13 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(value, example.device_mesh, example.placements, src_data_rank=None)
 
 
-def divided_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def sharded_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's ``whole`` state dict, each state divided as its parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def of_one(parameter: Tensor, value: Any) -> Any:
         same = isinstance(value, Tensor) and value.shape == parameter.shape
-        return like(value, parameter) if same else value
+        return shard_like(value, parameter) if same else value
 
     states = {
         i: {name: of_one(parameters[i], value) for name, value in of_parameter.items()}
@@ -143,7 +143,7 @@ def _check_packs(lm: CausalLM) -> None:
 
 
 def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
-    ranks = mesh.size()
+    world_size = mesh.size()
     if lm.quantized:
         raise UserError("4-bit weights (bitsandbytes) cannot be divided: use one process")
     _check_packs(lm)
@@ -154,10 +154,10 @@ def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
             "use one process"
         )
     for weight in (embedding.weight, lm.head.weight):
-        if (ranks - 1) * -(-len(weight) // ranks) >= len(weight):
+        if (world_size - 1) * -(-len(weight) // world_size) >= len(weight):
             raise UserError(
-                f"a vocabulary of {len(weight)} leaves one of {ranks} processes without a token: "
-                "start fewer"
+                f"a vocabulary of {len(weight)} leaves one of {world_size} processes without a "
+                "token: start fewer"
             )
     if lm.decoder.get_input_embeddings() is not embedding:
         warnings.warn(

@@ -123,7 +123,7 @@ def _keep(gradients: Gradients) -> Tensor:  # (1,) on the CPU
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Any, cu_seqlens: Tensor, *rest: Any) -> (
     tuple[Tensor, Tensor, Tensor]
 ):  # fmt: skip
-    value = hidden.new_empty((), dtype=Head(weight).wide_dtype)
+    value = hidden.new_empty((), dtype=Head(weight).opmath_dtype)
     key = torch.empty(1, dtype=torch.int64, device="cpu")
     return value, value.new_empty(cu_seqlens.shape[0] - 1), key
 

@@ -56,7 +56,7 @@ class Problem:
     width: int  # D
     vocabulary: int  # V, or what a slice of it has
     itemsize: int  # bytes a logit
-    wide_itemsize: int = 4  # of sums
+    opmath_itemsize: int = 4  # of sums
     trains_head: bool = True
     on_cpu: bool = False
     makes_logits: bool = False  # operators that make none cannot serve
@@ -91,12 +91,12 @@ class Problem:
         CPUs have no product of bf16 operands with an fp32 result: to add up chunks, each rounded,
         takes a third longer than to make all logits at once, and is less exact.
         """
-        usual = max(CHUNK_BYTES, self.wide_itemsize * self.vocabulary * self.width)
+        usual = max(CHUNK_BYTES, self.opmath_itemsize * self.vocabulary * self.width)
         return 2 * usual if self._rounds_products else usual
 
     @property
     def _rounds_products(self) -> bool:
-        return self.on_cpu and self.itemsize < self.wide_itemsize
+        return self.on_cpu and self.itemsize < self.opmath_itemsize
 
     def whole(self) -> Way:
         stride = column_stride(self.rows, self.on_cpu)
@@ -110,12 +110,12 @@ class Problem:
         rows = self.chunk_rows()
         head = self.vocabulary * self.width
         steps = -(-self.rows // rows)
-        moved = (2 * steps - 1) * self.wide_itemsize * head  # the first is written, not read
-        if self.wide_itemsize == self.itemsize:
+        moved = (2 * steps - 1) * self.opmath_itemsize * head  # the first is written, not read
+        if self.opmath_itemsize == self.itemsize:
             held = self.itemsize * rows * self.vocabulary
         else:
-            moved += (self.wide_itemsize + self.itemsize) * head
-            held = self.wide_itemsize * head
+            moved += (self.opmath_itemsize + self.itemsize) * head
+            held = self.opmath_itemsize * head
             if column_stride(rows, self.on_cpu) > self.width:  # no room in the finished gradient
                 held += self.itemsize * rows * self.vocabulary
         return Way("chunks", rows, 6 * self._ndv, self._row_bytes + moved, held)
@@ -133,7 +133,7 @@ class Problem:
 
     def chunk_rows(self) -> int:
         """Of a chunk where several add up: as many as the finished gradient has room for."""
-        if self.on_cpu or self.wide_itemsize == self.itemsize:
+        if self.on_cpu or self.opmath_itemsize == self.itemsize:
             return self.rows_of_bytes(
                 self.usual_bytes // 2 if self._rounds_products else CHUNK_BYTES
             )

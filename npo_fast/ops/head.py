@@ -10,7 +10,7 @@ from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.kernels import layout
-from npo_fast.kernels.layout import column_stride, empty_gradients, logits_room, padded_rows
+from npo_fast.kernels.layout import column_stride, empty_gradients, empty_logits, padded_rows
 from npo_fast.kernels.pages import in_huge_pages
 from npo_fast.kernels.products import add_product_
 from npo_fast.ops import cost
@@ -53,7 +53,7 @@ class Head:
         return layout.product_dtype(self.weight)
 
     @property
-    def wide_dtype(self) -> torch.dtype:
+    def opmath_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def problem(self, rows: int, trains_head: bool) -> Problem:
@@ -61,7 +61,7 @@ class Head:
         vocabulary, width = self.weight.shape
         return Problem(
             rows, width, vocabulary,
-            itemsize=self.logits_dtype.itemsize, wide_itemsize=self.wide_dtype.itemsize,
+            itemsize=self.logits_dtype.itemsize, opmath_itemsize=self.opmath_dtype.itemsize,
             trains_head=trains_head, on_cpu=layout.runs_on_cpu(self.weight),
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Head:
 
         A buffer a chunk would keep two alive at a time, and the CPU would map in each page anew.
         """
-        return logits_room(self.padded(rows), len(self.weight), self.weight, self.logits_dtype)
+        return empty_logits(self.padded(rows), len(self.weight), self.weight, self.logits_dtype)
 
     def operand(self, hidden: Tensor) -> Tensor:  # (R, D) -> (padded R, D) in the logits' dtype
         more = self.padded(len(hidden)) - len(hidden)
@@ -98,7 +98,7 @@ class Head:
         return logits
 
     def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z, in the wide dtype
-        z = logits.to(self.wide_dtype)
+        z = logits.to(self.opmath_dtype)
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z * self.logit_scale
@@ -138,7 +138,7 @@ class Head:
 
     def _target_logits(self, hidden: Tensor, labels: Tensor, padded: int) -> Tensor | None:
         """Raw target logits from an fp32 dot, where the chunk itself is rounded to half."""
-        if self.logits_dtype == self.wide_dtype:
+        if self.logits_dtype == self.opmath_dtype:
             return None
         found = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
         return pad_rows(found, padded)
@@ -191,13 +191,13 @@ class HeadGradients:
         self.logits = self._in_gradient(rows) if needs[1] else head.buffer(rows)
         self.bias = None
         if head.bias is not None and needs[2]:
-            self.bias = head.bias.new_zeros(head.bias.shape, dtype=head.wide_dtype)
+            self.bias = head.bias.new_zeros(head.bias.shape, dtype=head.opmath_dtype)
 
     def _in_gradient(self, rows: int) -> Tensor:  # (padded rows, V)
         """Allocates the gradient of the weight, and finds room for the logits of a chunk."""
         head, weight = self.head, self.head.weight
         (vocabulary, width), single = weight.shape, rows == self.rows
-        dtype = head.logits_dtype if single else head.wide_dtype
+        dtype = head.logits_dtype if single else head.opmath_dtype
         stride = column_stride(rows, layout.runs_on_cpu(weight))
         fits = 0 < stride <= width
         ahead = 0  # elements by which the gradient's memory begins before the logits need it to

@@ -169,7 +169,7 @@ def _kl_and_gradients(
         total += kl.sum(dtype=torch.float64)
         if any(needs):
             gradients.add_products(rows, hidden[rows], plan.scale * plan.held(weight.dtype))
-    return (total * plan.scale).to(head.wide_dtype), gradients.finish()
+    return (total * plan.scale).to(head.opmath_dtype), gradients.finish()
 
 
 def divergences(
@@ -218,9 +218,9 @@ def _demote_(
 ) -> tuple[float | None, float]:
     """Lowers ``z`` at the labels, in place; returns the softcap and scale still to be applied."""
     if softcap is not None:  # a capped logit minus the demotion may lie below the cap
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        opmath = torch.promote_types(logits.dtype, torch.float32)
         for column in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
-            column.copy_(torch.tanh(column.to(wide) / softcap) * (softcap * logit_scale))
+            column.copy_(torch.tanh(column.to(opmath) / softcap) * (softcap * logit_scale))
         softcap, logit_scale = None, 1.0
     lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / logit_scale
     logits.scatter_(1, labels.unsqueeze(1), lowered)

@@ -102,7 +102,7 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    log_probs = hidden.new_empty(hidden.shape[:1], dtype=Head(weight).wide_dtype)
+    log_probs = hidden.new_empty(hidden.shape[:1], dtype=Head(weight).opmath_dtype)
     return log_probs, log_probs.new_empty(0 if rest[-1] else hidden.shape[0])
 
 

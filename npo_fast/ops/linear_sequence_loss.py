@@ -160,8 +160,8 @@ def _check_slice(
 ) -> None:
     if len(weight) != vocabulary.rows or not vocabulary.rows:
         raise ValueError(
-            f"{op}: rank {vocabulary.rank} of {vocabulary.ranks} has {vocabulary.rows} rows of a "
-            f"vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
+            f"{op}: rank {vocabulary.rank} of {vocabulary.world_size} has {vocabulary.rows} rows of "
+            f"a vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
         )
     if chunk_rows == 0:
         raise ValueError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")

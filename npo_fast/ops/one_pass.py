@@ -102,7 +102,7 @@ def loss_and_gradients(
     if weight.dtype == torch.float16:
         g_scale, alpha = 1.0, scale * plan.held(weight.dtype)
     gradients = HeadGradients(head, hidden, needs, step, plan.skip_below, plan.skipped)
-    total = hidden.new_zeros((), dtype=head.wide_dtype)
+    total = hidden.new_zeros((), dtype=head.opmath_dtype)
     sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
     for rows, sequences, offsets in _chunks(plan, cu_seqlens, hidden):
         one_pass = rows.stop - rows.start <= step

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from npo_fast.distributed import all_reduce_max
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.head import Head, Softmax, pad_rows
-from npo_fast.ranks import most
 
 # newer names since PyTorch 2.13, which warns of the older ones
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,7 +38,7 @@ class VocabularySlice:
     vocabulary: int  # V
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         return dist.get_world_size(self.group)
 
     @property
@@ -47,7 +47,7 @@ class VocabularySlice:
 
     @property
     def most_rows(self) -> int:
-        return -(-self.vocabulary // self.ranks)
+        return -(-self.vocabulary // self.world_size)
 
     @property
     def first(self) -> int:
@@ -151,8 +151,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         counts, group = ctx.counts, ctx.group
-        wide = torch.promote_types(upstream.dtype, torch.float32)
-        of_all = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=wide)
+        opmath = torch.promote_types(upstream.dtype, torch.float32)
+        of_all = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=opmath)
         for each, part in zip(of_all, upstream.split(list(counts)), strict=True):
             each[: len(part)] = part
         own = _reduce_scatter(of_all, group)[: counts[dist.get_rank(group)]]
@@ -175,8 +175,8 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, weight: Tensor, ids: Tensor, vocabulary: VocabularySlice, padding_id: int | None
     ) -> Tensor:
         group = vocabulary.group
-        ctx.most = most(len(ids), ids.device, group)
-        of_all = _all_gather(ids, ctx.most, group)
+        ctx.all_reduce_max = all_reduce_max(len(ids), ids.device, group)
+        of_all = _all_gather(ids, ctx.all_reduce_max, group)
         row, mine = vocabulary.own(of_all)
         # what fills up the shorter ranks is id 0, of which nothing is kept and nothing comes back
         embedded = weight[row] * mine.unsqueeze(-1).to(weight.dtype)
@@ -189,20 +189,20 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         row, mine = ctx.saved_tensors
-        of_all = _all_gather(upstream, ctx.most, ctx.group) * mine.unsqueeze(-1)
+        of_all = _all_gather(upstream, ctx.all_reduce_max, ctx.group) * mine.unsqueeze(-1)
         gradient = torch.ops.aten.embedding_dense_backward(of_all, row, ctx.rows, -1, False)
         return gradient, None, None, None
 
 
 def _all_gather(own: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:  # (ranks, length, …)
     """Zeros stand after the rows of ranks that have fewer than ``length``."""
-    ranks = dist.get_world_size(group)
+    world_size = dist.get_world_size(group)
     filled = own.new_zeros(length, *own.shape[1:])
     filled[: len(own)] = own
-    of_all = own.new_empty(ranks * length, *own.shape[1:])
+    of_all = own.new_empty(world_size * length, *own.shape[1:])
     if of_all.numel():
         _ALL_GATHER(of_all, filled, group=group)
-    return of_all.unflatten(0, (ranks, length))
+    return of_all.unflatten(0, (world_size, length))
 
 
 def _reduce_scatter(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -6,7 +6,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from npo_fast.ranks import leads, ranks
+from npo_fast.distributed import is_main_process, world_size
 
 _NOTE_OF_RANKS = b"\nstopping after this step\n"
 _NOTE = b"\nstopping after this step; a second signal stops at once\n"
@@ -41,8 +41,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if ranks() > 1:
-            if self.number is None and leads():
+        if world_size() > 1:
+            if self.number is None and is_main_process():
                 os.write(2, _NOTE_OF_RANKS)
             self.number = number
             return

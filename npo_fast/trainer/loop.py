@@ -9,21 +9,27 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from npo_fast.data import Sequence, join, micro_batches
-from npo_fast.errors import NonFiniteError, OutOfMemory, TornOutOfMemory, TornStepError, UserError
-from npo_fast.methods import Term, turns
+from npo_fast.data import TokenizedExample, concatenate, micro_batches
+from npo_fast.errors import (
+    NonFiniteError,
+    OutOfMemory,
+    PartialUpdateError,
+    PartialUpdateOutOfMemory,
+    UserError,
+)
+from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.optimizers import build_optimizer, trained
 from npo_fast.trainer.order import (
     check_step_in_backward,
-    driving_sources,
+    primary_sources,
     step_batches,
     steps_per_epoch,
 )
 from npo_fast.trainer.out_of_memory import is_out_of_memory
 from npo_fast.trainer.reference_cache import ReferenceCache
-from npo_fast.trainer.settings import StepRecord, TrainSettings, check_ranks
+from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, Sources, whole_gradient
 from npo_fast.trainer.update import StepInBackward, Update, WholeStep
@@ -70,9 +76,9 @@ def train(
     check_settings(lm, sources, terms, settings)
     model = lm.model
     sources = {name: sources[name] for term in terms for name in term.reads}
-    driving = driving_sources(sources)
-    each_batch = turns(terms, settings.schedule)
-    per_epoch = steps_per_epoch(len(sources[driving[0]]), settings.batch_size) * len(each_batch)
+    primary = primary_sources(sources)
+    each_batch = schedule_steps(terms, settings.schedule)
+    per_epoch = steps_per_epoch(len(sources[primary[0]]), settings.batch_size) * len(each_batch)
     total = settings.epochs * per_epoch
     optimizer = build_optimizer(
         model.parameters(), settings.optimizer, settings.lr, settings.weight_decay
@@ -85,12 +91,12 @@ def train(
     scheduler = LambdaLR(optimizer, lambda done: _linear_schedule(done, warmup, total))
     state = TrainState() if state is None else state
     torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * lm.rank)  # 0 on the first
-    state.attach(lm.device, lm.ranks == 1, optimizer=optimizer, scheduler=scheduler)
+    state.attach(lm.device, lm.world_size == 1, optimizer=optimizer, scheduler=scheduler)
     known = state.micro_batch_tokens or settings.micro_batch_tokens
     state.micro_batch_tokens = min(known, settings.micro_batch_tokens)
     model.train()
 
-    batches = step_batches(sources, driving, settings.batch_size, settings.epochs, settings.seed)
+    batches = step_batches(sources, primary, settings.batch_size, settings.epochs, settings.seed)
     steps = ((batch, turn) for batch in batches for turn in each_batch)
     for batch, turn in islice(steps, state.step, None):
         started = time.perf_counter()
@@ -105,8 +111,8 @@ def train(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            no_room = TornOutOfMemory if update.began else OutOfMemory
-            raise no_room(_no_room(state.step + 1, error, update.began)) from error
+            no_room = PartialUpdateOutOfMemory if update.started else OutOfMemory
+            raise no_room(_no_room(state.step + 1, error, update.started)) from error
         record = StepRecord(
             step=state.step + 1,
             steps=total,
@@ -121,8 +127,8 @@ def train(
             time_ms=1e3 * (time.perf_counter() - started),
         )
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-            kind = TornStepError if update.torn else NonFiniteError
-            raise kind(_non_finite_message(record, batch, update.torn))
+            kind = PartialUpdateError if update.partially_applied else NonFiniteError
+            raise kind(_non_finite_message(record, batch, update.partially_applied))
         scheduler.step()
         state.step = record.step
         yield record
@@ -137,7 +143,7 @@ def check_settings(
         UserError: settings that do not fit the model, the data or the device.
     """
     trained(lm.model.parameters(), settings.optimizer)
-    check_ranks(terms, settings, lm.ranks)
+    check_world_size(terms, settings, lm.world_size)
     if settings.offload_optimizer and lm.device.type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
@@ -168,8 +174,8 @@ def reference_log_probs(
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
     for source, kind in kinds.items():
         found = [torch.empty(0)] * len(sources[source])
-        for packs in micro_batches(sources[source], micro_batch_tokens, ranks=lm.ranks):
-            batch, log_probs = join(packs), lm.log_probs_of_packs(packs)
+        for packs in micro_batches(sources[source], micro_batch_tokens, world_size=lm.world_size):
+            batch, log_probs = concatenate(packs), lm.log_probs_of_packs(packs)
             if kind == "sequence":
                 of_each = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
             else:
@@ -202,7 +208,9 @@ def _no_room(step: int, error: BaseException, in_optimizer: bool) -> str:
     )
 
 
-def _non_finite_message(record: StepRecord, batch: Mapping[str, list[Sequence]], torn: int) -> str:
+def _non_finite_message(
+    record: StepRecord, batch: Mapping[str, list[TokenizedExample]], partially_applied: int
+) -> str:
     shown = "; ".join(
         f"{source} records {', '.join(str(s.index + 1) for s in sequences[:8])}"
         + (f" and {len(sequences) - 8} more" if len(sequences) > 8 else "")
@@ -210,10 +218,10 @@ def _non_finite_message(record: StepRecord, batch: Mapping[str, list[Sequence]],
     )
     values = ", ".join(f"{name} {value:.4g}" for name, value in record.terms.items())
     kept = f"the weights stay those of step {record.step - 1}"
-    if torn:
+    if partially_applied:
         kept = (
-            f"{torn} tensors had taken their step by then, so these weights are of no use (a "
-            "finite --max-grad-norm measures the norm first)"
+            f"{partially_applied} tensors had taken their step by then, so these weights are of no "
+            "use (a finite --max-grad-norm measures the norm first)"
         )
     return (
         f"step {record.step}: the loss is {record.loss:.4g} ({values}) with gradient norm "

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from npo_fast.data import Sequence
+from npo_fast.data import TokenizedExample
 from npo_fast.errors import UserError
-from npo_fast.methods import Term, turns
+from npo_fast.methods import Term, schedule_steps
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -15,27 +15,27 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def driving_sources(sources: Mapping[str, list[Sequence]]) -> tuple[str, ...]:
+def primary_sources(sources: Mapping[str, list[TokenizedExample]]) -> tuple[str, ...]:
     """The sources that an epoch passes over: all but the retain data, which may be alone.
 
     Raises:
         UserError: they differ in length, so they are not answers to the same questions.
     """
-    driving = tuple(name for name in sources if name != "retain") or tuple(sources)
-    lengths = {name: len(sources[name]) for name in driving}
+    primary = tuple(name for name in sources if name != "retain") or tuple(sources)
+    lengths = {name: len(sources[name]) for name in primary}
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{length} in {name}" for name, length in lengths.items())
         raise UserError(f"each forget question needs one answer of every kind, got {shown}")
-    return driving
+    return primary
 
 
 def step_batches(
-    sources: Mapping[str, list[Sequence]],
-    driving: tuple[str, ...],
+    sources: Mapping[str, list[TokenizedExample]],
+    primary: tuple[str, ...],
     batch_size: int,
     epochs: int,
     seed: int,
-) -> Iterator[dict[str, list[Sequence]]]:
+) -> Iterator[dict[str, list[TokenizedExample]]]:
     """One dict of sequences a step; the last step of an epoch may be smaller.
 
     The driving sources hold answers to the same questions: a step sees the same places of each.
@@ -43,47 +43,49 @@ def step_batches(
     others = {
         name: _endless(sequences, f"{seed}/{name}")
         for name, sequences in sources.items()
-        if name not in driving
+        if name not in primary
     }
-    examples = len(sources[driving[0]])
+    examples = len(sources[primary[0]])
     for epoch in range(epochs):
-        order = permutation(examples, f"{seed}/{driving[0]}/{epoch}")
+        order = permutation(examples, f"{seed}/{primary[0]}/{epoch}")
         for first in range(0, examples, batch_size):
             places = order[first : first + batch_size]
-            batch = {name: [sources[name][i] for i in places] for name in driving}
-            for name, stream in others.items():
-                batch[name] = [next(stream) for _ in places]
+            batch = {name: [sources[name][i] for i in places] for name in primary}
+            for name, batch_key in others.items():
+                batch[name] = [next(batch_key) for _ in places]
             yield batch
 
 
-def side_by_side(batch: Mapping[str, list[Sequence]], stream: Iterable[str]) -> list[Sequence]:
+def interleave(
+    batch: Mapping[str, list[TokenizedExample]], batch_key: Iterable[str]
+) -> list[TokenizedExample]:
     """The first sequence of each source, then the second of each, and so on: pairs stay whole."""
     return [
         sequence
-        for unit in zip(*(batch[name] for name in stream), strict=True)
+        for unit in zip(*(batch[name] for name in batch_key), strict=True)
         for sequence in unit
     ]
 
 
 def largest_step(
-    sources: Mapping[str, list[Sequence]], terms: tuple[Term, ...], settings: TrainSettings
+    sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
 ) -> int:
     """Tokens of the longest step of a run."""
     sources = {name: sources[name] for term in terms for name in term.reads}
     batches = step_batches(
-        sources, driving_sources(sources), settings.batch_size, settings.epochs, settings.seed
+        sources, primary_sources(sources), settings.batch_size, settings.epochs, settings.seed
     )
-    each_batch = turns(terms, settings.schedule)
-    streams = [dict.fromkeys(term.stream for term in turn) for turn in each_batch]
+    each_batch = schedule_steps(terms, settings.schedule)
+    streams = [dict.fromkeys(term.batch_key for term in turn) for turn in each_batch]
     return max(
-        sum(len(s.input_ids) for stream in own for name in stream for s in batch[name])
+        sum(len(s.input_ids) for batch_key in own for name in batch_key for s in batch[name])
         for batch in batches
         for own in streams
     )
 
 
 def check_step_in_backward(
-    sources: Mapping[str, list[Sequence]], terms: tuple[Term, ...], settings: TrainSettings
+    sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
 ) -> None:
     """
     Raises:
@@ -98,7 +100,7 @@ def check_step_in_backward(
         )
 
 
-def _endless(sequences: list[Sequence], key: str) -> Iterator[Sequence]:
+def _endless(sequences: list[TokenizedExample], key: str) -> Iterator[TokenizedExample]:
     round_ = 0
     while True:
         for i in permutation(len(sequences), f"{key}/{round_}"):

@@ -25,13 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npo_fast.data import Sequence, pack
+from npo_fast.data import TokenizedExample, data_fingerprint, pack
 from npo_fast.errors import UserError
 from npo_fast.losses import KL
 from npo_fast.methods import Positions, Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_folder
-from npo_fast.trainer.run import data_fingerprint
 
 FORMAT = 1
 SHARD_BYTES = 256 << 20
@@ -90,7 +89,7 @@ class ReferenceCache:
 def reference_cache_for(
     terms: tuple[Term, ...],
     lm: CausalLM,
-    sources: Mapping[str, list[Sequence]],
+    sources: Mapping[str, list[TokenizedExample]],
     micro_batch_tokens: int,
     folder: Path | None = None,
 ) -> ReferenceCache | None:
@@ -99,13 +98,15 @@ def reference_cache_for(
     if not compared:
         return None
     (positions,) = {term.positions for term in compared}
-    own: dict[str, list[Sequence]] = {term.source: sources[term.source] for term in compared}
+    own: dict[str, list[TokenizedExample]] = {
+        term.source: sources[term.source] for term in compared
+    }
     return reference_cache(lm, own, folder, positions, micro_batch_tokens)
 
 
 def reference_cache(
     lm: CausalLM,
-    sources: Mapping[str, list[Sequence]],
+    sources: Mapping[str, list[TokenizedExample]],
     folder: Path | None,
     positions: Positions,
     micro_batch_tokens: int,
@@ -173,7 +174,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fingerprint(
-    lm: CausalLM, sources: Mapping[str, list[Sequence]], positions: Positions
+    lm: CausalLM, sources: Mapping[str, list[TokenizedExample]], positions: Positions
 ) -> dict[str, Any]:
     """All that the hidden states depend on; the token ids stand for template and tokenizer."""
     return {
@@ -200,7 +201,7 @@ def model_fingerprint(model: Any) -> str:
 
 def _write(
     lm: CausalLM,
-    sources: Mapping[str, list[Sequence]],
+    sources: Mapping[str, list[TokenizedExample]],
     folder: Path,
     made_from: Mapping[str, Any],
     micro_batch_tokens: int,
@@ -230,7 +231,11 @@ def _write(
 
 @torch.no_grad()
 def _states(
-    lm: CausalLM, source: str, sequences: list[Sequence], everywhere: bool, micro_batch_tokens: int
+    lm: CausalLM,
+    source: str,
+    sequences: list[TokenizedExample],
+    everywhere: bool,
+    micro_batch_tokens: int,
 ) -> Iterator[Tensor]:  # (n, D) a sequence, in the order given
     was_training = lm.model.training
     lm.model.eval()

@@ -12,7 +12,6 @@ With LoRA each of these models is the adapter alone.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -29,14 +28,13 @@ import torch
 from torch import Tensor
 
 from npo_fast import __version__
-from npo_fast.data import Sequence
+from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import recover, save_folder, sync
-from npo_fast.model.sharding import whole
-from npo_fast.ranks import leads, most
+from npo_fast.model.sharding import gather_state_dict
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
 
@@ -262,7 +260,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         UserError: another process writes to the run in the folder.
     """
-    if leads() and (folder / STEPS).exists():
+    if is_main_process() and (folder / STEPS).exists():
         _locked(folder).close()
 
 
@@ -302,13 +300,17 @@ def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 def whole_weights(lm: CausalLM) -> dict[str, Tensor] | None:
     """Those of a model that ranks divide, on the first of them; None where it is whole."""
-    return None if lm.vocabulary_slice is None else whole(lm.model.state_dict(keep_vars=True))
+    return (
+        None
+        if lm.vocabulary_slice is None
+        else gather_state_dict(lm.model.state_dict(keep_vars=True))
+    )
 
 
 def wait_for_all(lm: CausalLM) -> None:
     """Until the first rank has written: where one ends with an error, the others are killed."""
-    if lm.ranks > 1:
-        most(0, lm.device)
+    if lm.world_size > 1:
+        all_reduce_max(0, lm.device)
 
 
 def save_model(
@@ -328,14 +330,6 @@ def save_model(
             more(where)
 
     save_folder(folder, write)
-
-
-def data_fingerprint(sequences: list[Sequence]) -> str:
-    """SHA-256 over the token ids and where each answer begins."""
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(f"{sequence.prompt_length}:{sequence.input_ids}".encode())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

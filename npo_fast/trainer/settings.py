@@ -55,12 +55,12 @@ class TrainSettings:
                 raise UserError(f"{name} must be 0 or more, got {value}")
 
 
-def check_ranks(terms: tuple[Term, ...], settings: TrainSettings, ranks: int) -> None:
+def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:
     """
     Raises:
         UserError: several processes are asked for what only one can do.
     """
-    if ranks == 1:
+    if world_size == 1:
         return
     refused = {
         f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
@@ -70,7 +70,7 @@ def check_ranks(terms: tuple[Term, ...], settings: TrainSettings, ranks: int) ->
     }
     for what, asked in refused.items():
         if asked:
-            raise UserError(f"{what} runs on one process, not on {ranks}")
+            raise UserError(f"{what} runs on one process, not on {world_size}")
 
 
 @dataclass(frozen=True)

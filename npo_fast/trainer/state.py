@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from npo_fast.model.sharding import divided_states, whole
-from npo_fast.ranks import ranks
+from npo_fast.distributed import world_size
+from npo_fast.model.sharding import gather_state_dict, sharded_states
 
 FORMAT = 1
 STATE = "state.pt"
@@ -48,7 +48,7 @@ class TrainState:
             for name, part in parts.items():
                 saved = self._saved["parts"][name]
                 if isinstance(part, torch.optim.Optimizer):
-                    saved = divided_states(saved, part)
+                    saved = sharded_states(saved, part)
                 part.load_state_dict(saved)
             if alone:
                 set_random_state(self._saved["random"], device)
@@ -63,7 +63,9 @@ class TrainState:
             "format": FORMAT,
             "step": self.step,
             "micro_batch_tokens": self.micro_batch_tokens,
-            "parts": whole({name: part.state_dict() for name, part in self._parts.items()}),
+            "parts": gather_state_dict(
+                {name: part.state_dict() for name, part in self._parts.items()}
+            ),
             "random": random_state(self._device),
         }
         return lambda folder: save_tensors({**content, "bytes": _sizes(folder)}, folder / STATE)
@@ -125,7 +127,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=ranks() > 1
+            file, map_location="cpu", weights_only=True, mmap=world_size() > 1
         )
     except FileNotFoundError:
         raise DamagedError(f"it has no {file.name}") from None

@@ -7,21 +7,21 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, Sequence, join, micro_batches
+from npo_fast.data import PackedBatch, TokenizedExample, concatenate, micro_batches
 from npo_fast.errors import OutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
-from npo_fast.trainer.order import side_by_side
+from npo_fast.trainer.order import interleave
 from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
 
-Sources = Mapping[str, list[Sequence]]
-Stream = tuple[str, ...]  # sources whose sequences take turns in a micro-batch
+Sources = Mapping[str, list[TokenizedExample]]
+BatchKey = tuple[str, ...]  # sources whose sequences take turns in a micro-batch
 References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
@@ -55,7 +55,7 @@ def whole_gradient(
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
-            if lm.ranks > 1:
+            if lm.world_size > 1:
                 raise OutOfMemory(
                     f"step {state.step + 1}: out of memory ({reason}), and several processes "
                     "cannot make the step again alone; lower --micro-batch-tokens or add "
@@ -72,9 +72,9 @@ def whole_gradient(
                 "whole step at once; add --gradient-checkpointing or lower --batch-size"
             )
         units = [
-            sum(len(batch[name][i].input_ids) for name in stream)
-            for stream in streams_of(terms)
-            for i in range(len(batch[stream[0]]))
+            sum(len(batch[name][i].input_ids) for name in batch_key)
+            for batch_key in batch_keys(terms)
+            for i in range(len(batch[batch_key[0]]))
         ]
         state.micro_batch_tokens = halved(state.micro_batch_tokens, units, state.step + 1, reason)
 
@@ -90,67 +90,69 @@ def _accumulate(
     reference_cache: ReferenceCache | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     baselines: set[str] = {term.baseline for term in terms if term.baseline is not None}
-    packs = {n: micro_batches(batch[n], micro_batch_tokens, ranks=lm.ranks) for n in baselines}
+    packs = {
+        n: micro_batches(batch[n], micro_batch_tokens, world_size=lm.world_size) for n in baselines
+    }
     terms = with_baselines(lm, terms, packs, references)
     counts = {term.name: count(term, batch) for term in terms}
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
-    sums: dict[Stream, Tensor] = {}
-    for passed in _passes(batch, terms, micro_batch_tokens, together, lm.ranks):
+    sums: dict[BatchKey, Tensor] = {}
+    for passed in _passes(batch, terms, micro_batch_tokens, together, lm.world_size):
         loss, found, log_prob_sums = _forward(
             lm, passed, terms, counts, references, reference_cache
         )
         update.add(loss)
         for name, value in found.items():
             values[name] = values[name] + value
-        for stream, value in log_prob_sums.items():
-            sums[stream] = sums[stream] + value if stream in sums else value
+        for batch_key, value in log_prob_sums.items():
+            sums[batch_key] = sums[batch_key] + value if batch_key in sums else value
     log_probs = {
         source: float(value) / len(batch[source])
-        for stream, of_each in sums.items()
-        for source, value in zip(stream, of_each, strict=True)
+        for batch_key, of_each in sums.items()
+        for source, value in zip(batch_key, of_each, strict=True)
     }
     return {name: float(value) for name, value in values.items()}, log_probs
 
 
-def streams_of(terms: Iterable[Term]) -> list[Stream]:
-    return list(dict.fromkeys(term.stream for term in terms))
+def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
+    return list(dict.fromkeys(term.batch_key for term in terms))
 
 
 def _passes(
-    batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool, ranks: int
-) -> list[list[tuple[Stream, list[PackedBatch]]]]:
+    batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool, world_size: int
+) -> list[list[tuple[BatchKey, list[PackedBatch]]]]:
     """What goes through the model at a time: micro-batches of one stream, or all ``together``."""
-    found: list[tuple[Stream, list[PackedBatch]]] = []
-    for stream in streams_of(terms):
-        sequences = side_by_side(batch, stream)
-        for packs in micro_batches(sequences, micro_batch_tokens, len(stream), ranks):
-            found.append((stream, packs))
+    found: list[tuple[BatchKey, list[PackedBatch]]] = []
+    for batch_key in batch_keys(terms):
+        sequences = interleave(batch, batch_key)
+        for packs in micro_batches(sequences, micro_batch_tokens, len(batch_key), world_size):
+            found.append((batch_key, packs))
     return [found] if together else [[one] for one in found]
 
 
 def _forward(
     lm: CausalLM,
-    passed: list[tuple[Stream, list[PackedBatch]]],  # a pack for each rank
+    passed: list[tuple[BatchKey, list[PackedBatch]]],  # a pack for each rank
     terms: Iterable[Term],
     counts: Mapping[str, int],
     references: References | None,
     reference_cache: ReferenceCache | None,
-) -> tuple[Tensor, dict[str, Tensor], dict[Stream, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], dict[BatchKey, Tensor]]:
     """Loss and terms of one pass through the model, and the summed log-probs of each source."""
     own_packs = [packs[lm.rank].to(lm.device) for _, packs in passed]
-    parts = lm.states(join(own_packs)).split([len(one.input_ids) for one in own_packs])
+    parts = lm.states(concatenate(own_packs)).split([len(one.input_ids) for one in own_packs])
     loss = torch.zeros((), device=lm.device)
     values: dict[str, Tensor] = {}
-    sums: dict[Stream, Tensor] = {}
-    for (stream, packs), one, states in zip(passed, own_packs, parts, strict=True):
-        own = [term for term in terms if term.stream == stream]
+    sums: dict[BatchKey, Tensor] = {}
+    for (batch_key, packs), one, states in zip(passed, own_packs, parts, strict=True):
+        own = [term for term in terms if term.batch_key == batch_key]
         hidden = lm.on_all_ranks(states[one.rows], packs)
         value, found, log_probs = micro_step(
-            lm, join(packs), own, counts, references, reference_cache, states, hidden
+            lm, concatenate(packs), own, counts, references, reference_cache, states, hidden
         )
         loss = loss + value
         values |= found
-        sums[stream] = log_probs.view(-1, len(stream)).sum(dim=0)
+        sums[batch_key] = log_probs.view(-1, len(batch_key)).sum(dim=0)
     return loss, values, sums
 
 
@@ -213,7 +215,7 @@ def _reference(
     if loss.reference is None:
         return None
     assert references is not None, f"{term.name} needs reference log-probs"
-    of_each = [references[name][i] for name, i in zip(cycle(term.stream), micro.indices)]
+    of_each = [references[name][i] for name, i in zip(cycle(term.batch_key), micro.indices)]
     put = torch.stack if loss.reference == "sequence" else torch.cat
     return put(of_each).to(micro.labels.device)
 
@@ -232,7 +234,7 @@ def with_baselines(
             assert references is not None, f"{term.name} needs reference log-probs"
             ratios = []
             for of_ranks in packs[term.baseline]:
-                micro, token_log_probs = join(of_ranks), lm.log_probs_of_packs(of_ranks)
+                micro, token_log_probs = concatenate(of_ranks), lm.log_probs_of_packs(of_ranks)
                 ref = torch.stack([references[term.baseline][i] for i in micro.indices])
                 ratios.append(segment_sum(token_log_probs, micro.answer_cu_seqlens).cpu() - ref)
             term = term.at_baseline(float(torch.cat(ratios).mean()))
@@ -240,7 +242,7 @@ def with_baselines(
     return tuple(found)
 
 
-def count(term: Term, batch: Mapping[str, list[Sequence]]) -> int:
+def count(term: Term, batch: Mapping[str, list[TokenizedExample]]) -> int:
     """What the term's sum over the step is divided by."""
     sequences = [s for name in term.over or (term.source,) for s in batch.get(name, ())]
     everywhere = term.positions == "all"

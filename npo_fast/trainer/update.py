@@ -15,9 +15,9 @@ from npo_fast.trainer.optimizers import keep_states_on_cpu, parameters_of, step_
 class Update(Protocol):
     """One step of the optimizer, from the losses of its micro-batches."""
 
-    torn: int
+    partially_applied: int
     """Tensors that were changed before a later gradient of the same step was not finite."""
-    began: bool
+    started: bool
     """Whether ``apply`` has begun to change weights or the optimizer's states."""
 
     def add(self, loss: Tensor) -> None:
@@ -33,8 +33,8 @@ class Update(Protocol):
 class WholeStep:
     """Gradients add up in ``.grad``; the optimizer sees them together."""
 
-    torn = 0
-    began = False
+    partially_applied = 0
+    started = False
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
@@ -47,12 +47,12 @@ class WholeStep:
         loss.backward()
 
     def apply(self, loss: float) -> float:
-        self.began = False
+        self.started = False
         parameters = parameters_of(self.optimizer)
         total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if math.isfinite(loss) and math.isfinite(norm):
-            self.began = True
+            self.started = True
             if self.offload:
                 step_one_at_a_time(self.optimizer)
             else:
@@ -78,8 +78,8 @@ class StepInBackward:
         self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
     ) -> None:
         self.optimizer, self.max_norm = optimizer, max_norm
-        self.torn = 0
-        self.began = False
+        self.partially_applied = 0
+        self.started = False
         self._loss: Tensor | None = None
         if offload:
             keep_states_on_cpu(optimizer)
@@ -91,7 +91,7 @@ class StepInBackward:
     def apply(self, loss: float) -> float:
         own, self._loss = self._loss, None
         assert own is not None
-        self.began = False
+        self.started = False
         if not math.isfinite(loss):
             return math.nan
         if math.isinf(self.max_norm):
@@ -113,7 +113,7 @@ class StepInBackward:
                 changed += 1
 
         norm = self._backward(loss, step_while_finite)
-        self.torn = 0 if finite else changed
+        self.partially_applied = 0 if finite else changed
         return norm
 
     def _backward(
@@ -125,8 +125,8 @@ class StepInBackward:
         def completed(parameter: Tensor) -> None:
             assert isinstance(parameter, Parameter)
             assert parameter.grad is not None
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=wide))
+            opmath = torch.promote_types(parameter.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=opmath))
             use(parameter, norms[-1])
             parameter.grad = None
 
@@ -142,7 +142,7 @@ class StepInBackward:
     def _step(self, parameter: Parameter, scale: float = 1.0) -> None:
         """The others have no gradient now, so the optimizer steps this one alone."""
         assert parameter.grad is not None
-        self.began = True
+        self.started = True
         if scale < 1:
             parameter.grad.mul_(scale)
         self.optimizer.step()

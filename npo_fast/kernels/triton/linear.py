@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.kernels.layout import logits_room, padded_rows
+from npo_fast.kernels.layout import empty_logits, padded_rows
 from npo_fast.kernels.products import add_product_
 from npo_fast.kernels.triton.config import row_config
 from npo_fast.kernels.triton.label_logits import label_logits
@@ -88,7 +88,7 @@ def _slices(
     rows, vocabulary = padded_rows(len(hidden), on_cpu=False), len(weight)
     hidden = _padded(hidden, rows)
     step = max(LEAST_COLUMNS, SLICE_BYTES // (max(rows, 1) * hidden.itemsize))
-    room = logits_room(rows, min(step, vocabulary), weight, hidden.dtype)
+    room = empty_logits(rows, min(step, vocabulary), weight, hidden.dtype)
     for first in range(0, vocabulary, step):
         columns = slice(first, min(first + step, vocabulary))
         logits = room[:, : columns.stop - first]

@@ -52,10 +52,10 @@ def exp_tail(x):  # exp(x) - 1 - x for |x| <= log(2) / 2: never negative, exact 
 @triton.jit
 def softplus(x):  # log(1 + exp(x))
     small = tl.exp(-tl.abs(x))
-    wide = 1.0 + small
+    opmath = 1.0 + small
     # what 1 + small rounds away is put back by the ratio
     log1p = tl.where(
-        wide == 1.0, small, tl.log(wide) * (small / tl.where(wide == 1.0, 1.0, wide - 1.0))
+        opmath == 1.0, small, tl.log(opmath) * (small / tl.where(opmath == 1.0, 1.0, opmath - 1.0))
     )
     return tl.maximum(x, 0.0) + log1p
 

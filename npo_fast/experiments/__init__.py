@@ -1,0 +1,1 @@
+"""Experiments that use the library: demo, the paper's synthetic one, ablations."""

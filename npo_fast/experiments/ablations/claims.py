@@ -1,0 +1,140 @@
+"""The paper's claims beside what a study found, counted over seeds."""
+
+import statistics
+from dataclasses import dataclass, replace
+
+from npo_fast.experiments.ablations.results import (
+    KEPT,
+    Look,
+    Runs,
+    best_quality,
+    collapse_step,
+    utility_share,
+)
+from npo_fast.experiments.ablations.trials import (
+    BETAS,
+    EXPERIMENTS,
+    GA_RT,
+    LIMIT,
+    NPO_RT,
+    OVERLAPS,
+    Trial,
+)
+from npo_fast.report.figures import MEANINGFUL
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    seen: str
+    holds: str  # in how many seeds
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """Those for which the trials are there."""
+    rows = []
+
+    def shared(*trials: Trial) -> set[int]:
+        """The seeds that have run them all."""
+        return set.intersection(*({*runs.get(trial, ())} for trial in trials))
+
+    for other in (GA_RT, LIMIT):
+        if shared(NPO_RT, other):
+            rows.append(_more_robust(runs, other))
+    if shared(Trial("GA"), Trial("NPO")):
+        rows.append(_slower(runs))
+    there = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
+    if NPO_RT in there and shared(*there):
+        rows.append(_alone(runs))
+    if shared(LIMIT, Trial(beta=BETAS[0]), Trial(beta=BETAS[-1])):
+        rows.append(_tends(runs))
+    ends = [replace(t, overlap=o) for t in (NPO_RT, GA_RT) for o in (OVERLAPS[0], OVERLAPS[-1])]
+    if shared(*ends):
+        rows.append(_entangled(runs, shared(*ends)))
+    return rows
+
+
+def _more_robust(runs: Runs, other: Trial) -> Claim:
+    pairs = [(utility_share(a), utility_share(b)) for a, b in _pairs(runs, NPO_RT, other)]
+    ours, theirs = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    return _counted(
+        f"NPO+RT keeps more utility than {other.name}",
+        f"at the end {ours:.0%} against {theirs:.0%}",
+        [a > b for a, b in pairs],
+    )
+
+
+def _slower(runs: Runs) -> Claim:
+    steps = [
+        tuple(NEVER if (s := collapse_step(looks)) is None else s for looks in pair)
+        for pair in _pairs(runs, Trial("NPO"), Trial("GA"))
+    ]
+    npo, ga = (statistics.median_low(values) for values in zip(*steps, strict=True))
+    return _counted(
+        "Without retain data NPO collapses later than GA",
+        f"median step {_step(npo)} against {_step(ga)}",
+        [a > b for a, b in steps],
+    )
+
+
+def _alone(runs: Runs) -> Claim:
+    trials = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
+    seeds = [seed for seed in runs[NPO_RT] if all(seed in runs[trial] for trial in trials)]
+    passed = {
+        trial.name: [best_quality(runs[trial][seed]) > MEANINGFUL for seed in seeds]
+        for trial in trials
+    }
+    seen = ", ".join(f"{name} {sum(found)}" for name, found in passed.items() if any(found))
+    own = passed.pop(NPO_RT.name)
+    return _counted(
+        f"NPO+RT alone forgets (p > {MEANINGFUL}) and keeps utility (here: {KEPT:.0%})",
+        f"seeds in which an evaluation does: {seen or 'none'}",
+        [ok and not any(found[i] for found in passed.values()) for i, ok in enumerate(own)],
+    )
+
+
+def _tends(runs: Runs) -> Claim:
+    small, large = (
+        [_distance(a, b) for a, b in _pairs(runs, Trial(beta=beta), LIMIT)]
+        for beta in (BETAS[0], BETAS[-1])
+    )
+    return _counted(
+        "NPO+RT tends to GA+RT (per sequence) as beta goes to 0",
+        f"mean distance of the utility curves {statistics.fmean(small):.3f} at beta {BETAS[0]:g}, "
+        f"{statistics.fmean(large):.3f} at {BETAS[-1]:g}",
+        [a < b for a, b in zip(small, large, strict=True)],
+    )
+
+
+def _entangled(runs: Runs, seeds: set[int]) -> Claim:
+    def loss(trial: Trial) -> list[float]:
+        apart, shared = (runs[replace(trial, overlap=o)] for o in (OVERLAPS[0], OVERLAPS[-1]))
+        return [utility_share(apart[seed]) - utility_share(shared[seed]) for seed in seeds]
+
+    npo, ga = loss(NPO_RT), loss(GA_RT)
+    return _counted(
+        "Entanglement costs NPO+RT less utility than GA+RT (the paper does not say)",
+        f"utility lost from overlap 0 to 1: {statistics.fmean(npo):+.1%} against "
+        f"{statistics.fmean(ga):+.1%}",
+        [a < b for a, b in zip(npo, ga, strict=True)],
+    )
+
+
+def _pairs(runs: Runs, one: Trial, other: Trial) -> list[tuple[list[Look], list[Look]]]:
+    """The looks of both at each seed that has both."""
+    return [(runs[one][seed], runs[other][seed]) for seed in runs[one] if seed in runs[other]]
+
+
+def _distance(a: list[Look], b: list[Look]) -> float:
+    shares = [abs(utility_share(a, i) - utility_share(b, i)) for i in range(len(a))]
+    return statistics.fmean(shares)
+
+
+def _counted(claim: str, seen: str, holds: list[bool]) -> Claim:
+    return Claim(claim, seen, f"{sum(holds)} of {len(holds)} seeds")
+
+
+def _step(value: float) -> str:
+    return "never" if value == NEVER else f"{value:g}"

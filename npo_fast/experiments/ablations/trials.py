@@ -1,0 +1,68 @@
+"""What is tried: one unlearning run is a ``Trial``, an experiment is a set of them."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from npo_fast.experiments.demo.experiment import DemoSettings
+from npo_fast.methods import Coefficients, Schedule, Term, build_method, coefficients_of
+from npo_fast.trainer.settings import TrainSettings
+
+HALF_WAY = 0.5  # the overlap of every experiment that is not about it
+SMALL = DemoSettings(background=24, famous=10, authors=20, forget_share=0.5)  # half the demo's
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to unlearn, at one seed's model."""
+
+    method: str = "NPO+RT"
+    beta: float | None = None  # None: the method's own
+    overlap: float = HALF_WAY  # of the world's forgotten facts with the kept ones
+    schedule: Schedule = "summed"
+    per_sequence: bool = False  # the mean of GA over sequences, as NPO's, instead of over tokens
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} per sequence" if self.per_sequence else self.method
+
+    def terms(self, retain: float) -> tuple[Term, ...]:
+        """The terms of the method, with this coefficient of its retain term, if it has one."""
+        wanted = Coefficients(beta=self.beta, retain=retain)
+        if self.beta is not None and "beta" not in coefficients_of(self.method):
+            raise ValueError(f"{self.method} has no beta, got {self.beta}")
+        terms = build_method(self.method, wanted.for_method(self.method))
+        if not self.per_sequence:
+            return terms
+        return tuple(replace(t, reduction="mean") if t.name == "GA" else t for t in terms)
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """Sizes, and the one learning rate, number of passes and retain coefficient of all trials."""
+
+    world: DemoSettings = SMALL
+    unlearning: TrainSettings = TrainSettings(epochs=12, lr=1e-3, micro_batch_tokens=4096)
+    retain: float = 5.0  # the paper's, to forget half
+    looks_every: int = 4  # batches of forget data
+    look_records: int = 20  # first records of each set to keep, for the utility
+    look_tokens: int = 14  # longest answer there
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+NPO_RT, GA_RT = Trial("NPO+RT"), Trial("GA+RT")
+LIMIT = Trial("GA+RT", per_sequence=True)  # what NPO+RT tends to as beta -> 0
+BETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
+OVERLAPS = (0.0, 0.5, 1.0)
+EXPERIMENTS: dict[str, tuple[Trial, ...]] = {
+    "methods": (
+        Trial("GA"), GA_RT, LIMIT, Trial("NPO"), NPO_RT,
+        *map(Trial, ("SimNPO+RT", "DPO+RT", "KTO+RT", "IDK+RT")),
+    ),
+    "beta": tuple(Trial(beta=beta) for beta in BETAS),
+    "schedule": (NPO_RT, Trial(schedule="alternating")),
+    "overlap": tuple(
+        replace(trial, overlap=overlap) for overlap in OVERLAPS for trial in (NPO_RT, GA_RT, LIMIT)
+    ),
+}  # fmt: skip

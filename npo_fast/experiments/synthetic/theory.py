@@ -1,0 +1,184 @@
+"""The theorem (linear against logarithmic divergence) and the limit beta -> 0, measured.
+
+Logistic model ``P(y | x) = sigmoid(s * theta . x)``, n_f <= d nearly orthogonal unit samples, mean
+losses, gradient descent with step ``eta``. Distance from the start in the norm of ``X^T X``:
+
+    GA     D(t) ~ n_f^(-1/2) * eta * t
+    NPO    D(t) ~ sqrt(n_f) / beta * log(C * eta * t / n_f + 1)
+
+Source: arXiv 2404.05868, theorem 2 and proposition 1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from npo_fast.experiments.synthetic.descent import Method, Samples, descend
+from npo_fast.losses import GA, NPO
+from npo_fast.ops import SequenceLoss
+
+DIMENSION = 1024
+SIZES = (8, 16, 32, 64, 128)
+RATES = (4.0, 8.0, 16.0, 32.0)
+SIZE, RATE = 32, 16.0  # while the other one varies
+BETA = 1.0
+
+
+@dataclass(frozen=True)
+class Law:
+    """The fit of one run: ``D = scale * eta * t`` (GA) or ``scale * log(c * eta * t / n + 1)``."""
+
+    loss: str  # "GA" or "NPO"
+    samples: int
+    eta: float
+    steps: list[int]
+    mean: list[float]  # distance over the seeds
+    std: list[float]
+    scale: float
+    c: float | None
+    r2: float
+
+    @property
+    def doubling(self) -> float:
+        """D(T) / D(T / 2): 2 where the growth is linear."""
+        return self.mean[-1] / self.mean[len(self.mean) // 2]
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """``scale ~ axis^value`` by least squares on logarithms, beside the theorem's."""
+
+    loss: str
+    axis: str
+    value: float
+    theorem: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """NPO - (2 / beta) log 2 against GA - E log p_ref, and their gradients, away from the start."""
+
+    beta: float
+    loss_difference: float
+    gradient_difference: float  # relative, Euclidean
+
+
+@dataclass(frozen=True)
+class Theory:
+    laws: list[Law]
+    exponents: list[Exponent]
+    limits: list[Limit]
+    limit_order: float  # exponent of beta in loss_difference
+
+
+def run(seeds: Sequence[int], steps: int, say: Callable[[str], None]) -> Theory:
+    """Sweeps of n_f at fixed eta and of eta at fixed n_f; ``steps`` of gradient descent each."""
+    say(f"theorem: GA and NPO, {steps} steps, n_f {SIZES[0]} to {SIZES[-1]}, d {DIMENSION}")
+    laws = [law for n in SIZES for law in _laws(seeds, n, (RATE,), steps)]
+    laws += _laws(seeds, SIZE, [eta for eta in RATES if eta != RATE], steps)
+    exponents = [
+        _exponent(laws, "GA", "samples", -0.5),
+        _exponent(laws, "GA", "eta", 0.0),
+        _exponent(laws, "NPO", "samples", 0.5),
+        _exponent(laws, "NPO", "eta", 0.0),
+    ]
+    limits = [_limit(seeds, beta) for beta in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)]
+    small = limits[2:]
+    order = _slope([x.beta for x in small], [x.loss_difference for x in small])
+    return Theory(laws, exponents, limits, order)
+
+
+def nearly_orthogonal(seeds: Sequence[int], n: int) -> tuple[Samples, Tensor]:
+    """Random unit samples with labels drawn from the model at the start, and its ``theta``.
+
+    Logits at the start are about N(0, 1), whatever n is.
+    """
+    drawn = []
+    for seed in seeds:
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, DIMENSION, generator=random, dtype=torch.float64)
+        x = x / x.norm(dim=1, keepdim=True)
+        theta = torch.randn(DIMENSION, generator=random, dtype=torch.float64)
+        coins = torch.rand(n, generator=random, dtype=torch.float64)
+        drawn.append((x, torch.where(coins < (x @ theta).sigmoid(), 1.0, -1.0).double(), theta))
+    x, signs, theta = (torch.stack(column) for column in zip(*drawn, strict=True))
+    return Samples(x, signs), theta.unsqueeze(1)
+
+
+def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> list[Law]:
+    samples, start = nearly_orthogonal(seeds, n)
+    losses: tuple[tuple[str, SequenceLoss], ...] = (("GA", GA()), ("NPO", NPO(BETA)))
+    runs = [(name, eta, loss) for name, loss in losses for eta in etas]
+    methods = [Method(name, eta, (("forget", loss),)) for name, eta, loss in runs]
+    at, distances = [], []
+    theta = start.repeat(1, len(methods), 1)
+    every = max(1, steps // 200)
+    for step, now in descend(theta, methods, {"forget": samples.log_probs}, steps, every):
+        at.append(step)
+        distances.append(((now - theta) @ samples.features.mT).norm(dim=-1))
+    curves = torch.stack(distances)  # (steps, seeds, methods)
+    mean, std = curves.mean(1).numpy(), curves.std(1, correction=0).numpy()
+    fits = []
+    for i, (name, eta, _) in enumerate(runs):
+        scale, c, r2 = fit(name, np.array(at) * eta, mean[:, i], n)
+        curve = mean[:, i].tolist(), std[:, i].tolist()
+        fits.append(Law(name, n, eta, at, *curve, scale, c, r2))
+    return fits
+
+
+def fit(
+    loss: str,
+    eta_t: np.ndarray,  # (T,)
+    distance: np.ndarray,  # (T,)
+    n: int,
+) -> tuple[float, float | None, float]:
+    """Least squares for (scale, C, R^2) of the law that the theorem gives to ``loss``."""
+
+    def line(x: np.ndarray) -> tuple[float, float]:
+        scale = float(x @ distance / (x @ x))
+        return scale, float(((distance - scale * x) ** 2).sum())
+
+    total = float(((distance - distance.mean()) ** 2).sum())
+    if loss == "GA":
+        scale, rest = line(eta_t)
+        return scale, None, 1 - rest / total
+    best = minimize_scalar(
+        lambda log_c: line(np.log1p(np.exp(log_c) * eta_t / n))[1],
+        bounds=(np.log(1e-3), np.log(1e3)),
+        method="bounded",
+    )
+    c = float(np.exp(best.x))
+    scale, rest = line(np.log1p(c * eta_t / n))
+    return scale, c, 1 - rest / total
+
+
+def _exponent(laws: Sequence[Law], loss: str, axis: str, theorem: float) -> Exponent:
+    fixed, value = ("eta", RATE) if axis == "samples" else ("samples", SIZE)
+    chosen = [law for law in laws if law.loss == loss and getattr(law, fixed) == value]
+    slope = _slope([getattr(law, axis) for law in chosen], [law.scale for law in chosen])
+    return Exponent(loss, axis, slope, theorem)
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def _limit(seeds: Sequence[int], beta: float) -> Limit:
+    """At models that gradient ascent has moved, where log p and log p_ref differ."""
+    samples, start = nearly_orthogonal(seeds, SIZE)
+    ascent = [Method("GA", 1.0, (("forget", GA()),))]
+    *_, (_, moved) = descend(start, ascent, {"forget": samples.log_probs}, 100, 100)
+    reference = samples.log_probs(start).flatten()
+    theta = moved.clone().requires_grad_()
+    cu_seqlens = torch.arange(len(reference) + 1)
+    log_probs = samples.log_probs(theta).flatten()
+    npo = NPO(beta)(log_probs, cu_seqlens, reference).mean() - 2 / beta * np.log(2)
+    ga = GA()(log_probs, cu_seqlens).mean() - reference.mean()
+    (npo_gradient,) = torch.autograd.grad(npo, theta, retain_graph=True)
+    (ga_gradient,) = torch.autograd.grad(ga, theta)
+    difference = (npo_gradient - ga_gradient).norm() / ga_gradient.norm()
+    return Limit(beta, float((npo - ga).detach().abs()), float(difference))

@@ -1,6 +1,0 @@
-"""What a run will cost: its real training step on tensors without data, every storage counted."""
-
-from npo_fast.memory.advice import CARDS_GB, Advice, advise, flags
-from npo_fast.memory.plan import Footprint, Planned, footprint
-
-__all__ = ["CARDS_GB", "Advice", "Footprint", "Planned", "advise", "flags", "footprint"]

@@ -1,0 +1,342 @@
+"""Peak memory of a training step, by kind, from the step's own code on tensors without data.
+
+On the meta device a tensor has a shape and no bytes, and every operator runs as it would on a GPU:
+the decoder, its backward, and the fused loss in the chunks, layouts and dtypes of a GPU (``ops``
+has others for tensors on a CPU alone). Three things are computed by formula: what the optimizer
+keeps (``state_bytes``), what an operator holds while it runs (``tracker.workspace_bytes``), and
+one GPU's share of a sharded run (``sharded``).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from npo_fast.data import PackedBatch, TokenizedExample, pack
+from npo_fast.errors import UserError
+from npo_fast.losses import KL
+from npo_fast.methods import Term, build_method
+from npo_fast.model.adapters import Quantize
+from npo_fast.model.attention import NAME
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.sharding import repeated_layers
+from npo_fast.ops.cost import Problem
+from npo_fast.planner.model import empty_lm, empty_model
+from npo_fast.planner.tracker import FlashAttention, Tracker
+from npo_fast.trainer.optimizers import Optimizer
+from npo_fast.trainer.reference_cache import ReferenceCache
+from npo_fast.trainer.step import batch_keys, micro_step
+
+GIB = 1 << 30
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "head": "loss and LM head",
+    "backward": "backward temporaries",
+    "reference": "reference",
+}
+WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HEAD, BACKWARD, REFERENCE = KINDS
+CONTEXT_BYTES = 600 << 20  # CUDA context, loaded kernels, cuBLAS workspaces
+FRAGMENTATION = 0.1  # of all that comes and goes
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What decides the memory of a run; the names are those of ``npo-fast unlearn``."""
+
+    method: str = "NPO+RT"
+    optimizer: Optimizer = "adamw"
+    micro_batch_tokens: int = 2048
+    """Tokens that go through the model at a time."""
+    sequence_length: int = 256
+    """Tokens of each sequence; a quarter counts as prompt."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    step_in_backward: bool = False
+    offload_optimizer: bool = False
+    lora_rank: int = 0
+    quantize: Quantize = "none"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens must be 1 or more, got {self.micro_batch_tokens}")
+        if self.sequence_length < 2:
+            raise UserError(f"sequence_length must be 2 or more, got {self.sequence_length}")
+        if self.lora_rank < 0:
+            raise UserError(f"lora_rank must be 0 or more, got {self.lora_rank}")
+        if self.dtype == "fp16" and not self.lora_rank:
+            raise UserError("fp16 weights cannot be trained: use --dtype bf16 or --lora-rank 16")
+        if self.optimizer == "adamw-bf16" and (self.lora_rank or self.dtype != "bf16"):
+            raise UserError(
+                "--optimizer adamw-bf16 trains bf16 weights, and adapters are fp32: use --dtype "
+                "bf16 without --lora-rank, or another --optimizer"
+            )
+        if self.quantize != "none" and not self.lora_rank:
+            raise UserError("4-bit weights cannot be trained themselves: add --lora-rank 16")
+        build_method(self.method)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by kind at the moment when their sum is largest."""
+
+    parameters: int
+    trained: int
+    bytes: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def allowance(self) -> int:
+        """What no tracker of tensors sees on a GPU: the context, and gaps between tensors."""
+        moving = (self.bytes[kind] for kind in (ACTIVATIONS, HEAD, BACKWARD))
+        return CONTEXT_BYTES + int(FRAGMENTATION * sum(moving))
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.allowance
+
+
+def footprint(config: Any, planned: Planned, ranks: int = 1) -> Footprint:
+    """Runs one micro-batch, later than the first of a step later than the first.
+
+    Weights and optimizer states are there, and with an ordinary step the gradients of earlier
+    micro-batches. ``step_in_backward`` takes the whole step (``micro_batch_tokens``) through the
+    model, then back twice: for the norm, and to step.
+
+    Args:
+        config: a transformers configuration.
+        ranks: GPUs that share the model (FSDP); the bytes are those of one.
+
+    Raises:
+        UserError: a model that cannot be built, or whose code looks at values.
+    """
+    if ranks < 1:
+        raise UserError(f"ranks must be 1 or more, got {ranks}")
+    model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
+    lm = empty_lm(model, planned.gradient_checkpointing)
+    run = StepRun(lm, planned, ranks)
+    try:
+        with run.tracker:
+            run.step()
+    except (RuntimeError, NotImplementedError) as error:
+        if NAME in str(error):
+            raise UserError(f"{type(model).__name__} cannot be planned: {error}") from error
+        if "meta" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{type(model).__name__} looks at values while it runs, so it cannot run without "
+            f"data: {reason}"
+        ) from error
+    return run.footprint() if ranks == 1 else sharded(model, planned, run.footprint(), ranks)
+
+
+def parameter_count(parameter: Parameter) -> int:
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
+    """What AdamW keeps for a weight: two states.
+
+    ``adamw``: in the weight's dtype. ``adamw-bf16``: in bf16. ``adamw-8bit`` (torchao): a byte a
+    value and an fp32 scale a block of 256; tensors below 4096 values, or not a multiple of 256,
+    keep theirs whole. torchao's 8-bit class does not run without data; ``benchmarks/plan_truth.py``
+    holds this table against it.
+    """
+    values = parameter.numel()
+    if optimizer == "adamw-8bit" and values >= 4096 and values % 256 == 0:
+        return 2 * (values + 4 * (values // 256))
+    size = 2 if optimizer == "adamw-bf16" else parameter.element_size()
+    return 2 * values * size
+
+
+class StepRun:
+    """The step of the training loop under a tracker."""
+
+    def __init__(self, lm: CausalLM, planned: Planned, ranks: int = 1) -> None:
+        self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
+        self.trained = [p for p in lm.model.parameters() if p.requires_grad]
+        self.kept: list[Tensor] = []  # states: nothing else refers to them
+        for tensor in (*lm.model.parameters(), *lm.model.buffers()):
+            self.tracker.hold(tensor, WEIGHTS)
+        states = [state_bytes(p, planned.optimizer) for p in self.trained]
+        if planned.offload_optimizer:
+            states = [max(states)]
+        for size in states:
+            self._keep(torch.empty(size, dtype=torch.uint8, device="meta"), OPTIMIZER)
+        lm.decoder.register_forward_pre_hook(lambda *_: self._from_now_on(ACTIVATIONS))
+        lm.decoder.register_forward_hook(lambda *_: self._from_now_on(HEAD))
+        for parameter in self.trained:
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def step(self) -> None:
+        terms = build_method(self.planned.method)
+        streams = [
+            [term for term in terms if term.batch_key == batch_key]
+            for batch_key in batch_keys(terms)
+        ]
+        if self.planned.step_in_backward:
+            self.backward(self._whole_step(streams))
+            return
+        self.fill_gradients()
+        of_a_kind = {self._kind(own): own for own in streams}  # such as NPO and retain NLL
+        for own in of_a_kind.values():
+            micro = self._micro(len(own[0].batch_key), self.planned.micro_batch_tokens)
+            self.backward(self._loss(own, micro))
+        self.update(max(self.trained, key=torch.numel))
+
+    def fill_gradients(self) -> None:
+        """Those of earlier micro-batches."""
+        for parameter in self.trained:
+            parameter.grad = torch.empty_like(parameter)
+            self.tracker.hold(parameter.grad, GRADIENTS)
+
+    def footprint(self) -> Footprint:
+        return Footprint(
+            parameters=sum(parameter_count(p) for p in self.lm.model.parameters()),
+            trained=sum(p.numel() for p in self.trained),
+            bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
+        )
+
+    def _whole_step(self, streams: list[list[Term]]) -> Tensor:
+        """Through the decoder together: apart, all gradients of one would wait for the other's."""
+        share = max(1, self.planned.micro_batch_tokens // len(streams))
+        micros = [self._micro(len(own[0].batch_key), share) for own in streams]
+        sizes = [len(micro.input_ids) for micro in micros]
+        with FlashAttention():
+            joined = self._micro(1, sum(sizes)).to(self.lm.device)
+            parts = self.lm.states(joined).split(sizes)
+        return torch.stack(
+            [self._loss(*each) for each in zip(streams, micros, parts, strict=True)]
+        ).sum()
+
+    def _micro(self, group: int, tokens: int) -> PackedBatch:
+        length = self.planned.sequence_length
+        count = max(1, tokens // (length * group))
+        sequences = [TokenizedExample((0,) * length, self._prompt, i) for i in range(count)]
+        each = [sequence for sequence in sequences for _ in range(group)]
+        (micro,) = pack(each, len(each) * length, group)
+        return micro
+
+    @property
+    def _prompt(self) -> int:
+        return max(1, self.planned.sequence_length // 4)
+
+    def _loss(self, terms: list[Term], micro: PackedBatch, states: Tensor | None = None) -> Tensor:
+        terms = [term if term.baseline is None else term.at_baseline(0.0) for term in terms]
+        answer = torch.zeros(self.planned.sequence_length - self._prompt)
+        references: dict[str, Tensor | list[Tensor]] = {}
+        for term in terms:
+            per_token = term.loss.reference == "token"
+            for name in term.batch_key:
+                whole = [answer] * micro.sequences
+                references[name] = whole if per_token else torch.zeros(micro.sequences)
+        everywhere = any(term.positions == "all" for term in terms)
+        rows = len(micro.input_ids if everywhere else micro.rows)
+        cache = _Cache(self, rows) if any(isinstance(t.loss, KL) for t in terms) else None
+        counts = {term.name: 1 for term in terms}
+        with FlashAttention():
+            loss, _, _ = micro_step(
+                self.lm, micro, terms, counts, references, cast("ReferenceCache | None", cache),
+                states,
+            )  # fmt: skip
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        self._from_now_on(BACKWARD)
+        if self.planned.step_in_backward:
+            loss.backward(retain_graph=True)
+        loss.backward()
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.tracker.hold(parameter.grad, GRADIENTS)
+        if self.planned.step_in_backward:
+            self.update(parameter)
+            parameter.grad = None
+
+    def update(self, parameter: Tensor) -> None:
+        """PyTorch's fused AdamW needs no room; torchao's takes two fp32 copies (seen)."""
+        if self.planned.optimizer != "adamw":
+            own = -(-parameter.numel() // self.ranks)
+            torch.empty(2, own, dtype=torch.float32, device="meta")
+
+    def _from_now_on(self, kind: str) -> None:
+        self.tracker.kind = kind
+
+    def _keep(self, tensor: Tensor, kind: str) -> None:
+        self.kept.append(tensor)
+        self.tracker.hold(tensor, kind)
+
+    @staticmethod
+    def _kind(terms: list[Term]) -> tuple[object, ...]:
+        return tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in terms)
+
+
+class _Cache:
+    """What ``ReferenceCache`` gives: the rows' hidden states, and the reference's head."""
+
+    def __init__(self, run: StepRun, rows: int) -> None:
+        self.run, self.rows = run, rows
+        weight = run.lm.head.weight
+        with run.tracker.counting_as(REFERENCE):
+            own = {k: v for k, v in run.lm.head_arguments.items() if not isinstance(v, Tensor)}
+            self.head_arguments: dict[str, Any] = {f"ref_{k}": v for k, v in own.items()}
+            self.head_arguments["ref_weight"] = torch.empty_like(weight, requires_grad=False)
+
+    def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
+        weight = self.run.lm.head.weight
+        with self.run.tracker.counting_as(REFERENCE):
+            return weight.new_empty(self.rows, weight.shape[1], requires_grad=False)
+
+
+def sharded(model: Any, planned: Planned, one: Footprint, ranks: int) -> Footprint:
+    """One rank's share of ``one``, the footprint of the whole model on one GPU.
+
+    Weights, gradients and optimizer states shrink by ``ranks``; two gathered decoder layers (the
+    one at work and the next) and the whole gradient of one are added. Each rank has a slice of the
+    vocabulary for the answer rows of all: the slice's gradient, what the cost model says is held
+    beside it, and all rows' hidden states and their gradients. Activations stay: every rank has
+    its own micro-batch.
+    """
+    layer, head = layer_bytes(model), model.get_output_embeddings().weight
+    bytes_ = dict(one.bytes)
+    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER):
+        bytes_[kind] = -(-bytes_[kind] // ranks)
+    bytes_[HEAD] = _head_bytes(slice_problem(head, planned, ranks))
+    bytes_[WEIGHTS] += 2 * layer
+    if not planned.lora_rank:
+        bytes_[GRADIENTS] += layer
+    return replace(one, bytes=bytes_)
+
+
+def slice_problem(head: Tensor, planned: Planned, ranks: int) -> Problem:
+    """The answer rows of all ranks and one rank's slice of the vocabulary, for the cost model."""
+    vocabulary, width = head.shape
+    answers = planned.micro_batch_tokens - planned.micro_batch_tokens // 4
+    return Problem(
+        ranks * answers, width, -(-vocabulary // ranks), head.element_size(),
+        trains_head=not planned.lora_rank, makes_logits=True,
+    )  # fmt: skip
+
+
+def _head_bytes(problem: Problem) -> int:
+    gradient = problem.vocabulary * problem.width if problem.trains_head else 0
+    rows = 2 * problem.rows * problem.width  # hidden states and their gradients
+    return problem.choose().held_bytes + problem.itemsize * (gradient + rows)
+
+
+def layer_bytes(model: Any) -> int:
+    """The largest of the decoder's repeated layers."""
+    layers = repeated_layers(model)
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no list of layers to gather one at a time")
+    return max(sum(p.nbytes for p in layer.parameters()) for layer in layers)

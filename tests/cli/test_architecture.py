@@ -1,0 +1,69 @@
+"""Imports point down: each package may use those below it and no other."""
+
+import ast
+from pathlib import Path
+
+import npo_fast
+
+ROOT = Path(npo_fast.__file__).parent
+LAYERS = [  # from the top; packages of one row know nothing of each other
+    {"__main__"},
+    {"cli"},
+    {"experiments"},
+    {"bench"},
+    {"report", "integrations", "attacks", "planner"},
+    {"trainer", "evaluation"},
+    {"methods", "modules"},
+    {"model"},
+    {"losses", "metrics", "data"},
+    {"ops", "memorization"},
+    {"kernels"},
+    {"distributed"},
+    {"errors", "_version"},
+]
+
+
+def layer_of(package: str) -> int:
+    return next(i for i, row in enumerate(LAYERS) if package in row)
+
+
+def imported(file: Path) -> set[str]:
+    """Names of our packages that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "npo_fast":
+                names = [f"npo_fast.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "npo_fast" and len(parts) > 1:
+                found.add(parts[1])
+    return found
+
+
+def test_imports_point_down():
+    wrong = []
+    for file in ROOT.rglob("*.py"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        own = parts[0]
+        if own == "__init__":
+            continue
+        for other in imported(file) - {own}:
+            known = any(other in row for row in LAYERS)
+            if known and layer_of(other) <= layer_of(own):
+                wrong.append(f"{file.relative_to(ROOT)} imports {other}")
+    assert not wrong, wrong
+
+
+def test_every_package_has_a_layer():
+    packages = {p.relative_to(ROOT).with_suffix("").parts[0] for p in ROOT.rglob("*.py")}
+    assert packages - {"__init__"} == set().union(*LAYERS)
+
+
+def test_no_module_is_longer_than_a_reader_can_hold():
+    long = {f.name: n for f in ROOT.rglob("*.py") if (n := len(f.read_text().splitlines())) > 400}
+    assert not long, long

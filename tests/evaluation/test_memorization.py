@@ -1,0 +1,175 @@
+"""Memorisation and membership: hand-computed cases, and the full logits of a tiny model."""
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from npo_fast import metrics
+from npo_fast.data import Record, Template, TokenizedExample, pack
+from npo_fast.evaluation.evaluate import evaluate
+from npo_fast.evaluation.reference import ReferenceStates
+from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.tokens import token_scores
+from npo_fast.memorization import (
+    exact_memorization,
+    extraction_strength,
+    membership_scores,
+    min_k,
+    min_k_plus_plus,
+    roc_auc,
+)
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.ops.head import Head
+from tests.conftest import tiny_model
+from tests.tiny import FACTS, save_tiny_model
+
+
+@pytest.mark.parametrize(
+    ("greedy", "exact", "strength"),
+    [
+        ([1, 1, 1, 1], 1.0, 1.0),  # the question alone brings it out
+        ([0, 1, 1, 1], 0.75, 0.75),  # after one token all the rest follows
+        ([1, 1, 0, 1], 0.75, 0.25),
+        ([0, 1, 0, 1], 0.5, 0.25),  # the last mistake counts, not the first
+        ([1, 1, 1, 0], 0.75, 0.0),  # no prefix helps
+        ([0], 0.0, 0.0),
+    ],
+)
+def test_memorisation_of_a_few_tokens(greedy, exact, strength):
+    assert exact_memorization(greedy) == exact
+    assert extraction_strength(greedy) == strength
+
+
+def test_min_k_is_the_mean_of_the_lowest_fifth():
+    log_probs = [-1.0, -9.0, -2.0, -3.0, -7.0, -1.0, -1.0, -1.0, -1.0, -1.0]
+    assert min_k(log_probs) == -8.0
+    assert min_k(log_probs[:3]) == -9.0, "at least one token"
+    assert min_k(log_probs, share=1.0) == pytest.approx(np.mean(log_probs))
+
+
+def test_min_k_plus_plus_measures_in_standard_deviations():
+    assert min_k_plus_plus([-5.0, -1.0], [-3.0, -1.0], [2.0, 1.0], share=0.5) == -1.0
+    assert min_k_plus_plus([0.0], [0.0], [0.0]) == 0.0, "a sure token is no 0 / 0"
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    assert roc_auc([3, 4], [1, 2]) == 1.0
+    assert roc_auc([1, 2], [3, 4]) == 0.0
+    assert roc_auc([1, 1], [1, 1, 1]) == 0.5
+    members, others = np.random.default_rng(0).integers(0, 9, (2, 40))
+    pairs = [(m > o) + 0.5 * (m == o) for m in members for o in others]
+    assert roc_auc(members, others) == pytest.approx(np.mean(pairs))
+
+
+def test_every_attack_scores_a_known_text_higher():
+    scores = membership_scores([1.0, 2.0], [10, 10], [-1.0, -3.0], [0.5, -0.5])
+    assert all(known > unknown for known, unknown in scores.values())
+    shorter = membership_scores([1.0, 1.0], [20, 10], [0, 0], [0, 0])["zlib"]
+    assert shorter[0] > shorter[1], "the same loss says less where zlib needs few bytes"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Phi"])
+def test_token_scores_are_those_of_the_full_logits(family):
+    lm = CausalLM(tiny_model(family), probe=False)
+    sequences = [
+        TokenizedExample((3, 9, 30, 7, 61, 5), 2, 0),
+        TokenizedExample((8, 4, 44, 2), 1, 1),
+    ]
+    (batch,) = pack(sequences, 100)
+    found = token_scores(lm.linear_head, lm.hidden(batch), batch.labels)
+    with lm.generating() as model, torch.no_grad():
+        for part, index in zip(found.split([3, 4]), (1, 0), strict=True):
+            ids = torch.tensor([sequences[index].input_ids])
+            first = sequences[index].prompt_length
+            log_p = model(input_ids=ids).logits[0, first - 1 : -1].double().log_softmax(-1)
+            p, labels = log_p.exp(), ids[0, first:]
+            mean = (p * log_p).sum(-1)
+            std = (p * (log_p - mean[:, None]) ** 2).sum(-1).sqrt()
+            exact = log_p.gather(1, labels[:, None]).squeeze(1)
+            torch.testing.assert_close(part.log_probs.double(), exact, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(part.mean.double(), mean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(part.std.double(), std, rtol=1e-4, atol=1e-4)
+            assert torch.equal(part.greedy, log_p.argmax(-1) == labels)
+
+
+def test_chunks_change_memory_and_not_the_scores(monkeypatch):
+    head = Head(torch.randn(97, 16), bias=torch.randn(97), softcap=4.0, logit_scale=0.5)
+    hidden, labels = torch.randn(23, 16) * 3, torch.randint(97, (23,))
+    whole = token_scores(head, hidden, labels)
+    monkeypatch.setattr("npo_fast.ops.cost.CHUNK_BYTES", 97 * 4 * 5)
+    monkeypatch.setattr("npo_fast.evaluation.tokens.SLAB_BYTES", 97 * 4 * 2)
+    for part, other in zip(
+        vars(token_scores(head, hidden, labels)).values(), vars(whole).values(), strict=True
+    ):
+        torch.testing.assert_close(part, other)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+    return load_model(folder), Template(load_tokenizer(folder), "plain")
+
+
+def records(first: int, last: int) -> list[Record]:
+    return [Record((("user", f["question"]),), f["answer"]) for f in FACTS[first:last]]
+
+
+def test_evaluation_is_the_same_packed_and_alone(tiny):
+    lm, template = tiny
+    suite = {metrics.FORGET: records(0, 6), metrics.HOLDOUT: records(6, 10)}
+    packed, alone = (
+        evaluate(lm, template, suite, EvaluationSettings(n, generate=False)) for n in (4096, 1)
+    )
+    for name, log in packed.items():
+        assert log["zlib_bytes"][0] == len(zlib.compress(suite[name][0].answer.encode()))
+        for key, values in log.items():
+            np.testing.assert_allclose(values, alone[name][key], rtol=1e-4, err_msg=key)
+    aucs = metrics.membership_auc(packed)
+    assert set(aucs) == {"loss", "zlib", "min-k", "min-k++"}
+    assert aucs == {
+        name.removeprefix("membership AUC, "): value
+        for name, value in metrics.summary(packed).items()
+        if name.startswith("membership")
+    }
+
+
+def test_kl_to_the_reference_is_that_of_the_full_logits(tiny):
+    lm, template = tiny
+    suite = {metrics.RETAIN: records(0, 4)}
+    reference = ReferenceStates.of(lm, template, suite, 32)
+    settings = EvaluationSettings(generate=False)
+    (same,) = evaluate(lm, template, suite, settings, reference=reference).values()
+    assert np.abs(same["kl_to_reference"]).max() < 1e-5
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    expected = []
+    try:
+        logits = [_logits(lm, template, r) for r in suite[metrics.RETAIN]]
+        with torch.no_grad():
+            for parameter in lm.model.parameters():
+                parameter.mul_(1.05)
+        (moved,) = evaluate(lm, template, suite, settings, reference=reference).values()
+        for record, old in zip(suite[metrics.RETAIN], logits, strict=True):
+            log_p, log_q = old.log_softmax(-1), _logits(lm, template, record).log_softmax(-1)
+            expected.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+    finally:
+        lm.model.load_state_dict(before)
+    np.testing.assert_allclose(moved["kl_to_reference"], expected, rtol=1e-3)
+    total = np.average(expected, weights=moved["num_token_gt"])
+    assert metrics.kl_to_reference(moved) == pytest.approx(total, rel=1e-3)
+
+
+@torch.no_grad()
+def _logits(lm: CausalLM, template: Template, record: Record) -> torch.Tensor:
+    sequence = template.encode(record, 0)
+    with lm.generating() as model:
+        logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0]
+    return logits[sequence.prompt_length - 1 : -1].double()
+
+
+def test_published_logs_say_nothing_of_memorisation(tofu_logs):
+    numbers = metrics.summary(metrics.load_result(tofu_logs / "retain90_llama.json"))
+    assert "model utility" in numbers
+    assert not [name for name in numbers if "memorization" in name or "membership" in name]

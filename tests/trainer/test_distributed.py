@@ -1,0 +1,513 @@
+"""Several processes train the same model as one does: losses, gradients, checkpoints, and ends."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from npo_fast import distributed
+from npo_fast.cli import main
+from npo_fast.data import TokenizedExample, micro_batches
+from npo_fast.kernels import layout
+from npo_fast.losses import DPO, NLL, NPO
+from npo_fast.methods import build_method
+from npo_fast.model.adapters import add_lora
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.sharding import gather_state_dict, shard
+from npo_fast.ops import linear_sequence_loss
+from npo_fast.ops.linear_log_probs import resolve_chunk_rows
+from npo_fast.ops.vocab_parallel import (
+    SlicedHead,
+    VocabularySlice,
+    gather_rows,
+    vocab_parallel_embedding,
+)
+from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.state import TrainState
+from tests.conftest import tiny_model
+from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.trainer.test_resume import facts_of, lines
+from tests.trainer.test_trainer import sources
+
+PROCESSES = [2, 4]
+TOLERANCE = 1e-5
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.trainer.test_distributed", "torch.distributed.fsdp"])
+
+
+def _process(work, rank: int, count: int, folder: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    try:
+        store = f"file://{folder / 'meeting'}"
+        mesh = distributed.init_process_group(
+            torch.device("cpu"), init_method=store, rank=rank, world_size=count
+        )
+        torch.save(work(mesh, *arguments), folder / f"{rank}.pt")
+        distributed.destroy_process_group()
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+def on_ranks(count: int, folder: Path, work, *arguments) -> list:
+    """What ``work(mesh, *arguments)`` returns on each of ``count`` processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        SERVER.Process(target=_process, args=(work, rank, count, folder, arguments))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    ends = time.monotonic() + 120
+    for process in processes:
+        process.join(timeout=max(0.0, ends - time.monotonic()))
+    stuck = [process for process in processes if process.exitcode is None]
+    for process in stuck:
+        process.kill()
+    errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
+    assert not stuck, f"{len(stuck)} processes hang; {errors}"
+    assert not errors, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+HEAD = {"softcap": 3.0, "logit_scale": 0.7}
+WIDTH, VOCABULARY = 24, 53  # a multiple of neither 2 nor 4
+
+
+def _problem(dtype: torch.dtype):
+    """Rows of four parts, a head, and a label for each row."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    counts = [7, 3, 0, 9]
+    hidden = [normal(n, WIDTH).to(dtype) for n in counts]
+    weight, bias = (2 * normal(VOCABULARY, WIDTH)).to(dtype), normal(VOCABULARY).to(dtype)
+    labels = torch.randint(VOCABULARY, (sum(counts),), generator=generator)
+    return counts, hidden, weight, bias, labels
+
+
+def _rows_of(counts: list[int], count: int) -> list[int]:
+    per = len(counts) // count
+    return [sum(counts[r * per : (r + 1) * per]) for r in range(count)]
+
+
+def _loss_of_slices(mesh, dtype: torch.dtype, loss, chunk_rows: int | None, skip_below: float):
+    _, hidden, weight, bias, labels = _problem(dtype)
+    counts = _rows_of([len(h) for h in hidden], mesh.size())
+    own = torch.cat(hidden).split(counts)[mesh.get_rank()].requires_grad_()
+    vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
+    rows = slice(vocabulary.first, vocabulary.first + vocabulary.rows)
+    weight, bias = weight[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()
+    value, log_probs = linear_sequence_loss(
+        gather_rows(own, counts, mesh.get_group()), weight, labels, CU_SEQLENS, loss, bias=bias,
+        ref_log_probs=REFERENCE.to(dtype) if loss.reference else None, chunk_rows=chunk_rows,
+        skip_below=skip_below, vocabulary=vocabulary, **HEAD,
+    )  # fmt: skip
+    (2 * value).backward()
+    return value.detach(), log_probs, own.grad, weight.grad, bias.grad
+
+
+CU_SEQLENS = torch.tensor([0, 4, 7, 10, 19])
+REFERENCE = torch.tensor([-20.0, -11.0, -9.0, -41.0], dtype=torch.float64)
+
+
+SLICED = {
+    "NPO in one chunk": (NPO(0.1), None, 0.0),
+    "DPO in chunks": (DPO(0.1), 7, 0.0),
+    "NLL in less than a sequence, skipping": (NLL(), 3, 0.2),
+}
+
+
+def _assert_loss_of_the_whole(found: list, dtype, loss, chunk_rows, skip_below) -> None:
+    """What ranks have found, against one process."""
+    _, hidden, weight, bias, labels = _problem(dtype)
+    one = torch.cat(hidden).requires_grad_()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    value, log_probs = linear_sequence_loss(
+        one, weight, labels, CU_SEQLENS, loss, bias=bias, skip_below=skip_below,
+        ref_log_probs=REFERENCE.to(dtype) if loss.reference else None, chunk_rows=chunk_rows,
+        **HEAD,
+    )  # fmt: skip
+    (2 * value).backward()
+    close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    for own in found:
+        torch.testing.assert_close(own[0], value.detach(), **close)
+        torch.testing.assert_close(own[1], log_probs, **close)
+    for i, gradient in enumerate((one.grad, weight.grad, bias.grad), start=2):
+        torch.testing.assert_close(torch.cat([own[i] for own in found]), gradient, **close)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize(("loss", "chunk_rows", "skip_below"), SLICED.values(), ids=SLICED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
+    tmp_path, count, loss, chunk_rows, skip_below, dtype
+):
+    found = on_ranks(count, tmp_path, _loss_of_slices, dtype, loss, chunk_rows, skip_below)
+    _assert_loss_of_the_whole(found, dtype, loss, chunk_rows, skip_below)
+
+
+def _as_on_gpus(mesh, cases: list) -> list:
+    """Padded rows, bf16 logits and unrounded label logits, of labels that the slice may lack."""
+    layout.runs_on_cpu = lambda tensor: False
+    return [_loss_of_slices(mesh, *case) for case in cases]
+
+
+def test_slices_give_the_loss_of_the_whole_in_what_gpus_are_given(tmp_path):
+    cases = [
+        (dtype, *case) for dtype in (torch.float64, torch.bfloat16) for case in SLICED.values()
+    ]
+    found = on_ranks(2, tmp_path, _as_on_gpus, cases)
+    for case, *of_ranks in zip(cases, *found, strict=True):
+        _assert_loss_of_the_whole(of_ranks, *case)
+
+
+@pytest.mark.parametrize("vocabulary", [32001, 50257, 128256, 151936])
+@pytest.mark.parametrize("count", [2, 5, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ranks_cut_the_same_chunks(vocabulary, count, dtype):
+    class Slice(VocabularySlice):
+        world_size, rank = count, 0
+
+    class LastSlice(VocabularySlice):
+        world_size, rank = count, count - 1
+
+    slices = Slice(None, vocabulary), LastSlice(None, vocabulary)
+    for trained, rows, memory_bytes in (
+        (True, 900, None), (True, 1800, None), (True, 50_000, None), (True, 50_000, 1 << 20),
+        (False, 50_000, None),
+    ):  # fmt: skip
+        chunks = set()
+        for own in slices:
+            weight = torch.empty(own.rows, 1024, dtype=dtype, device="meta")
+            head = SlicedHead(weight.requires_grad_(trained), vocabulary=own)
+            chunks.add(resolve_chunk_rows("op", head, rows, None, memory_bytes))
+        assert len(chunks) == 1
+        assert chunks.pop() >= 256, "of logits: whoever makes none knows of no slices"
+
+
+def _sure(mesh):
+    """fp32 rows that all but point at the labels' rows of the head."""
+    _, _, weight, _, labels = _problem(torch.float32)
+    hidden = (SURE * weight[labels]).requires_grad_()
+    vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
+    own = weight[vocabulary.first :][: vocabulary.rows].clone().requires_grad_()
+    value, log_probs = linear_sequence_loss(
+        hidden, own, labels, CU_SEQLENS, NLL(), vocabulary=vocabulary
+    )
+    value.backward()
+    return log_probs, own.grad
+
+
+SURE = 0.2
+
+
+def test_slices_keep_their_digits_where_the_model_is_sure(tmp_path):
+    _, _, weight, _, labels = _problem(torch.float32)
+    weight = weight.double().requires_grad_()
+    hidden = SURE * weight.detach()[labels]
+    value, log_probs = linear_sequence_loss(hidden, weight, labels, CU_SEQLENS, NLL())
+    value.backward()
+    assert -1e-3 < float(log_probs.max()) < -1e-9, "sure, and not certain"
+    found = on_ranks(2, tmp_path, _sure)
+    gradient = torch.cat([own[1] for own in found]).double()
+    error = (gradient - weight.grad).norm() / weight.grad.norm()
+    assert error < 1e-5
+    torch.testing.assert_close(found[0][0].double(), log_probs, rtol=1e-4, atol=0)
+
+
+def _embed(mesh):
+    vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
+    weight = _problem(torch.float64)[2]
+    own = weight[vocabulary.first :][: vocabulary.rows].clone().requires_grad_()
+    ids = IDS[mesh.get_rank()]
+    out = vocab_parallel_embedding(ids, own, vocabulary, padding_id=5)
+    (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
+    return out.detach(), own.grad
+
+
+IDS = [torch.tensor([0, 52, 5, 0]), torch.tensor([20]), torch.tensor([5, 27, 28]), torch.arange(9)]
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_a_sliced_embedding_reads_and_learns_as_a_whole_one(tmp_path, count):
+    found = on_ranks(count, tmp_path, _embed)
+    weight = _problem(torch.float64)[2].requires_grad_()
+    ids = torch.cat(IDS[:count])
+    out = torch.nn.functional.embedding(ids, weight, padding_idx=5)
+    (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
+    torch.testing.assert_close(torch.cat([own[0] for own in found]), out.detach())
+    torch.testing.assert_close(torch.cat([own[1] for own in found]), weight.grad)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+@pytest.mark.parametrize("group", [1, 2])
+def test_every_sequence_goes_to_one_process_and_all_make_as_many_passes(count, group):
+    lengths = [5, 9, 3, 30, 4, 6, 8, 2, 12, 7]
+    data = [TokenizedExample(tuple(range(n)), 1, i) for i, n in enumerate(lengths)]
+    passes = micro_batches(data, max_tokens=25, group=group, world_size=count)
+    assert all(len(packs) == count for packs in passes)
+    seen = [index for packs in passes for one in packs for index in one.indices]
+    assert sorted(seen) == list(range(10))
+    for packs in passes:
+        for one in packs:
+            assert one.lengths  # a pass through the model, if only to take part
+            pairs = one.indices[::group]
+            assert [i for p in pairs for i in range(p, p + group)] == list(one.indices)
+
+
+def lm_of(family: str, lora: bool) -> CausalLM:
+    torch.manual_seed(0)
+    model = tiny_model(family, **({"tie_word_embeddings": True} if family == "Qwen2" else {}))
+    if lora:
+        model = add_lora(model, "base", rank=4, alpha=8)
+        with torch.no_grad():  # B is 0 at first, and A would have no gradient
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    return CausalLM(model)
+
+
+def _steps(lm: CausalLM, method: str, checkpointing: bool):
+    """Records of four steps, the gradients of a first one, and the weights after the last."""
+    terms = build_method(method)
+    data = sources()
+    settings = TrainSettings(
+        epochs=2, batch_size=4, micro_batch_tokens=60, lr=1e-3, warmup_steps=1, seed=3,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    references = reference_log_probs(lm, data, terms, 60)
+    gradients: dict = {}
+
+    def keep(optimizer, *_):
+        if not gradients:
+            gradients.update(gather_state_dict({n: p.grad for n, p in lm.model.named_parameters()}))
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        records = [
+            (r.loss, r.terms, r.log_probs, r.grad_norm)
+            for r in train(lm, data, terms, settings, references)
+        ]
+    finally:
+        handle.remove()
+    return records, gradients, gather_state_dict(lm.model.state_dict(keep_vars=True)), references
+
+
+def _train_on_ranks(mesh, family: str, lora: bool, method: str, checkpointing: bool):
+    lm = lm_of(family, lora)
+    shard(lm, mesh)
+    held = sum(p.to_local().numel() for p in lm.model.parameters())
+    return *_steps(lm, method, checkpointing), held
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize(
+    ("family", "lora", "method", "checkpointing"),
+    [
+        ("Llama", False, "NPO+RT", False),
+        ("Qwen2", False, "DPO+RT", True),  # tied, with biases
+        ("Phi", False, "KTO+RT", False),
+        ("Llama", True, "NPO+RT", True),
+    ],
+    ids=["full", "tied and checkpointed", "a head with bias", "LoRA, checkpointed"],
+)
+def test_several_processes_train_as_one(tmp_path, count, family, lora, method, checkpointing):
+    lm = lm_of(family, lora)
+    everything = sum(p.numel() for p in lm.model.parameters())
+    records, gradients, weights, references = _steps(lm, method, checkpointing)
+    found = on_ranks(count, tmp_path, _train_on_ranks, family, lora, method, checkpointing)
+    assert len(records) == 4
+    close = {"rtol": TOLERANCE, "atol": TOLERANCE}
+    for own in found:
+        torch.testing.assert_close(own[0], records, **close)
+        torch.testing.assert_close(own[3], references, **close)
+        assert own[4] < 1.3 * everything / count
+    lead = found[0]
+    assert lead[1].keys() == gradients.keys()
+    scale = max(g.abs().max() for g in gradients.values() if g is not None)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(lead[1][name], gradient, rtol=1e-5, atol=1e-5 * float(scale))
+    assert lead[2].keys() == weights.keys()
+    for name, weight in weights.items():
+        gradient = gradients.get(name)
+        sure = torch.ones_like(weight, dtype=torch.bool)
+        if gradient is not None:  # Adam makes whole steps of gradients that are rounding errors
+            sure = (gradient.abs() > 1e-4 * scale) | (gradient == 0)
+        torch.testing.assert_close(lead[2][name][sure], weight[sure], rtol=1e-3, atol=1e-4)
+
+
+def _log_probs_after_dividing(mesh):
+    lm = lm_of("Doge", lora=False)
+    assert lm.packs
+    before = lm.attention
+    shard(lm, mesh)
+    (packs,) = micro_batches(sources()["forget"], 1000, world_size=mesh.size())
+    with torch.no_grad():
+        return before, lm.attention, lm.log_probs_of_packs(packs)
+
+
+@pytest.mark.filterwarnings("ignore:.*it keeps")
+def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
+    lm = lm_of("Doge", lora=False)
+    ((pack_,),) = micro_batches(sources()["forget"], 1000)
+    expected = lm.log_probs(pack_).detach()
+    ((before, after, found),) = on_ranks(1, tmp_path, _log_probs_after_dividing)
+    assert before == after != "npo_fast_packed"
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _train_in_bf16(mesh):
+    torch.manual_seed(0)
+    lm = CausalLM(tiny_model("Llama").to(torch.bfloat16))
+    if mesh is not None:
+        shard(lm, mesh)
+    terms, data, state = build_method("NPO+RT"), sources(), TrainState()
+    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, optimizer="adamw-bf16")
+    references = reference_log_probs(lm, data, terms, 60)
+    losses = [r.loss for r in train(lm, data, terms, settings, references, state=state)]
+    folder = Path(tempfile.mkdtemp())
+    state.writer()(folder)
+    return losses, torch.load(folder / "state.pt")["parts"]["optimizer"]["state"]
+
+
+def test_bf16_weights_are_rounded_at_random_and_their_states_gathered(tmp_path):
+    losses, states = _train_in_bf16(None)
+    first, second = on_ranks(2, tmp_path, _train_in_bf16)
+    assert first[0] == second[0] == pytest.approx(losses, rel=0.02)
+    assert first[1].keys() == states.keys()
+    for i, own in states.items():
+        for name, value in own.items():
+            assert first[1][i][name].shape == value.shape
+            assert first[1][i][name].dtype == value.dtype
+            assert not second[1][i][name].numel() or value.dim() == 0
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model without dropout, what to forget and what to keep."""
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny_model(folder / "base")
+    write_jsonl(folder / "forget.jsonl", FACTS[6:])
+    write_jsonl(folder / "retain.jsonl", FACTS[:6])
+    return folder
+
+
+def arguments(home: Path, output: Path, *more: str) -> list[str]:
+    return ["unlearn", "--model", str(home / "base"), "--forget", str(home / "forget.jsonl"),
+            "--retain", str(home / "retain.jsonl"), "--output", str(output), "--epochs", "5",
+            "--lr", "1e-4", "--batch-size", "2", "--save-every", "2", "--no-report",
+            *more]  # fmt: skip
+
+
+def torchrun(count: int, call: list[str], log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(count), "-m", "npo_fast", *call]  # fmt: skip
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[2])
+
+
+def losses_of(output: Path) -> list[float]:
+    return [line["loss"] for line in lines(output / "steps.jsonl")]
+
+
+def children_of(process: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
+    assert main(arguments(home, tmp_path / "alone", "--epochs", "40")) == 0
+
+    output, log = tmp_path / "several", tmp_path / "several.log"
+    call = arguments(home, output, "--epochs", "40")
+    process = torchrun(2, call, log)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "step-000004").exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert "lost contact with another process" in log.read_text(), log.read_text()
+    assert facts_of(output)["processes"] == 2
+
+    assert main(call) == 0
+    (begun,) = facts_of(output)["resumed"]
+    assert 4 <= begun["step"] < 80
+    assert losses_of(output) == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-3, abs=1e-4)
+    assert facts_of(output)["status"] == "finished"
+
+
+def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tmp_path):
+    assert main(arguments(home, tmp_path / "alone")) == 0
+    output, log = tmp_path / "several", tmp_path / "several.log"
+    call = arguments(home, output, "--epochs", "400", "--lora-rank", "4")
+    process = torchrun(2, call, log)
+    deadline = time.monotonic() + 120
+    while not (output / "steps.jsonl").exists() or len(lines(output / "steps.jsonl")) < 3:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    text = log.read_text()
+    assert "interrupted after step" in text, text
+    assert facts_of(output)["status"] == "interrupted"
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step-")) == len(lines(output / "steps.jsonl"))
+    assert (checkpoint / "adapter_model.safetensors").exists()
+
+    done = json.loads((checkpoint / "adapter_config.json").read_text())
+    assert done["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--method", "NPO+KL"), "a method with retain KL runs on one process"),
+        (("--optimizer", "adamw-8bit"), "--optimizer adamw-8bit runs on one process"),
+        (("--step-in-backward",), "--step-in-backward runs on one process"),
+        (("--lora-rank", "4", "--merge"), "--merge runs on one process"),
+        (("--eval-every", "2"), "--eval-every answers questions on one process"),
+        (("--quantize", "4bit", "--lora-rank", "4"), "--quantize 4bit runs on one process"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    home, tmp_path, more, why, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments(home, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert "(process 1 of 2)" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_verbs_take_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 2
+    assert "torchrun is for unlearn and finetune" in capsys.readouterr().err

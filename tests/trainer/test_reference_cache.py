@@ -1,0 +1,235 @@
+"""The reference's hidden states on disk: what comes back, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from npo_fast import linear_kl
+from npo_fast.data import TokenizedExample, pack
+from npo_fast.errors import UserError
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.trainer import reference_cache as module
+from npo_fast.trainer.reference_cache import OwnFolder, model_fingerprint, reference_cache
+from tests.conftest import tiny_model
+
+SOURCES = {
+    "retain": [TokenizedExample(tuple(range(3, 3 + 4 + i % 5)), 1 + i % 3, i) for i in range(9)],
+    "forget": [TokenizedExample((9, 8, 7, 6, 5, 4), 2, 0), TokenizedExample((4, 5, 6), 1, 1)],
+}
+
+
+def small_lm(family: str = "Llama") -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(tiny_model(family), probe=False)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_lm()
+
+
+@pytest.fixture(scope="module")
+def made(lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "reference"
+    reference_cache(lm, SOURCES, folder, "answer", 20)
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("positions", ["answer", "all"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi"])
+@pytest.mark.parametrize("shard_bytes", [1 << 28, 2000, 1])
+def test_what_was_written_comes_back(family, positions, shard_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
+    lm = small_lm(family)
+    lm.model.train()
+    cache = reference_cache(lm, SOURCES, tmp_path / "ref", positions, 20)
+    assert lm.model.training
+    lm.model.eval()
+    assert cache.positions == positions
+    for source, sequences in SOURCES.items():
+        for batch in pack(sequences[::-1], 30):
+            states = lm.states(batch)
+            expected = states if positions == "all" else lm.hidden(batch)
+            found = cache.hidden(source, batch.indices)
+            torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+            arguments = {name: lm.head_arguments[name] for name in ("softcap", "logit_scale")}
+            kl = linear_kl(
+                expected, lm.head.weight, found, bias=lm.head_arguments["bias"],
+                **arguments, **cache.head_arguments,
+            )  # fmt: skip
+            assert float(kl) < 1e-6
+    shards = len(list((tmp_path / "ref").glob("retain-*.safetensors")))
+    assert shards == 1 if shard_bytes == 1 << 28 else shards > 1
+
+
+def test_a_cache_outlives_the_model_that_made_it(made):
+    again = small_lm()
+    cache = reference_cache(again, SOURCES, made, "answer", 20)
+    before = cache.hidden("retain", [2, 0]), cache.head_arguments["ref_weight"].clone()
+    with torch.no_grad():
+        for parameter in again.model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(cache.hidden("retain", [2, 0]), before[0])
+    assert torch.equal(cache.head_arguments["ref_weight"], before[1])
+
+
+def test_half_precision_stays_half_precision(tmp_path):
+    lm = CausalLM(tiny_model("Llama").bfloat16(), probe=False)
+    cache = reference_cache(lm, SOURCES, tmp_path / "ref", "answer", 20)
+    assert cache.hidden("forget", [0]).dtype == torch.bfloat16
+    assert cache.head_arguments["ref_weight"].dtype == torch.bfloat16
+
+
+def test_an_existing_cache_is_read_and_not_made_again(lm, made, monkeypatch):
+    monkeypatch.setattr(lm, "states", lambda batch: pytest.fail("the model ran"))
+    reference_cache(lm, SOURCES, made, "answer", 20)
+
+
+def test_another_model_data_or_choice_of_positions_is_refused(lm, made):
+    changed = small_lm()
+    with torch.no_grad():
+        next(changed.model.parameters())[3, 0] += 1e-3
+    with pytest.raises(UserError, match=r"reference was made with another model than.*delete the"):
+        reference_cache(changed, SOURCES, made, "answer", 20)
+    fewer = {**SOURCES, "retain": SOURCES["retain"][1:]}
+    with pytest.raises(UserError, match="another data"):
+        reference_cache(lm, fewer, made, "answer", 20)
+    with pytest.raises(UserError, match="another data"):
+        reference_cache(lm, {"retain": SOURCES["retain"]}, made, "answer", 20)
+    with pytest.raises(UserError, match="another positions"):
+        reference_cache(lm, SOURCES, made, "all", 20)
+
+
+def test_a_config_that_changes_the_states_changes_the_fingerprint():
+    lm = small_lm()
+    before = model_fingerprint(lm.model)
+    assert model_fingerprint(small_lm().model) == before
+    lm.model.config.rms_norm_eps = 1e-3
+    assert model_fingerprint(lm.model) != before
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def poison(path):
+    save_file({k: torch.full_like(t, torch.nan) for k, t in load_file(path).items()}, path)
+
+
+def reshape(path):
+    save_file({k: t[:, :-1].contiguous() for k, t in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("name", ["retain-00000.safetensors", "head.safetensors"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, poison, reshape])
+def test_a_damaged_file_is_refused_by_name(lm, copy, name, damage):
+    damage(copy / name)
+    with pytest.raises(UserError, match=rf"{name} is damaged .*delete the folder or name another"):
+        reference_cache(lm, SOURCES, copy, "answer", 20)
+
+
+def test_a_missing_file_is_refused_by_name(lm, copy):
+    (copy / "forget-00000.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*forget-00000.safetensors"):
+        reference_cache(lm, SOURCES, copy, "answer", 20)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"format": 1}', '{"format": 0}'])
+def test_a_folder_that_is_no_cache_is_refused_and_left_alone(lm, tmp_path, text):
+    (tmp_path / "thesis.txt").write_text("precious")
+    if text is not None:
+        (tmp_path / "reference.json").write_text(text)
+    with pytest.raises(UserError, match=r"reference\.json (is not there or not|has the format 0)"):
+        reference_cache(lm, SOURCES, tmp_path, "answer", 20)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_states_that_are_not_finite_are_not_kept(tmp_path):
+    lm = small_lm()
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[9] = torch.nan  # in forget record 1
+    with pytest.raises(UserError, match="forget records 1.*not finite"):
+        reference_cache(lm, {"forget": SOURCES["forget"]}, tmp_path / "ref", "answer", 6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_no_cache(lm, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot save .*No space left"):
+        reference_cache(lm, SOURCES, tmp_path / "ref", "answer", 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_names_every_file(made):
+    facts = json.loads((made / "reference.json").read_text())
+    assert {*facts["sha256"], "reference.json"} == {path.name for path in made.iterdir()}
+
+
+ABANDON = """
+import sys, time
+from npo_fast.trainer.reference_cache import OwnFolder
+own = OwnFolder()
+print(own.path, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ABANDON], stdout=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    ]
+    killed, alive = (Path(process.stdout.readline().decode().strip()) for process in processes)
+    processes[0].kill()
+    processes[0].wait()
+    own = OwnFolder()
+    assert not killed.exists()
+    assert alive.exists()
+    assert own.path.parent == tmp_path
+    processes[1].kill()
+    processes[1].wait()
+
+
+def test_two_runs_that_want_one_cache_make_it_once(lm, tmp_path, monkeypatch):
+    made = []
+
+    def slowly(*arguments):
+        made.append(1)
+        time.sleep(0.3)
+        return write(*arguments)
+
+    write = module._write
+    monkeypatch.setattr(module, "_write", slowly)
+
+    def open_cache(_):
+        return reference_cache(lm, SOURCES, tmp_path / "cache", "answer", 100)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(open_cache, range(2))
+    assert len(made) == 1
+    assert one.made_from == other.made_from
