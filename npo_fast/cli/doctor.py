@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,12 +29,12 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Command:
-    common: Common = field(default_factory=Common)
+    """The doctor takes no options of its own."""
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     found = examine()
-    show(found, report(found), command.common.json)
+    show(found, report(found), common.json)
 
 
 def examine() -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """``npo-fast plan``: what a run will need, before anyone rents a card."""
 
-from dataclasses import dataclass, field, replace
+import logging
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from npo_fast.cli.console import say, show, table
+from npo_fast.cli.console import show, table
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 from npo_fast.trainer.optimizers import Optimizer
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from npo_fast.planner import Advice, Footprint, Planned
 
 GIB = 1 << 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,9 @@ class PlanOptions:
 @dataclass(frozen=True)
 class Command:
     plan: PlanOptions
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     options = command.plan
     if options.card is not None and not options.card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
@@ -71,7 +73,7 @@ def run(command: Command) -> None:
 
     @cache
     def measure(plan: "Planned") -> "Footprint":
-        say(" ".join(["a step without data", *flags(planned, plan)]))
+        logger.info(" ".join(["a step without data", *flags(planned, plan)]))
         return footprint(config, plan, options.ranks)
 
     found = measure(planned)
@@ -80,7 +82,7 @@ def run(command: Command) -> None:
     show(
         _facts(options, config, found, advice),
         _text(options, config, found, advice),
-        command.common.json,
+        common.json,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npo_fast import metrics
-from npo_fast.cli import VERBS, main
+from npo_fast.cli import SUBCOMMANDS, main
 from npo_fast.kernels import OPERATORS
 from npo_fast.methods import METHODS, build_method
 from tests.tiny import FACTS, save_tiny_model, write_jsonl
@@ -227,7 +227,7 @@ def test_a_failed_save_keeps_the_earlier_model(home, tmp_path, capsys):
 
     from npo_fast.errors import UserError
     from npo_fast.model.load import load_model, load_tokenizer
-    from npo_fast.trainer.run import save_model
+    from npo_fast.runs.folder import save_model
 
     lm, tokenizer = load_model(str(home / "base")), load_tokenizer(str(home / "base"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -280,7 +280,7 @@ def test_the_doctor_names_a_kernel_for_every_operator(capsys):
     assert all(on["cpu"] for on in found["kernels"].values())
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", SUBCOMMANDS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([verb, "--help"])
@@ -291,4 +291,4 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 def test_the_overview_shows_every_verb(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(verb.example in out for verb in VERBS.values())
+    assert all(verb.example in out for verb in SUBCOMMANDS.values())
