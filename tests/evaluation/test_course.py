@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from npo_fast.cli import main
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import MEASURES, Condition, Course, WatchOptions, value_of
+from npo_fast.evaluation.course import MEASURES, Condition, value_of
 from npo_fast.metrics import FORGET, load_result, save_result, select
+from npo_fast.runs.callbacks import EvaluationCallback
+from npo_fast.runs.options import EvaluationOptions
 from tests.evaluation.test_metrics import make_result
 from tests.tiny import FACTS, save_tiny_model, write_jsonl
 
@@ -93,24 +95,26 @@ def test_a_condition_ends_the_run_early(home, tmp_path):
     assert (output / "model/model.safetensors").exists()
 
 
-def fake_course(rows, **options):
-    """A course over made-up looks, (forget quality, utility) each."""
-    course = Course(WatchOptions(eval_every=1, **options), dict)
-    course._look = lambda step, epoch: {
-        "step": step, "forget_quality": rows[step][0], "model_utility": rows[step][1]
-    }  # fmt: skip
-    course.begin()
-    for step in range(1, len(rows)):
-        course.look(step, 0.0)
-    return course
+def best_step(rows, **options):
+    """The best of made-up evaluations, (forget quality, utility) each."""
+    callback = EvaluationCallback(EvaluationOptions(eval_every=1, **options), dict)
+    scores = [
+        {"step": step, "forget_quality": quality, "model_utility": utility}
+        for step, (quality, utility) in enumerate(rows)
+    ]
+    callback.load_state(scores[:1], {})
+    for each in scores[1:]:
+        if callback.is_best(each):
+            callback.best = each
+    return callback.best.get("step")
 
 
 def test_the_best_is_sought_among_those_that_keep_the_utility():
     rows = [(0.9, 0.5), (0.1, 0.5), (0.3, 0.45), (0.8, 0.2), (0.3, 0.5)]
-    assert fake_course(rows, keep_best="forget_quality").best["step"] == 3
-    best = fake_course(rows, keep_best="forget_quality", min_utility=0.9).best
-    assert best["step"] == 2, "the start does not count, and of equals the first"
-    assert not fake_course(rows, keep_best="forget_quality", min_utility=1.1).best
+    assert best_step(rows, keep_best="forget_quality") == 3
+    best = best_step(rows, keep_best="forget_quality", min_utility=0.9)
+    assert best == 2, "the start does not count, and of equals the first"
+    assert best_step(rows, keep_best="forget_quality", min_utility=1.1) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_the_best_is_sought_among_those_that_keep_the_utility():
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        WatchOptions(**{"eval_every": 1, **options})
+        EvaluationOptions(**{"eval_every": 1, **options})
 
 
 def test_a_measure_that_the_data_does_not_allow_is_refused_before_the_run(home, tmp_path, capsys):
