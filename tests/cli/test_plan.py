@@ -23,7 +23,7 @@ from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.order import check_step_in_backward
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import micro_step
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 
 SMALL = Planned(dtype="fp32", micro_batch_tokens=64, sequence_length=16)
 

@@ -17,7 +17,7 @@ from npo_fast.data import (
 )
 from npo_fast.errors import UserError
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
-from tests.tiny import FACTS, write_jsonl
+from tests.helpers import FACTS, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from npo_fast.evaluation.rouge import rouge_scorer
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.model.load import load_tokenizer
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 
 WRONG = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
 

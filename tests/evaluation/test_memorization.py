@@ -23,8 +23,7 @@ from npo_fast.memorization import (
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.ops.head import Head
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model
+from tests.helpers import FACTS, save_tiny_model, tiny_model
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.trainer.settings import TrainSettings
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 
 
 def test_rounding_by_hand():

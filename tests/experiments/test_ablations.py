@@ -29,7 +29,7 @@ from npo_fast.experiments.ablations.trials import (
 )
 from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_world
 from npo_fast.trainer.settings import TrainSettings
-from tests.report.test_report import Page
+from tests.helpers import Page
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/reviewers"
 SIZES = {"background": 4, "famous": 3, "authors": 24, "forget_share": 0.5}

@@ -18,7 +18,7 @@ from npo_fast.methods import METHODS, Coefficients, build_method
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.trainer.test_trainer import sequences, small_lm
+from tests.helpers import sequences, small_lm
 
 
 def arguments(folder, **changes) -> TrainingArguments:

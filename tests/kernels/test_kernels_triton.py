@@ -15,7 +15,7 @@ from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.npo_head import npo_head
 from npo_fast.kernels.triton.row_log_probs import row_gradient, row_log_probs
 from npo_fast.kernels.triton.scale import scale
-from tests.accuracy import assert_as_exact, free_error
+from tests.helpers import assert_as_exact, free_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # several blocks of rows, and several slices of the vocabulary a row; or all in one program

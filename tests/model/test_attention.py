@@ -30,7 +30,7 @@ from npo_fast.model.choice import (
 )
 from npo_fast.model.varlen import NAME as VARLEN
 from npo_fast.model.varlen import attend, parameters, varlen_attention
-from tests.conftest import VOCABULARY, tiny_model
+from tests.helpers import VOCABULARY, tiny_model
 
 UNEQUAL = [3 + (37 * i) % 59 for i in range(64)]
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npo_fast import linear_kl
 from npo_fast.kernels import reference
-from tests.accuracy import assert_as_exact, free_error
+from tests.helpers import assert_as_exact, free_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs
 OP = torch.ops.npo_fast.row_kl_

@@ -16,9 +16,7 @@ from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer, keep_states_on_cpu, step_one_at_a_time
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
-from tests.trainer.test_trainer import sources
+from tests.helpers import FACTS, calm_model, save_tiny_model, sources, tiny_model, write_jsonl
 
 SETTINGS = TrainSettings(epochs=2, batch_size=4, lr=1e-3, micro_batch_tokens=400)
 IN_BACKWARD = dataclasses.replace(SETTINGS, step_in_backward=True)
@@ -27,10 +25,7 @@ SMALL = ("adamw-8bit", "adamw-bf16")
 
 def lm_of(dtype: torch.dtype = torch.float32, **overrides: object) -> CausalLM:
     torch.manual_seed(0)
-    model = tiny_model("Llama", hidden_size=64, **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3)
+    model = calm_model("Llama", hidden_size=64, **overrides)
     return CausalLM(model.to(dtype), probe=False)
 
 

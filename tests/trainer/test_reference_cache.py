@@ -19,7 +19,7 @@ from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer import reference_cache as module
 from npo_fast.trainer.reference_cache import OwnFolder, model_fingerprint, reference_cache
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 
 SOURCES = {
     "retain": [TokenizedExample(tuple(range(3, 3 + 4 + i % 5)), 1 + i % 3, i) for i in range(9)],

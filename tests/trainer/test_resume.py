@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import json
 import multiprocessing
 import os
 import shutil
@@ -27,9 +26,7 @@ from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.run import save_model
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import DamagedError, TrainState, save_tensors
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, write_jsonl
-from tests.trainer.test_trainer import sources
+from tests.helpers import FACTS, metadata_of, read_jsonl, sources, tiny_model, write_jsonl
 
 SERVER = multiprocessing.get_context("forkserver")  # imports once, then forks: a process is cheap
 SERVER.set_forkserver_preload(
@@ -104,24 +101,16 @@ def log_of(output: Path) -> str:
     return output.with_name(output.name + ".log").read_text()
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def facts_of(output: Path) -> dict:
-    return json.loads((output / "run.json").read_text())
-
-
 def steps_of(output: Path) -> list[dict]:
-    return [{**line, "time_ms": 0} for line in lines(output / "steps.jsonl")]
+    return [{**line, "time_ms": 0} for line in read_jsonl(output / "steps.jsonl")]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Every number and every weight, to the bit."""
     assert steps_of(one) == steps_of(other)
     assert [step["step"] for step in steps_of(one)] == list(range(1, 11))
-    assert lines(one / "evaluations.jsonl") == lines(other / "evaluations.jsonl")
-    a, b = facts_of(one), facts_of(other)
+    assert read_jsonl(one / "evaluations.jsonl") == read_jsonl(other / "evaluations.jsonl")
+    a, b = metadata_of(one), metadata_of(other)
     for name in ("status", "best", "before", "after"):
         assert a[name] == b[name], name
     assert a["status"] == "finished"
@@ -151,7 +140,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(home, tmp_
         assert start(home, output, at=(event, ending, nth, KILL)) == -signal.SIGKILL, moment
     assert start(home, output) == 0
     assert_same_run(output, home / "whole")
-    assert [r["step"] for r in facts_of(output)["resumed"]] == [
+    assert [r["step"] for r in metadata_of(output)["resumed"]] == [
         step for *_, step in MOMENTS.values() if step is not None
     ]
     log = log_of(output)
@@ -166,8 +155,8 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(home,
     output = tmp_path / "run"
     at = ("open", "evaluations.jsonl", 2, (number,))  # the second look, after step 3
     assert start(home, output, "--save-every", "0", at=at) == 128 + number
-    assert facts_of(output)["status"] == "interrupted"
-    assert len(lines(output / "steps.jsonl")) == 3
+    assert metadata_of(output)["status"] == "interrupted"
+    assert len(read_jsonl(output / "steps.jsonl")) == 3
     assert "interrupted after step 3 of 10; the same command goes on" in log_of(output)
     assert start(home, output, "--save-every", "0") == 0
     assert "after step 3" in log_of(output)
@@ -300,8 +289,8 @@ def test_a_reference_that_was_replaced_is_noticed(home, killed, tmp_path, capsys
 
 def test_overwrite_begins_anew_and_a_finished_run_is_refused(home, killed, capsys):
     assert main(arguments(home, killed, "--overwrite", "--epochs", "1")) == 0
-    assert len(lines(killed / "steps.jsonl")) == 2
-    assert "resumed" not in facts_of(killed)
+    assert len(read_jsonl(killed / "steps.jsonl")) == 2
+    assert "resumed" not in metadata_of(killed)
     assert main(arguments(home, killed, "--epochs", "1")) == 2
     assert "holds another run" in capsys.readouterr().err
 
