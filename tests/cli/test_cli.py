@@ -42,7 +42,7 @@ def unlearn(home: Path, output: Path, *more: str) -> int:
                  "--lr", "3e-3", "--batch-size", "4", "--max-new-tokens", "8", *more])  # fmt: skip
 
 
-def test_a_model_is_taught_unlearned_and_measured(home, tmp_path, capsys):
+def test_a_model_is_finetuned_unlearned_and_evaluated(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "npo", "--json", "--save-every", "2") == 0
     out = json.loads(capsys.readouterr().out)
     before, after = out["before"], out["after"]

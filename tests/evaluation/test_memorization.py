@@ -37,7 +37,7 @@ from tests.helpers import FACTS, save_tiny_model, tiny_model
         ([0], 0.0, 0.0),
     ],
 )
-def test_memorisation_of_a_few_tokens(greedy, exact, strength):
+def test_extraction_strength_counts_from_the_last_mistake(greedy, exact, strength):
     assert exact_memorization(greedy) == exact
     assert extraction_strength(greedy) == strength
 

@@ -18,7 +18,7 @@ from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 
 
-def test_rounding_by_hand():
+def test_weights_are_rounded_to_the_nearest_step_of_their_group():
     weight = torch.tensor([[7.0, -3.4, 0.6, 0.0], [0.0, 0.0, 0.0, 1.0]])
     whole = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     torch.testing.assert_close(rounded(weight, 4, 4), whole)

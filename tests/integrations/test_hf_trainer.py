@@ -150,9 +150,10 @@ def test_a_retain_set_smaller_than_the_forget_set_repeats():
 
 def test_the_trainer_draws_new_partners_every_epoch(tmp_path):
     one = trainer(tmp_path, retain=20, num_train_epochs=3)
-    first = list(one.train_dataset._partners)
+    data = one.train_dataset
+    first = {data[i]["retain"].index for i in range(len(data))}
     one.train()
-    assert not set(first) & set(one.train_dataset._partners)
+    assert not first & {data[i]["retain"].index for i in range(len(data))}
 
 
 def test_the_collator_packs_every_source_whole():

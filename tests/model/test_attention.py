@@ -248,7 +248,7 @@ def test_windows_and_scales_need_a_varlen_that_has_them(demands: Demands) -> Non
         (HOPPER, BF16, Demands(softcap=True), ("softcap", "--attention auto")),
     ],
 )
-def test_what_keeps_varlen_from_running_is_told_with_a_cure(
+def test_what_keeps_varlen_from_running_is_reported_with_a_remedy(
     machine: Machine, dtype: torch.dtype, demands: Demands, words: tuple[str, ...]
 ) -> None:
     why = varlen_obstacle(machine, dtype, demands)

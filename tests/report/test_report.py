@@ -157,7 +157,7 @@ def test_the_markdown_table_holds_the_measures(home, tmp_path, capsys):
     assert shown["markdown"] == str(tmp_path / "report.md")
 
 
-def test_logs_of_other_items_are_told_and_the_rest_is_shown(home, tmp_path):
+def test_logs_of_other_items_are_reported_and_the_rest_is_shown(home, tmp_path):
     save_result(make_result(items=9), tmp_path / "other")
     output = tmp_path / "report.html"
     assert main(["report", str(home / "full"), "--retrained", str(tmp_path / "other"),

@@ -53,7 +53,7 @@ def test_every_optimizer_lowers_the_loss(name):
     assert records[1].lr > records[0].lr, "the schedule reaches torchao's learning rate"
 
 
-def test_8bit_states_take_a_quarter_of_the_room_and_steps_stay_close():
+def test_8bit_states_take_a_quarter_of_the_memory_and_steps_stay_close():
     torch.manual_seed(0)
     start = torch.randn(64, 256)
     found, bytes_ = {}, {}
@@ -157,7 +157,8 @@ def test_gradients_never_exist_together(max_norm):
     run(lm, dataclasses.replace(IN_BACKWARD, max_grad_norm=max_norm))
     assert set(alive) == {1}
     assert all(p.grad is None for p in parameters)
-    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in parameters), "ours are gone"
+    sum(p.sum() for p in parameters).backward()
+    assert all(p.grad is not None for p in parameters), "after training a backward leaves gradients"
 
 
 def test_a_step_that_does_not_fit_a_micro_batch_is_refused_with_its_size():
@@ -316,7 +317,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
         run(lm_of(), dataclasses.replace(SETTINGS, optimizer="adamw-8bit"))
 
 
-def test_the_command_line_takes_them_all_and_checks_before_loading(tmp_path, capsys):
+def test_the_command_line_takes_every_optimizer_and_checks_before_loading(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "base")
     data = write_jsonl(tmp_path / "facts.jsonl", FACTS)
     command = ["unlearn", "--model", str(model), "--forget", f"{data}[:4]", "--retain",

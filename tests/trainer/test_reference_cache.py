@@ -221,10 +221,10 @@ def test_two_runs_that_want_one_cache_make_it_once(lm, tmp_path, monkeypatch):
     def slowly(*arguments):
         made.append(1)
         time.sleep(0.3)
-        return write(*arguments)
+        return save_folder(*arguments)
 
-    write = module._write
-    monkeypatch.setattr(module, "_write", slowly)
+    save_folder = module.save_folder
+    monkeypatch.setattr(module, "save_folder", slowly)
 
     def open_cache(_):
         return reference_cache(lm, SOURCES, tmp_path / "cache", "answer", 100)

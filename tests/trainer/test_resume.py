@@ -206,7 +206,7 @@ def test_checkpoints_that_are_all_damaged_are_not_thrown_away(home, killed, file
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_log_probs_of_the_reference_that_are_lost_are_made_again(home, killed, lost):
+def test_lost_log_probs_of_the_reference_are_computed_again(home, killed, lost):
     references = killed / "references.pt"
     references.unlink() if lost else references.write_bytes(references.read_bytes()[:100])
     assert start(home, killed) == 0, log_of(killed)
@@ -230,7 +230,7 @@ except UserError as error:
 """
 
 
-def test_a_disk_that_fills_up_midway_is_told(tmp_path):
+def test_a_disk_that_fills_up_midway_is_reported(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"a": torch.zeros(9)}, Path("/dev/full"))
     command = [sys.executable, "-c", FILL, str(tmp_path / "step-000001")]
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_midway_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_is_not_where_the_run_goes(home, capsys):
+def test_an_output_folder_that_holds_the_model_is_refused(home, capsys):
     base = home / "base"
     before = sorted(path.name for path in base.iterdir())
     assert main([*arguments(home, base), "--overwrite"]) == 2
@@ -247,7 +247,7 @@ def test_the_model_is_not_where_the_run_goes(home, capsys):
     assert sorted(path.name for path in base.iterdir()) == before
 
 
-def test_a_run_may_go_on_with_less_memory(home, tmp_path):
+def test_a_run_resumes_with_settings_that_need_less_memory(home, tmp_path):
     output = tmp_path / "run"
     killed = ("os.rename", "step-000006.partial", 1, KILL)
     assert start(home, output, at=killed) == -signal.SIGKILL
@@ -256,7 +256,7 @@ def test_a_run_may_go_on_with_less_memory(home, tmp_path):
     assert [step["micro_batch_tokens"] for step in steps_of(output)] == [40] * 4 + [20] * 6
 
 
-def test_another_run_is_not_gone_on_with(home, killed, capsys):
+def test_a_run_with_other_settings_or_data_is_not_resumed(home, killed, capsys):
     before = (killed / "steps.jsonl").read_bytes()
     shutil.copy(home / "retain.jsonl", killed.parent / "forget.jsonl")
     changes = {
@@ -418,7 +418,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_cures():
     assert all(torch.equal(good[n], p) for n, p in lm.model.named_parameters())
 
 
-def test_no_room_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch):
+def test_out_of_memory_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("of activations")
 
@@ -435,7 +435,7 @@ def test_no_room_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_no_room_for_the_optimizer_is_an_error_with_cures(in_backward, monkeypatch):
+def test_out_of_memory_in_the_optimizer_is_an_error_with_remedies(in_backward, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("of states")
 
@@ -447,7 +447,7 @@ def test_no_room_for_the_optimizer_is_an_error_with_cures(in_backward, monkeypat
         next(steps_for(dropout_lm(), settings))
 
 
-def test_an_error_that_is_not_of_memory_passes_through():
+def test_errors_other_than_out_of_memory_pass_through():
     lm = dropout_lm()
 
     def fail(module, args):
