@@ -1,7 +1,5 @@
 """Evaluation while training: what is written, what is kept, and when it stops."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,8 +10,7 @@ from npo_fast.evaluation.course import MEASURES, Condition, value_of
 from npo_fast.metrics import FORGET, load_result, save_result, select
 from npo_fast.runs.callbacks import EvaluationCallback
 from npo_fast.runs.options import EvaluationOptions
-from tests.evaluation.test_metrics import make_result
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, make_result, metadata_of, read_jsonl, save_tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +41,18 @@ def unlearn(home, output, *more):
                  *more])  # fmt: skip
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     assert unlearn(home, tmp_path / "plain") == 0
     assert unlearn(home, tmp_path / "watched", "--eval-every", "3", "--eval-records", "3",
                    "--retrained", str(home / "log")) == 0  # fmt: skip
-    looks = lines(tmp_path / "watched/evaluations.jsonl")
+    looks = read_jsonl(tmp_path / "watched/evaluations.jsonl")
     assert [look["step"] for look in looks] == [0, 3, 6, 7], "the start and the end among them"
     for look in looks:
         assert all(0 <= value_of(look, measure) <= 1 for measure in MEASURES)
     assert looks[-1]["forget"]["probability"] < looks[0]["forget"]["probability"]
     plain, watched = (
-        [s["loss"] for s in lines(tmp_path / name / "steps.jsonl")] for name in ("plain", "watched")
+        [s["loss"] for s in read_jsonl(tmp_path / name / "steps.jsonl")]
+        for name in ("plain", "watched")
     )
     assert plain == watched
     assert not (tmp_path / "plain/evaluations.jsonl").exists()
@@ -69,10 +63,10 @@ def test_the_best_evaluation_becomes_the_final_model(home, tmp_path, capsys):
     output = tmp_path / "run"
     assert unlearn(home, output, "--method", "GA", "--eval-every", "2", "--keep-best",
                    "retain.probability", "--save-every", "2") == 0  # fmt: skip
-    looks = lines(output / "evaluations.jsonl")
+    looks = read_jsonl(output / "evaluations.jsonl")
     best = max(looks[1:], key=lambda look: look["retain"]["probability"])
     assert best["step"] == 2
-    facts = json.loads((output / "run.json").read_text())
+    facts = metadata_of(output)
     assert facts["best"] == {"measure": "retain.probability", **best}
     assert "the model of step 2, the best by retain.probability" in capsys.readouterr().out
     final, kept, last = (
@@ -88,10 +82,10 @@ def test_a_condition_ends_the_run_early(home, tmp_path):
     assert (
         unlearn(home, output, "--eval-every", "1", "--stop-when", "forget.probability < 0.9") == 0
     )
-    looks = lines(output / "evaluations.jsonl")
+    looks = read_jsonl(output / "evaluations.jsonl")
     assert looks[-1]["forget"]["probability"] < 0.9
     assert all(look["forget"]["probability"] >= 0.9 for look in looks[1:-1])
-    assert len(lines(output / "steps.jsonl")) == looks[-1]["step"] < 7
+    assert len(read_jsonl(output / "steps.jsonl")) == looks[-1]["step"] < 7
     assert (output / "model/model.safetensors").exists()
 
 

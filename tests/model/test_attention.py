@@ -30,7 +30,7 @@ from npo_fast.model.choice import (
 )
 from npo_fast.model.varlen import NAME as VARLEN
 from npo_fast.model.varlen import attend, parameters, varlen_attention
-from tests.conftest import VOCABULARY, tiny_model
+from tests.helpers import VOCABULARY, tiny_model
 
 UNEQUAL = [3 + (37 * i) % 59 for i in range(64)]
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -248,7 +248,7 @@ def test_windows_and_scales_need_a_varlen_that_has_them(demands: Demands) -> Non
         (HOPPER, BF16, Demands(softcap=True), ("softcap", "--attention auto")),
     ],
 )
-def test_what_keeps_varlen_from_running_is_told_with_a_cure(
+def test_what_keeps_varlen_from_running_is_reported_with_a_remedy(
     machine: Machine, dtype: torch.dtype, demands: Demands, words: tuple[str, ...]
 ) -> None:
     why = varlen_obstacle(machine, dtype, demands)

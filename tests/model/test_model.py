@@ -6,7 +6,7 @@ import torch
 from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
-from tests.conftest import VOCABULARY, tiny_model
+from tests.helpers import VOCABULARY, tiny_model
 
 PACKED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "GPTNeoX", "Phi", "Cohere", "Granite"]
 

@@ -35,10 +35,15 @@ from npo_fast.ops.vocab_parallel import (
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
-from tests.trainer.test_resume import facts_of, lines
-from tests.trainer.test_trainer import sources
+from tests.helpers import (
+    FACTS,
+    metadata_of,
+    read_jsonl,
+    save_tiny_model,
+    sources,
+    tiny_model,
+    write_jsonl,
+)
 
 PROCESSES = [2, 4]
 TOLERANCE = 1e-5
@@ -431,7 +436,7 @@ def torchrun(count: int, call: list[str], log: Path) -> subprocess.Popen:
 
 
 def losses_of(output: Path) -> list[float]:
-    return [line["loss"] for line in lines(output / "steps.jsonl")]
+    return [line["loss"] for line in read_jsonl(output / "steps.jsonl")]
 
 
 def children_of(process: int) -> list[int]:
@@ -452,13 +457,13 @@ def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
     assert "lost contact with another process" in log.read_text(), log.read_text()
-    assert facts_of(output)["processes"] == 2
+    assert metadata_of(output)["processes"] == 2
 
     assert main(call) == 0
-    (begun,) = facts_of(output)["resumed"]
+    (begun,) = metadata_of(output)["resumed"]
     assert 4 <= begun["step"] < 80
     assert losses_of(output) == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-3, abs=1e-4)
-    assert facts_of(output)["status"] == "finished"
+    assert metadata_of(output)["status"] == "finished"
 
 
 def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tmp_path):
@@ -467,7 +472,7 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
     call = arguments(home, output, "--epochs", "400", "--lora-rank", "4")
     process = torchrun(2, call, log)
     deadline = time.monotonic() + 120
-    while not (output / "steps.jsonl").exists() or len(lines(output / "steps.jsonl")) < 3:
+    while not (output / "steps.jsonl").exists() or len(read_jsonl(output / "steps.jsonl")) < 3:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
@@ -475,9 +480,9 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
     process.wait(timeout=60)
     text = log.read_text()
     assert "interrupted after step" in text, text
-    assert facts_of(output)["status"] == "interrupted"
+    assert metadata_of(output)["status"] == "interrupted"
     (checkpoint,) = (output / "checkpoints").iterdir()
-    assert int(checkpoint.name.removeprefix("step-")) == len(lines(output / "steps.jsonl"))
+    assert int(checkpoint.name.removeprefix("step-")) == len(read_jsonl(output / "steps.jsonl"))
     assert (checkpoint / "adapter_model.safetensors").exists()
 
     done = json.loads((checkpoint / "adapter_config.json").read_text())
