@@ -19,11 +19,12 @@ from npo_fast.cli.training import (
 from npo_fast.data import Record, alternated, load_records, load_refusals, refused
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import Course, WatchOptions, value_of
+from npo_fast.evaluation.course import Course, WatchOptions
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
 from npo_fast.methods import Coefficients, Term, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
+from npo_fast.metrics.measures import value_of
 from npo_fast.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:

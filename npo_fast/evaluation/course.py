@@ -1,29 +1,13 @@
 """Measures in the course of an unlearning run: one record a look, and which look was the best."""
 
-import difflib
-import operator
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npo_fast import metrics
 from npo_fast.errors import UserError
-
-_KNOWLEDGE = ("probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
-_OF_A_SET = (*_KNOWLEDGE, "truth_ratio")
-_PRINTED = {"rouge_l_recall": "ROUGE-L"}  # where ``metrics.summary`` spells it in its own way
-MEASURES = {  # name -> +1 where more of it is better, -1 where less is
-    "forget_quality": 1,
-    "model_utility": 1,
-    **{f"forget.{name}": -1 for name in _KNOWLEDGE},
-    "forget.truth_ratio": 1,
-    **{f"retain.{name}": 1 for name in _OF_A_SET},
-}
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
-}  # fmt: skip
+from npo_fast.metrics.measures import Condition, find_measure, measures, value_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +34,7 @@ class WatchOptions:
         if self.eval_every and not self.eval_records:
             raise UserError("eval_records must be at least 1, got 0")
         if self.keep_best is not None:
-            _known(self.keep_best)
+            find_measure(self.keep_best)
         if self.stop_when is not None:
             Condition.parse(self.stop_when)
         for name in ("retrained", "keep_best", "stop_when", "min_utility"):
@@ -59,30 +43,6 @@ class WatchOptions:
                 raise UserError(f"{flag} looks at evaluations: add --eval-every STEPS")
         if self.min_utility and self.keep_best is None:
             raise UserError("--min-utility limits what --keep-best may keep: add --keep-best")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """``measure > bound``, or with >=, < or <=."""
-
-    measure: str
-    sign: str
-    bound: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Condition":
-        match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
-        try:
-            measure, sign, bound = match.groups() if match else ("", "", "")
-            number = float(bound)
-        except ValueError:
-            raise UserError(
-                f"cannot read the condition {text!r}: write it as 'forget_quality>0.05'"
-            ) from None
-        return cls(_known(measure), sign, number)
-
-    def holds(self, look: Mapping[str, Any]) -> bool:
-        return _COMPARE[self.sign](value_of(look, self.measure), self.bound)
 
 
 class Course:
@@ -130,8 +90,9 @@ class Course:
         measure = self.options.keep_best
         if measure is None or not self._keeps_utility():
             return False
-        gain = MEASURES[measure] * value_of(self.last, measure)
-        if self.best and not gain > MEASURES[measure] * value_of(self.best, measure):
+        direction = find_measure(measure).direction
+        gain = direction * value_of(self.last, measure)
+        if self.best and not gain > direction * value_of(self.best, measure):
             return False
         self.best = self.last
         return True
@@ -145,45 +106,3 @@ class Course:
 
     def _look(self, step: int, epoch: float) -> dict[str, Any]:
         return {"step": step, "epoch": epoch, **measures(self.evaluate(), self.retrained)}
-
-
-def measures(result: metrics.Result, retrained: metrics.Result | None = None) -> dict[str, Any]:
-    """What ``MEASURES`` names, as far as the result allows.
-
-    The truth ratio is TOFU's: mean ``min(ratio, 1 / ratio)`` on the forget set, and
-    ``max(0, 1 - ratio)``, which falls where knowledge is lost, on the retain set.
-    """
-    numbers = metrics.summary(result, retrained)
-    spelled = {"forget quality": "forget_quality", "model utility": "model_utility"}
-    found: dict[str, Any] = {key: numbers[name] for name, key in spelled.items() if name in numbers}
-    for part in ("forget", "retain"):
-        keys = {f"{part} {_PRINTED.get(key, key.replace('_', ' '))}": key for key in _OF_A_SET}
-        own = {key: numbers[name] for name, key in keys.items() if name in numbers}
-        if own:
-            found[part] = own
-    return found
-
-
-def value_of(look: Mapping[str, Any], measure: str) -> float:
-    """
-    Raises:
-        UserError: the look has no such measure; the message says what it takes.
-    """
-    value: Any = look
-    for key in measure.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    if value is None:
-        raise UserError(
-            f"{measure} cannot be measured here: forget_quality takes --retrained and a forget set "
-            "with wrong answers, model_utility a retain set, real authors and world facts with "
-            "wrong answers, retain measures take --retain"
-        )
-    return float(value)
-
-
-def _known(measure: str) -> str:
-    if measure not in MEASURES:
-        near = difflib.get_close_matches(measure, MEASURES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown measure {measure!r}{hint} Known: {', '.join(MEASURES)}")
-    return measure

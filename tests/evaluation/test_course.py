@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from npo_fast.cli import main
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import MEASURES, Condition, Course, WatchOptions, value_of
+from npo_fast.evaluation.course import Course, WatchOptions
 from npo_fast.metrics import FORGET, load_result, save_result, select
+from npo_fast.metrics.measures import RECORDED, Condition, value_of
 from tests.evaluation.test_metrics import make_result
 from tests.tiny import FACTS, save_tiny_model, write_jsonl
 
@@ -53,7 +54,7 @@ def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     looks = lines(tmp_path / "watched/evaluations.jsonl")
     assert [look["step"] for look in looks] == [0, 3, 6, 7], "the start and the end among them"
     for look in looks:
-        assert all(0 <= value_of(look, measure) <= 1 for measure in MEASURES)
+        assert all(0 <= value_of(look, measure) <= 1 for measure in RECORDED)
     assert looks[-1]["forget"]["probability"] < looks[0]["forget"]["probability"]
     plain, watched = (
         [s["loss"] for s in lines(tmp_path / name / "steps.jsonl")] for name in ("plain", "watched")
