@@ -6,7 +6,7 @@ from typing import Any
 
 from npo_fast.cli.console import number, show, table
 from npo_fast.cli.settings import Common
-from npo_fast.evaluation.course import value_of
+from npo_fast.metrics.measures import value_of
 from npo_fast.runs.options import (
     EvaluationOptions,
     MethodOptions,

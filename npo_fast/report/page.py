@@ -8,8 +8,8 @@ from typing import Any
 
 from npo_fast._version import __version__
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import measures
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
+from npo_fast.metrics.measures import REPORTED, measures, score
 from npo_fast.report import svg, table
 from npo_fast.report.figures import MEANINGFUL, Point
 from npo_fast.report.markup import MARK, PAGE, code, html_table, note, side_by_side
@@ -174,12 +174,13 @@ class Report:
         return f'{text}<div class="grid">\n{grid}\n</div>'
 
     def _look_curves(self) -> Iterator[str]:
-        for title, path in table.MEASURES.items():
-            series = self._series(lambda _, look, path=path: table.value(look, path), "looks")
+        for measure in REPORTED:
+            series = self._series(lambda _, look, key=measure.key: score(look, key), "looks")
             if not series:
                 continue
-            key, heading = f"look-{'-'.join(path)}", title[0].upper() + title[1:]
-            if title == "forget quality":
+            key = f"look-{measure.key.replace('.', '-')}"
+            heading = measure.label[0].upper() + measure.label[1:]
+            if measure.key == "forget_quality":
                 floored = {
                     name: (i, x, [max(p, svg.SMALLEST) for p in y])
                     for name, (i, x, y) in series.items()
@@ -188,7 +189,7 @@ class Report:
                     key, heading, "KS p-value, higher is better", floored, True, MEANINGFUL
                 )
             else:
-                yield svg.curves(key, heading, table.BETTER[title], series)
+                yield svg.curves(key, heading, measure.better, series)
 
     def _step_curves(self) -> Iterator[str]:
         yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")

@@ -5,21 +5,9 @@ from typing import Any
 
 from npo_fast.errors import UserError
 from npo_fast.metrics import Result
+from npo_fast.metrics.measures import REPORTED, score
 from npo_fast.report.runs import RunRecord
 
-MEASURES = {  # column -> path in ``course.measures``
-    "forget quality": ("forget_quality",),
-    "model utility": ("model_utility",),
-    "forget probability": ("forget", "probability"),
-    "forget ROUGE-L": ("forget", "rouge_l_recall"),
-    "retain probability": ("retain", "probability"),
-    "retain ROUGE-L": ("retain", "rouge_l_recall"),
-}
-BETTER = {  # in words, beside a curve
-    "model utility": "higher is better",
-    **{name: "lower is forgotten" for name in MEASURES if name.startswith("forget ")},
-    **{name: "higher is kept" for name in MEASURES if name.startswith("retain ")},
-}
 _SETTINGS = {  # of the settings, by the name in the table
     "lr": ("training", "lr"),
     "epochs": ("training", "epochs"),
@@ -49,7 +37,7 @@ def row(run: RunRecord, retrained: Result) -> tuple[dict[str, Any], str]:
     cells = {
         "run": run.name,
         "method": run.method,
-        **{name: value(found, path) for name, path in MEASURES.items()},
+        **{measure.label: score(found, measure.key) for measure in REPORTED},
         "measured on": source,
         "status": run.facts.get("status", "unknown"),
         "settings": ", ".join(f"{name} {number:g}" for name, number in chosen.items()),
@@ -65,7 +53,7 @@ def anchor_row(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
     """A model that is only there to compare with."""
     return {
         "run": name,
-        **{column: value(measured, path) for column, path in MEASURES.items()},
+        **{measure.label: score(measured, measure.key) for measure in REPORTED},
         "measured on": "its logs",
     }
 
@@ -97,10 +85,3 @@ def _cell(cell: str) -> str:
     for old, new in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", " ")):
         cell = cell.replace(old, new)
     return cell
-
-
-def value(measured: Any, path: Sequence[str]) -> float | None:
-    """The number at the end of ``path`` in nested measures, None where there is none."""
-    for key in path:
-        measured = measured.get(key) if isinstance(measured, Mapping) else None
-    return None if measured is None else float(measured)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from npo_fast.distributed import all_reduce_max
 from npo_fast.errors import Interrupted, UserError
-from npo_fast.evaluation.course import MEASURES, Condition, measures, value_of
 from npo_fast.metrics import Result
+from npo_fast.metrics.measures import Condition, find_measure, measures, value_of
 from npo_fast.runs.options import EvaluationOptions, Tracker
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.settings import StepRecord
@@ -124,8 +124,9 @@ class EvaluationCallback(Callback):
             return False
         if share and scores["model_utility"] < share * self.first["model_utility"]:
             return False
-        gain = MEASURES[measure] * value_of(scores, measure)
-        return not self.best or gain > MEASURES[measure] * value_of(self.best, measure)
+        direction = find_measure(measure).direction
+        gain = direction * value_of(scores, measure)
+        return not self.best or gain > direction * value_of(self.best, measure)
 
     def _scores(self, step: int, epoch: float) -> dict[str, Any]:
         return {"step": step, "epoch": epoch, **measures(self.evaluate(), self.retrained)}

@@ -6,8 +6,8 @@ from typing import Literal
 
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import Condition, check_measure
 from npo_fast.methods import Coefficients
+from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.trainer.settings import TrainSettings
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -135,7 +135,7 @@ class EvaluationOptions:
         if self.eval_every and not self.eval_records:
             raise UserError("eval_records must be at least 1, got 0")
         if self.keep_best is not None:
-            check_measure(self.keep_best)
+            find_measure(self.keep_best)
         if self.stop_when is not None:
             Condition.parse(self.stop_when)
         for name in ("retrained", "keep_best", "stop_when", "min_utility"):

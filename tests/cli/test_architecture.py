@@ -16,7 +16,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"methods", "modules"},
     {"model"},
     {"losses", "metrics", "data"},
-    {"ops", "memorization"},
+    {"ops"},
     {"kernels"},
     {"distributed"},
     {"errors", "_version"},

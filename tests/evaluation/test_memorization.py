@@ -12,7 +12,7 @@ from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.tokens import token_scores
-from npo_fast.memorization import (
+from npo_fast.metrics.memorization import (
     exact_memorization,
     extraction_strength,
     membership_scores,

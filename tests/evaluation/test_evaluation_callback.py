@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from npo_fast.cli import main
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import MEASURES, Condition, value_of
 from npo_fast.metrics import FORGET, load_result, save_result, select
+from npo_fast.metrics.measures import RECORDED, Condition, value_of
 from npo_fast.runs.callbacks import EvaluationCallback
 from npo_fast.runs.options import EvaluationOptions
 from tests.helpers import FACTS, make_result, metadata_of, read_jsonl, save_tiny_model, write_jsonl
@@ -48,7 +48,7 @@ def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     looks = read_jsonl(tmp_path / "watched/evaluations.jsonl")
     assert [look["step"] for look in looks] == [0, 3, 6, 7], "the start and the end among them"
     for look in looks:
-        assert all(0 <= value_of(look, measure) <= 1 for measure in MEASURES)
+        assert all(0 <= value_of(look, measure) <= 1 for measure in RECORDED)
     assert looks[-1]["forget"]["probability"] < looks[0]["forget"]["probability"]
     plain, watched = (
         [s["loss"] for s in read_jsonl(tmp_path / name / "steps.jsonl")]
