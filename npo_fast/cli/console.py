@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from npo_fast.distributed import is_main_process
+from npo_fast.tables import number  # noqa: F401
+from npo_fast.tables import plain as table  # noqa: F401
 from npo_fast.trainer.settings import StepRecord
 
 
@@ -66,19 +68,3 @@ def _bar(total: int, what: str, unit: str, done: int = 0) -> "tqdm[Any]":
         total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, mininterval=pause,
         disable=not is_main_process(),
     )  # fmt: skip
-
-
-def table(rows: Iterable[Iterable[str]], header: Iterable[str]) -> str:
-    """Columns padded to their widest cell."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def number(value: float) -> str:
-    """Four significant digits, small p-values as powers of ten."""
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"

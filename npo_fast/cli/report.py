@@ -10,7 +10,7 @@ from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 from npo_fast.metrics import Result, load_result
-from npo_fast.report.markup import MARK
+from npo_fast.report.html import MARK
 from npo_fast.report.page import Report
 from npo_fast.report.runs import load_runs
 
