@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass, field
 
+from npo_fast import tables
 from npo_fast.attacks.options import AttackOptions
-from npo_fast.cli.console import number, show, table
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.trainer.settings import TrainSettings
@@ -26,8 +27,8 @@ def run(command: Command, common: Common) -> None:
         training=command.training,
     )  # fmt: skip
     rows = (
-        [measure, *(number(each[measure]) for each in scores.values())]
+        [measure, *(tables.number(each[measure]) for each in scores.values())]
         for measure in scores["before"]
     )
     summary = json.loads((command.data.output / SUMMARY).read_text(encoding="utf-8"))
-    show(summary, table(rows, ("measure", *scores)), common.json)
+    show(summary, tables.plain(rows, ("measure", *scores)), common.json)

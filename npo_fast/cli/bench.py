@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from npo_fast.cli.console import show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
@@ -115,7 +116,7 @@ def _loss_text(result: "Result") -> str:
     ]  # fmt: skip
     header = ("inputs", "who", "loss", "option", "train ms", "of 3 GEMMs", "peak MiB",
               "forward ms", "of 1 GEMM", "peak MiB", "error")  # fmt: skip
-    lines.append(table(cells, header))
+    lines.append(tables.plain(cells, header))
     lines += [f"not timed: {name}: {why}" for name, why in result.refused.items()]
     lines.append("peak: beyond inputs and gradients; error: the largest relative one against fp64")
     return "\n".join(lines)
@@ -144,7 +145,7 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
          _number(one.train_peak_mib)]
         for one in points
     )  # fmt: skip
-    text = table(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
+    text = tables.plain(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
     record = {
         "what": "scaling",
         "provenance": origin,
@@ -190,7 +191,7 @@ def _kernels() -> tuple[dict[str, Any], str]:
 
 def _dict_table(rows: Iterable[Mapping[str, object]]) -> str:
     found = list(rows)
-    return table(([str(cell) for cell in row.values()] for row in found), found[0])
+    return tables.plain(([str(cell) for cell in row.values()] for row in found), found[0])
 
 
 def _device() -> "torch.device":

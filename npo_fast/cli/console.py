@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -31,19 +31,3 @@ def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
     """Prints the result of a subcommand: the text, or one JSON object."""
     if is_main_process():
         print(json.dumps(result, default=str) if as_json else text, flush=True)
-
-
-def table(rows: Iterable[Iterable[str]], header: Iterable[str]) -> str:
-    """Columns padded to their widest cell."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def number(value: float) -> str:
-    """Four significant digits, small p-values as powers of ten."""
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npo_fast.cli.console import number, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
@@ -79,14 +80,14 @@ def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str
         at = f" (epoch {peak.epoch})" if outcome.path else ""
         return [
             name,
-            number(peak.forget_quality) + at,
+            tables.number(peak.forget_quality) + at,
             _utility(peak.model_utility, original),
-            number(last.forget_quality),
+            tables.number(last.forget_quality),
             _utility(last.model_utility, original),
         ]
 
     header = ("model", "forget quality: peak", "utility there", "at the end", "utility then")
-    lines = [table((row(name, outcome) for name, outcome in outcomes.items()), header)]
+    lines = [tables.plain((row(name, outcome) for name, outcome in outcomes.items()), header)]
     lines.append(
         "\nforget quality: p-value against the model that was never taught (above 0.05: no "
         "difference seen)\nutility: of what was to be kept, and share of the original's"

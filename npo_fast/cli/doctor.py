@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import npo_fast.kernels
-from npo_fast.cli.console import show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.kernels import cpu
 
@@ -109,7 +110,7 @@ def report(found: dict[str, Any]) -> str:
         *(f"  {device:<14}{name}" for device, name in found["attention"].items()),
         "",
         "Kernels",
-        table(
+        tables.plain(
             ([f"  {name}", on["cpu"], on["cuda"]] for name, on in found["kernels"].items()),
             ("  operator", "cpu", "cuda"),
         ),

@@ -6,7 +6,8 @@ from typing import Literal
 
 import tyro
 
-from npo_fast.cli.console import number, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.runs.options import ModelOptions
@@ -67,6 +68,8 @@ def run(command: Command, common: Common) -> None:
             "metrics": scores,
             "examples": {name: len(log["avg_gt_loss"]) for name, log in scores.logs.items()},
         },
-        table(([name, number(value)] for name, value in scores.items()), ("measure", "value")),
+        tables.plain(
+            ([name, tables.number(value)] for name, value in scores.items()), ("measure", "value")
+        ),
         common.json,
     )

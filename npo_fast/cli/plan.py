@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from npo_fast.cli.console import show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 from npo_fast.trainer.optimizers import Optimizer
@@ -128,7 +129,7 @@ def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["A
         _row("CUDA context, gaps", found.allowance),
         _row("needed", found.needed),
         "",
-        table(
+        tables.plain(
             (
                 [f"{one.card_gb:g} GB", _gib(one.footprint.needed), _verdict(planned, one)]
                 for one in reversed(advice)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npo_fast.cli.console import show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
@@ -128,12 +129,12 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _text(result: Mapping[str, Any], claims: str, files: list[Path]) -> str:
-    limit = table(
+    limit = tables.plain(
         ([f"{x['beta']:g}", f"{x['loss_difference']:.2e}", f"{x['gradient_difference']:.2e}"]
          for x in result["limit"]),
         ("beta", "NPO - GA, constants apart", "of the gradients, relative"),
     )  # fmt: skip
-    laws = table(
+    laws = tables.plain(
         ([x["loss"], str(x["samples"]), f"{x['eta']:g}", f"{x['scale']:.4g}",
           "" if x["c"] is None else f"{x['c']:.3g}", f"{x['r2']:.5f}"] for x in result["theorem"]),
         ("loss", "n_f", "eta", "coefficient", "C", "R^2"),

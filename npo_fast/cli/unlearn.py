@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from npo_fast.cli.console import number, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.metrics.measures import value_of
 from npo_fast.runs.options import (
@@ -57,7 +58,7 @@ def _chosen(options: EvaluationOptions, metadata: Mapping[str, Any]) -> str:
             "last step is in"
         )
     best = metadata["best"]
-    value = number(value_of(best, measure))
+    value = tables.number(value_of(best, measure))
     return f"the model of step {best['step']}, the best by {measure} ({value}), is in"
 
 
@@ -67,11 +68,11 @@ def _text(metadata: Mapping[str, Any]) -> str:
     if not after:
         return ""
     rows = [
-        [name, label, number(before[name][key]), number(after[name][key])]
+        [name, label, tables.number(before[name][key]), tables.number(after[name][key])]
         for name in before
         for label, key in (("probability", "probability"), ("ROUGE-L", "rouge_l_recall"))
     ]
-    lines = [table(rows, ("set", "measure", "before", "after"))]
+    lines = [tables.plain(rows, ("set", "measure", "before", "after"))]
     for name in before:
         old, new = before[name]["answers"][0], after[name]["answers"][0]
         lines += [

@@ -21,12 +21,14 @@ _GROUPS = ("model", "data", "method", "training")  # of the settings: what makes
 
 @dataclass(frozen=True)
 class Answer:
+    """A model's answer to a question, with the right one."""
+
     question: str  # with its template around it where it is from an evaluation log
     truth: str
     text: str
 
     def answers(self, question: str, truth: str) -> bool:
-        """Whether it is to the same question, with a template around either or not."""
+        """Whether this answers that question, with or without a template around either."""
         same = question in self.question or self.question in question
         return same and self.truth.strip() == truth.strip()
 
@@ -37,27 +39,30 @@ class RunRecord:
 
     name: str
     folder: Path
-    facts: Mapping[str, Any]
-    steps: Sequence[Mapping[str, Any]]
-    looks: Sequence[Mapping[str, Any]]  # evaluations.jsonl
+    metadata: Mapping[str, Any]  # run.json
+    steps: Sequence[Mapping[str, Any]]  # steps.jsonl
+    evaluations: Sequence[Mapping[str, Any]]  # evaluations.jsonl
     result: Result  # logs in eval/; empty where there are none
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        settings: Mapping[str, Any] = self.facts.get("settings", {})
+        """Flags of the run, by group and name."""
+        settings: Mapping[str, Any] = self.metadata.get("settings", {})
         return settings
 
     @property
     def method(self) -> str:
+        """The unlearning method, or the command of a run that has none."""
         name = self.settings.get("method", {}).get("method")
-        return str(name or self.facts.get("command", "unknown"))
+        return str(name or self.metadata.get("command", "unknown"))
 
     @property
     def time_s(self) -> float | None:
-        """Of the optimiser steps alone, without loading, evaluating and saving."""
+        """Seconds in optimiser steps alone, without loading, evaluating and saving."""
         return sum(step["time_ms"] for step in self.steps) / 1000 if self.steps else None
 
     def setting(self, group: str, name: str) -> Any:
+        """The value of a flag; None where the run does not record it."""
         return self.settings.get(group, {}).get(name)
 
     def measured(self, retrained: Result) -> tuple[dict[str, Any], str]:
@@ -67,23 +72,24 @@ class RunRecord:
             UserError: the retrained model's logs are of other forget items.
         """
         if self.result:
-            other = retrained if FORGET in retrained else None
-            return measures(self.result, other), "eval/ logs"
-        if look := self.facts.get("best") or (self.looks[-1] if self.looks else None):
-            first = self.setting("watch", "eval_records")
-            return dict(look), f"step {look['step']}, up to {first} records a set"
-        after = self.facts.get("after") or {}
-        first = self.setting("report", "report_records")
-        return dict(after), f"up to {first} records a set" if after else "nothing"
+            baseline = retrained if FORGET in retrained else None
+            return measures(self.result, baseline), "eval/ logs"
+        if evaluation := self.metadata.get("best") or next(reversed(self.evaluations), None):
+            count = self.setting("watch", "eval_records")
+            return dict(evaluation), f"step {evaluation['step']}, up to {count} records a set"
+        after = self.metadata.get("after") or {}
+        count = self.setting("report", "report_records")
+        return dict(after), f"up to {count} records a set" if after else "nothing"
 
     def answers(self, part: str, when: str) -> list[Answer]:
-        """To the ``forget`` or ``retain`` set, ``before`` or ``after`` the run."""
-        if when == "after" and (found := logged_answers(self.result, part)):
-            return found
-        rows = self.facts.get(when, {}).get(part, {}).get("answers", [])
+        """Answers to the ``forget`` or ``retain`` set, ``before`` or ``after`` the run."""
+        if when == "after" and (logged := logged_answers(self.result, part)):
+            return logged
+        rows = self.metadata.get(when, {}).get(part, {}).get("answers", [])
         return [Answer(row["question"], row["truth"], row["answer"]) for row in rows]
 
     def flat_settings(self) -> Iterator[tuple[str, Any]]:
+        """Names and values of the flags that were set, without those of the run folder."""
         for group, values in self.settings.items():
             for name, value in values.items():
                 if group != "run" and value is not None:
@@ -91,7 +97,7 @@ class RunRecord:
 
     def command(self, *more: str) -> str:
         """The ``npo-fast`` command that makes the run in a new folder, with ``more`` flags."""
-        words = ["npo-fast", str(self.facts.get("command", "unlearn"))]
+        words = ["npo-fast", str(self.metadata.get("command", "unlearn"))]
         for group in _GROUPS:
             for name, value in self.settings.get(group, {}).items():
                 flag = f"--{name.replace('_', '-')}"
@@ -102,6 +108,7 @@ class RunRecord:
         return shlex.join([*words, "--output", f"{self.folder}-again", *more])
 
     def evaluate_command(self) -> str:
+        """The ``npo-fast evaluate`` command that writes the logs in ``eval/``."""
         words = ["npo-fast", "evaluate", "--model", str(self.folder)]
         for name in ("data", "forget", "retain"):
             if value := self.setting("data", name):
@@ -116,7 +123,8 @@ class RunRecord:
 
 
 def load_run(folder: Path, name: str) -> RunRecord:
-    """
+    """Reads a run folder.
+
     Raises:
         UserError: the folder is not a run's, or a record in it cannot be read.
     """
@@ -126,13 +134,13 @@ def load_run(folder: Path, name: str) -> RunRecord:
             f"{str(folder)!r} is not a run folder, it holds no run.json: name the --output of "
             "npo-fast unlearn or npo-fast finetune"
         )
-    facts = _parse(file, file.read_text(encoding="utf-8"))
+    metadata = _parse(file, file.read_text(encoding="utf-8"))
     logs = folder / "eval"
     evaluated = any((logs / log).is_file() for log in LOGS)
     return RunRecord(
         name,
         folder,
-        facts,
+        metadata,
         _lines(folder / "steps.jsonl"),
         _lines(folder / "evaluations.jsonl"),
         load_result(logs) if evaluated else {},
@@ -140,7 +148,11 @@ def load_run(folder: Path, name: str) -> RunRecord:
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Runs by the shortest ends of their paths that tell them apart."""
+    """Reads run folders, each named by the shortest end of its path that is unique.
+
+    Raises:
+        UserError: a folder is named twice or cannot be read.
+    """
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise UserError("a run was named twice: name each folder once")
@@ -154,6 +166,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def logged_answers(result: Result, part: str) -> list[Answer]:
+    """The answers in evaluation logs to the ``forget`` or ``retain`` set."""
     rows = result.get(SETS[part], {}).get("generated_text", [])
     if isinstance(rows, Mapping):  # published logs may be keyed by index
         rows = [rows[key] for key in sorted(rows, key=int)]
@@ -165,7 +178,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # a run that goes on, or was killed, may end in half a line
+        lines.pop()  # the last line of a running or killed run may be incomplete
     return [_parse(file, line) for line in lines]
 
 

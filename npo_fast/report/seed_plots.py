@@ -1,50 +1,52 @@
-"""Figures of what several seeds gave: means, and how far the seeds lie apart."""
+"""Figures of results over several seeds: means, and their spread."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from npo_fast.report.svg import INK, figure, line_style, logarithmic
 
 
 @dataclass(frozen=True)
-class Band:
-    """A line with its spread. ``index`` keeps a name's colour and marker on the page."""
+class SeedCurve:
+    """A mean curve with its spread; ``index`` chooses colour and marker."""
 
     index: int
     x: Sequence[float]
     middle: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    mark: float | None = None  # the one of ``x`` at which a cross is set on the line
+    mark: float | None = None  # value of ``x`` at which a cross marks the line
 
 
-def bands(
+def seed_curves(
     key: str,  # unique on the page
     title: str,
     x: str,
     y: str,
-    series: Mapping[str, Band],
+    series: Mapping[str, SeedCurve],
     log: str = "",  # the axes that are logarithmic: "x", "y", "xy"
     line: float | None = None,
-) -> str:
-    """Lines in shaded bands; few points have bars in place of a band."""
+) -> Markup:
+    """Curves in shaded bands; a curve of eight points or fewer has error bars instead."""
 
     def draw(axes: Any) -> None:
-        for name, band in series.items():
-            look = line_style(band.index) | {"label": name, "linewidth": 1.4, "markersize": 4}
-            if len(band.x) > 8:
-                axes.plot(band.x, band.middle, **look | {"markersize": 3})
+        for name, curve in series.items():
+            style = line_style(curve.index) | {"label": name, "linewidth": 1.4, "markersize": 4}
+            if len(curve.x) > 8:
+                axes.plot(curve.x, curve.middle, **style | {"markersize": 3})
                 axes.fill_between(
-                    band.x, band.low, band.high, color=look["color"], alpha=0.15, linewidth=0
+                    curve.x, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0
                 )
             else:
-                below = [m - low for m, low in zip(band.middle, band.low, strict=True)]
-                above = [high - m for m, high in zip(band.middle, band.high, strict=True)]
-                axes.errorbar(band.x, band.middle, yerr=(below, above), capsize=3, **look)
-            if band.mark is not None:
-                at = list(band.x).index(band.mark)
-                axes.plot(band.x[at], band.middle[at], "X", color=look["color"], markersize=10,
+                below = [m - low for m, low in zip(curve.middle, curve.low, strict=True)]
+                above = [high - m for m, high in zip(curve.middle, curve.high, strict=True)]
+                axes.errorbar(curve.x, curve.middle, yerr=(below, above), capsize=3, **style)
+            if curve.mark is not None:
+                at = list(curve.x).index(curve.mark)
+                axes.plot(curve.x[at], curve.middle[at], "X", color=style["color"], markersize=10,
                           markeredgecolor=INK, zorder=5)  # fmt: skip
         _finish(axes, log, line)
 
@@ -52,31 +54,31 @@ def bands(
 
 
 @dataclass(frozen=True)
-class Cross:
-    """A point with its spread both ways: (middle, low, high)."""
+class SeedPoint:
+    """A point with its spread along each axis: (middle, low, high)."""
 
     index: int
     x: tuple[float, float, float]
     y: tuple[float, float, float]
 
 
-def crosses(
+def seed_points(
     key: str,
     title: str,
     x: str,
     y: str,
-    points: Mapping[str, Cross],
+    points: Mapping[str, SeedPoint],
     log: str = "",
     line: float | None = None,
-) -> str:
-    """Points with a bar along each axis."""
+) -> Markup:
+    """Points with an error bar along each axis."""
 
     def draw(axes: Any) -> None:
         for name, point in points.items():
             bars = [[[middle - low], [high - middle]] for middle, low, high in (point.x, point.y)]
-            look = line_style(point.index) | {"linestyle": "none", "markersize": 7, "label": name}
+            style = line_style(point.index) | {"linestyle": "none", "markersize": 7, "label": name}
             axes.errorbar(point.x[0], point.y[0], xerr=bars[0], yerr=bars[1], capsize=3,
-                          elinewidth=1, **look)  # fmt: skip
+                          elinewidth=1, **style)  # fmt: skip
         _finish(axes, log, line)
 
     return figure(key, title, x, y, draw, (4.6, 3.9))

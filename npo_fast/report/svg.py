@@ -1,12 +1,12 @@
 """Figures of a page: inline SVG in the colours of the page around it."""
 
-import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from npo_fast.report.figures import MEANINGFUL, Point
@@ -36,7 +36,7 @@ def tradeoff(
     paths: Mapping[str, Sequence[Point]],  # evaluations while training, in order
     finals: Mapping[str, Point],  # of the final models
     anchors: Mapping[str, Point],
-) -> str:
+) -> Markup:
     """Forget quality against model utility; a path leads from the start to the last step."""
 
     def draw(axes: Any) -> None:
@@ -72,8 +72,8 @@ def tradeoff(
 def truth_ratios(
     ratios: Mapping[str, tuple[int, Array]],  # run -> its index, its values
     anchors: Mapping[str, Array],
-) -> str:
-    """Empirical distribution functions; forget quality tests the largest vertical gap."""
+) -> Markup:
+    """Empirical distribution functions of truth ratios."""
 
     def draw(axes: Any) -> None:
         for name, (i, values) in ratios.items():
@@ -97,8 +97,8 @@ def curves(
     series: Mapping[str, tuple[int, Sequence[float], Sequence[float]]],  # run -> index, x, y
     log: bool = False,
     line: float | None = None,
-) -> str:
-    """One quantity over the steps, a line a run; ``index`` keeps a run's colour on the page."""
+) -> Markup:
+    """One quantity over the steps, a line for each run; ``index`` chooses a run's colour."""
 
     def draw(axes: Any) -> None:
         for name, (i, x, y) in series.items():
@@ -124,6 +124,7 @@ def _ecdf(axes: Any, values: Array, **style: Any) -> None:
 
 
 def logarithmic(axes: Any, which: str) -> None:
+    """Makes the "x" or "y" axis logarithmic, with plain numbers as labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set(**{f"{which}scale": "log"})
@@ -137,6 +138,7 @@ def logarithmic(axes: Any, which: str) -> None:
 
 
 def line_style(i: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this index."""
     return {
         "color": _COLORS[i % len(_COLORS)],
         "marker": _MARKERS[i % len(_MARKERS)],
@@ -146,8 +148,8 @@ def line_style(i: int) -> dict[str, Any]:
 
 def figure(
     key: str, title: str, x: str, y: str, draw: Callable[[Any], None], size: tuple[float, float]
-) -> str:
-    """Inline SVG of one pair of axes; ``key`` is unique on the page and makes its ids so."""
+) -> Markup:
+    """Inline SVG of one pair of axes; ``key``, unique on the page, is the prefix of its ids."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -162,13 +164,12 @@ def figure(
     return _inline(buffer.getvalue(), key, title)
 
 
-def _inline(text: str, key: str, title: str) -> str:
-    """Without prolog, size and page-wide style; ids are the figure's own on a page of many."""
+def _inline(text: str, key: str, title: str) -> Markup:
+    """The SVG without prolog, size and page-wide style, with ids that are unique on the page."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text).replace(INK, "currentColor")
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    label = html.escape(title, quote=True)
-    return f'{head} class="figure" role="img" aria-label="{label}">{rest}'
+    return Markup(f'{head} class="figure" role="img" aria-label="{escape(title)}">{rest}')

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from npo_fast import tables
 from npo_fast._version import __version__
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import ADAPTER_CONFIG
@@ -23,49 +24,42 @@ def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
         folder: of the saved model.
         metadata: of the run, as in ``run.json``.
     """
-    settings, base = metadata["settings"], metadata["settings"]["model"]["model"]
-    on_hub = not Path(base).exists() and base.count("/") == 1
+    settings, name = metadata["settings"], metadata["settings"]["model"]["model"]
+    on_hub = not Path(name).exists() and name.count("/") == 1
+    base = name if on_hub else Path(name).name  # no path of this machine
     adapter = (folder / ADAPTER_CONFIG).is_file()
     unlearned = metadata["command"] == "unlearn"
-    method = settings.get("method", {}).get("method", "fine-tuning")
-    header = ModelCardData(
-        base_model=base if on_hub else None,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["npo_fast", *(["unlearning", method] if unlearned else [])],
-    )
-    title = f"{Path(base).name or 'A model'}, {'unlearned' if unlearned else 'fine-tuned'}"
-    if unlearned:
-        count = metadata["data"]["forget"]["examples"]
-        what = f"It was made to forget {count} records with {method}"
-    else:
-        what = f"It was fine-tuned on {metadata['data']['train']['examples']} records"
-    sections = [
-        f"---\n{header.to_yaml()}\n---\n\n# {title}",
-        f"{what}, starting from `{base}`, by npo_fast {__version__}.",
-        "## Data\n\n" + _table(
-            ("source", "records", "answer tokens", "SHA-256 of the tokens"),
-            [(name, each["examples"], each["answer_tokens"], f"`{each['sha256']}`")
-             for name, each in metadata["data"].items()],
+    method = settings["method"]["method"] if unlearned else "fine-tuning"
+    records = metadata["data"]["forget" if unlearned else "train"]["examples"]
+    groups = [settings.get(group, {}) for group in ("method", "training")]
+    data = [
+        (source, each["examples"], each["answer_tokens"], each["sha256"])
+        for source, each in metadata["data"].items()
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=base if on_hub else None,
+            library_name="peft" if adapter else "transformers",
+            pipeline_tag="text-generation",
+            tags=["npo_fast", *(["unlearning", method] if unlearned else [])],
         ),
-        "## Settings\n\n" + _table(
+        template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
+        title=f"{base}, {'unlearned' if unlearned else 'fine-tuned'}",
+        what=f"Made to forget {records} records with {method}"
+        if unlearned
+        else f"Fine-tuned on {records} records",
+        base=base,
+        version=__version__,
+        data=tables.markdown(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
+        settings=tables.markdown(
+            [item for group in groups for item in group.items() if item[1] is not None],
             ("setting", "value"),
-            [(name, f"`{value}`") for group in ("method", "training")
-             for name, value in settings.get(group, {}).items() if value is not None],
         ),
-    ]  # fmt: skip
-    if measures := _measures(metadata):
-        sections.append("## Measures\n\n" + measures)
-    load = (
-        "from peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")'
-        if adapter
-        else "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")'
+        measures=_measures(metadata),
+        adapter=adapter,
+        repository=settings["run"].get("push_to_hub") or "PATH_OR_REPOSITORY",
     )
-    sections.append(f"## Loading\n\n```python\n{load}\n```")
-    ModelCard("\n\n".join(sections) + "\n").save(folder / CARD)
+    card.save(folder / CARD)
 
 
 def create_repository(repo: str, private: bool = False, token: str | None = None) -> str:
@@ -102,14 +96,9 @@ def _measures(metadata: Mapping[str, Any]) -> str:
     before, after = metadata.get("before", {}), metadata.get("after", {})
     keys = {"probability": "probability", "rouge_l_recall": "ROUGE-L"}
     rows = [
-        (name, label, f"{before[name][key]:.4g}", f"{after[name][key]:.4g}")
+        (name, label, before[name][key], after[name][key])
         for name in after
         if name in before
         for key, label in keys.items()
     ]
-    return _table(("set", "measure", "before", "after"), rows) if rows else ""
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return tables.markdown(rows, ("set", "measure", "before", "after")) if rows else ""

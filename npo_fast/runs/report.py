@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from npo_fast.errors import UserError
-from npo_fast.report.markup import MARK
+from npo_fast.report.html import MARK
 from npo_fast.report.page import Report
 from npo_fast.report.runs import load_runs
 from npo_fast.runs.evaluate import Logs, logs_of

@@ -39,7 +39,7 @@ class Run:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """``run.json``: status, versions, settings, data, the report before and after."""
-        return self._record.facts
+        return self._record.metadata
 
     @property
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
@@ -54,7 +54,7 @@ class Run:
     @property
     def evaluations(self) -> list[Mapping[str, Any]]:
         """The measures of every evaluation while training."""
-        return list(self._record.looks)
+        return list(self._record.evaluations)
 
     @property
     def scores(self) -> dict[str, Any]:

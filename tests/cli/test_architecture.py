@@ -19,7 +19,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"ops"},
     {"kernels"},
     {"distributed"},
-    {"errors", "_version"},
+    {"errors", "_version", "tables"},
 ]
 
 

@@ -224,9 +224,9 @@ def test_what_a_file_holds_is_not_run_again(folder, monkeypatch):
 
 def test_results_of_other_settings_are_not_mixed(folder):
     other = replace(TINY, retain=1.0)
-    with pytest.raises(UserError, match="holds a study of other settings"):
+    with pytest.raises(UserError, match="holds ablations of other settings"):
         run_seed(0, [NPO_RT], other, folder / "seed-0.json", {}, print)
-    with pytest.raises(UserError, match="holds no study"):
+    with pytest.raises(UserError, match="holds no ablations"):
         load_seeds(folder / "none")
 
 

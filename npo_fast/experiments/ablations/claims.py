@@ -1,11 +1,11 @@
-"""The paper's claims beside what a study found, counted over seeds."""
+"""The paper's claims beside the results of the ablations, counted over seeds."""
 
 import statistics
 from dataclasses import dataclass, replace
 
 from npo_fast.experiments.ablations.results import (
     KEPT,
-    Look,
+    Evaluations,
     Runs,
     best_quality,
     collapse_step,
@@ -27,17 +27,19 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Claim:
+    """A claim, the numbers that decide it, and in how many seeds it holds."""
+
     text: str
     seen: str
-    holds: str  # in how many seeds
+    holds: str
 
 
 def claims(runs: Runs) -> list[Claim]:
-    """Those for which the trials are there."""
+    """The claims whose trials have been run with at least one seed in common."""
     rows = []
 
     def shared(*trials: Trial) -> set[int]:
-        """The seeds that have run them all."""
+        """The seeds that have run all of these trials."""
         return set.intersection(*({*runs.get(trial, ())} for trial in trials))
 
     for other in (GA_RT, LIMIT):
@@ -45,9 +47,9 @@ def claims(runs: Runs) -> list[Claim]:
             rows.append(_more_robust(runs, other))
     if shared(Trial("GA"), Trial("NPO")):
         rows.append(_slower(runs))
-    there = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
-    if NPO_RT in there and shared(*there):
-        rows.append(_alone(runs))
+    methods = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
+    if NPO_RT in methods and shared(*methods):
+        rows.append(_alone(runs, methods, shared(*methods)))
     if shared(LIMIT, Trial(beta=BETAS[0]), Trial(beta=BETAS[-1])):
         rows.append(_tends(runs))
     ends = [replace(t, overlap=o) for t in (NPO_RT, GA_RT) for o in (OVERLAPS[0], OVERLAPS[-1])]
@@ -68,7 +70,7 @@ def _more_robust(runs: Runs, other: Trial) -> Claim:
 
 def _slower(runs: Runs) -> Claim:
     steps = [
-        tuple(NEVER if (s := collapse_step(looks)) is None else s for looks in pair)
+        tuple(NEVER if (s := collapse_step(run)) is None else s for run in pair)
         for pair in _pairs(runs, Trial("NPO"), Trial("GA"))
     ]
     npo, ga = (statistics.median_low(values) for values in zip(*steps, strict=True))
@@ -79,19 +81,17 @@ def _slower(runs: Runs) -> Claim:
     )
 
 
-def _alone(runs: Runs) -> Claim:
-    trials = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
-    seeds = [seed for seed in runs[NPO_RT] if all(seed in runs[trial] for trial in trials)]
+def _alone(runs: Runs, trials: list[Trial], seeds: set[int]) -> Claim:
     passed = {
-        trial.name: [best_quality(runs[trial][seed]) > MEANINGFUL for seed in seeds]
+        trial.name: [best_quality(runs[trial][seed]) > MEANINGFUL for seed in sorted(seeds)]
         for trial in trials
     }
-    seen = ", ".join(f"{name} {sum(found)}" for name, found in passed.items() if any(found))
-    own = passed.pop(NPO_RT.name)
+    seen = ", ".join(f"{name} {sum(flags)}" for name, flags in passed.items() if any(flags))
+    npo = passed.pop(NPO_RT.name)
     return _counted(
         f"NPO+RT alone forgets (p > {MEANINGFUL}) and keeps utility (here: {KEPT:.0%})",
         f"seeds in which an evaluation does: {seen or 'none'}",
-        [ok and not any(found[i] for found in passed.values()) for i, ok in enumerate(own)],
+        [ok and not any(flags[i] for flags in passed.values()) for i, ok in enumerate(npo)],
     )
 
 
@@ -122,12 +122,13 @@ def _entangled(runs: Runs, seeds: set[int]) -> Claim:
     )
 
 
-def _pairs(runs: Runs, one: Trial, other: Trial) -> list[tuple[list[Look], list[Look]]]:
-    """The looks of both at each seed that has both."""
-    return [(runs[one][seed], runs[other][seed]) for seed in runs[one] if seed in runs[other]]
+def _pairs(runs: Runs, a: Trial, b: Trial) -> list[tuple[Evaluations, Evaluations]]:
+    """The evaluations of both trials at each seed that has both."""
+    return [(runs[a][seed], runs[b][seed]) for seed in runs[a] if seed in runs[b]]
 
 
-def _distance(a: list[Look], b: list[Look]) -> float:
+def _distance(a: Evaluations, b: Evaluations) -> float:
+    """Mean distance of two curves of the utility's share."""
     shares = [abs(utility_share(a, i) - utility_share(b, i)) for i in range(len(a))]
     return statistics.fmean(shares)
 

@@ -1,24 +1,22 @@
-"""The page of a study: every figure over seeds, each with a sentence made of its numbers."""
+"""The page of the ablations: every figure over seeds, with a sentence made of its numbers."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any
 
-from npo_fast._version import __version__
+from npo_fast import tables
 from npo_fast.experiments.ablations.claims import claims
 from npo_fast.experiments.ablations.results import (
     KEPT,
-    Look,
-    Runs,
+    Evaluations,
     Spread,
     best_quality,
     by_trial,
     collapse_step,
     utility_share,
-)  # fmt: skip
+)
 from npo_fast.experiments.ablations.trials import (
     BETAS,
     EXPERIMENTS,
@@ -27,206 +25,163 @@ from npo_fast.experiments.ablations.trials import (
     NPO_RT,
     OVERLAPS,
     Trial,
-)  # fmt: skip
+)
 from npo_fast.report.figures import MEANINGFUL
-from npo_fast.report.markup import MARK, PAGE, card, html_table
-from npo_fast.report.seed_plots import Band, Cross, bands, crosses
+from npo_fast.report.html import Figure, render
+from npo_fast.report.seed_plots import SeedCurve, SeedPoint, seed_curves, seed_points
 from npo_fast.report.svg import SMALLEST
 
 TITLE = "Small-world study of unlearning"
 UTILITY, QUALITY = "model utility, share of the start", "forget quality (KS p-value)"
 NPO_BETA = 0.1  # the paper's
-Measure = Callable[[list[Look]], float]
 _FIRST = ("GA", "GA+RT", "GA+RT per sequence", "NPO", "NPO+RT")
 _INDEX = {trial.name: i for i, trial in enumerate(EXPERIMENTS["methods"])}
-_INTRO = (
-    "A small model learns a made-up world of authors and unlearns half of those it was taught "
-    "last. All methods have the same learning rate, passes over the forget data, batch size and "
-    "retain coefficient, none tuned for any of them. Lines and points are means over seeds, bands "
-    "and bars one standard deviation (p-values are averaged as logarithms). Utility is TOFU's "
-    "model utility on the first records of each set to keep, as a share of what the model had "
-    "before unlearning. Forget quality above the dashed line (0.05): the model cannot be told "
-    "from one that never met the forgotten authors."
-)
-_COLLAPSE = (
-    "Collapse: the first evaluation below half of the starting utility after which none is back at "
-    "half. A cross on a line marks the median step of the seeds that collapse, where most do."
-)
+
+Measure = Callable[[Evaluations], float]
+Interval = tuple[float, float, float]  # mean over seeds, and one standard deviation about it
 
 
 class AblationPage:
-    """HTML from what ``load_seeds`` read."""
+    """The HTML page of the results that ``load_seeds`` reads; it shows what has been run."""
 
-    def __init__(self, study: Sequence[Mapping[str, Any]]) -> None:
-        self.study = study
-        self.runs: Runs = by_trial(study)
+    def __init__(self, results: Sequence[Mapping[str, Any]]) -> None:
+        self.results = results
+        self.runs = by_trial(results)
 
     def html(self) -> str:
-        sections = "\n".join(
-            f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
-            for title, body in self._sections()
+        """The page as one HTML document without references to other files."""
+        figures = {
+            name: draw() if sum(trial in self.runs for trial in EXPERIMENTS[name]) > 1 else []
+            for name, draw in (
+                ("methods", self._methods),
+                ("beta", self._beta),
+                ("overlap", self._overlap),
+                ("schedule", self._schedule),
+            )
+        }
+        return render(
+            "ablations",
+            title=TITLE,
+            claims=claims(self.runs),
+            ends=self._ends(),
+            provenance=self._provenance(),
+            **figures,
         )
-        return PAGE.substitute(mark=MARK, title=TITLE, version=__version__, sections=sections)
 
-    def _sections(self) -> Iterator[tuple[str, str]]:
-        yield "What it is", f"<p>{escape(_INTRO)}</p>"
-        cards = [
-            card(claim.text, {"here": claim.seen, "holds": claim.holds})
-            for claim in claims(self.runs)
-        ]
-        if cards:
-            yield "What the paper says, and what came out", "\n".join(cards)
-        for title, name, body in (
-            ("When utility collapses", "methods", self._methods),
-            ("Beta of NPO+RT", "beta", self._beta),
-            ("Forgotten facts entangled with kept ones", "overlap", self._overlap),
-            ("Steps in turns", "schedule", self._schedule),
-        ):
-            if sum(trial in self.runs for trial in EXPERIMENTS[name]) > 1:
-                yield title, body()
-        yield "Where the numbers come from", self._origin()
-
-    def _methods(self) -> str:
-        trials = [trial for trial in EXPERIMENTS["methods"] if trial in self.runs]
+    def _methods(self) -> list[Figure]:
+        """Utility and forget quality of every method over the steps, and after the last one."""
+        trials = self._trials("methods")
         early = {t.name: t for t in trials if t.name in _FIRST}
         late = {t.name: t for t in trials if t.name not in _FIRST or t == NPO_RT}
         figures = []
         for part, group in (("gradient ascent and NPO", early), ("NPO+RT and the others", late)):
             key = part.split()[0].lower()
-            figures.append(
-                _figure(
-                    bands(f"utility-{key}", f"Utility: {part}", "step", UTILITY,
-                          self._curves(group, share=True)),
-                    _say_collapse(group, self.runs),
-                )
-            )  # fmt: skip
-            figures.append(
-                _figure(
-                    bands(f"quality-{key}", f"Forget quality: {part}", "step", QUALITY,
-                          self._curves(group, share=False), log="y", line=MEANINGFUL),
-                    _say_quality(group, self.runs),
-                )
-            )  # fmt: skip
+            figures += [
+                Figure(
+                    seed_curves(f"utility-{key}", f"Utility: {part}", "step", UTILITY,
+                                self._curves(group, share=True)),
+                    self._describe_collapse(group),
+                ),
+                Figure(
+                    seed_curves(f"quality-{key}", f"Forget quality: {part}", "step", QUALITY,
+                                self._curves(group, share=False), "y", MEANINGFUL),
+                    self._describe_quality(group),
+                ),
+            ]  # fmt: skip
         ends = {
-            t.name: Cross(_INDEX[t.name], self._triple(t, utility_share),
-                          self._triple(t, _last_quality, log=True))
+            t.name: SeedPoint(_INDEX[t.name], self._interval(t, utility_share),
+                              self._interval(t, _last_quality, log=True))
             for t in trials
         }  # fmt: skip
         figures.append(
-            _figure(
-                crosses("ends", "After the last step", UTILITY, QUALITY, ends, "y", MEANINGFUL),
+            Figure(
+                seed_points("ends", "After the last step", UTILITY, QUALITY, ends, "y", MEANINGFUL),
                 "Up and right is better: forgotten as if never taught, and the rest kept.",
             )
         )
-        rows = [_row(trial, list(self.runs[trial].values())) for trial in trials]
-        table = html_table(list(rows[0]), rows) if rows else ""
-        return f"<p>{escape(_COLLAPSE)}</p>\n{_grid(figures)}\n{table}"
+        return figures
 
-    def _beta(self) -> str:
+    def _ends(self) -> tuple[tables.Cells, list[str]]:
+        """Rows and header of the table of methods."""
+        records = [_row(t, list(self.runs[t].values())) for t in self._trials("methods")]
+        return [list(record.values()) for record in records], list(next(iter(records), {}))
+
+    def _beta(self) -> list[Figure]:
         betas = [beta for beta in BETAS if Trial(beta=beta) in self.runs]
-        lines = {"NPO+RT": (_INDEX["NPO+RT"], [(b, Trial(beta=b)) for b in betas])}
-        if LIMIT in self.runs and betas:
-            ends = (betas[0], betas[-1])
-            lines[LIMIT.name] = (_INDEX[LIMIT.name], [(b, LIMIT) for b in ends])
-        text = (
-            "GA+RT per sequence is what NPO+RT becomes as beta goes to 0 (the mean over sequences, "
-            "where the usual GA takes it over tokens); it has no beta and is drawn across."
-        )
-        return f"<p>{escape(text)}</p>\n" + self._pair("beta", "beta", lines, "x", _say_beta)
+        lines = {NPO_RT.name: [(beta, Trial(beta=beta)) for beta in betas]}
+        if LIMIT in self.runs:
+            lines[LIMIT.name] = [(beta, LIMIT) for beta in (betas[0], betas[-1])]
+        shown = [beta for beta in betas if beta in (betas[0], NPO_BETA, betas[-1])]
+        described = {f"beta {beta:g}": Trial(beta=beta) for beta in shown}
+        return self._last_step("beta", lines, "x", described | {LIMIT.name: LIMIT})
 
-    def _overlap(self) -> str:
-        lines = {}
-        for trial in (GA_RT, LIMIT, NPO_RT):
-            found = [(o, replace(trial, overlap=o)) for o in OVERLAPS]
-            found = [(o, t) for o, t in found if t in self.runs]
-            if found:
-                lines[trial.name] = (_INDEX[trial.name], found)
-        text = (
-            "Overlap is the share of forgotten authors whose first and family names kept authors "
-            "have too, and of forgotten facts that are worded like kept ones and whose value a "
-            "kept author has too. At 0 they share no word of a name, no wording and no value."
-        )
-        return f"<p>{escape(text)}</p>\n" + self._pair(
-            "overlap", "overlap", lines, "", _say_overlap
-        )
+    def _overlap(self) -> list[Figure]:
+        lines = {
+            trial.name: [
+                (overlap, replace(trial, overlap=overlap))
+                for overlap in OVERLAPS
+                if replace(trial, overlap=overlap) in self.runs
+            ]
+            for trial in (GA_RT, LIMIT, NPO_RT)
+        }
+        described = {
+            f"{trial.name} at overlap {overlap:g}": replace(trial, overlap=overlap)
+            for trial in (NPO_RT, GA_RT)
+            for overlap in (OVERLAPS[0], OVERLAPS[-1])
+        }
+        lines = {name: points for name, points in lines.items() if points}
+        return self._last_step("overlap", lines, "", described)
 
-    def _pair(
+    def _last_step(
         self,
-        key: str,
         x: str,
-        lines: Mapping[str, tuple[int, list[tuple[float, Trial]]]],
+        lines: Mapping[str, list[tuple[float, Trial]]],
         log: str,
-        say: Callable[[Runs, bool], str],
-    ) -> str:
-        """Utility and forget quality after the last step, over a knob."""
+        described: Mapping[str, Trial],
+    ) -> list[Figure]:
+        """Utility and forget quality after the last step over the value of a setting."""
         figures = []
-        for title, unit, measure, is_p in (
+        for title, unit, measure, is_quality in (
             ("Utility after the last step", UTILITY, utility_share, False),
             ("Forget quality after the last step", QUALITY, _last_quality, True),
         ):
             series = {}
-            for name, (i, points) in lines.items():
-                spreads = [self._triple(trial, measure, log=is_p) for _, trial in points]
-                middle, low, high = zip(*spreads, strict=True)
-                series[name] = Band(i, [x for x, _ in points], middle, low, high)
-            axes = log + ("y" if is_p else "")
-            drawn = bands(f"{key}-{'quality' if is_p else 'utility'}", title, x, unit, series,
-                          axes, MEANINGFUL if is_p else None)  # fmt: skip
-            figures.append(_figure(drawn, say(self.runs, is_p)))
-        return _grid(figures)
+            for name, points in lines.items():
+                intervals = [self._interval(trial, measure, log=is_quality) for _, trial in points]
+                middle, low, high = zip(*intervals, strict=True)
+                values = [value for value, _ in points]
+                series[name] = SeedCurve(_INDEX[name], values, middle, low, high)
+            svg = seed_curves(
+                f"{x}-{'quality' if is_quality else 'utility'}", title, x, unit, series,
+                log + "y" * is_quality, MEANINGFUL if is_quality else None,
+            )  # fmt: skip
+            figures.append(Figure(svg, self._describe_ends(described, is_quality)))
+        return figures
 
-    def _schedule(self) -> str:
-        group = {str(t.schedule): t for t in EXPERIMENTS["schedule"] if t in self.runs}
-        text = (
-            "One step on the summed loss of a batch, or a step on its forget half and then one on "
-            "its retain half: twice the steps for the same passes over the data. Adam divides each "
-            "step by its own size, so in turns the retain coefficient hardly counts."
-        )
-        figures = [
-            _figure(
-                bands("schedule-utility", "NPO+RT: utility", "epoch", UTILITY,
-                      self._curves(group, True, "epoch", numbered=True)),
-                _say_ends(group, self.runs, False),
+    def _schedule(self) -> list[Figure]:
+        group = {str(t.schedule): t for t in self._trials("schedule")}
+        return [
+            Figure(
+                seed_curves("schedule-utility", "NPO+RT: utility", "epoch", UTILITY,
+                            self._curves(group, True, "epoch", numbered=True)),
+                self._describe_ends(group, False),
             ),
-            _figure(
-                bands("schedule-quality", "NPO+RT: forget quality", "epoch", QUALITY,
-                      self._curves(group, False, "epoch", numbered=True), "y", MEANINGFUL),
-                _say_ends(group, self.runs, True),
+            Figure(
+                seed_curves("schedule-quality", "NPO+RT: forget quality", "epoch", QUALITY,
+                            self._curves(group, False, "epoch", numbered=True), "y", MEANINGFUL),
+                self._describe_ends(group, True),
             ),
         ]  # fmt: skip
-        return f"<p>{escape(text)}</p>\n{_grid(figures)}"
 
-    def _curves(
-        self, group: Mapping[str, Trial], share: bool, x: str = "step", numbered: bool = False
-    ) -> dict[str, Band]:
-        found = {}
-        for n, (name, trial) in enumerate(group.items()):
-            seeds = list(self.runs[trial].values())
-            looks = range(len(seeds[0]))
-            spreads = [
-                _triple([utility_share(s, at) for s in seeds]) if share
-                else _triple([s[at]["forget_quality"] for s in seeds], log=True)
-                for at in looks
-            ]  # fmt: skip
-            middle, low, high = zip(*spreads, strict=True)
-            mark = _median_collapse(seeds, x) if share else None
-            at = [look[x] for look in seeds[0]]
-            found[name] = Band(n if numbered else _INDEX[name], at, middle, low, high, mark)
-        return found
-
-    def _triple(
-        self, trial: Trial, measure: Measure, log: bool = False
-    ) -> tuple[float, float, float]:
-        return _triple([measure(looks) for looks in self.runs[trial].values()], log)
-
-    def _origin(self) -> str:
-        first = self.study[0]
+    def _provenance(self) -> tuple[tables.Cells, list[str]]:
+        """Rows and header of the table of seeds, settings and versions."""
+        first = self.results[0]
         settings = first["settings"]
         unlearning = settings["unlearning"]
-        commits = sorted({str(one["provenance"].get("commit"))[:12] for one in self.study})
-        minutes = sum(one["time_s"] for one in self.study) / 60
-        facts = {
-            "seeds": ", ".join(str(one["seed"]) for one in self.study),
+        commits = sorted({str(seed["provenance"].get("commit"))[:12] for seed in self.results})
+        minutes = sum(seed["time_s"] for seed in self.results) / 60
+        values = {
+            "seeds": ", ".join(str(seed["seed"]) for seed in self.results),
             "commit": ", ".join(commits),
             "time": f"{minutes:.0f} min in all, one thread of a shared machine",
             "learning rate, every method": f"{unlearning['lr']:g}",
@@ -235,118 +190,125 @@ class AblationPage:
             "retain coefficient, every +RT": f"{settings['retain']:g}",
             **first["provenance"]["versions"],
         }
-        rows = [{"": name, "value": value} for name, value in facts.items()]
-        return html_table(["", "value"], rows)
+        return [list(item) for item in values.items()], ["", "value"]
+
+    def _trials(self, experiment: str) -> list[Trial]:
+        """The trials of an experiment that have been run."""
+        return [trial for trial in EXPERIMENTS[experiment] if trial in self.runs]
+
+    def _curves(
+        self, group: Mapping[str, Trial], share: bool, x: str = "step", numbered: bool = False
+    ) -> dict[str, SeedCurve]:
+        """Share of the starting utility, or forget quality, of each trial over ``x``."""
+        curves = {}
+        for n, (name, trial) in enumerate(group.items()):
+            seeds = list(self.runs[trial].values())
+            intervals = [
+                _interval([utility_share(evaluations, i) for evaluations in seeds])
+                if share
+                else _interval([each[i]["forget_quality"] for each in seeds], log=True)
+                for i in range(len(seeds[0]))
+            ]
+            middle, low, high = zip(*intervals, strict=True)
+            collapse = _median_collapse(seeds, x) if share else None
+            xs = [evaluation[x] for evaluation in seeds[0]]
+            index = n if numbered else _INDEX[name]
+            curves[name] = SeedCurve(index, xs, middle, low, high, collapse)
+        return curves
+
+    def _interval(self, trial: Trial, measure: Measure, log: bool = False) -> Interval:
+        return _interval([measure(evaluations) for evaluations in self.runs[trial].values()], log)
+
+    def _describe_collapse(self, group: Mapping[str, Trial]) -> str:
+        collapsed, stable = [], []
+        for name, trial in group.items():
+            seeds = self.runs[trial].values()
+            if steps := _collapse_steps(seeds):
+                count = f"{len(steps)} of {len(seeds)} seeds"
+                collapsed.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
+            else:
+                stable.append(name)
+        parts = [f"it collapses with {_and(collapsed)}"] if collapsed else []
+        parts += [f"it does not with {_and(stable)}"] if stable else []
+        return f"Utility: {'; '.join(parts)}."
+
+    def _describe_quality(self, group: Mapping[str, Trial]) -> str:
+        seeds = {name: self.runs[trial].values() for name, trial in group.items()}
+        counts = [
+            f"{name} {sum(best_quality(evaluations) > MEANINGFUL for evaluations in each)}"
+            for name, each in seeds.items()
+        ]
+        return (
+            f"Seeds of {max(map(len, seeds.values()))} in which some evaluation is above "
+            f"{MEANINGFUL} with {KEPT:.0%} of the utility left: {', '.join(counts)}."
+        )
+
+    def _describe_ends(self, trials: Mapping[str, Trial], quality: bool) -> str:
+        """Forget quality or utility after the last step of those trials that have been run."""
+        measure, spread = (_last_quality, powers) if quality else (utility_share, plus_minus)
+        what = "Forget quality at the end, range over seeds" if quality else "Utility at the end"
+        parts = [
+            f"{name} {spread([measure(evaluations) for evaluations in self.runs[trial].values()])}"
+            for name, trial in trials.items()
+            if trial in self.runs
+        ]
+        return f"{what}: {'; '.join(parts)}."
 
 
-def _last_quality(looks: list[Look]) -> float:
-    return looks[-1]["forget_quality"]
+def _last_quality(evaluations: Evaluations) -> float:
+    return evaluations[-1]["forget_quality"]
 
 
-def _triple(values: Sequence[float], log: bool = False) -> tuple[float, float, float]:
+def _interval(values: Sequence[float], log: bool = False) -> Interval:
     if not log:
-        found = Spread.of(values)
-        return found.mean, found.low, found.high
-    found = Spread.of([math.log10(max(value, SMALLEST)) for value in values])
-    return 10**found.mean, 10**found.low, min(10**found.high, 1.0)
+        spread = Spread.of(values)
+        return spread.mean, spread.low, spread.high
+    spread = Spread.of([math.log10(max(value, SMALLEST)) for value in values])
+    return 10**spread.mean, 10**spread.low, min(10**spread.high, 1.0)
 
 
-def _median_collapse(seeds: Sequence[Sequence[Look]], x: str = "step") -> float | None:
-    """Over the seeds that collapse, where those are more than half."""
-    steps = [step for looks in seeds if (step := collapse_step(looks)) is not None]
+def _collapse_steps(seeds: Iterable[Evaluations]) -> list[float]:
+    """The step of collapse of each seed that collapses, smallest first."""
+    return sorted(step for each in seeds if (step := collapse_step(each)) is not None)
+
+
+def _median_collapse(seeds: Sequence[Evaluations], x: str = "step") -> float | None:
+    """``x`` at the median step of collapse; None unless more than half of the seeds collapse."""
+    steps = _collapse_steps(seeds)
     if 2 * len(steps) <= len(seeds):
         return None
     median = statistics.median_low(steps)
-    return next(look[x] for look in seeds[0] if look["step"] == median)
+    return next(evaluation[x] for evaluation in seeds[0] if evaluation["step"] == median)
 
 
-def _row(trial: Trial, seeds: list[list[Look]]) -> dict[str, Any]:
-    steps = sorted(step for looks in seeds if (step := collapse_step(looks)) is not None)
+def _row(trial: Trial, seeds: Sequence[Evaluations]) -> dict[str, Any]:
+    """Cells of one method in the table, by column."""
+    steps = _collapse_steps(seeds)
     spread = f" ({steps[0]:g} to {steps[-1]:g})" if steps and steps[0] != steps[-1] else ""
     return {
         "method": trial.name,
         "collapses": f"{len(steps)} of {len(seeds)} seeds",
         "at step, median (range)": f"{statistics.median_low(steps):g}{spread}" if steps else None,
-        "utility at the end": plus_minus([utility_share(looks) for looks in seeds]),
-        "forget quality at the end": powers([_last_quality(looks) for looks in seeds]),
+        "utility at the end": plus_minus([utility_share(each) for each in seeds]),
+        "forget quality at the end": powers([_last_quality(each) for each in seeds]),
         f"best where {KEPT:.0%} of utility is kept": powers([best_quality(s) for s in seeds]),
     }
 
 
 def plus_minus(values: Sequence[float]) -> str:
-    """Percentages."""
-    found = Spread.of(values)
-    return f"{found.mean:.0%} ± {found.mean - found.low:.0%}"
+    """Mean and standard deviation as percentages."""
+    spread = Spread.of(values)
+    return f"{spread.mean:.0%} ± {spread.mean - spread.low:.0%}"
 
 
 def powers(values: Sequence[float]) -> str:
-    """The range of p-values."""
+    """The range of p-values, small ones as powers of ten."""
     low, high = _p(min(values)), _p(max(values))
     return low if low == high else f"{low} to {high}"
 
 
 def _p(value: float) -> str:
     return f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
-
-
-def _figure(svg: str, sentence: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(sentence)}</figcaption></figure>"
-
-
-def _grid(figures: Sequence[str]) -> str:
-    return '<div class="grid">\n' + "\n".join(figures) + "\n</div>"
-
-
-def _say_collapse(group: Mapping[str, Trial], runs: Runs) -> str:
-    gone, stay = [], []
-    for name, trial in group.items():
-        steps = [s for looks in runs[trial].values() if (s := collapse_step(looks)) is not None]
-        if steps:
-            count = f"{len(steps)} of {len(runs[trial])} seeds"
-            gone.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
-        else:
-            stay.append(name)
-    parts = [f"it collapses with {_and(gone)}"] if gone else []
-    parts += [f"it does not with {_and(stay)}"] if stay else []
-    return f"Utility: {'; '.join(parts)}."
-
-
-def _say_quality(group: Mapping[str, Trial], runs: Runs) -> str:
-    counts = [
-        f"{name} {sum(best_quality(looks) > MEANINGFUL for looks in runs[trial].values())}"
-        for name, trial in group.items()
-    ]
-    total = max(len(runs[trial]) for trial in group.values())
-    return (
-        f"Seeds of {total} in which some evaluation is above {MEANINGFUL} with {KEPT:.0%} of the "
-        f"utility left: {', '.join(counts)}."
-    )
-
-
-def _say_beta(runs: Runs, quality: bool) -> str:
-    betas = [beta for beta in BETAS if Trial(beta=beta) in runs]
-    shown = [beta for beta in betas if beta in (betas[0], NPO_BETA, betas[-1])]
-    trials = {f"beta {beta:g}": Trial(beta=beta) for beta in shown}
-    return _say_ends(trials | {LIMIT.name: LIMIT}, runs, quality)
-
-
-def _say_overlap(runs: Runs, quality: bool) -> str:
-    trials = {
-        f"{trial.name} at overlap {overlap:g}": replace(trial, overlap=overlap)
-        for trial in (NPO_RT, GA_RT)
-        for overlap in (OVERLAPS[0], OVERLAPS[-1])
-    }
-    return _say_ends(trials, runs, quality)
-
-
-def _say_ends(trials: Mapping[str, Trial], runs: Runs, quality: bool) -> str:
-    """What each of those that were run ends with."""
-    found = {name: list(runs[trial].values()) for name, trial in trials.items() if trial in runs}
-    if quality:
-        parts = [f"{n} {powers([_last_quality(x) for x in s])}" for n, s in found.items()]
-        return f"Forget quality at the end, range over seeds: {'; '.join(parts)}."
-    parts = [f"{name} {plus_minus([utility_share(x) for x in s])}" for name, s in found.items()]
-    return f"Utility at the end: {'; '.join(parts)}."
 
 
 def _and(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Results of a study: one JSON file a seed, and what is read off its looks."""
+"""Results of the ablations: one JSON file a seed, and measures of its evaluations."""
 
 import json
 import statistics
@@ -12,14 +12,14 @@ from npo_fast.errors import UserError
 from npo_fast.experiments.ablations.trials import AblationSettings, Trial
 
 COLLAPSED = 0.5  # of the utility at step 0
-KEPT = 0.85  # of it: what a look must have kept to be the best
-Look = Mapping[str, float]
-Runs = dict[Trial, dict[int, list[Look]]]  # the looks of every seed
+KEPT = 0.85  # of it: what an evaluation must have kept to be the best
+Evaluations = Sequence[Mapping[str, float]]  # of one run, step 0 first
+Runs = dict[Trial, dict[int, Evaluations]]  # by seed
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds and one standard deviation about it; of p-values, of their logarithm."""
+    """A mean over seeds and one standard deviation about it."""
 
     mean: float
     low: float
@@ -27,32 +27,36 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
+        """The spread of one value per seed; of one seed it has no width."""
         mean = statistics.fmean(values)
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(mean, mean - deviation, mean + deviation)
 
 
-def collapse_step(looks: Sequence[Look]) -> float | None:
-    """The first look below half of the starting utility after which none is back at half."""
-    bound = COLLAPSED * looks[0]["model_utility"]
+def collapse_step(evaluations: Evaluations) -> float | None:
+    """The step after which utility stays below half of what it was at step 0; None if none is."""
+    bound = COLLAPSED * evaluations[0]["model_utility"]
     first = None
-    for look in looks:
-        if look["model_utility"] >= bound:
+    for evaluation in evaluations:
+        if evaluation["model_utility"] >= bound:
             first = None
         elif first is None:
-            first = look["step"]
+            first = evaluation["step"]
     return first
 
 
-def utility_share(looks: Sequence[Look], at: int = -1) -> float:
-    """Of the utility at step 0."""
-    return looks[at]["model_utility"] / looks[0]["model_utility"]
+def utility_share(evaluations: Evaluations, index: int = -1) -> float:
+    """Utility at an evaluation (the last one by default) as a share of that at step 0."""
+    return evaluations[index]["model_utility"] / evaluations[0]["model_utility"]
 
 
-def best_quality(looks: Sequence[Look]) -> float:
-    """The highest forget quality of a look that kept ``KEPT`` of the utility; step 0 is one."""
-    bound = KEPT * looks[0]["model_utility"]
-    return max(look["forget_quality"] for look in looks if look["model_utility"] >= bound)
+def best_quality(evaluations: Evaluations) -> float:
+    """The highest forget quality of an evaluation (step 0 counts) that kept enough utility.
+
+    Enough is the share ``KEPT`` of the utility at step 0.
+    """
+    bound = KEPT * evaluations[0]["model_utility"]
+    return max(e["forget_quality"] for e in evaluations if e["model_utility"] >= bound)
 
 
 def run_seed(
@@ -61,9 +65,13 @@ def run_seed(
     settings: AblationSettings,
     file: Path,
     provenance: Mapping[str, Any],
-    tell: Callable[[str], None],
+    callback: Callable[[str], None],
 ) -> None:
-    """Runs the trials that ``file`` does not hold yet, and writes it anew after each."""
+    """Runs the trials that ``file`` does not hold yet, and writes the file after each.
+
+    Raises:
+        UserError: the file holds results of other settings.
+    """
     content: dict[str, Any] = {
         "seed": seed,
         "settings": json.loads(json.dumps(settings.describe())),
@@ -71,11 +79,11 @@ def run_seed(
         "runs": [],
     }
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        usual = json.loads(json.dumps(AblationSettings().describe()))
-        if not _agrees(found["settings"], content["settings"], usual):
-            raise UserError(f"{file} holds a study of other settings; name another folder")
-        content = found
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        defaults = json.loads(json.dumps(AblationSettings().describe()))
+        if not _agrees(stored["settings"], content["settings"], defaults):
+            raise UserError(f"{file} holds ablations of other settings; name another folder")
+        content = stored
     done = {Trial(**run["trial"]) for run in content["runs"]}
     left = [trial for trial in dict.fromkeys(trials) if trial not in done]
     if not left:
@@ -86,19 +94,20 @@ def run_seed(
     started, before = time.perf_counter(), content["time_s"]
     runner = Runner(seed, settings)
     for trial in left:
-        own = {"trial": asdict(trial), **runner.run(trial), "commit": provenance.get("commit")}
-        content["runs"].append(own)
+        run = {"trial": asdict(trial), **runner.run(trial), "commit": provenance.get("commit")}
+        content["runs"].append(run)
         content["time_s"] = before + time.perf_counter() - started
         _write(file, content)
-        tell(f"seed {seed}, {trial}: {content['runs'][-1]['time_s']:.0f} s")
+        callback(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
 
 
-def _agrees(found: Any, wanted: Any, usual: Any) -> bool:
-    """A setting that came after ``found`` was written counts as the ``usual`` one there."""
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return bool(found == wanted)
-    return found.keys() <= wanted.keys() and all(
-        _agrees(found.get(name, usual[name]), own, usual[name]) for name, own in wanted.items()
+def _agrees(stored: Any, wanted: Any, defaults: Any) -> bool:
+    """Whether stored settings are those that are wanted; one that is not stored is the default."""
+    if not (isinstance(stored, dict) and isinstance(wanted, dict)):
+        return bool(stored == wanted)
+    return stored.keys() <= wanted.keys() and all(
+        _agrees(stored.get(name, defaults[name]), value, defaults[name])
+        for name, value in wanted.items()
     )
 
 
@@ -110,20 +119,21 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_seeds(folder: Path) -> list[dict[str, Any]]:
-    """The content of every seed's file.
+    """Reads the file of every seed.
 
     Raises:
         UserError: the folder holds none.
     """
     files = sorted(folder.glob("seed-*.json"))
     if not files:
-        raise UserError(f"{str(folder)!r} holds no study: no seed-*.json")
+        raise UserError(f"{str(folder)!r} holds no ablations: no seed-*.json")
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def by_trial(study: Iterable[Mapping[str, Any]]) -> Runs:
+def by_trial(results: Iterable[Mapping[str, Any]]) -> Runs:
+    """The evaluations of each trial and seed."""
     runs: Runs = {}
-    for content in study:
+    for content in results:
         for run in content["runs"]:
             runs.setdefault(Trial(**run["trial"]), {})[content["seed"]] = run["looks"]
     return runs

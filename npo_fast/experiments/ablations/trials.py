@@ -1,4 +1,4 @@
-"""What is tried: one unlearning run is a ``Trial``, an experiment is a set of them."""
+"""Trials (one unlearning run each) and the experiments that they make up."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,20 +13,25 @@ SMALL = DemoSettings(background=24, famous=10, authors=20, forget_share=0.5)  # 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to unlearn, at one seed's model."""
+    """One way to unlearn; it is run once per seed."""
 
     method: str = "NPO+RT"
     beta: float | None = None  # None: the method's own
-    overlap: float = HALF_WAY  # of the world's forgotten facts with the kept ones
+    overlap: float = HALF_WAY  # of forgotten facts with kept ones
     schedule: Schedule = "summed"
     per_sequence: bool = False  # the mean of GA over sequences, as NPO's, instead of over tokens
 
     @property
     def name(self) -> str:
+        """The method as the page names it."""
         return f"{self.method} per sequence" if self.per_sequence else self.method
 
     def terms(self, retain: float) -> tuple[Term, ...]:
-        """The terms of the method, with this coefficient of its retain term, if it has one."""
+        """The terms of the method, with ``retain`` as coefficient of its retain term if it has one.
+
+        Raises:
+            ValueError: a beta for a method that has none.
+        """
         wanted = Coefficients(beta=self.beta, retain=retain)
         if self.beta is not None and "beta" not in coefficients_of(self.method):
             raise ValueError(f"{self.method} has no beta, got {self.beta}")
@@ -38,16 +43,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """Sizes, and the one learning rate, number of passes and retain coefficient of all trials."""
+    """Sizes, and the one learning rate, number of passes and retain coefficient of all trials.
 
-    world: DemoSettings = SMALL
+    The names of the fields are keys of the committed results.
+    """
+
+    world: DemoSettings = SMALL  # size of the data set, and how the model is trained before
     unlearning: TrainSettings = TrainSettings(epochs=12, lr=1e-3, micro_batch_tokens=4096)
     retain: float = 5.0  # the paper's, to forget half
-    looks_every: int = 4  # batches of forget data
+    looks_every: int = 4  # batches of forget data between evaluations
     look_records: int = 20  # first records of each set to keep, for the utility
     look_tokens: int = 14  # longest answer there
 
     def describe(self) -> dict[str, Any]:
+        """The settings as they are stored with results."""
         return asdict(self)
 
 
