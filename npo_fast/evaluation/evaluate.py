@@ -20,6 +20,7 @@ from npo_fast.memorization import (
 )
 from npo_fast.metrics import HOLDOUT
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.generation import generate
 from npo_fast.ops import segment_sum
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -198,7 +199,8 @@ def _generations(
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), settings.generation_batch):
         chunk = order[first : first + settings.generation_batch]
-        continuations = lm.generate(
+        continuations = generate(
+            lm,
             [prompts[i] for i in chunk],
             settings.max_new_tokens,
             tokenizer.pad_token_id,
