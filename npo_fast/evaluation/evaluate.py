@@ -20,6 +20,7 @@ from npo_fast.metrics.memorization import (
     min_k_plus_plus,
 )
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.generation import generate
 from npo_fast.ops import segment_sum
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -199,7 +200,8 @@ def _generations(
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), settings.generation_batch):
         chunk = order[first : first + settings.generation_batch]
-        continuations = lm.generate(
+        continuations = generate(
+            lm,
             [prompts[i] for i in chunk],
             settings.max_new_tokens,
             tokenizer.pad_token_id,

@@ -1,26 +1,19 @@
 """The table of runs, the same in HTML, Markdown and JSON."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.methods import WEIGHTS, Coefficients
+from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import Result
 from npo_fast.metrics.measures import REPORTED, score
 from npo_fast.report.runs import RunRecord
 
-_COEFFICIENTS = {  # label -> name in the method's settings
-    f"{name.upper() if name == 'kl' else name} x" if name in WEIGHTS else name: (
-        f"{name}_coefficient" if name in WEIGHTS else name
-    )
-    for name in (field.name for field in fields(Coefficients))
-}
 _SETTINGS = {  # label -> path in the settings
     "lr": ("training", "lr"),
     "epochs": ("training", "epochs"),
     "batch": ("training", "batch_size"),
-    **{label: ("method", name) for label, name in _COEFFICIENTS.items()},
+    **{coefficient.label: ("method", coefficient.flag) for coefficient in COEFFICIENTS.values()},
     "seed": ("training", "seed"),
 }
 

@@ -1,12 +1,14 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
-from npo_fast.methods import Coefficients
+from npo_fast.methods import COEFFICIENTS, Coefficients
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.trainer.settings import TrainSettings
 
@@ -54,28 +56,10 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class MethodOptions:
-    """How to forget."""
-
+class _Method:
     method: str = "NPO+RT"
     """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, UNDIAL, each also with
     +RT; IDK+RT; GA, NPO, DPO and KTO with +KL; GA+forgetKL."""
-    beta: float | None = None
-    """Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."""
-    delta: float | None = None
-    """SimNPO's margin; else 0."""
-    beta1: float | None = None
-    """SatImp's exponent of p; else 5."""
-    beta2: float | None = None
-    """SatImp's exponent of 1 - p; else 1."""
-    gamma: float | None = None
-    """UNDIAL's strength, in nats; else 10."""
-    forget_coefficient: float | None = None
-    """Of the forget term; else 1."""
-    retain_coefficient: float | None = None
-    """Of the retain term; else 1. The paper takes 5 to forget half and 12 to forget 90 percent."""
-    kl_coefficient: float | None = None
-    """Of the KL to the model as it was; else 1."""
     kl_positions: Literal["answer", "all"] = "answer"
     """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
     that also counts padding, which packs do not have."""
@@ -83,16 +67,23 @@ class MethodOptions:
     """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
 
     def coefficients(self) -> Coefficients:
-        return Coefficients(
-            beta=self.beta,
-            delta=self.delta,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            gamma=self.gamma,
-            kl=self.kl_coefficient,
-            forget=self.forget_coefficient,
-            retain=self.retain_coefficient,
-        )
+        """Those that are set, as ``build_method`` takes them."""
+        return Coefficients(**{name: getattr(self, c.flag) for name, c in COEFFICIENTS.items()})
+
+
+if TYPE_CHECKING:
+    MethodOptions = _Method
+else:
+    MethodOptions = make_dataclass(
+        "MethodOptions",
+        [
+            (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
+            for each in COEFFICIENTS.values()
+        ],
+        bases=(_Method,),
+        frozen=True,
+        namespace={"__doc__": "How to forget: a method, and its coefficients by name."},
+    )
 
 
 @dataclass(frozen=True)

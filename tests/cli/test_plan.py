@@ -22,7 +22,7 @@ from npo_fast.planner.plan import KINDS, layer_bytes, slice_problem, state_bytes
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.order import check_step_in_backward
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.trainer.step import micro_step
+from npo_fast.trainer.step import micro_batch_loss
 from tests.helpers import tiny_model
 
 SMALL = Planned(dtype="fp32", micro_batch_tokens=64, sequence_length=16)
@@ -51,7 +51,7 @@ def test_the_peak_is_the_one_that_pytorchs_tracker_finds():
         (micro,) = pack(sequences, 64)
         terms = build_method("NPO")
         with FlashAttention():
-            loss, _, _ = micro_step(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
+            loss, _, _ = micro_batch_loss(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
         loss.backward()
 
     peaks = []

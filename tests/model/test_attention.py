@@ -28,6 +28,7 @@ from npo_fast.model.choice import (
     machine_of,
     varlen_obstacle,
 )
+from npo_fast.model.hf_attention import set_attention
 from npo_fast.model.varlen import NAME as VARLEN
 from npo_fast.model.varlen import attend, parameters, varlen_attention
 from tests.helpers import VOCABULARY, tiny_model
@@ -383,7 +384,7 @@ def test_a_model_with_varlen_attention_knows_where_sequences_end(
     batch = packed([9, 2, 17, 9])
     expected = CausalLM(model, probe=False).log_probs(batch)
     lm = CausalLM(model, probe=False)
-    assert lm._set_attention(VARLEN)
+    assert set_attention(model, VARLEN)
     lm.attention = VARLEN
     assert (lm.log_probs(batch) - expected).abs().max() < 0.1
     lm.packs = False  # sequences run one at a time, without bounds

@@ -270,15 +270,18 @@ def test_a_sliced_embedding_reads_and_learns_as_a_whole_one(tmp_path, count):
 def test_every_sequence_goes_to_one_process_and_all_make_as_many_passes(count, group):
     lengths = [5, 9, 3, 30, 4, 6, 8, 2, 12, 7]
     data = [TokenizedExample(tuple(range(n)), 1, i) for i, n in enumerate(lengths)]
-    passes = micro_batches(data, max_tokens=25, group=group, world_size=count)
-    assert all(len(packs) == count for packs in passes)
-    seen = [index for packs in passes for one in packs for index in one.indices]
+    of_ranks = [micro_batches(data, 25, group, count, rank) for rank in range(count)]
+    seen = [index for batch in of_ranks[0] for index in batch.indices]
     assert sorted(seen) == list(range(10))
-    for packs in passes:
-        for one in packs:
-            assert one.lengths  # a pass through the model, if only to take part
-            pairs = one.indices[::group]
-            assert [i for p in pairs for i in range(p, p + group)] == list(one.indices)
+    for batches in zip(*of_ranks, strict=True):
+        labels = [batch.input_ids[batch.rows + 1] for batch in batches]
+        for batch in batches:
+            assert batch.lengths  # a pass through the model, if only to take part
+            assert torch.equal(batch.labels, torch.cat(labels)), "all know all answers"
+            assert batch.indices == batches[0].indices
+            assert list(batch.rows_by_rank or [len(batch.rows)]) == [len(own) for own in labels]
+            pairs = batch.indices[::group]
+            assert [i for p in pairs for i in range(p, p + group)] == list(batch.indices)
 
 
 def lm_of(family: str, lora: bool) -> CausalLM:
@@ -367,16 +370,16 @@ def _log_probs_after_dividing(mesh):
     assert lm.packs
     before = lm.attention
     shard(lm, mesh)
-    (packs,) = micro_batches(sources()["forget"], 1000, world_size=mesh.size())
+    (batch,) = lm.micro_batches(sources()["forget"], 1000)
     with torch.no_grad():
-        return before, lm.attention, lm.log_probs_of_packs(packs)
+        return before, lm.attention, lm.log_probs(batch)
 
 
 @pytest.mark.filterwarnings("ignore:.*it keeps")
 def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
     lm = lm_of("Doge", lora=False)
-    ((pack_,),) = micro_batches(sources()["forget"], 1000)
-    expected = lm.log_probs(pack_).detach()
+    (batch,) = micro_batches(sources()["forget"], 1000)
+    expected = lm.log_probs(batch).detach()
     ((before, after, found),) = on_ranks(1, tmp_path, _log_probs_after_dividing)
     assert before == after != "npo_fast_packed"
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
