@@ -20,7 +20,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
-    from npo_fast.runs.attack import SUMMARY, attack
+    from npo_fast.runs.attacking import SUMMARY, attack
 
     scores = attack(
         command.model.model, **vars(command.data), loading=command.model, attacks=command.attack,

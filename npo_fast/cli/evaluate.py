@@ -56,7 +56,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
-    from npo_fast.runs.evaluate import evaluate
+    from npo_fast.runs.evaluating import evaluate
 
     sources = dict(vars(command.data))
     scores = evaluate(

@@ -32,7 +32,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
-    from npo_fast.runs.report import report
+    from npo_fast.runs.reporting import report
 
     page, result = command.page.output, report(**vars(command.page))
     table = page.with_suffix(".md")

@@ -30,10 +30,10 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
     Raises:
         UserError: the YAML file cannot be read, or names no setting of this subcommand.
     """
-    # before the fields of the command, so that it reads as one with those of --json
     whole = dataclasses.make_dataclass(
         command.__name__,
-        [("command", command), ("common", Common, dataclasses.field(default_factory=Common))],
+        [("common", Common, dataclasses.field(default_factory=Common))],
+        bases=(command,),
         frozen=True,
     )
     path = _config_path(arguments)
@@ -54,7 +54,7 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         if from_file and end.code:
             print(f"npo-fast: {path} says {' '.join(from_file)}", file=sys.stderr)
         raise
-    return parsed.command, parsed.common
+    return parsed, parsed.common
 
 
 def _config_path(arguments: list[str]) -> Path | None:

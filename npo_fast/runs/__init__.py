@@ -4,10 +4,10 @@ Each takes models, data and settings as keywords and is what the command line ca
 run folder as an object, ``Callback`` what hears of a run while it trains.
 """
 
-from npo_fast.runs.attack import attack
+from npo_fast.runs.attacking import attack
 from npo_fast.runs.callbacks import Callback
-from npo_fast.runs.evaluate import Scores, evaluate
-from npo_fast.runs.finetune import finetune
+from npo_fast.runs.evaluating import Scores, evaluate
+from npo_fast.runs.finetuning import finetune
 from npo_fast.runs.options import (
     EvaluationOptions,
     MethodOptions,
@@ -15,9 +15,9 @@ from npo_fast.runs.options import (
     ReportOptions,
     RunOptions,
 )
-from npo_fast.runs.report import report
+from npo_fast.runs.reporting import report
 from npo_fast.runs.run import Run
-from npo_fast.runs.unlearn import unlearn
+from npo_fast.runs.unlearning import unlearn
 
 __all__ = [
     "Callback",

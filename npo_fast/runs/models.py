@@ -43,6 +43,8 @@ class ModelSource:
                 options = replace(options, template=model.metadata.get("template", "auto"))
         elif isinstance(model, (str, Path)):
             name = str(model)
+            if not name:
+                raise UserError("say which model with --model (a hub name, a folder, a GGUF file)")
         else:
             self.in_memory = model
             network = model.model if isinstance(model, CausalLM) else model

@@ -7,7 +7,7 @@ from npo_fast.errors import UserError
 from npo_fast.report.html import MARK
 from npo_fast.report.page import Report
 from npo_fast.report.runs import load_runs
-from npo_fast.runs.evaluate import Logs, logs_of
+from npo_fast.runs.evaluating import Logs, logs_of
 from npo_fast.runs.run import Run
 
 

@@ -16,7 +16,7 @@ from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
 from npo_fast.metrics import FORGET, Result, retrained_log, save_result
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.runs.evaluate import Scores
+from npo_fast.runs.evaluating import Scores
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.runs.progress import follow, progress
