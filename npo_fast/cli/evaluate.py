@@ -13,7 +13,12 @@ from npo_fast.cli.training import ModelOptions
 from npo_fast.data import Template, TokenizedExample, check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.evaluation.suite import (
+    Suite,
+    check_forget_quality,
+    tofu_suite,
+    tokenize_suite,
+)
 from npo_fast.metrics import (
     AGGREGATED,
     FORGET,
@@ -113,26 +118,29 @@ def run(command: Command) -> None:
 
 def _measure(command: Command, suite: Suite) -> Result:
     from npo_fast.evaluation.evaluate import evaluate
-    from npo_fast.evaluation.reference import ReferenceStates
+    from npo_fast.model.reference_states import open_reference_states
 
     template = command.model.load_template()
-    sequences = {name: template.encode_all(records)[0] for name, records in suite.items()}
+    tokenized = tokenize_suite(template, suite)
+    answers = {name: tokens.answers for name, tokens in tokenized.items()}
     settings, reference = command.evaluation, None
     if command.data.reference is not None:
-        _check_tokens(command.data.reference, template, sequences)
+        _check_tokens(command.data.reference, template, answers)
         other = replace(command.model, model=command.data.reference).load_model()
-        check_vocabulary(sequences, other.vocabulary)
-        reference = ReferenceStates.of(other, template, suite, settings.micro_batch_tokens)
+        check_vocabulary(answers, other.vocabulary)
+        reference = open_reference_states(
+            other, answers, None, "answer", settings.micro_batch_tokens
+        )
         del other  # before the next one takes its memory
     lm = command.model.load_model()
-    check_vocabulary(sequences, lm.vocabulary)
+    check_vocabulary(answers, lm.vocabulary)
     if reference is not None and len(reference.head.weight) != len(lm.head.weight):
         raise UserError(
             f"--reference predicts {len(reference.head.weight)} tokens and the model "
             f"{len(lm.head.weight)}: KL compares models with the same tokens"
         )
     with progress("evaluate") as update:
-        return evaluate(lm, template, suite, settings, update, reference)
+        return evaluate(lm, template, tokenized, settings, update, reference)
 
 
 def _check_tokens(

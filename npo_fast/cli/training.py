@@ -32,7 +32,7 @@ from npo_fast.trainer.settings import StepRecord, TrainSettings
 if TYPE_CHECKING:  # transformers takes seconds to import, and --help needs none of it
     from npo_fast.evaluation.course import Course
     from npo_fast.model.causal_lm import CausalLM
-    from npo_fast.trainer.reference_cache import ReferenceCache
+    from npo_fast.model.reference_states import ReferenceStates
     from npo_fast.trainer.resume import Unfinished
     from npo_fast.trainer.run import Run
     from npo_fast.trainer.step import References
@@ -206,7 +206,7 @@ class Origin:
 
     before: Mapping[str, Any] = field(default_factory=dict)  # of the report
     references: "References | None" = None
-    reference_cache: "ReferenceCache | None" = None
+    reference_cache: "ReferenceStates | None" = None
 
 
 def run_training(

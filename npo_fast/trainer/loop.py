@@ -19,6 +19,7 @@ from npo_fast.errors import (
 )
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.optimizers import build_optimizer, trained
 from npo_fast.trainer.order import (
@@ -28,7 +29,6 @@ from npo_fast.trainer.order import (
     steps_per_epoch,
 )
 from npo_fast.trainer.out_of_memory import is_out_of_memory
-from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, Sources, whole_gradient
@@ -41,7 +41,7 @@ def train(
     terms: tuple[Term, ...],
     settings: TrainSettings,
     references: References | None = None,
-    reference_cache: ReferenceCache | None = None,
+    reference_cache: ReferenceStates | None = None,
     state: TrainState | None = None,
 ) -> Iterator[StepRecord]:
     """Minimises ``sum(term.coefficient * term)`` and yields a record after every step.

@@ -12,10 +12,10 @@ from npo_fast.errors import OutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import interleave
 from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
-from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
@@ -33,7 +33,7 @@ def whole_gradient(
     state: TrainState,
     update: Update,
     references: References | None,
-    reference_cache: ReferenceCache | None = None,
+    reference_cache: ReferenceStates | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Hands the losses of one step to ``update``, in smaller micro-batches where memory runs out.
 
@@ -87,7 +87,7 @@ def _accumulate(
     together: bool,
     update: Update,
     references: References | None,
-    reference_cache: ReferenceCache | None,
+    reference_cache: ReferenceStates | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     baselines: set[str] = {term.baseline for term in terms if term.baseline is not None}
     packs = {
@@ -136,7 +136,7 @@ def _forward(
     terms: Iterable[Term],
     counts: Mapping[str, int],
     references: References | None,
-    reference_cache: ReferenceCache | None,
+    reference_cache: ReferenceStates | None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[BatchKey, Tensor]]:
     """Loss and terms of one pass through the model, and the summed log-probs of each source."""
     own_packs = [packs[lm.rank].to(lm.device) for _, packs in passed]
@@ -162,7 +162,7 @@ def micro_step(
     terms: Iterable[Term],
     counts: Mapping[str, int | Tensor],
     references: References | None,
-    reference_cache: ReferenceCache | None = None,
+    reference_cache: ReferenceStates | None = None,
     states: Tensor | None = None,  # (T, D)
     hidden: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
