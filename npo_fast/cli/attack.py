@@ -12,7 +12,7 @@ from npo_fast.cli.training import ModelOptions
 from npo_fast.data import check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.evaluation.suite import TokenizedSuite, check_forget_quality, tofu_suite
 from npo_fast.metrics import FORGET, Result, retrained_log, save_result, summary
 from npo_fast.trainer.settings import TrainSettings
 
@@ -73,7 +73,7 @@ def run(command: Command) -> None:
         command.training.micro_batch_tokens, max_new_tokens=command.attack.max_new_tokens
     )
 
-    def measure(model: "CausalLM", records: Suite, name: str) -> Result:
+    def measure(model: "CausalLM", records: TokenizedSuite, name: str) -> Result:
         from npo_fast.evaluation.evaluate import evaluate
 
         with progress(name) as update:
