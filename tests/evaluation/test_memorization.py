@@ -1,4 +1,4 @@
-"""Memorisation and membership: hand-computed cases, and the full logits of a tiny model."""
+"""Memorization and membership: hand-computed cases, and the full logits of a tiny model."""
 
 import zlib
 
@@ -39,7 +39,7 @@ from tests.tiny import FACTS, save_tiny_model
         ([0], 0.0, 0.0),
     ],
 )
-def test_memorisation_of_a_few_tokens(greedy, exact, strength):
+def test_memorization_is_that_of_hand_computed_cases(greedy, exact, strength):
     assert exact_memorization(greedy) == exact
     assert extraction_strength(greedy) == strength
 
@@ -172,7 +172,7 @@ def _logits(lm: CausalLM, template: Template, record: Record) -> torch.Tensor:
     return logits[sequence.prompt_length - 1 : -1].double()
 
 
-def test_published_logs_say_nothing_of_memorisation(tofu_logs):
+def test_a_published_log_has_no_memorization_in_its_summary(tofu_logs):
     numbers = metrics.summary(metrics.load_result(tofu_logs / "retain90_llama.json"))
     assert "model utility" in numbers
     assert not [name for name in numbers if "memorization" in name or "membership" in name]

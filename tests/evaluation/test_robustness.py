@@ -19,7 +19,7 @@ from tests.conftest import tiny_model
 from tests.tiny import FACTS, save_tiny_model, write_jsonl
 
 
-def test_rounding_by_hand():
+def test_rounding_is_that_of_a_hand_computed_case():
     weight = torch.tensor([[7.0, -3.4, 0.6, 0.0], [0.0, 0.0, 0.0, 1.0]])
     whole = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     torch.testing.assert_close(fake_quantize(weight, 4, 4), whole)
@@ -144,6 +144,6 @@ def test_the_verb_leaves_logs_and_a_summary(home, tmp_path, capsys):
         ({"group": 0}, "group must be at least 1"),
     ],
 )
-def test_attacks_that_make_no_sense_are_refused(options, message):
+def test_invalid_attack_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         AttackOptions(**options)
