@@ -1,1 +1,1 @@
-"""Attacks that bring back what was only hidden: relearning a part, and rounding the weights."""
+"""Attacks that recover knowledge which was hidden, not removed: relearning and quantization."""

@@ -1,4 +1,4 @@
-"""Which attacks, and how strong."""
+"""Which attacks to run, and how strong they are."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from npo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """What to try: relearning a part of the forget set, and rounding the weights."""
+    """Attacks: relearning a part of the forget set, and rounding the weights."""
 
     attacks: str = "relearn,quantize"
     """One or both, separated by a comma."""
@@ -17,7 +17,6 @@ class AttackOptions:
     """Widths to round the weights to, separated by commas."""
     group: int = 128
     """Neighbouring weights of an output channel that share a scale."""
-
     max_new_tokens: int = 128
     """Longest answer."""
 
@@ -34,10 +33,16 @@ class AttackOptions:
 
     @property
     def names(self) -> list[str]:
+        """The attacks, "relearn" or "quantize"."""
         return [name.strip() for name in self.attacks.split(",")]
 
     @property
     def widths(self) -> list[int]:
+        """Bits of a weight, one number a quantization.
+
+        Raises:
+            UserError: ``bits`` are not whole numbers.
+        """
         try:
             return [int(width) for width in self.bits.split(",")]
         except ValueError:

@@ -1,6 +1,6 @@
-"""Weights rounded to a few bits and back, as a deployment would: does the knowledge come back?
+"""Quantization attack: weights are rounded to a few bits, as deployments do.
 
-Unlearning at a small learning rate moves weights by less than half a step of a coarse grid, so that
+Unlearning at a small learning rate moves weights by less than half a quantization step, so that
 rounding can undo it. Source: arXiv 2410.16454.
 """
 
@@ -15,38 +15,41 @@ from npo_fast.model.causal_lm import CausalLM
 ROUTERS = {"router", "gate"}  # names of modules that choose experts
 
 
-def rounded(weight: Tensor, bits: int, group: int) -> Tensor:  # (out, in) -> (out, in)
-    """``s * round(w / s)`` with ``s = max |w| / (2^(bits - 1) - 1)`` over a group.
+def fake_quantize(weight: Tensor, bits: int, group_size: int) -> Tensor:  # (out, in)
+    """Returns ``s * round(w / s)`` with ``s = max |w| / (2^(bits - 1) - 1)`` over each group.
 
-    Symmetric absmax rounding to nearest; a group is ``group`` neighbouring inputs of one output
-    channel, the last one of a row may be shorter. The error is at most ``s / 2``. Computed in fp32
-    (fp64 for fp64 weights) and returned in the dtype of ``weight``.
+    Symmetric absmax rounding to nearest. A group is ``group_size`` neighbouring inputs of one
+    output channel; the last group of a channel may be shorter. The error is at most ``s / 2``.
+    Computed in fp32 (fp64 for fp64 weights) and returned in the dtype of ``weight``.
+
+    torchao's ``quantize_affine`` multiplies by ``1 / s``, which breaks ties of half-precision
+    weights another way, and refuses fp64 weights and a shorter last group.
 
     Raises:
-        ValueError: ``bits`` outside 2 to 8, or ``group`` below 1.
+        ValueError: ``bits`` outside 2 to 8, or ``group_size`` below 1.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
-    if group < 1:
-        raise ValueError(f"group must be at least 1, got {group}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
     opmath = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    parts = []
-    for part in opmath.split(group, dim=1):
-        scale = part.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
-        steps = torch.where(scale > 0, part / scale, 0)  # a group of zeros has no scale
-        parts.append(steps.round() * scale)
-    return torch.cat(parts, dim=1).to(weight.dtype)
+    groups = []
+    for group in opmath.split(group_size, dim=1):
+        scale = group.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+        levels = torch.where(scale > 0, group / scale, 0)  # a group of zeros has no scale
+        groups.append(levels.round() * scale)
+    return torch.cat(groups, dim=1).to(weight.dtype)
 
 
 @torch.no_grad()
-def quantize_(lm: CausalLM, bits: int, group: int = 128) -> float:
-    """Rounds every linear layer and expert of the decoder in place; returns their share of it.
+def quantize_(lm: CausalLM, bits: int, group_size: int = 128) -> float:
+    """Rounds the weights of every linear layer and expert of the decoder in place.
 
-    Embeddings, norms, routers, biases and the LM head stay, as is the custom; the share is that of
-    the decoder's weights without its embedding.
+    Embeddings, norms, routers, biases and the LM head keep their values, as is usual. Returns the
+    rounded share of the decoder's weights, its embedding not counted.
 
     Raises:
-        UserError: the weights are quantised already.
+        UserError: the weights are quantised already, or the decoder has none to round.
     """
     if lm.quantized:
         raise UserError("these weights are 4 bits wide already: leave out --quantize")
@@ -57,7 +60,7 @@ def quantize_(lm: CausalLM, bits: int, group: int = 128) -> float:
             continue
         for weight in _matrices(module, width):  # (..., out, in)
             flat = weight.flatten(0, -2)
-            weight.copy_(rounded(flat, bits, group).view(weight.shape))
+            weight.copy_(fake_quantize(flat, bits, group_size).view(weight.shape))
             count += weight.numel()
     if count == 0:
         raise UserError(f"{lm.name} has no linear layer or expert that could be rounded")
@@ -66,23 +69,22 @@ def quantize_(lm: CausalLM, bits: int, group: int = 128) -> float:
 
 
 def _matrices(module: nn.Module, width: int) -> list[Tensor]:
-    """Weights of this module itself that multiply hidden states of ``width``, inputs last."""
+    """The module's own weights that multiply hidden states of ``width``, as (…, out, in)."""
     if isinstance(module, nn.Linear):
         return [module.weight]
     if isinstance(module, Conv1D):  # GPT-2's layers hold (in, out)
         return [module.weight.t()]
     if isinstance(module, _ConvNd):
         return []
-    own = module.named_parameters(recurse=False)
-    experts = {name: p for name, p in own if p.dim() == 3 and len(p) > 1}
     return [
         p.transpose(1, 2) if _inputs_first(module, name, p, width) else p
-        for name, p in experts.items()
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and len(p) > 1  # one matrix an expert
     ]
 
 
 def _inputs_first(module: nn.Module, name: str, weight: Tensor, width: int) -> bool:
-    """Whether experts hold (expert, in, out): transformers says so, or the sizes do."""
+    """Whether experts are stored as (expert, in, out), by transformers' mark or by the sizes."""
     if hasattr(module, "is_transposed"):
         return bool(module.is_transposed)
     first, last = weight.shape[1:]

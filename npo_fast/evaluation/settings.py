@@ -1,4 +1,4 @@
-"""How to evaluate."""
+"""Settings of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from npo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate; it changes speed and the length of answers, not the losses."""
+    """How to evaluate: speed and the length of answers. Losses do not depend on it."""
 
     micro_batch_tokens: int = 4096
     """Tokens that go through the model at a time."""

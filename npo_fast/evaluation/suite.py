@@ -1,16 +1,54 @@
-"""Which records make up an evaluation: TOFU's four data sets, or what the user has of them."""
+"""Records of an evaluation: TOFU's four data sets, or those of them that the user has."""
 
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from npo_fast.data import Record, Records, load_records
+from npo_fast.data import Record, Records, Template, TokenizedExample, load_records
 from npo_fast.errors import NoSuchSplitError, UserError
 from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
-Suite = Mapping[str, list[Record]]  # log file name -> records
 TOFU_SPLIT = re.compile(r"(forget|retain)\d\d")
+
+
+@dataclass(frozen=True)
+class TokenizedSet:
+    """The records of one log as tokens: of S records, S right answers and any other answers."""
+
+    records: list[Record]
+    answers: list[TokenizedExample]  # S right answers
+    other_answers: list[TokenizedExample]
+    """Of each record in turn the paraphrase, where it has one, and its wrong answers. Empty where
+    any record has no wrong answer."""
+
+
+Suite = Mapping[str, list[Record]]  # log file name -> records
+TokenizedSuite = Mapping[str, TokenizedSet]
+
+
+def tokenize_suite(template: Template, suite: Suite) -> TokenizedSuite:
+    """Tokenises every answer of the suite once. Warns of right answers that are cut."""
+    return {name: tokenize_set(template, name, records) for name, records in suite.items()}
+
+
+def tokenize_set(template: Template, name: str, records: list[Record]) -> TokenizedSet:
+    """Tokenises the records of the log ``name``; see ``tokenize_suite``."""
+    answers, truncated = template.encode_all(records)
+    if truncated:
+        warnings.warn(
+            f"{name}: {truncated} of {len(records)} answers are cut to max_length "
+            f"{template.max_length}, and measured as far as they go",
+            stacklevel=3,
+        )
+    others: list[TokenizedExample] = []
+    if all(record.perturbed_answers for record in records):
+        for record in records:
+            paraphrases = [] if record.paraphrased_answer is None else [record.paraphrased_answer]
+            for answer in (*paraphrases, *record.perturbed_answers):
+                others.append(template.encode(record, len(others), answer))
+    return TokenizedSet(records, answers, others)
 
 
 def tofu_suite(
@@ -21,7 +59,7 @@ def tofu_suite(
     *,
     utility: bool = True,
 ) -> dict[str, list[Record]]:
-    """Records by the name of the log they fill.
+    """Returns records by the name of the log they fill.
 
     ``forget`` and ``retain`` are splits, files or rows as in training. Where a split
     ``<name>_perturbed`` lies beside it (TOFU has them), that one is taken, since it carries the
@@ -31,7 +69,7 @@ def tofu_suite(
     facts join where the data has them. Of ``holdout`` only the right answers are of interest.
 
     Raises:
-        UserError: data that cannot be read, or ``<name>_perturbed`` asks other questions.
+        UserError: data cannot be read, or ``<name>_perturbed`` asks other questions.
     """
     suite: dict[str, list[Record]] = {}
     if retain is not None:
@@ -68,9 +106,10 @@ def _check_even(name: str, records: list[Record]) -> None:
 
 
 def check_forget_quality(suite: Suite) -> None:
-    """
+    """Checks that the forget set has truth ratios, to compare with those of a retrained model.
+
     Raises:
-        UserError: no truth ratio can be taken of the forget set, to compare with a retrained model.
+        UserError: there is no forget set, or a record of it has no wrong answers.
     """
     records = suite.get(FORGET, [])
     if without := [i for i, record in enumerate(records) if not record.perturbed_answers]:
@@ -88,24 +127,24 @@ def _with_wrong_answers(data: str | None, name: Records) -> list[Record]:
     name = str(name)
     base, bracket, part = name.partition("[")
     try:
-        found = load_records(f"{_perturbed(base)}{bracket}{part}", data)
+        perturbed = load_records(f"{_perturbed(base)}{bracket}{part}", data)
     except NoSuchSplitError:
         plain = load_records(name, data)
         return _within_tofu(data, base, plain) if TOFU_SPLIT.fullmatch(base) else plain
     try:
         plain = load_records(name, data)
     except NoSuchSplitError:  # such as TOFU's "retain", which has wrong answers alone
-        plain = found
-    if [r.messages for r in plain] != [r.messages for r in found]:
+        plain = perturbed
+    if [r.messages for r in plain] != [r.messages for r in perturbed]:
         raise UserError(
             f"{_perturbed(base)} asks other questions than {name}, or in another order: give each "
             "record the wrong answers to its own question, or rename it"
         )
-    return found
+    return perturbed
 
 
 def _within_tofu(data: str | None, base: str, plain: list[Record]) -> list[Record]:
-    """Those with wrong answers in the split that TOFU has them in; all of them where none has."""
+    """The records that have wrong answers in another split of TOFU; all where none has."""
     name = "retain_perturbed" if base.startswith("retain") else "forget10_perturbed"
     try:
         wrong = {(r.messages, r.answer): r for r in load_records(name, data)}

@@ -82,7 +82,7 @@ class Measure:
         sources = ["--retrained"] * self.needs_retrained + [_SOURCES[file] for file in self.needs]
         names = [_SOURCES.get(name, name) for columns in self.needs.values() for name in columns]
         with_columns = f" with {' and '.join(dict.fromkeys(names))}" if names else ""
-        return " and ".join(sources) + with_columns
+        return ", ".join([*sources[:-2], " and ".join(sources[-2:])]) + with_columns
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
-from npo_fast.ops import linear_log_probs
+from npo_fast.ops.linear_log_probs import linear_log_probs
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats
 # In half precision: of the head alone; of a deep model at two shapes, between which rounding

@@ -22,13 +22,13 @@ from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.model.sharding import repeated_layers
 from npo_fast.ops.cost import Problem
 from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.order import batch_keys
-from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.step import micro_batch_loss
 
 GIB = 1 << 30
@@ -247,7 +247,7 @@ class StepRun:
         with FlashAttention():
             loss, _, _ = micro_batch_loss(
                 self.lm, micro.to(self.lm.device), terms, counts, references,
-                cast("ReferenceCache | None", cache), states,
+                cast("ReferenceStates | None", cache), states,
             )  # fmt: skip
         return loss
 
@@ -283,7 +283,7 @@ class StepRun:
 
 
 class _Cache:
-    """What ``ReferenceCache`` gives: the rows' hidden states, and the reference's head."""
+    """What ``ReferenceStates`` gives: the rows' hidden states, and the reference's head."""
 
     def __init__(self, run: StepRun, rows: int) -> None:
         self.run, self.rows = run, rows

@@ -13,7 +13,7 @@ from npo_fast.data import Records, check_vocabulary, describe
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.evaluation.suite import TokenizedSuite, check_forget_quality, tofu_suite
 from npo_fast.metrics import FORGET, Result, retrained_log, save_result
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.evaluating import Scores
@@ -79,7 +79,7 @@ def attack(
         training.micro_batch_tokens, max_new_tokens=attacks.max_new_tokens
     )
 
-    def measure(attacked: CausalLM, records: Suite, name: str) -> Result:
+    def measure(attacked: CausalLM, records: TokenizedSuite, name: str) -> Result:
         with progress(name) as update:
             logs = evaluate_suite(attacked, template, records, settings, update)
         save_result(logs, folder / name)

@@ -10,10 +10,10 @@ from npo_fast import metrics
 from npo_fast.data import Records, Template, TokenizedExample, check_vocabulary
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
-from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
 from npo_fast.metrics import AGGREGATED, FORGET, Result, has_truth_ratio, load_result, save_result
+from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.progress import progress
@@ -110,14 +110,17 @@ def _measure(
     source: ModelSource, suite: Suite, settings: EvaluationSettings, other: Model | None
 ) -> Result:
     template = source.template()
-    examples = {name: template.encode_all(records)[0] for name, records in suite.items()}
+    tokenized = tokenize_suite(template, suite)
+    examples = {name: tokens.answers for name, tokens in tokenized.items()}
     reference = None
     if other is not None:
         reference_source = ModelSource(other, replace(source.options, model=""))
         _check_tokens(reference_source, template, examples)
         reference_lm = reference_source.load()
         check_vocabulary(examples, reference_lm.vocabulary)
-        reference = ReferenceStates.of(reference_lm, template, suite, settings.micro_batch_tokens)
+        reference = open_reference_states(
+            reference_lm, examples, None, "answer", settings.micro_batch_tokens
+        )
         del reference_lm  # before the next one takes its memory
     lm = source.load()
     check_vocabulary(examples, lm.vocabulary)
@@ -127,7 +130,7 @@ def _measure(
             f"{len(lm.head.weight)}: KL compares models with the same tokens"
         )
     with progress("evaluate") as update:
-        return evaluate_suite(lm, template, suite, settings, update, reference)
+        return evaluate_suite(lm, template, tokenized, settings, update, reference)
 
 
 def _check_tokens(

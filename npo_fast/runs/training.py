@@ -19,6 +19,7 @@ from npo_fast.errors import (
 from npo_fast.methods import Term
 from npo_fast.model.adapters import merge_adapter, read_weights
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.runs import hub
 from npo_fast.runs.callbacks import (
     Callback,
@@ -32,7 +33,6 @@ from npo_fast.runs.resume import ResumableRun, resumable_run
 from npo_fast.runs.tokens import TokenizedData
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.loop import check_settings, train
-from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References
@@ -46,7 +46,7 @@ class ReferenceData:
 
     before: Mapping[str, Any] = field(default_factory=dict)  # of the report
     log_probs: References | None = None
-    hidden: ReferenceCache | None = None
+    hidden: ReferenceStates | None = None
 
 
 @dataclass

@@ -13,6 +13,7 @@ from npo_fast.data import TokenizedExample
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.optimizers import build_optimizer, trainable_parameters
 from npo_fast.trainer.order import (
@@ -21,7 +22,6 @@ from npo_fast.trainer.order import (
     step_batches,
     steps_per_epoch,
 )
-from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, Sources, take_step
@@ -34,7 +34,7 @@ def train(
     terms: tuple[Term, ...],
     settings: TrainSettings,
     references: References | None = None,
-    reference_cache: ReferenceCache | None = None,
+    reference_cache: ReferenceStates | None = None,
     state: TrainState | None = None,
 ) -> Iterator[StepRecord]:
     """Minimises ``sum(term.coefficient * term)`` and yields a record after every step.

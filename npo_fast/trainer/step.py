@@ -17,6 +17,7 @@ from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import BatchKey, batch_keys, interleave
 from npo_fast.trainer.out_of_memory import (
@@ -27,7 +28,6 @@ from npo_fast.trainer.out_of_memory import (
     several_processes_message,
     whole_step_message,
 )
-from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
@@ -55,7 +55,7 @@ def take_step(
     state: TrainState,
     update: Update,
     references: References | None = None,
-    reference_cache: ReferenceCache | None = None,
+    reference_cache: ReferenceStates | None = None,
 ) -> StepResult:
     """One step of the optimizer on ``sum(term.coefficient * term)`` over ``batch``.
 
@@ -116,7 +116,7 @@ def accumulate_gradients(
     micro_batch_tokens: int,
     update: Update,
     references: References | None,
-    reference_cache: ReferenceCache | None,
+    reference_cache: ReferenceStates | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Hands the loss of each micro-batch to ``update``; their sum is that of the whole batch.
 
@@ -166,7 +166,7 @@ def micro_batch_loss(
     terms: Iterable[Term],
     counts: Mapping[str, int | Tensor],
     references: References | None,
-    reference_cache: ReferenceCache | None = None,
+    reference_cache: ReferenceStates | None = None,
     states: Tensor | None = None,  # (T, D)
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """A micro-batch's share of the step's loss and of each term, and its sequence log-probs (S,).

@@ -57,7 +57,7 @@ def test_utility_and_forget_quality_can_be_measured_on_tofu(tofu, forget, retain
             assert asked >= {record.messages for record in suite[log]}
 
 
-def test_wrong_answers_lie_beside_or_are_not_there(tmp_path):
+def test_wrong_answers_come_from_the_perturbed_file_beside(tmp_path):
     write_jsonl(tmp_path / "f.jsonl", FACTS)
     assert not tofu_suite(str(tmp_path), "f", None)[metrics.FORGET][0].perturbed_answers
     write_jsonl(tmp_path / "f_perturbed.jsonl", WRONG)
@@ -147,7 +147,21 @@ def test_rouge_of_tofu_is_the_published_kind(tofu):
         assert all(rouge_scorer(r.answer) is usual for r in load_records(split, str(tofu)))
 
 
-def test_truncated_answers_are_reported(home):
+def test_every_answer_is_tokenised_once(home, monkeypatch):
+    encoded = []
+
+    def encode(self, record, index, answer=None):
+        encoded.append((record.question, answer))
+        return original(self, record, index, answer)
+
+    original = Template.encode
+    monkeypatch.setattr(Template, "encode", encode)
+    forget = ("--forget", str(home / "forget.jsonl"), "--reference", str(home / "base"))
+    assert evaluate(home, *forget) == 0
+    assert len(encoded) == len(set(encoded)) == 4 * (1 + 2), "a right and two wrong answers each"
+
+
+def test_cut_answers_get_a_warning(home):
     with pytest.warns(UserWarning, match="4 of 4 answers are cut to max_length 12"):
         assert evaluate(home, "--forget", str(home / "forget.jsonl"), "--max-length", "12") == 0
 

@@ -1,4 +1,4 @@
-"""Memorisation and membership: hand-computed cases, and the full logits of a tiny model."""
+"""Memorization and membership: hand-computed cases, and the full logits of a tiny model."""
 
 import zlib
 
@@ -9,8 +9,8 @@ import torch
 from npo_fast import metrics
 from npo_fast.data import Record, Template, TokenizedExample, pack
 from npo_fast.evaluation.evaluate import evaluate
-from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import tokenize_suite
 from npo_fast.evaluation.tokens import token_scores
 from npo_fast.metrics.memorization import (
     exact_memorization,
@@ -22,6 +22,7 @@ from npo_fast.metrics.memorization import (
 )
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.model.reference_states import open_reference_states
 from npo_fast.ops.head import Head
 from tests.helpers import FACTS, save_tiny_model, tiny_model
 
@@ -99,7 +100,7 @@ def test_chunks_change_memory_and_not_the_scores(monkeypatch):
     hidden, labels = torch.randn(23, 16) * 3, torch.randint(97, (23,))
     whole = token_scores(head, hidden, labels)
     monkeypatch.setattr("npo_fast.ops.cost.CHUNK_BYTES", 97 * 4 * 5)
-    monkeypatch.setattr("npo_fast.evaluation.tokens.SLAB_BYTES", 97 * 4 * 2)
+    monkeypatch.setattr("npo_fast.evaluation.tokens.MOMENTS_BYTES", 97 * 4 * 2)
     for part, other in zip(
         vars(token_scores(head, hidden, labels)).values(), vars(whole).values(), strict=True
     ):
@@ -138,9 +139,11 @@ def test_evaluation_is_the_same_packed_and_alone(tiny):
 def test_kl_to_the_reference_is_that_of_the_full_logits(tiny):
     lm, template = tiny
     suite = {metrics.RETAIN: records(0, 4)}
-    reference = ReferenceStates.of(lm, template, suite, 32)
+    tokenized = tokenize_suite(template, suite)
+    answers = {name: tokens.answers for name, tokens in tokenized.items()}
+    reference = open_reference_states(lm, answers, None, "answer", 32)
     settings = EvaluationSettings(generate=False)
-    (same,) = evaluate(lm, template, suite, settings, reference=reference).values()
+    (same,) = evaluate(lm, template, tokenized, settings, reference=reference).values()
     assert np.abs(same["kl_to_reference"]).max() < 1e-5
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     expected = []
@@ -168,7 +171,7 @@ def _logits(lm: CausalLM, template: Template, record: Record) -> torch.Tensor:
     return logits[sequence.prompt_length - 1 : -1].double()
 
 
-def test_published_logs_say_nothing_of_memorisation(tofu_logs):
+def test_a_published_log_has_no_memorization_in_its_summary(tofu_logs):
     numbers = metrics.summary(metrics.load_result(tofu_logs / "retain90_llama.json"))
     assert "model utility" in numbers
     assert not [name for name in numbers if "memorization" in name or "membership" in name]

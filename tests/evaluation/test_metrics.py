@@ -8,6 +8,7 @@ import pytest
 
 from npo_fast import metrics
 from npo_fast.errors import UserError
+from npo_fast.metrics.measures import MEASURES, RECORDED, measures, value_of
 from tests.helpers import make_log, make_result
 
 PUBLISHED = {
@@ -102,3 +103,56 @@ def test_a_summary_says_what_the_logs_allow():
     whole = metrics.summary(json.loads(json.dumps(result)), result)
     assert whole["forget quality"] == 1.0
     assert 0 < whole["model utility"] < 1
+
+
+def test_a_summary_has_these_labels_in_this_order():
+    extra = {name: [0.5] * 6 for name in ("exact_memorization", "extraction_strength", "min_k",
+             "kl_to_reference", "num_token_gt", "zlib_bytes", "min_k_plus_plus")}  # fmt: skip
+    result = {name: {**log, **extra} for name, log in make_result().items()}
+    result[metrics.HOLDOUT] = result[metrics.FORGET]
+    labels = list(metrics.summary(result, result))
+    assert labels == [measure.label for measure in MEASURES.values()]
+    tofu = ("probability", "ROUGE-L", "truth ratio")
+    ours = ("exact memorization", "extraction strength", "KL to reference")
+    assert labels == [
+        "model utility",
+        *(f"{part} {name}" for part in ("retain", "real authors", "world facts", "forget")
+          for name in tofu),
+        "forget quality",
+        *(f"{part} {name}" for part in ("forget", "retain") for name in ours),
+        *(f"membership AUC, {attack}" for attack in ("loss", "zlib", "min-k", "min-k++")),
+    ]  # fmt: skip
+
+
+def test_recorded_measures_are_those_of_the_summary():
+    result = make_result()
+    numbers, scores = metrics.summary(result, result), measures(result, result)
+    for key, measure in RECORDED.items():
+        if measure.label in numbers:
+            assert value_of(scores, key) == numbers[measure.label]
+    assert set(scores) == {"forget_quality", "model_utility", "forget", "retain"}
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("forget_quality", "--retrained and a forget set with wrong answers"),
+        ("model_utility", "a retain set, real authors and world facts with wrong answers and"),
+        ("retain.probability", "a retain set"),
+    ],
+)
+def test_a_measure_that_is_not_there_says_what_it_takes(key, words):
+    with pytest.raises(UserError, match=f"{key} cannot be measured here: {key} takes {words}"):
+        value_of({}, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model_utility", "higher is better"),
+        ("forget.probability", "lower is forgotten"),
+        ("retain.rouge_l_recall", "higher is kept"),
+    ],
+)
+def test_a_direction_reads_as_words(key, words):
+    assert MEASURES[key].better == words

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from npo_fast import metrics
-from npo_fast.attacks.attack import Split, relearned
+from npo_fast.attacks.attack import Split, relearn
 from npo_fast.attacks.options import AttackOptions
-from npo_fast.attacks.quantize import quantize_, rounded
+from npo_fast.attacks.quantize import fake_quantize, quantize_
 from npo_fast.cli import main
 from npo_fast.data import Record, Template
 from npo_fast.errors import UserError
@@ -21,16 +21,16 @@ from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 def test_weights_are_rounded_to_the_nearest_step_of_their_group():
     weight = torch.tensor([[7.0, -3.4, 0.6, 0.0], [0.0, 0.0, 0.0, 1.0]])
     whole = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    torch.testing.assert_close(rounded(weight, 4, 4), whole)
+    torch.testing.assert_close(fake_quantize(weight, 4, 4), whole)
     in_pairs = torch.tensor([[7.0, -3.0, 0.6, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    torch.testing.assert_close(rounded(weight, 4, 2), in_pairs)
+    torch.testing.assert_close(fake_quantize(weight, 4, 2), in_pairs)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [1, 128, 300])
 def test_the_rounding_error_is_at_most_half_a_step(bits, columns):
     weight = torch.randn(5, columns, dtype=torch.float64)
-    found = rounded(weight, bits, 128)
+    found = fake_quantize(weight, bits, 128)
     for first in range(0, columns, 128):
         part, got = weight[:, first : first + 128], found[:, first : first + 128]
         step = part.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -55,7 +55,7 @@ def test_only_the_linear_layers_of_the_decoder_are_rounded(family):
     for name in changed:
         old, new = before[name], dict(lm.model.named_parameters())[name]
         old, new = (old.t(), new.t()) if family == "GPT2" else (old, new)
-        torch.testing.assert_close(new, rounded(old, 4, 16))
+        torch.testing.assert_close(new, fake_quantize(old, 4, 16))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4Text"])
@@ -68,7 +68,9 @@ def test_the_experts_of_a_mixture_are_rounded_each_by_its_own_inputs(family):
     inputs_first = family != "Mixtral"
     for name, found in experts.items():
         for own, old in zip(found, before[name], strict=True):
-            expected = rounded(old.t(), 3, 16).t() if inputs_first else rounded(old, 3, 16)
+            expected = (
+                fake_quantize(old.t(), 3, 16).t() if inputs_first else fake_quantize(old, 3, 16)
+            )
             torch.testing.assert_close(own, expected)
     routers = [name for name in before if "router" in name or ".gate." in name]
     assert routers
@@ -90,7 +92,7 @@ def test_relearning_changes_a_copy_only(home):
     template = Template(load_tokenizer(str(home / "base")), "plain")
     before = {name: p.clone() for name, p in lm.model.state_dict().items()}
     part, _ = template.encode_all(Record((("user", f["question"]),), f["answer"]) for f in FACTS)
-    copied = relearned(
+    copied = relearn(
         lm, part, TrainSettings(epochs=2, lr=1e-2, warmup_steps=0), lambda steps, what: steps
     )
     assert all(torch.equal(before[n], p) for n, p in lm.model.state_dict().items())
@@ -141,6 +143,6 @@ def test_the_verb_leaves_logs_and_a_summary(home, tmp_path, capsys):
         ({"group": 0}, "group must be at least 1"),
     ],
 )
-def test_attacks_that_make_no_sense_are_refused(options, message):
+def test_invalid_attack_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         AttackOptions(**options)

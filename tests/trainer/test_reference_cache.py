@@ -16,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from npo_fast import linear_kl
 from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
+from npo_fast.model import reference_states as module
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer import reference_cache as module
-from npo_fast.trainer.reference_cache import OwnFolder, model_fingerprint, reference_cache
+from npo_fast.model.reference_states import (
+    TemporaryFolder,
+    model_fingerprint,
+    open_reference_states,
+)
 from tests.helpers import tiny_model
 
 SOURCES = {
@@ -40,7 +44,7 @@ def lm():
 @pytest.fixture(scope="module")
 def made(lm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "reference"
-    reference_cache(lm, SOURCES, folder, "answer", 20)
+    open_reference_states(lm, SOURCES, folder, "answer", 20)
     return folder
 
 
@@ -56,10 +60,10 @@ def test_what_was_written_comes_back(family, positions, shard_bytes, tmp_path, m
     monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
     lm = small_lm(family)
     lm.model.train()
-    cache = reference_cache(lm, SOURCES, tmp_path / "ref", positions, 20)
+    cache = open_reference_states(lm, SOURCES, tmp_path / "ref", positions, 20)
     assert lm.model.training
     lm.model.eval()
-    assert cache.positions == positions
+    assert cache.made_from["positions"] == positions
     for source, sequences in SOURCES.items():
         for batch in pack(sequences[::-1], 30):
             states = lm.states(batch)
@@ -78,7 +82,7 @@ def test_what_was_written_comes_back(family, positions, shard_bytes, tmp_path, m
 
 def test_a_cache_outlives_the_model_that_made_it(made):
     again = small_lm()
-    cache = reference_cache(again, SOURCES, made, "answer", 20)
+    cache = open_reference_states(again, SOURCES, made, "answer", 20)
     before = cache.hidden("retain", [2, 0]), cache.head_arguments["ref_weight"].clone()
     with torch.no_grad():
         for parameter in again.model.parameters():
@@ -89,14 +93,14 @@ def test_a_cache_outlives_the_model_that_made_it(made):
 
 def test_half_precision_stays_half_precision(tmp_path):
     lm = CausalLM(tiny_model("Llama").bfloat16(), probe=False)
-    cache = reference_cache(lm, SOURCES, tmp_path / "ref", "answer", 20)
+    cache = open_reference_states(lm, SOURCES, tmp_path / "ref", "answer", 20)
     assert cache.hidden("forget", [0]).dtype == torch.bfloat16
     assert cache.head_arguments["ref_weight"].dtype == torch.bfloat16
 
 
 def test_an_existing_cache_is_read_and_not_made_again(lm, made, monkeypatch):
     monkeypatch.setattr(lm, "states", lambda batch: pytest.fail("the model ran"))
-    reference_cache(lm, SOURCES, made, "answer", 20)
+    open_reference_states(lm, SOURCES, made, "answer", 20)
 
 
 def test_another_model_data_or_choice_of_positions_is_refused(lm, made):
@@ -104,14 +108,14 @@ def test_another_model_data_or_choice_of_positions_is_refused(lm, made):
     with torch.no_grad():
         next(changed.model.parameters())[3, 0] += 1e-3
     with pytest.raises(UserError, match=r"reference was made with another model than.*delete the"):
-        reference_cache(changed, SOURCES, made, "answer", 20)
+        open_reference_states(changed, SOURCES, made, "answer", 20)
     fewer = {**SOURCES, "retain": SOURCES["retain"][1:]}
     with pytest.raises(UserError, match="another data"):
-        reference_cache(lm, fewer, made, "answer", 20)
+        open_reference_states(lm, fewer, made, "answer", 20)
     with pytest.raises(UserError, match="another data"):
-        reference_cache(lm, {"retain": SOURCES["retain"]}, made, "answer", 20)
+        open_reference_states(lm, {"retain": SOURCES["retain"]}, made, "answer", 20)
     with pytest.raises(UserError, match="another positions"):
-        reference_cache(lm, SOURCES, made, "all", 20)
+        open_reference_states(lm, SOURCES, made, "all", 20)
 
 
 def test_a_config_that_changes_the_states_changes_the_fingerprint():
@@ -145,13 +149,13 @@ def reshape(path):
 def test_a_damaged_file_is_refused_by_name(lm, copy, name, damage):
     damage(copy / name)
     with pytest.raises(UserError, match=rf"{name} is damaged .*delete the folder or name another"):
-        reference_cache(lm, SOURCES, copy, "answer", 20)
+        open_reference_states(lm, SOURCES, copy, "answer", 20)
 
 
 def test_a_missing_file_is_refused_by_name(lm, copy):
     (copy / "forget-00000.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot read .*forget-00000.safetensors"):
-        reference_cache(lm, SOURCES, copy, "answer", 20)
+        open_reference_states(lm, SOURCES, copy, "answer", 20)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"format": 1}', '{"format": 0}'])
@@ -160,7 +164,7 @@ def test_a_folder_that_is_no_cache_is_refused_and_left_alone(lm, tmp_path, text)
     if text is not None:
         (tmp_path / "reference.json").write_text(text)
     with pytest.raises(UserError, match=r"reference\.json (is not there or not|has the format 0)"):
-        reference_cache(lm, SOURCES, tmp_path, "answer", 20)
+        open_reference_states(lm, SOURCES, tmp_path, "answer", 20)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
@@ -169,7 +173,7 @@ def test_states_that_are_not_finite_are_not_kept(tmp_path):
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[9] = torch.nan  # in forget record 1
     with pytest.raises(UserError, match="forget records 1.*not finite"):
-        reference_cache(lm, {"forget": SOURCES["forget"]}, tmp_path / "ref", "answer", 6)
+        open_reference_states(lm, {"forget": SOURCES["forget"]}, tmp_path / "ref", "answer", 6)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +183,7 @@ def test_an_interrupted_write_leaves_no_cache(lm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(UserError, match=r"cannot save .*No space left"):
-        reference_cache(lm, SOURCES, tmp_path / "ref", "answer", 20)
+        open_reference_states(lm, SOURCES, tmp_path / "ref", "answer", 20)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,9 +194,9 @@ def test_the_index_names_every_file(made):
 
 ABANDON = """
 import sys, time
-from npo_fast.trainer.reference_cache import OwnFolder
-own = OwnFolder()
-print(own.path, flush=True)
+from npo_fast.model.reference_states import TemporaryFolder
+folder = TemporaryFolder()
+print(folder.path, flush=True)
 time.sleep(60)
 """
 
@@ -207,10 +211,10 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeyp
     killed, alive = (Path(process.stdout.readline().decode().strip()) for process in processes)
     processes[0].kill()
     processes[0].wait()
-    own = OwnFolder()
+    folder = TemporaryFolder()
     assert not killed.exists()
     assert alive.exists()
-    assert own.path.parent == tmp_path
+    assert folder.path.parent == tmp_path
     processes[1].kill()
     processes[1].wait()
 
@@ -227,7 +231,7 @@ def test_two_runs_that_want_one_cache_make_it_once(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "save_folder", slowly)
 
     def open_cache(_):
-        return reference_cache(lm, SOURCES, tmp_path / "cache", "answer", 100)
+        return open_reference_states(lm, SOURCES, tmp_path / "cache", "answer", 100)
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(open_cache, range(2))

@@ -1,0 +1,301 @@
+"""Hidden states of a reference model on disk, so that a KL needs no second model in memory.
+
+A folder holds
+
+reference.json               what the states were made from; size and SHA-256 of every other file
+head.safetensors             weight (V, D) and bias (V,)
+<source>-00000.safetensors   hidden (n, D): sequences end to end, one file after another
+
+It is written a shard at a time and read through a memory map: neither holds all of it in memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from npo_fast.data import TokenizedExample, data_fingerprint, pack
+from npo_fast.errors import UserError
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.save import save_folder
+from npo_fast.ops.head import Head
+
+FORMAT = 1
+SHARD_BYTES = 256 << 20
+INDEX, HEAD = "reference.json", "head.safetensors"
+LOCK = "in-use"
+
+
+class ReferenceStates:
+    """Hidden states of a reference model by source and sequence, and its head."""
+
+    def __init__(
+        self,
+        folder: Path,
+        index: Mapping[str, Any],  # content of reference.json
+        device: torch.device,
+        temporary: "TemporaryFolder | None" = None,  # removed with this object
+    ) -> None:
+        self.temporary = temporary
+        self.made_from: Mapping[str, Any] = index["made_from"]
+        self.device = device
+        tensors = load_file(folder / HEAD, device=str(device))
+        self.head = Head(
+            tensors["weight"], tensors.get("bias"), index["softcap"], index["logit_scale"]
+        )
+        self._shards = {
+            source: [
+                (
+                    safe_open(folder / shard["file"], framework="pt"),
+                    list(accumulate(shard["lengths"], initial=0)),
+                )
+                for shard in shards
+            ]
+            for source, shards in index["sources"].items()
+        }
+        self._firsts = {  # sequence with which each shard begins
+            source: list(accumulate((len(bounds) - 1 for _, bounds in shards), initial=0))
+            for source, shards in self._shards.items()
+        }
+
+    @property
+    def head_arguments(self) -> dict[str, Any]:
+        """The head as ``linear_kl`` takes it: ``ref_weight``, ``ref_bias`` and so on."""
+        names = ("weight", "bias", "softcap", "logit_scale")
+        return {f"ref_{name}": getattr(self.head, name) for name in names}
+
+    def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
+        """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
+        rows = [self._rows(source, index) for index in indices]
+        return torch.cat(rows).to(self.device, non_blocking=True)
+
+    def _rows(self, source: str, index: int) -> Tensor:
+        shard = bisect_right(self._firsts[source], index) - 1
+        file, bounds = self._shards[source][shard]
+        place = index - self._firsts[source][shard]
+        return file.get_slice("hidden")[bounds[place] : bounds[place + 1]]
+
+
+def open_reference_states(
+    lm: CausalLM,
+    sources: Mapping[str, list[TokenizedExample]],
+    folder: Path | None,
+    positions: Literal["answer", "all"],
+    micro_batch_tokens: int,
+) -> ReferenceStates:
+    """Opens the states in ``folder``; where it does not exist, computes them with ``lm`` first.
+
+    Args:
+        lm: the reference, with the weights it has now.
+        sources: tokenised data by source; a sequence is addressed by its place in the list.
+        folder: None makes a temporary one, removed together with the object.
+        positions: the rows to keep, those that predict an "answer" token or "all" of them.
+        micro_batch_tokens: tokens that go through the model at a time.
+
+    Raises:
+        UserError: the folder holds something else, or states that are damaged or were made from
+            another model, other data or other positions; or the model's states are not finite.
+    """
+    temporary = None
+    if folder is None:
+        temporary = TemporaryFolder()
+        folder = temporary.path / "reference"
+    made_from = fingerprint(lm, sources, positions)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent):  # another run may be making the same states
+            if not folder.exists():
+                save_folder(
+                    folder,
+                    lambda path: _write(lm, sources, path, made_from, micro_batch_tokens),
+                )
+    return ReferenceStates(folder, _checked_index(folder, made_from), lm.device, temporary)
+
+
+class TemporaryFolder:
+    """A temporary folder that is removed together with the object.
+
+    A killed process leaves its folder behind, which may be large: the next process removes it. A
+    lock, which ends with its process, marks the folders in use.
+    """
+
+    PREFIX = "npo-fast-reference-"
+
+    def __init__(self) -> None:
+        with locked(Path(gettempdir())):  # a new folder has no lock yet and looks abandoned
+            self._remove_abandoned()
+            self._folder = TemporaryDirectory(prefix=self.PREFIX)
+            self.path = Path(self._folder.name)
+            self._lock = (self.path / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def _remove_abandoned(self) -> None:
+        for lock in Path(gettempdir()).glob(f"{self.PREFIX}*/{LOCK}"):
+            with suppress(OSError), lock.open("a") as file:  # in use, or another user's
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Admits one process at a time for this folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def fingerprint(
+    lm: CausalLM,
+    sources: Mapping[str, list[TokenizedExample]],
+    positions: Literal["answer", "all"],
+) -> dict[str, Any]:
+    """Returns what the states depend on; the token ids stand for template and tokenizer."""
+    return {
+        "model": model_fingerprint(lm.model),
+        "positions": positions,
+        "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
+    }
+
+
+def model_fingerprint(model: Any) -> str:
+    """Returns the SHA-256 of the config's non-default values and of all weights.
+
+    Names, dtypes and shapes of the weights count too.
+    """
+    digest = hashlib.sha256()
+    config = {
+        name: value
+        for name, value in model.config.to_diff_dict().items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write(
+    lm: CausalLM,
+    sources: Mapping[str, list[TokenizedExample]],
+    folder: Path,
+    made_from: Mapping[str, Any],
+    micro_batch_tokens: int,
+) -> None:
+    head = {name: lm.head_arguments[name] for name in ("weight", "bias")}
+    save_file(
+        {name: t.detach().contiguous() for name, t in head.items() if t is not None}, folder / HEAD
+    )
+    all_positions = made_from["positions"] == "all"
+    shards: dict[str, list[dict[str, Any]]] = {}
+    for source, sequences in sources.items():
+        shards[source] = []
+        for states in _shards(_states(lm, source, sequences, all_positions, micro_batch_tokens)):
+            file = f"{source}-{len(shards[source]):05d}.safetensors"
+            save_file({"hidden": torch.cat(states)}, folder / file)
+            shards[source].append({"file": file, "lengths": [len(rows) for rows in states]})
+    index = {
+        "format": FORMAT,
+        "made_from": made_from,
+        "softcap": lm.softcap,
+        "logit_scale": lm.logit_scale,
+        "sources": shards,
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+@torch.no_grad()
+def _states(
+    lm: CausalLM,
+    source: str,
+    sequences: list[TokenizedExample],
+    all_positions: bool,
+    micro_batch_tokens: int,
+) -> Iterator[Tensor]:  # (n, D) a sequence, in the order given
+    was_training = lm.model.training
+    lm.model.eval()
+    try:
+        for batch in pack(sequences, micro_batch_tokens):
+            states = lm.states(batch.to(lm.device))
+            if not all_positions:
+                states = states[batch.rows.to(lm.device)]
+            if not bool(states.isfinite().all()):
+                records = ", ".join(str(index + 1) for index in sorted(batch.indices)[:8])
+                raise UserError(
+                    f"{source} records {records}: the hidden states of the reference are not "
+                    "finite; load it with --dtype bf16 or fp32, or check its weights"
+                )
+            lengths = batch.lengths if all_positions else batch.answer_cu_seqlens.diff().tolist()
+            rows = states.cpu().split(list(lengths))
+            yield from (rows[i] for i in sorted(range(len(rows)), key=batch.indices.__getitem__))
+    finally:
+        lm.model.train(was_training)
+
+
+def _shards(states: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    shard: list[Tensor] = []
+    size = 0
+    for rows in states:
+        shard.append(rows)
+        size += rows.nbytes
+        if size >= SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def _checked_index(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    remedy = "delete the folder or name another one, and it is made anew"
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT:
+            raise UserError(
+                f"{folder / INDEX} has the format {index['format']}, not {FORMAT}; {remedy}"
+            )
+        earlier, files = index["made_from"], index["sha256"]
+        differing = [name for name in made_from if earlier.get(name) != made_from[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{folder / INDEX} is not there or not a reference cache's ({error}); {remedy}"
+        ) from error
+    if differing:
+        raise UserError(
+            f"the reference cache {folder} was made with another "
+            f"{' and other '.join(differing)} than this run's; {remedy}"
+        )
+    for name, sha256 in files.items():
+        try:
+            intact = _sha256(folder / name) == sha256
+        except OSError as error:
+            raise UserError(f"cannot read {folder / name} ({error}); {remedy}") from error
+        if not intact:
+            raise UserError(f"{folder / name} is damaged (its SHA-256 has changed); {remedy}")
+    return index
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
