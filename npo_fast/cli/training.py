@@ -14,7 +14,7 @@ from npo_fast.distributed import (
     all_reduce_max,
     init_process_group,
     is_main_process,
-    own_device,
+    local_device,
     rank,
     world_size,
 )
@@ -91,7 +91,7 @@ class ModelOptions:
         say(f"loading {self.model}")
         several, device, dtype = world_size() > 1, self.device, self.dtype
         if several:
-            own, device = own_device(device), "cpu"
+            own, device = local_device(device), "cpu"
             dtype = default_dtype(own) if dtype == "auto" else dtype
         lm = load_model(
             self.model,
