@@ -1,1 +1,1 @@
-"""One visible training loop (``loop``), its steps (``step``), and what resuming takes (``state``)."""
+"""One visible training loop (``loop``), its steps (``step``), and what it resumes from (``state``)."""
