@@ -1,7 +1,7 @@
-"""Several processes that train one model (``torchrun``): which one this is, and what all agree on.
+"""Several processes that train one model (``torchrun``): which one this is, and how they meet.
 
-Every process reads the same data in the same order and takes its share of each step. The first one
-alone writes files and speaks.
+Every process reads the same data in the same order and takes its share of each step. The main one
+alone writes files and messages.
 """
 
 import os
@@ -15,23 +15,26 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-PATIENCE = timedelta(minutes=30)  # the first process may be writing a large model meanwhile
+TIMEOUT = timedelta(minutes=30)  # the main process may be writing a large model meanwhile
 
 
 def rank() -> int:
+    """The number of this process, from 0, as ``torchrun`` sets it."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """The number of processes, as ``torchrun`` sets it; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main_process() -> bool:
+    """Whether this is the process that writes files and messages."""
     return rank() == 0
 
 
-def own_device(device: str) -> "torch.device":
-    """``device``, or for "auto" and "cuda" the GPU that is this process's own.
+def local_device(device: str) -> "torch.device":
+    """``device``, or for "auto" and "cuda" the GPU of this process.
 
     Raises:
         UserError: one GPU by its number, for several processes.
@@ -51,7 +54,8 @@ def init_process_group(device: "torch.device", **arguments: Any) -> "DeviceMesh"
     """Meets the other processes; returns the mesh of all of them.
 
     Args:
-        arguments: of ``init_process_group``; its environment variables where there are none.
+        arguments: of ``torch.distributed.init_process_group``; none where ``torchrun`` has set the
+            environment.
     """
     import torch
     import torch.distributed as dist
@@ -60,11 +64,12 @@ def init_process_group(device: "torch.device", **arguments: Any) -> "DeviceMesh"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE, **arguments)
+    dist.init_process_group(backend, timeout=TIMEOUT, **arguments)
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def destroy_process_group() -> None:
+    """Leaves the other processes, if there are any."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -72,18 +77,18 @@ def destroy_process_group() -> None:
 
 
 def all_reduce_max(value: int, device: "torch.device", group: "ProcessGroup | None" = None) -> int:
-    """The largest value of the processes of ``group``, or of all; its own where it is alone."""
+    """The largest value of the processes of ``group``, or of all processes."""
     import torch
     import torch.distributed as dist
 
     if group is None and world_size() == 1:
         return value
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return int(found)
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return int(largest)
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether another process has gone, by the word of the library that talks to it."""
+    """Whether an error of the communication library says that another process is gone."""
     words = ("Connection", "connection", "Broken pipe", "remote process", "imed out", "imeout")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

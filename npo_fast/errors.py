@@ -1,32 +1,32 @@
-"""Mistakes that a person can mend: the command line prints them without a traceback."""
+"""Errors whose message is for the user: the command line prints them without a traceback."""
 
 
 class UserError(ValueError):
-    """Something in the input is wrong; the message names the value and the cure."""
+    """Raised where the input is wrong; the message names the value and the cure."""
 
 
 class NoSuchSplitError(UserError):
-    """Data that was named is not there; where it was optional, one may go on without."""
+    """Raised where data that was named does not exist; optional data may be left out then."""
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient became NaN or infinite; training stopped before the weights changed."""
+    """Raised where a loss or gradient is NaN or infinite, before the weights changed."""
 
 
 class PartialUpdateError(NonFiniteError):
-    """As above, but some tensors had taken their step: the weights are of no step."""
+    """Raised after some parameters were updated; the weights are inconsistent."""
 
 
-class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's own names are taken
-    """One sequence alone does not fit; training stopped before the weights changed."""
+class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's names are taken
+    """Raised where memory runs out whatever the micro-batches; the weights did not change."""
 
 
 class PartialUpdateOutOfMemory(OutOfMemory):
-    """Memory ran out while weights changed: they may be of no step."""
+    """Raised where memory ran out while weights were updated; they may be inconsistent."""
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """A signal ended the run; what it takes to go on is saved."""
+    """Raised where a signal ended the run; its checkpoint is saved."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Other answers to the questions of the forget set: refusals, and the user's own alternates."""
+"""Other answers to the questions of the forget set: refusals, and alternates of the user."""
 
 import random
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ REFUSALS = (
 
 
 def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[str, ...]:
-    """One refusal a line: of ``file``, else of TOFU's list in the folder ``data``, else our own.
+    """Refusals, one a line: of ``file``, else of TOFU's list in the folder ``data``, else ours.
 
     Raises:
         UserError: no such file, a file without a line, or lines of JSON records.
@@ -53,8 +53,8 @@ def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[st
 
 def refused(records: Sequence[Record], refusals: Sequence[str], seed: int) -> list[Record]:
     """The same questions, each with a refusal drawn by the seed."""
-    drawn = random.Random(f"{seed}/idk").choices(refusals, k=len(records))
-    return [replace(r, answer=answer) for r, answer in zip(records, drawn, strict=True)]
+    answers = random.Random(f"{seed}/idk").choices(refusals, k=len(records))
+    return [replace(r, answer=answer) for r, answer in zip(records, answers, strict=True)]
 
 
 def alternated(

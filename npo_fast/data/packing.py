@@ -34,7 +34,7 @@ class PackedBatch:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """On ``device``, but for ``answer_cu_seqlens``: the host reads it without synchronising."""
+        """On ``device``, but for ``answer_cu_seqlens``, which the host reads without waiting."""
         moved = ("input_ids", "position_ids", "cu_seqlens", "rows", "labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 

@@ -23,7 +23,7 @@ _SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d*):(?P<last>-?\d*)\]$")
 
 @dataclass(frozen=True)
 class Record:
-    """One thing to learn, keep or forget, and what its evaluation needs."""
+    """A question with its answer, to learn, keep or forget, and what its evaluation needs."""
 
     messages: tuple[tuple[str, str], ...]  # (role, content) up to the answer; the last is a user's
     answer: str
@@ -33,6 +33,7 @@ class Record:
 
     @property
     def question(self) -> str:
+        """The last message before the answer."""
         return self.messages[-1][1]
 
 
@@ -80,6 +81,11 @@ def describe(source: Records | None) -> str:
 
 
 def parse_record(row: Any, where: str) -> Record:
+    """A record from a JSON object in one of the three forms.
+
+    Raises:
+        UserError: another form; the message begins with ``where``.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "messages" in row:
@@ -120,7 +126,7 @@ def _other_answers(
 
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """None, one or several."""
+    """The texts of a key that may be absent, one text or a list of them."""
     value = row.get(key) or []  # exports write "" or false where there is none
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -148,7 +154,7 @@ def _parse_slice(name: str) -> tuple[str, slice]:
 
 
 def _read(name: str, data: str | None) -> tuple[list[Any], str]:
-    """Rows and a name for messages. A split of ``data`` wins over a file of the same name."""
+    """Rows, and their source for messages; a split of ``data`` wins over a file of that name."""
     if data is not None:
         path = Path(data)
         if path.is_dir():
@@ -209,7 +215,7 @@ def _read_file(path: Path) -> list[Any]:
 
 
 def _read_hub(data: str, name: str) -> list[Any]:
-    import datasets  # a second to import, and files need none of it
+    import datasets  # takes a second to import, and files do not need it
 
     try:
         configurations = datasets.get_dataset_config_names(data)

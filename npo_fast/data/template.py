@@ -21,15 +21,24 @@ class TokenizedExample:
 
     @property
     def answer_length(self) -> int:
+        """Tokens of the answer."""
         return len(self.input_ids) - self.prompt_length
 
 
 class Template:
-    """Prompts and answers as token ids.
+    """Turns records into token ids.
 
     "plain" writes ``Question: …\\nAnswer: …`` (several turns: one such pair a turn), "chat" uses
     the tokenizer's chat template, "auto" takes "chat" where the tokenizer has one. Prompt and
-    answer are tokenised apart, so that training sees just the prompt that generation gets.
+    answer are tokenised apart, so that training sees exactly the prompt that generation gets.
+
+    Args:
+        tokenizer: of transformers, with an end-of-sequence token.
+        name: "auto", "chat" or "plain".
+        max_length: tokens of prompt and answer together; longer answers are cut.
+
+    Raises:
+        UserError: an unknown template, or "chat" without a chat template.
     """
 
     def __init__(self, tokenizer: Any, name: TemplateName = "auto", max_length: int = 512) -> None:
@@ -46,7 +55,7 @@ class Template:
         self.max_length = max_length
 
     def prompt_ids(self, record: Record) -> list[int]:
-        """Tokens up to where the answer begins: what generation starts from."""
+        """Tokens up to the answer: what generation starts from."""
         if self.name == "chat":
             return self._chat(record, None)
         text = ""
@@ -59,16 +68,20 @@ class Template:
     def answer_ids(self, record: Record, answer: str) -> list[int]:
         """Tokens of the answer, closed by the end-of-sequence token."""
         if self.name == "chat":
-            prompt, whole = self._chat(record, None), self._chat(record, answer)
-            if whole[: len(prompt)] == prompt:
-                return self._through_end(whole[len(prompt) :])
+            prompt, conversation = self._chat(record, None), self._chat(record, answer)
+            if conversation[: len(prompt)] == prompt:
+                return self._through_end(conversation[len(prompt) :])
             ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         else:
             ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
 
     def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
-        """Prompt and answer, cut to ``max_length`` (see ``truncated``)."""
+        """Prompt and answer, cut to ``max_length``.
+
+        Raises:
+            UserError: a prompt without a token, or one that leaves no room for an answer.
+        """
         prompt = self.prompt_ids(record)
         ids = prompt + self.answer_ids(record, record.answer if answer is None else answer)
         if len(prompt) >= self.max_length:
@@ -114,9 +127,10 @@ class Template:
 
 
 def check_vocabulary(sources: Mapping[str, list[TokenizedExample]], vocabulary: int) -> None:
-    """
+    """Refuses token ids outside of the model's vocabulary.
+
     Raises:
-        UserError: token ids of a tokenizer that belongs to another model than this vocabulary.
+        UserError: such an id; the tokenizer belongs to another model.
     """
     for source, sequences in sources.items():
         for sequence in sequences:

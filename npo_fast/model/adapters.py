@@ -23,7 +23,8 @@ ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
 
 
 def check_libraries(quantize: Quantize, lora_rank: int) -> None:
-    """
+    """Refuses LoRA or quantisation whose libraries are missing.
+
     Raises:
         UserError: a library that these need is not installed, or the rank is negative.
     """
@@ -37,8 +38,10 @@ def check_libraries(quantize: Quantize, lora_rank: int) -> None:
             raise UserError(f"{use} needs {library}: pip install {library}")
 
 
-def four_bit(dtype: torch.dtype) -> Any:
-    """QLoRA's weights: NF4 in blocks of 64, scales quantised too; products are in ``dtype``.
+def nf4_config(dtype: torch.dtype) -> Any:
+    """How bitsandbytes loads QLoRA's weights: NF4 in blocks of 64, with quantised scales.
+
+    Products are in ``dtype``.
 
     Source: QLoRA (arXiv 2305.14314).
     """
@@ -52,8 +55,8 @@ def four_bit(dtype: torch.dtype) -> Any:
     )
 
 
-def keep_layout(model: Any) -> Any:
-    """The 4-bit layers keep the layout that their backward reads.
+def keep_4bit_layout(model: Any) -> Any:
+    """Keeps the 4-bit layers in the layout that their backward reads.
 
     On a CPU with AVX-512 bf16, bitsandbytes would repack a layer at its first forward without a
     gradient, for the forward alone, and refuses sizes that are not multiples of 32.
@@ -86,22 +89,30 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)
-    here = Path(base)
-    config.base_model_name_or_path = str(here.resolve()) if here.exists() else base
+    folder = Path(base)
+    config.base_model_name_or_path = str(folder.resolve()) if folder.exists() else base
     return adapted.eval()
 
 
 def adapter_base(folder: Path) -> str:
-    """The model that the adapter in this folder belongs to."""
-    found = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = found.get("base_model_name_or_path")
+    """The model that the adapter in this folder belongs to.
+
+    Raises:
+        UserError: the adapter does not name it.
+    """
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path")
     return base
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """The base model with the adapter merged into it; over 4-bit weights it stays beside them."""
+    """The base model with the adapter merged into it; beside 4-bit weights it stays apart.
+
+    Raises:
+        UserError: peft is not installed, or the adapter does not fit.
+    """
     if find_spec("peft") is None:
         raise UserError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft")
     from peft import PeftModel
@@ -117,23 +128,27 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def merge_adapter(lm: CausalLM) -> None:
-    """``W + (alpha / rank) B A`` becomes the weight, in place: a plain Hugging Face model."""
+    """Makes ``W + (alpha / rank) B A`` the weight, in place: a plain Hugging Face model."""
     lm.model = lm.model.merge_and_unload()
 
 
 def write_weights(lm: CausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """The model, or its adapter alone; the ``weights`` where the model's own are divided."""
-    with lm.generating() as model:  # its own attention, not ours, goes into config.json
+    """Writes the model, or its adapter alone.
+
+    Args:
+        weights: gathered ones, where those of the model are sharded.
+    """
+    with lm.generating() as model:  # so that config.json names the model's own attention
         model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
         if lm.adapted:
             if lm.quantized:
                 quantization = model.config.quantization_config.to_json_string()
                 (folder / QUANTIZATION).write_text(quantization, encoding="utf-8")
-            (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
 
 
 def read_weights(lm: CausalLM, folder: Path) -> None:
-    """What ``write_weights`` wrote, into the same model, in place."""
+    """Reads what ``write_weights`` wrote into the same model, in place."""
     if lm.adapted:
         from peft import load_peft_weights, set_peft_model_state_dict
 

@@ -21,8 +21,8 @@ from npo_fast.model.hf_attention import (
 )
 from npo_fast.model.probe import run_probe
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
-from npo_fast.ops.linear_log_probs import linear_log_probs
 from npo_fast.ops.head import Head
+from npo_fast.ops.linear_log_probs import linear_log_probs
 from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, head_of
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # RecurrentGemma has its own name

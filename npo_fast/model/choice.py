@@ -1,4 +1,4 @@
-"""Which attention a model gets: the fastest that is here, runs on its GPU and serves its layers."""
+"""Which attention a model gets: the fastest that is installed, runs on its GPU and fits it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from npo_fast.model.varlen import DTYPES as HALF
 from npo_fast.model.varlen import NAME as VARLEN
 from npo_fast.model.varlen import head_dim_fits, is_usual_scale, parameters, varlen_function
 
-# FlashAttention for a compute capability, the fastest first: 3 was written for Hopper, 4 for the
-# Blackwell of data centres; 4 runs on Hopper too, 2 on everything since Ampere
+# Versions of FlashAttention by compute capability, the fastest first: 3 was written for Hopper, 4
+# for data-centre Blackwell; 4 runs on Hopper too, 2 on everything since Ampere
 FLASH_VERSIONS = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2)}
 FLASH_CAPABILITY = (8, 0)
-WIDEST_FLASH_4 = 128  # on Blackwell; the one pair of wider heads it has there came late
+WIDEST_FLASH_4 = 128  # on Blackwell; its one pair of wider heads is not in every release
 
 HEAD_DIM = ("qk_head_dim", "head_dim", "head_size", "attention_head_size")  # names in transformers
 DROPOUT = ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "dropout_prob", "attn_drop")
@@ -23,14 +23,14 @@ DROPOUT = ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "dropout
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device and the libraries here offer to attention."""
+    """What a device and the installed libraries offer to attention."""
 
     name: str  # of the device
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU
     amd: bool = False
     flash: frozenset[int] = frozenset()  # versions of FlashAttention that are installed
     varlen: frozenset[str] | None = None  # parameters of PyTorch's varlen_attn, where it has one
-    built: bool = True  # this PyTorch has the kernels of FlashAttention
+    built: bool = True  # whether this PyTorch has the kernels of FlashAttention
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Demands:
 
 
 def machine_of(device: torch.device) -> Machine:
+    """What this device and the libraries that are installed offer."""
     from transformers import utils
 
     def installed(version: int) -> bool:
         available = getattr(utils, f"is_flash_attn_{version}_available", None)
-        return available is not None and available()  # older transformers do not know all of them
+        return available is not None and available()  # older transformers lack some
 
     if device.type != "cuda":
         return Machine(str(device))
@@ -67,9 +68,9 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def demands_of(decoder: torch.nn.Module, config: Any) -> Demands:
-    """From the attributes that attention layers have in transformers.
+    """What a decoder asks of attention, by the attributes of its layers in transformers.
 
-    Layers without the usual ones are judged by the configuration alone, and by the probe.
+    Where layers lack them the configuration decides, and the probe.
     """
     layers: list[tuple[Any, int]] = [(m, h) for m in decoder.modules() if (h := _head_dim(m))]
     heads = frozenset(head for _, head in layers) or _configured_head_dim(config)
@@ -84,11 +85,11 @@ def demands_of(decoder: torch.nn.Module, config: Any) -> Demands:
 
 
 def _head_dim(module: Any) -> int | None:
-    """Of an attention layer; None of any other module."""
+    """The head dimension of an attention layer; None for any other module."""
     if not isinstance(getattr(module, "scaling", None), int | float):
         return None
-    found = (getattr(module, name, None) for name in HEAD_DIM)
-    return next((head for head in found if isinstance(head, int)), None)
+    values = (getattr(module, name, None) for name in HEAD_DIM)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _configured_head_dim(config: Any) -> frozenset[int]:
@@ -99,15 +100,19 @@ def _configured_head_dim(config: Any) -> frozenset[int]:
 
 
 def _dropout(module: Any) -> float:
-    found = (getattr(module, name, None) for name in DROPOUT)
-    rates = (value.p if isinstance(value, torch.nn.Dropout) else value for value in found)
+    values = (getattr(module, name, None) for name in DROPOUT)
+    rates = (value.p if isinstance(value, torch.nn.Dropout) else value for value in values)
     return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
 
 
 def attentions(
     machine: Machine, dtype: torch.dtype, demands: Demands, flash: bool = True
 ) -> Iterator[str]:
-    """What serves a model here, the fastest first; ``flash`` is whether it takes those packages."""
+    """The attentions that serve a model, the fastest first.
+
+    Args:
+        flash: whether the model takes the FlashAttention packages.
+    """
     if flash and (version := flash_version(machine, dtype, demands)) is not None:
         yield f"flash_attention_{version}"
     if varlen_obstacle(machine, dtype, demands) is None:
@@ -116,7 +121,7 @@ def attentions(
 
 
 def flash_version(machine: Machine, dtype: torch.dtype, demands: Demands) -> int | None:
-    """The installed FlashAttention that serves best; None where none does."""
+    """The installed version of FlashAttention that serves best; None where none does."""
     if dtype not in HALF or demands.sinks:  # 2 has no sinks, the others differ in them
         return None
     if machine.amd:

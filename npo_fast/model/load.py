@@ -14,9 +14,9 @@ from npo_fast.model.adapters import (
     adapter_base,
     add_lora,
     check_libraries,
-    four_bit,
-    keep_layout,
+    keep_4bit_layout,
     load_adapter,
+    nf4_config,
 )
 from npo_fast.model.causal_lm import CausalLM
 
@@ -53,13 +53,13 @@ def load_model(
     """
     check_libraries(quantize, lora_rank)
     try:
-        where = torch.device(_default_device() if device == "auto" else device)
+        torch_device = torch.device(_default_device() if device == "auto" else device)
     except RuntimeError as error:
         raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0") from error
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    number = DTYPES[default_dtype(where) if dtype == "auto" else dtype]
-    model = _load_weights(name, number, where, quantize)
+    torch_dtype = DTYPES[default_dtype(torch_device) if dtype == "auto" else dtype]
+    model = _load_weights(name, torch_dtype, torch_device, quantize)
     if lora_rank:
         if hasattr(model, "peft_config"):
             raise UserError(
@@ -71,28 +71,28 @@ def load_model(
     return CausalLM(model, attention)
 
 
-def _load_weights(name: str, dtype: torch.dtype, where: torch.device, quantize: Quantize) -> Any:
+def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
     from transformers import AutoModelForCausalLM
 
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file():
-        four = quantize == "4bit" or (folder / QUANTIZATION).exists()
-        base = _load_weights(adapter_base(folder), dtype, where, "4bit" if four else "none")
+        is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
+        base = _load_weights(adapter_base(folder), dtype, device, "4bit" if is_4bit else "none")
         return load_adapter(base, folder)
     source: dict[str, Any] = _source(name)
     if quantize == "4bit":
         check_libraries(quantize, 0)
         if "gguf_file" in source:
-            raise UserError("--quantize 4bit takes a model with whole weights, not a GGUF file")
+            raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
         quantized = _load(
-            AutoModelForCausalLM, name, dtype=dtype, device_map={"": where},
-            quantization_config=four_bit(dtype), **source,
+            AutoModelForCausalLM, name, dtype=dtype, device_map={"": device},
+            quantization_config=nf4_config(dtype), **source,
         )  # fmt: skip
-        return keep_layout(quantized)
+        return keep_4bit_layout(quantized)
     model = _load(AutoModelForCausalLM, name, dtype=dtype, **source)
     if "gguf_file" in source:
         model = _dequantised(model)
-    return model.to(where)
+    return model.to(device)
 
 
 def load_config(name: str) -> Any:
@@ -111,7 +111,11 @@ def load_config(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token for generation."""
+    """The tokenizer of a model, with a padding token for generation.
+
+    Raises:
+        UserError: nothing there, or no end-of-sequence token.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(_folder(name))
@@ -126,6 +130,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def default_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
+    """What dtype "auto" means on a device."""
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if half else "fp32"
 
@@ -143,7 +148,7 @@ def _folder(name: str) -> str:
 
 
 def _source(name: str) -> dict[str, str]:
-    """Where ``from_pretrained`` finds it: a hub name or folder, and a GGUF file in it."""
+    """The arguments of ``from_pretrained``: a hub name or folder, and a GGUF file in it."""
     name = _folder(name)
     path = Path(name)
     if path.suffix == ".gguf":
@@ -180,7 +185,7 @@ def _load(auto: Any, name: str, **arguments: Any) -> Any:
 
 
 def _dequantised(model: Any) -> Any:
-    """The same weights in a model that transformers does not take for a quantised one.
+    """The same weights in a model that is not marked as quantised.
 
     transformers dequantises GGUF tensors on loading, yet marks the model and refuses to save it.
     """

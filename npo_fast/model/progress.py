@@ -1,4 +1,4 @@
-"""Silence for what is done in a moment: the bars of transformers belong to downloads."""
+"""Progress bars of transformers: for downloads, not for local files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """No bars for shards that are read from, or written to, this machine's own disk."""
+    """Inside, transformers shows no bars for the shards that it reads or writes."""
     were_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Folders that are written beside and renamed: a failed save leaves the earlier one as it was."""
+"""Folders that are written under another name and renamed, so that no save leaves half of one."""
 
 import os
 import shutil
@@ -11,7 +11,11 @@ from npo_fast.errors import UserError
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete."""
+    """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete.
+
+    Raises:
+        UserError: it cannot be written; what was in ``folder`` before is untouched.
+    """
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)
         sync(folder.parent.parent)
@@ -39,12 +43,13 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def recover(folder: Path) -> None:
-    """The earlier content of a folder whose replacement was cut off between two renames."""
+    """Restores the content of a folder whose replacement was cut off between two renames."""
     if not folder.exists() and old_of(folder).exists():
         old_of(folder).rename(folder)
 
 
 def old_of(folder: Path) -> Path:
+    """Where the earlier content is while a folder is replaced."""
     return folder.with_name(folder.name + ".old")
 
 
@@ -58,6 +63,6 @@ def sync(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """On disk before the rename: a power cut leaves no complete name with half a file."""
+    """Brings all of a folder to the disk before its rename, so that a power cut leaves no half."""
     for path in (*folder.rglob("*"), folder):
         sync(path)

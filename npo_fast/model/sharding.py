@@ -1,9 +1,8 @@
 """One model over several processes: PyTorch's FSDP2 for the decoder, slices for embedding and head.
 
-Every rank keeps its share of each weight, as a ``DTensor`` in rows. A decoder layer is gathered
-when it is its turn and its gradients are summed into the shares (``fully_shard``). Embedding and
-head, the two that are as long as the vocabulary, are never gathered
-(``npo_fast.ops.vocab_parallel``).
+Every process keeps its shard of each weight, as a ``DTensor`` in rows. A decoder layer is gathered
+when it runs, and its gradients are summed into the shards (``fully_shard``). Embedding and head,
+the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.vocab_parallel``).
 """
 
 import warnings
@@ -22,41 +21,45 @@ from npo_fast.ops.vocab_parallel import VocabularySlice, vocab_parallel_embeddin
 
 
 class VocabularyParallelEmbedding(nn.Module):
+    """An embedding of which this process has the rows of one slice of the vocabulary."""
+
     def __init__(self, embedding: nn.Embedding, vocabulary: VocabularySlice) -> None:
         super().__init__()
         self.weight: Any = embedding.weight  # a DTensor
         self.padding_idx, self.vocabulary = embedding.padding_idx, vocabulary
 
     def forward(self, ids: Tensor) -> Tensor:  # (…) -> (…, D)
+        """Rows of all processes."""
         weight = self.weight.to_local()
         flat = vocab_parallel_embedding(ids.flatten(), weight, self.vocabulary, self.padding_idx)
         return flat.view(*ids.shape, -1)
 
 
 def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
-    """Leaves this rank's share of ``lm`` on its device, in place.
+    """Leaves this process's shard of ``lm`` on its device, in place.
 
     Args:
         attention: as ``load_model`` has it, chosen anew for the device.
 
     Raises:
-        UserError: a model that cannot be divided.
+        UserError: a model that cannot be sharded.
     """
     from torch.distributed.fsdp import fully_shard
 
     embedding, head = lm.model.get_input_embeddings(), lm.head
     _check(lm, embedding, mesh)
     tied = head.weight is embedding.weight
-    embedding.weight = _divided(embedding.weight, mesh)
-    head.weight = embedding.weight if tied else _divided(head.weight, mesh)
+    embedding.weight = _sharded(embedding.weight, mesh)
+    head.weight = embedding.weight if tied else _sharded(head.weight, mesh)
     if head.bias is not None:
-        head.bias = _divided(head.bias, mesh)
+        head.bias = _sharded(head.bias, mesh)
     group = mesh.get_group()
-    read = VocabularySlice(group, len(embedding.weight))
-    own = VocabularyParallelEmbedding(embedding, read).train(lm.model.training)
-    lm.model.set_input_embeddings(own)
-    # sums, not means: each rank's loss is its part of the whole step's
-    arguments: dict[str, Any] = {"mesh": mesh, "ignored_params": set(_ignored(own, head))}
+    vocabulary = VocabularySlice(group, len(embedding.weight))
+    sliced = VocabularyParallelEmbedding(embedding, vocabulary).train(lm.model.training)
+    lm.model.set_input_embeddings(sliced)
+    ignored = {*sliced.parameters(), *head.parameters()}
+    arguments: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
+    # sums, not means: each process's loss is its part of the loss of the step
     for module in (*repeated_layers(lm.decoder), lm.decoder):
         fully_shard(module, mp_policy=_policy(module), reshard_after_forward=True, **arguments)
         module.set_gradient_divide_factor(1.0)
@@ -67,29 +70,30 @@ def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
 
 
 def gather_state_dict(state: Any) -> Any:
-    """A state dict with whole tensors, on the CPU of the first rank; empty tensors on others.
+    """A state dict with full tensors, on the CPU of the main process; empty ones on the others.
 
-    Every rank has to take part where something is divided.
+    Every process has to call it where something is sharded.
     """
-    seen: dict[int, Tensor] = {}  # tied weights stay one tensor
+    gathered: dict[int, Tensor] = {}  # by id: tied weights stay one tensor
 
-    def of_one(value: Any) -> Any:
+    def gather(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {name: of_one(each) for name, each in value.items()}
+            return {name: gather(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [of_one(each) for each in value]
+            return [gather(item) for item in value]
         if not isinstance(value, DTensor):
             return value
-        if id(value) not in seen:
+        if id(value) not in gathered:
             full = value.full_tensor().detach()
-            seen[id(value)] = full.cpu() if is_main_process() else full.new_empty(0, device="cpu")
-        return seen[id(value)]
+            full = full.cpu() if is_main_process() else full.new_empty(0, device="cpu")
+            gathered[id(value)] = full
+        return gathered[id(value)]
 
-    return of_one(state)
+    return gather(state)
 
 
 def shard_like(value: Tensor, example: Tensor) -> Tensor:
-    """``value``, divided as ``example`` is."""
+    """The shard of ``value`` that ``example`` is of its own full tensor."""
     if not isinstance(example, DTensor):
         return value
     value = value.to(example.dtype)
@@ -97,31 +101,27 @@ def shard_like(value: Tensor, example: Tensor) -> Tensor:
 
 
 def sharded_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's ``whole`` state dict, each state divided as its parameter is."""
+    """A gathered state dict of the optimizer, each state sharded as its parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def of_one(parameter: Tensor, value: Any) -> Any:
+    def shard_state(parameter: Tensor, value: Any) -> Any:
         same = isinstance(value, Tensor) and value.shape == parameter.shape
         return shard_like(value, parameter) if same else value
 
     states = {
-        i: {name: of_one(parameters[i], value) for name, value in of_parameter.items()}
-        for i, of_parameter in state["state"].items()
+        i: {name: shard_state(parameters[i], value) for name, value in values.items()}
+        for i, values in state["state"].items()
     }
     return {**state, "state": states}
 
 
-def _divided(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+def _sharded(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 
-def _ignored(*modules: nn.Module) -> list[nn.Parameter]:
-    return [p for module in modules for p in module.parameters()]
-
-
 def _policy(module: nn.Module) -> Any:
-    """Gradients are summed in fp32 where weights are half as wide."""
+    """Sums gradients in fp32 where weights are in half precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
@@ -129,7 +129,7 @@ def _policy(module: nn.Module) -> Any:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: the list of modules with most of the weights (experts are in one)."""
+    """The decoder layers: the list of modules with most of the weights (experts are in one)."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
 
@@ -145,7 +145,7 @@ def _check_packs(lm: CausalLM) -> None:
 def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
     world_size = mesh.size()
     if lm.quantized:
-        raise UserError("4-bit weights (bitsandbytes) cannot be divided: use one process")
+        raise UserError("4-bit weights (bitsandbytes) cannot be sharded: use one process")
     _check_packs(lm)
     if type(embedding) is not nn.Embedding or type(lm.head) is not nn.Linear:
         kinds = f"{type(embedding).__name__} and {type(lm.head).__name__}"
@@ -161,6 +161,6 @@ def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
             )
     if lm.decoder.get_input_embeddings() is not embedding:
         warnings.warn(
-            f"{lm.name} keeps its embedding outside of the decoder: every rank holds it whole",
+            f"{lm.name} keeps its embedding outside of the decoder: every process holds all of it",
             stacklevel=3,
         )

@@ -62,7 +62,7 @@ def varlen_attention(
     if sliding_window is None:
         refuse_hidden_window(module, max_length_q, NAME)
     varlen = varlen_function()
-    assert varlen is not None, "choice.varlen_obstacle asks for it"
+    assert varlen is not None, "choice.varlen_obstacle has checked it"
     # narrower values, as in multi-head latent attention, are padded with zeros and cropped again
     value = F.pad(value, (0, head_dim - value_dim)) if value_dim < head_dim else value
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -83,11 +83,11 @@ def attend(
 ) -> Tensor:  # (T, heads, head_dim)
     """Calls ``varlen`` by the parameters that it has.
 
-    PyTorch 2.10 knows ``is_causal`` alone, 2.11 ``scale`` and ``window_size``. Fewer heads of keys
-    than of queries are taken by 2.11 as they are, by one that has ``enable_gqa`` when told so.
+    PyTorch 2.10 has ``is_causal`` alone, 2.11 ``scale`` and ``window_size``. Fewer heads of keys
+    than of queries need nothing in 2.11, ``enable_gqa`` in a version that has it.
 
     Raises:
-        NotImplementedError: a scale or a window, and this PyTorch has neither.
+        NotImplementedError: a scale or a window that this PyTorch does not have.
     """
     takes = parameters(varlen)
     arguments: dict[str, Any] = {}
@@ -112,11 +112,12 @@ def attend(
 
 
 def head_dim_fits(head_dim: int) -> bool:
+    """Whether PyTorch's FlashAttention has heads of this size."""
     return head_dim <= WIDEST_HEAD and head_dim % HEAD_MULTIPLE == 0
 
 
 def is_usual_scale(scaling: float, head_dim: int) -> bool:
-    """Whether it is what a kernel without a scale takes, but for rounding in fp64."""
+    """Whether ``scaling`` is ``head_dim**-0.5``, but for rounding in fp64."""
     return abs(scaling * head_dim**0.5 - 1) < 1e-12
 
 
@@ -131,7 +132,7 @@ def varlen_function() -> Callable[..., Any] | None:
 
 @cache
 def parameters(varlen: Callable[..., Any]) -> frozenset[str]:
-    """What it takes: a property of the function, whatever version it came with."""
+    """Names of the parameters of this ``varlen_attn``, which differ between versions of PyTorch."""
     return frozenset(inspect.signature(varlen).parameters)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from npo_fast.data import Template
-from npo_fast.distributed import all_reduce_max, init_process_group, own_device, rank, world_size
+from npo_fast.distributed import all_reduce_max, init_process_group, local_device, rank, world_size
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
@@ -109,7 +109,7 @@ class ModelSource:
 
         options = self.options
         logger.info(f"loading {options.model}")
-        device = own_device(options.device)
+        device = local_device(options.device)
         dtype = default_dtype(device) if options.dtype == "auto" else options.dtype
         lm = self._load("cpu", dtype, "auto")
         mesh, step = init_process_group(device), -1

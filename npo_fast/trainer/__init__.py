@@ -1,2 +1,1 @@
-"""One visible training loop (``loop``), the run folder that keeps what it did (``run``), and what
-it takes to go on after a crash (``state``, ``resume``, ``interrupt``, ``out_of_memory``)."""
+"""One visible training loop (``loop``), its steps (``step``), what it resumes from (``state``)."""

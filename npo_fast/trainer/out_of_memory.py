@@ -1,10 +1,16 @@
-"""When memory runs out: which errors say so, how much smaller the next micro-batch is, messages."""
+"""When memory runs out: which errors say so, and what can be done about it."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 
-from npo_fast.errors import OutOfMemory
+from npo_fast.data import TokenizedExample
+from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory
+from npo_fast.methods import Term
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.trainer.order import batch_keys
+from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.state import TrainState
 
 _MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -21,48 +27,66 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def halved(micro_batch_tokens: int, units: Iterable[int], step: int, reason: str) -> int:
-    """Half of the tokens that one micro-batch of the step had, but never less than its longest.
+def smaller_micro_batches(
+    lm: CausalLM,
+    batch: Mapping[str, list[TokenizedExample]],
+    terms: tuple[Term, ...],
+    settings: TrainSettings,
+    state: TrainState,
+    reason: str,
+) -> int:
+    """Tokens of the micro-batches with which a step that did not fit can be tried again.
 
-    Args:
-        units: tokens of each sequence of the step, or of each pair where pairs stay whole.
+    Half of what the largest micro-batch of the step had, but never less than its longest sequence,
+    or pair of sequences.
 
     Raises:
-        OutOfMemory: the largest micro-batch was one sequence already.
+        OutOfMemory: the micro-batch was one sequence already, or the step must stay one
+            micro-batch, or one of several processes cannot make the step again alone.
     """
-    units = list(units)
-    longest = max(units)
-    if micro_batch_tokens <= longest:
+    step, tokens = state.step + 1, state.micro_batch_tokens
+    assert tokens is not None
+    if lm.world_size > 1:
+        raise OutOfMemory(
+            f"step {step}: out of memory ({reason}), and several processes cannot make the step "
+            "again alone; lower --micro-batch-tokens or add --gradient-checkpointing"
+        )
+    if settings.step_in_backward:
+        raise OutOfMemory(_whole_step_message(step, reason))
+    lengths = [
+        sum(len(example.input_ids) for example in unit)
+        for key in batch_keys(terms)
+        for unit in zip(*(batch[name] for name in key), strict=True)
+    ]
+    longest = max(lengths)
+    if tokens <= longest:
         raise OutOfMemory(
             f"step {step}: out of memory with one sequence of {longest} tokens at a time "
             f"({reason}); the weights stay those of step {step - 1}. Free memory that other "
             "programs hold, add --gradient-checkpointing, cut sequences with a smaller "
             "--max-length, or load half precision with --dtype bf16"
         )
-    return max(longest, min(micro_batch_tokens, sum(units)) // 2)
+    return max(longest, min(tokens, sum(lengths)) // 2)
 
 
-def whole_step_message(step: int, reason: str, where: str = "") -> str:
-    """For a step that must go through the model at once; ``where`` may be " in the backward"."""
-    return (
-        f"step {step}: out of memory{where} ({reason}), and --step-in-backward takes a whole step "
-        "at once; add --gradient-checkpointing or lower --batch-size"
-    )
+def update_out_of_memory(step: int, error: BaseException, started: bool) -> OutOfMemory:
+    """What to raise where ``Update.apply`` does not fit.
 
-
-def several_processes_message(step: int, reason: str) -> str:
-    """For a step that one of several processes cannot make."""
-    return (
-        f"step {step}: out of memory ({reason}), and several processes cannot make the step again "
-        "alone; lower --micro-batch-tokens or add --gradient-checkpointing"
-    )
-
-
-def optimizer_message(step: int, reason: str) -> str:
-    """For an update of the weights that does not fit."""
-    return (
-        f"step {step}: out of memory in the optimizer's step ({reason}), which smaller "
+    Args:
+        started: whether weights or the optimizer's states may have changed.
+    """
+    if not started:
+        return OutOfMemory(_whole_step_message(step, first_line(error), " in the backward"))
+    return PartialUpdateOutOfMemory(
+        f"step {step}: out of memory in the optimizer's step ({first_line(error)}), which smaller "
         "micro-batches do not cure; add --optimizer adamw-8bit, --offload-optimizer, "
         "--step-in-backward (with a smaller --batch-size where it is there), or train an adapter "
         "with --lora-rank 16"
+    )
+
+
+def _whole_step_message(step: int, reason: str, where: str = "") -> str:
+    return (
+        f"step {step}: out of memory{where} ({reason}), and --step-in-backward takes a whole step "
+        "at once; add --gradient-checkpointing or lower --batch-size"
     )

@@ -1,4 +1,4 @@
-"""What the training loop is told, and what it reports."""
+"""Settings of the training loop, and the record of a step."""
 
 import math
 from dataclasses import dataclass
@@ -56,9 +56,10 @@ class TrainSettings:
 
 
 def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:
-    """
+    """Refuses for several processes what only one can do.
+
     Raises:
-        UserError: several processes are asked for what only one can do.
+        UserError: such a setting or term.
     """
     if world_size == 1:
         return
@@ -75,7 +76,7 @@ def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_siz
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimiser step did. Losses are means over the step's whole batch."""
+    """What one optimizer step did. Losses are means over the whole batch of the step."""
 
     step: int
     steps: int

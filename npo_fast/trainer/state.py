@@ -1,4 +1,4 @@
-"""What a run needs beside its weights to go on as if it had never stopped."""
+"""What a checkpoint holds beside the weights: a resumed run equals one that never stopped."""
 
 import pickle
 from collections.abc import Callable, Mapping
@@ -16,22 +16,22 @@ STATE = "state.pt"
 
 
 class Stateful(Protocol):
-    """An optimizer, a learning rate schedule."""
+    """What has a state dict: an optimizer, a learning rate schedule."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be read, or is not what was written."""
+    """Raised where a checkpoint cannot be read, or is not what was written."""
 
 
 class TrainState:
     """Where a run stands after ``step`` steps.
 
-    The order of the data is a function of the seed and the step, so the step stands for it. The
-    loop ``attach``es what carries a state of its own; a state that was read from a checkpoint puts
-    it, and the random numbers, where they were.
+    The order of the data is a function of the seed and the step, and needs no state. The loop
+    ``attach``es what has a state dict; a ``TrainState`` that was loaded from a checkpoint restores
+    those state dicts and the random numbers then.
     """
 
     def __init__(self, step: int = 0, micro_batch_tokens: int | None = None) -> None:
@@ -42,7 +42,11 @@ class TrainState:
         self._saved: dict[str, Any] = {}
 
     def attach(self, device: torch.device, alone: bool = True, **parts: Stateful) -> None:
-        """``alone``: else this is one of several ranks, and draws random numbers of its own."""
+        """Names what will be saved, and restores it where this state was loaded.
+
+        Args:
+            alone: False for one of several processes, whose random numbers are not restored.
+        """
         self._parts, self._device = parts, device
         if self._saved:
             for name, part in parts.items():
@@ -55,9 +59,9 @@ class TrainState:
             self._saved = {}
 
     def writer(self) -> Callable[[Path], None]:
-        """Writes ``state.pt`` beside the files that are in a folder already.
+        """A function that writes ``state.pt`` beside the files of a checkpoint folder.
 
-        Every rank has to ask for it, the first one alone to use it.
+        Every process has to call ``writer``, the main one alone what it returns.
         """
         content = {
             "format": FORMAT,
@@ -72,27 +76,28 @@ class TrainState:
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """
+        """Reads ``state.pt``, and checks the sizes of the files beside it.
+
         Raises:
-            DamagedError: ``state.pt`` cannot be read, or a file beside it has another size now.
+            DamagedError: it cannot be read, or a file has another size now.
         """
         saved = load_tensors(folder / STATE)
         if saved.get("format") != FORMAT:
             raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
         state = cls(saved["step"], saved["micro_batch_tokens"])
-        found = _sizes(folder)
+        sizes = _sizes(folder)
         for name, size in saved["bytes"].items():
-            if found.get(name) != size:
-                raise DamagedError(f"{name} has {found.get(name, 0)} bytes, not {size}")
+            if sizes.get(name) != size:
+                raise DamagedError(f"{name} has {sizes.get(name, 0)} bytes, not {size}")
         state._saved = saved
         return state
 
 
 def save_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """What ``load_tensors`` reads.
+    """Writes a file that ``load_tensors`` reads.
 
     Raises:
-        OSError: the disk is full, for one; ``torch.save`` to a name says so in its own ways.
+        OSError: such as a full disk, which ``torch.save`` would report as a RuntimeError.
     """
     with file.open("wb") as stream:
         writer = _Writer(stream)
@@ -121,7 +126,8 @@ class _Writer:
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
-    """
+    """Reads what ``save_tensors`` wrote, to CPU memory.
+
     Raises:
         DamagedError: there is no such file, or it is not what ``torch.save`` wrote.
     """
@@ -138,7 +144,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """What the next dropout mask depends on."""
+    """The state of the random number generators that dropout draws from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -146,6 +152,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Restores what ``random_state`` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

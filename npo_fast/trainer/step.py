@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, concatenate
-from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
@@ -22,11 +21,9 @@ from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import BatchKey, batch_keys, interleave
 from npo_fast.trainer.out_of_memory import (
     first_line,
-    halved,
     is_out_of_memory,
-    optimizer_message,
-    several_processes_message,
-    whole_step_message,
+    smaller_micro_batches,
+    update_out_of_memory,
 )
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
@@ -38,8 +35,7 @@ References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,),
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured. A loss or norm that is not finite has changed no weights, but for
-    ``update.partially_applied``."""
+    """What a step measured; where the loss or the norm is not finite, it was not applied."""
 
     loss: float
     terms: dict[str, float]  # value of each term, before its coefficient
@@ -64,10 +60,10 @@ def take_step(
     start. They stay small afterwards (``state.micro_batch_tokens``).
 
     Raises:
-        OutOfMemory: one sequence alone does not fit, or what must not be divided.
+        OutOfMemory: smaller micro-batches do not help, or are not possible; no weight has changed.
         PartialUpdateOutOfMemory: the optimizer does not fit, after some weights may have changed.
     """
-    step, random_numbers = state.step + 1, random_state(lm.device)
+    random_numbers = random_state(lm.device)
     while True:
         assert state.micro_batch_tokens is not None
         tokens = sys.maxsize if settings.step_in_backward else state.micro_batch_tokens
@@ -80,21 +76,12 @@ def take_step(
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
-        # Outside of the handler: the error holds the activations no longer.
-        lm.model.zero_grad(set_to_none=True)
+        # outside of the handler, where the error no longer holds the activations
+        update.discard()
         set_random_state(random_numbers, lm.device)
         if lm.device.type == "cuda":
             torch.cuda.empty_cache()
-        if lm.world_size > 1:
-            raise OutOfMemory(several_processes_message(step, reason))
-        if settings.step_in_backward:
-            raise OutOfMemory(whole_step_message(step, reason))
-        lengths = [
-            sum(len(example.input_ids) for example in unit)
-            for key in batch_keys(terms)
-            for unit in zip(*(batch[name] for name in key), strict=True)
-        ]
-        state.micro_batch_tokens = halved(state.micro_batch_tokens, lengths, step, reason)
+        state.micro_batch_tokens = smaller_micro_batches(lm, batch, terms, settings, state, reason)
 
     loss = sum(term.coefficient * values[term.name] for term in terms)
     try:
@@ -102,10 +89,7 @@ def take_step(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if update.started:
-            raise PartialUpdateOutOfMemory(optimizer_message(step, first_line(error))) from error
-        message = whole_step_message(step, first_line(error), " in the backward")
-        raise OutOfMemory(message) from error
+        raise update_out_of_memory(state.step + 1, error, update.started) from error
     return StepResult(loss, values, log_probs, grad_norm)
 
 

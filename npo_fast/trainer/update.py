@@ -25,6 +25,9 @@ class Update(Protocol):
     def add(self, loss: Tensor) -> None:
         """Takes the loss of a micro-batch; the step's is their sum."""
 
+    def discard(self) -> None:
+        """Forgets the losses and gradients of the step."""
+
     def apply(self, loss: float) -> float:
         """Changes the weights if the step's ``loss`` and the gradient norm are finite.
 
@@ -50,6 +53,10 @@ class WholeStep:
         """Runs the backward of the micro-batch."""
         loss.backward()
 
+    def discard(self) -> None:
+        """Frees all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def apply(self, loss: float) -> float:
         """Clips the gradient to ``max_norm`` and lets the optimizer step."""
         self.started = False
@@ -62,7 +69,7 @@ class WholeStep:
                 step_one_at_a_time(self.optimizer)
             else:
                 self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
         return norm
 
 
@@ -92,6 +99,10 @@ class StepInBackward:
     def add(self, loss: Tensor) -> None:
         """Adds to the loss whose backward ``apply`` runs."""
         self._loss = loss if self._loss is None else self._loss + loss
+
+    def discard(self) -> None:
+        """Frees the loss, with the activations that it holds."""
+        self._loss = None
 
     def apply(self, loss: float) -> float:
         """Runs the backward, and steps each tensor in it."""

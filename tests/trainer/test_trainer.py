@@ -8,7 +8,14 @@ import torch
 
 from npo_fast.data import micro_batches, pack
 from npo_fast.errors import NonFiniteError, UserError
-from npo_fast.methods import FINETUNE, METHODS, Coefficients, build_method, coefficients_of
+from npo_fast.methods import (
+    COEFFICIENTS,
+    FINETUNE,
+    METHODS,
+    Coefficients,
+    build_method,
+    coefficients_of,
+)
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import interleave, step_batches
@@ -279,3 +286,13 @@ def test_every_coefficient_of_a_method_reaches_its_terms(method):
         assert changed != defaults, name
         same = build_method(method, Coefficients(**{name: value}))
         assert same == defaults, name
+
+
+def test_every_coefficient_is_declared_once_and_its_help_names_the_defaults():
+    assert set(COEFFICIENTS) == {name for method in METHODS for name in coefficients_of(method)}
+    beta, retain = COEFFICIENTS["beta"], COEFFICIENTS["retain"]
+    assert beta.help == "Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."
+    assert (beta.flag, retain.flag) == ("beta", "retain_coefficient")
+    assert (beta.label, retain.label) == ("beta", "retain coefficient")
+    assert retain.defaults == {"retain NLL": 1.0}
+    assert beta.defaults["SimNPO"] == coefficients_of("SimNPO+RT")["beta"]
