@@ -27,7 +27,7 @@ from npo_fast.experiments.ablations.trials import (
     AblationSettings,
     Trial,
 )
-from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_world
+from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_dataset
 from npo_fast.trainer.settings import TrainSettings
 from tests.report.test_report import Page
 
@@ -68,9 +68,9 @@ def fact(record):
     raise AssertionError(record.question)
 
 
-def shared(world):
+def shared(dataset):
     """Shares of forgotten authors by their names, and of forgotten facts by wording, by value."""
-    kept, gone = ([fact(r) for r in part] for part in (world.retain, world.forget))
+    kept, gone = ([fact(r) for r in part] for part in (dataset.retain, dataset.forget))
     first, last = ({author.split()[i] for _, author, _ in kept} for i in (0, 1))
     authors = {author for _, author, _ in gone}
     both = sum(a.split()[0] in first and a.split()[1] in last for a in authors)
@@ -88,12 +88,12 @@ def shared(world):
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 1.0])
 def test_the_knob_is_the_share_of_names_wordings_and_values_in_common(overlap):
-    found = shared(make_world(0, **SIZES, overlap=overlap))
+    found = shared(make_dataset(0, **SIZES, overlap=overlap))
     assert found == pytest.approx(dict.fromkeys(found, overlap))
 
 
 def test_what_the_model_learns_first_does_not_depend_on_the_knob():
-    apart, one = (make_world(0, **SIZES, overlap=overlap) for overlap in (0.0, 1.0))
+    apart, one = (make_dataset(0, **SIZES, overlap=overlap) for overlap in (0.0, 1.0))
     assert apart.background == one.background
     assert apart.common == one.common
     questions = {r.question for r in one.retain}
@@ -103,7 +103,7 @@ def test_what_the_model_learns_first_does_not_depend_on_the_knob():
 
 def test_an_overlap_outside_0_to_1_is_refused():
     with pytest.raises(ValueError, match=r"0 to 1, got 1\.5"):
-        make_world(0, **SIZES, overlap=1.5)
+        make_dataset(0, **SIZES, overlap=1.5)
 
 
 def looks(*utilities):
