@@ -106,7 +106,7 @@ def make_inputs(shape: Shape, kind: Kind, device: torch.device, seed: int = 0) -
 def _cu_seqlens(shape: Shape, random: torch.Generator, device: torch.device) -> Tensor:
     """Offsets of sequences between half and one and a half times the mean length."""
     shares = 0.5 + torch.rand(shape.sequences, generator=random, device=device)
-    spare = shape.rows - shape.sequences  # one token each comes first
+    spare = shape.rows - shape.sequences  # every sequence has one token at least
     ends = (shares.cumsum(0) / shares.sum() * spare).round().long()
     ends += torch.arange(1, shape.sequences + 1, device=device)
     return torch.cat([ends.new_zeros(1), ends]).int()

@@ -32,7 +32,7 @@ class Row:
     train_ms: float  # loss and both gradients
     forward_ms: float
     train_ratio: float | None  # to three bare GEMMs; None where their logits do not fit
-    forward_ratio: float | None  # to one
+    forward_ratio: float | None  # to one bare GEMM
     train_peak_mib: float | None  # beyond inputs and gradients
     forward_peak_mib: float | None
     errors: Errors
