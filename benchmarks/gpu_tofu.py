@@ -74,9 +74,8 @@ from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.model.probe import run_probe
 from npo_fast.report.figures import MEANINGFUL
 from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.order import steps_per_epoch
+from npo_fast.trainer.order import batch_keys, steps_per_epoch
 from npo_fast.trainer.settings import StepRecord, TrainSettings
-from npo_fast.trainer.step import batch_keys
 
 ORIGINAL, RETRAINED = "original", "retrained"
 RETAIN_OF = {"forget50": "retain50", "forget10": "retain90"}

@@ -1,5 +1,7 @@
 """npo_fast: unlearning for language models, straight from hidden states and the LM head."""
 
+from typing import TYPE_CHECKING, Any
+
 from npo_fast._version import __version__
 from npo_fast.losses import CEU, DPO, GA, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO, npo_loss
 from npo_fast.modules import (
@@ -19,6 +21,37 @@ from npo_fast.ops import (
     segment_sum,
 )
 
+if TYPE_CHECKING:
+    from npo_fast.runs import (
+        Callback,
+        EvaluationOptions,
+        MethodOptions,
+        ModelOptions,
+        ReportOptions,
+        Run,
+        RunOptions,
+        Scores,
+        attack,
+        evaluate,
+        finetune,
+        report,
+        unlearn,
+    )  # fmt: skip
+
+_FRONT_DOOR = {  # loaded when they are asked for: transformers takes seconds to import
+    "Callback", "EvaluationOptions", "MethodOptions", "ModelOptions", "ReportOptions", "Run",
+    "RunOptions", "Scores", "attack", "evaluate", "finetune", "report", "unlearn",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FRONT_DOOR:
+        from npo_fast import runs
+
+        return getattr(runs, name)
+    raise AttributeError(f"module 'npo_fast' has no attribute {name!r}")
+
+
 __all__ = [
     "CEU",
     "DPO",
@@ -28,20 +61,33 @@ __all__ = [
     "NPO",
     "TNPO",
     "WGA",
+    "Callback",
+    "EvaluationOptions",
     "FusedLinearDPOLoss",
     "FusedLinearGALoss",
     "FusedLinearNLLLoss",
     "FusedLinearNPOLoss",
     "FusedLinearSequenceLoss",
     "FusedLinearSimNPOLoss",
+    "MethodOptions",
+    "ModelOptions",
+    "ReportOptions",
+    "Run",
+    "RunOptions",
     "SatImp",
+    "Scores",
     "SequenceLoss",
     "SimNPO",
     "Skipped",
     "__version__",
+    "attack",
+    "evaluate",
+    "finetune",
     "linear_kl",
     "linear_log_probs",
     "linear_sequence_loss",
     "npo_loss",
+    "report",
     "segment_sum",
+    "unlearn",
 ]

@@ -1,13 +1,17 @@
 """Unlearning methods by name: sums of losses on the forget and retain data.
 
-A method is a tuple of ``Term``; the training loop knows nothing else about it.
+A method is a tuple of ``Term``; the training loop knows nothing else about it. To add one: write
+its loss in ``npo_fast.losses`` if it is new, a maker of its term with the default of each
+coefficient, and a line of ``METHODS``; a coefficient that no other method has is one more line of
+``Coefficients``. Flags, help and report columns follow from these.
 """
 
 import difflib
 import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
 from npo_fast.errors import UserError
 from npo_fast.losses import CEU, DPO, GA, KL, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
@@ -35,40 +39,52 @@ class Term:
     over: tuple[Source, ...] = ()
     """Sources whose sequences in a step the mean is taken over, where not its own alone."""
     positions: Positions = "answer"
-    """The tokens that it looks at; for a KL also "all", prompts included."""
+    """The tokens that it is taken over; for a KL also "all", prompts included."""
 
     @property
     def batch_key(self) -> tuple[Source, ...]:
-        """The sources whose sequences go through the model for this term, side by side."""
+        """The sources whose sequences alternate in the micro-batches of this term."""
         return (self.source,) if self.preferred is None else (self.preferred, self.source)
 
     @property
     def reads(self) -> tuple[Source, ...]:
+        """Every source that the term needs."""
         others = (self.preferred, self.baseline)
         return (self.source, *(source for source in others if source is not None))
 
     def at_baseline(self, z: float) -> "Term":
+        """The same term with ``z`` as the baseline of its loss."""
         assert isinstance(self.loss, KTO)
         return replace(self, loss=replace(self.loss, z=z))
 
 
-WEIGHTS = ("forget", "retain", "kl")  # coefficients that multiply a term
+def _coefficient(description: str, weights_term: bool = False, note: str = "") -> Any:
+    metadata = {"description": description, "weights_term": weights_term, "note": note}
+    return field(default=None, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What a method can be tuned with. None is the method's own default."""
+    """What a method can be tuned with. None is the method's own default.
 
-    beta: float | None = None
-    delta: float | None = None
-    beta1: float | None = None
-    beta2: float | None = None
-    gamma: float | None = None
-    kl: float | None = None
-    forget: float | None = None
-    retain: float | None = None
+    Those that weight a term must be 0 or more; a loss checks the others itself.
+    """
+
+    beta: float | None = _coefficient("Inverse temperature (WGA: exponent)")
+    delta: float | None = _coefficient("SimNPO's margin")
+    beta1: float | None = _coefficient("SatImp's exponent of p")
+    beta2: float | None = _coefficient("SatImp's exponent of 1 - p")
+    gamma: float | None = _coefficient("UNDIAL's strength, in nats")
+    forget: float | None = _coefficient("Of the forget term", weights_term=True)
+    retain: float | None = _coefficient(
+        "Of the retain term",
+        weights_term=True,
+        note=" The paper takes 5 to forget half and 12 to forget 90 percent.",
+    )
+    kl: float | None = _coefficient("Of the KL to the model as it was", weights_term=True)
 
     def given(self) -> dict[str, float]:
+        """Those that are not left to the method."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def for_method(self, name: str) -> "Coefficients":
@@ -177,6 +193,60 @@ METHODS: dict[str, tuple[Callable[..., Term], ...]] = {
 FINETUNE = (Term("NLL", "train", NLL(), "token_mean"),)
 
 
+@dataclass(frozen=True)
+class Coefficient:
+    """One field of ``Coefficients``, as flags, help texts and tables need it."""
+
+    name: str
+    """As in ``Coefficients``."""
+    description: str
+    weights_term: bool
+    """It multiplies a term, and must be 0 or more."""
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """In messages and tables: "beta", "retain coefficient"."""
+        return f"{self.name} coefficient" if self.weights_term else self.name
+
+    @property
+    def flag(self) -> str:
+        """As an option of the command line, without dashes: "beta", "retain_coefficient"."""
+        return self.label.replace(" ", "_")
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """The default of each term that has the coefficient."""
+        makers = dict.fromkeys(make for method in METHODS.values() for make in method)
+        return {
+            make().name: parameters[self.name].default
+            for make in makers
+            if self.name in (parameters := _parameters(make))
+        }
+
+    @property
+    def help(self) -> str:
+        """Such as "Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."."""
+        usual, _ = Counter(self.defaults.values()).most_common(1)[0]
+        others = [f"{term} {value:g}" for term, value in self.defaults.items() if value != usual]
+        return f"{self.description}; else {', '.join([f'{usual:g}', *others])}.{self.note}"
+
+    def check(self, value: float) -> None:
+        """Refuses what no term can be multiplied by; a loss checks its own parameters.
+
+        Raises:
+            UserError: a weight of a term that is negative or not finite.
+        """
+        if self.weights_term and not 0 <= value < float("inf"):
+            raise UserError(f"the {self.label} must be 0 or more, got {value}")
+
+
+COEFFICIENTS: Mapping[str, Coefficient] = {
+    declared.name: Coefficient(declared.name, **declared.metadata)
+    for declared in fields(Coefficients)
+}
+
+
 def build_method(
     name: str, coefficients: Coefficients | None = None, kl_positions: Positions = "answer"
 ) -> tuple[Term, ...]:
@@ -191,16 +261,15 @@ def build_method(
     """
     name = canonical_name(name)
     given = coefficients.given() if coefficients else {}
-    for field in given:
-        if field not in coefficients_of(name):
-            others = [other for other in METHODS if field in coefficients_of(other)]
-            raise UserError(f"{name} has no {_spell(field)}; these have: {', '.join(others)}")
-    for field in WEIGHTS:
-        if not 0 <= given.get(field, 1.0) < float("inf"):
-            raise UserError(f"the {_spell(field)} must be 0 or more, got {given[field]}")
+    for key in given:
+        if key not in coefficients_of(name):
+            others = ", ".join(_methods_with(key))
+            raise UserError(f"{name} has no {COEFFICIENTS[key].label}; these have: {others}")
+    for key, value in given.items():
+        COEFFICIENTS[key].check(value)
     try:
         terms = tuple(
-            make(**{field: given[field] for field in _parameters(make) if field in given})
+            make(**{key: given[key] for key in _parameters(make) if key in given})
             for make in METHODS[name]
         )
     except ValueError as error:
@@ -208,8 +277,8 @@ def build_method(
     if kl_positions == "answer":
         return terms
     if "kl" not in coefficients_of(name):
-        others = [other for other in METHODS if "kl" in coefficients_of(other)]
-        raise UserError(f"{name} has no KL to take over all positions: {', '.join(others)} have")
+        others = ", ".join(_methods_with("kl"))
+        raise UserError(f"{name} has no KL to take over all positions: {others} have")
     return tuple(
         replace(term, positions=kl_positions) if isinstance(term.loss, KL) else term
         for term in terms
@@ -217,7 +286,11 @@ def build_method(
 
 
 def canonical_name(name: str) -> str:
-    """As in ``METHODS``: "npo_rt" is NPO+RT."""
+    """The name as in ``METHODS``: "npo_rt" is NPO+RT.
+
+    Raises:
+        UserError: an unknown name; the message suggests the nearest.
+    """
     wanted = name.upper().replace("_", "+").replace("-", "+").replace("CE+U", "CEU")
     known = {method.upper(): method for method in METHODS}
     if wanted not in known:
@@ -230,14 +303,14 @@ def canonical_name(name: str) -> str:
 def coefficients_of(name: str) -> dict[str, float]:
     """The coefficients that a method has, with their defaults."""
     return {
-        field: parameter.default
+        key: parameter.default
         for make in METHODS[canonical_name(name)]
-        for field, parameter in _parameters(make).items()
+        for key, parameter in _parameters(make).items()
     }
 
 
 def schedule_steps(terms: tuple[Term, ...], schedule: Schedule) -> tuple[tuple[Term, ...], ...]:
-    """The terms of each optimiser step that a batch gets: their sum, or one side after the other.
+    """The terms of each optimizer step that a batch gets: their sum, or one side after the other.
 
     Raises:
         UserError: alternating steps for a method without both a forget and a retain term.
@@ -255,9 +328,9 @@ def schedule_steps(terms: tuple[Term, ...], schedule: Schedule) -> tuple[tuple[T
     return forget, retain
 
 
-def _parameters(make: Callable[..., Term]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(make).parameters)
+def _methods_with(coefficient: str) -> list[str]:
+    return [name for name in METHODS if coefficient in coefficients_of(name)]
 
 
-def _spell(field: str) -> str:
-    return f"{field} coefficient" if field in WEIGHTS else field
+def _parameters(make: Callable[..., Term]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(make).parameters

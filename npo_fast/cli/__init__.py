@@ -18,8 +18,8 @@ from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
 
 
 @dataclass(frozen=True)
-class Verb:
-    """A module of ``npo_fast.cli`` with ``Command`` (a dataclass) and ``run(command)``."""
+class Subcommand:
+    """A module of ``npo_fast.cli`` with ``Command`` (a dataclass) and ``run(command, common)``."""
 
     group: str
     help: str
@@ -28,58 +28,58 @@ class Verb:
     """Whether several processes can share the work (``torchrun``)."""
 
 
-VERBS = {
-    "demo": Verb(
+SUBCOMMANDS = {
+    "demo": Subcommand(
         "Start here",
         "Watch a small model forget half of what it was taught, in 3 minutes, offline",
         "npo-fast demo",
     ),
-    "doctor": Verb(
+    "doctor": Subcommand(
         "Start here",
         "Versions, devices, which kernel serves which operator, what is missing",
         "npo-fast doctor",
     ),
-    "plan": Verb(
+    "plan": Subcommand(
         "Start here",
         "The memory that a run will need, on which card it fits, and what makes it fit",
         "npo-fast plan --model meta-llama/Llama-2-7b-chat-hf --card 24",
     ),
-    "unlearn": Verb(
+    "unlearn": Subcommand(
         "Train",
         "Make a model forget one data set and keep another",
         "npo-fast unlearn --model my-model --forget forget.jsonl --retain retain.jsonl "
         "--output runs/npo",
         on_ranks=True,
     ),
-    "finetune": Verb(
+    "finetune": Subcommand(
         "Train",
         "Teach a model a data set (for a model to unlearn from, or a retrained yardstick)",
         "npo-fast finetune --model my-model --train facts.jsonl --output runs/taught",
         on_ranks=True,
     ),
-    "evaluate": Verb(
+    "evaluate": Subcommand(
         "Measure",
         "TOFU's evaluation: model utility, forget quality, answers",
         "npo-fast evaluate --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--retain retain90 --output runs/npo-eval",
     ),
-    "attack": Verb(
+    "attack": Subcommand(
         "Measure",
         "Is it really gone? Relearn a part of the forget set, round the weights, measure again",
         "npo-fast attack --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--output runs/npo-attack",
     ),
-    "synthetic": Verb(
+    "synthetic": Subcommand(
         "Measure",
         "The NPO paper's synthetic experiment and theorem beside its claims, a few minutes",
         "npo-fast synthetic",
     ),
-    "report": Verb(
+    "report": Subcommand(
         "Measure",
         "One HTML page about runs: forgetting against utility, curves, answers side by side",
         "npo-fast report runs/npo runs/ga --retrained runs/retrained",
     ),
-    "bench": Verb(
+    "bench": Subcommand(
         "Measure",
         "Time and memory of the losses beside their peers (loss), or the GPU kernels (kernels)",
         "npo-fast bench loss",
@@ -109,19 +109,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = arguments
     try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known verbs: {', '.join(VERBS)}"
+        if verb not in SUBCOMMANDS:
+            near = difflib.get_close_matches(verb, SUBCOMMANDS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"known verbs: {', '.join(SUBCOMMANDS)}"
+            )
             raise UserError(f"unknown verb {verb!r}; {hint}")
-        if world_size() > 1 and not VERBS[verb].on_ranks:
-            able = " and ".join(name for name, each in VERBS.items() if each.on_ranks)
+        if world_size() > 1 and not SUBCOMMANDS[verb].on_ranks:
+            able = " and ".join(name for name, each in SUBCOMMANDS.items() if each.on_ranks)
             raise UserError(
                 f"{verb} runs on one process, not on {world_size()}: torchrun is for {able}"
             )
+        from npo_fast.cli.console import show_messages
         from npo_fast.cli.settings import parse
 
+        show_messages()
         module = importlib.import_module(f"npo_fast.cli.{verb}")
-        module.run(parse(module.Command, rest, verb, VERBS[verb]))
+        about = f"{SUBCOMMANDS[verb].help}.\n\nExample: {SUBCOMMANDS[verb].example}"
+        module.run(*parse(module.Command, rest, verb, about))
     except (NonFiniteError, OutOfMemory) as error:
         return _fail(error, 1)
     except UserError as error:
@@ -156,9 +161,9 @@ def overview() -> str:
         "",
         "usage: npo-fast VERB [options]     npo-fast VERB --help shows the options of a verb",
     ]
-    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+    for group in dict.fromkeys(verb.group for verb in SUBCOMMANDS.values()):
         lines += ["", f"{group}:"]
-        for name, verb in VERBS.items():
+        for name, verb in SUBCOMMANDS.items():
             if verb.group == group:
                 lines += [f"  {name:<10}{verb.help}", f"            $ {verb.example}"]
     return "\n".join([

@@ -1,14 +1,16 @@
 """``npo-fast bench``: what the losses and the kernels cost here, beside what else there is."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from npo_fast.cli.console import say, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from npo_fast.bench.inputs import Shape
     from npo_fast.bench.loss import Result
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,9 @@ class BenchOptions:
 @dataclass(frozen=True)
 class Command:
     bench: BenchOptions
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     options = command.bench
     if options.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {options.rounds}")
@@ -65,13 +68,13 @@ def run(command: Command) -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result, text, command.common.json)
+    show(result, text, common.json)
     if result.get("ours_refused"):
         raise SystemExit(1)
 
 
 def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
-    say("loading PyTorch and the peers")
+    logger.info("loading PyTorch and the peers")
     from npo_fast.bench.candidates import find_candidates
     from npo_fast.bench.loss import bench
     from npo_fast.bench.provenance import provenance
@@ -81,9 +84,9 @@ def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
     shapes = _shapes(options)
     candidates, missing = find_candidates(device, _names(options.peers))
     for name, why in missing.items():
-        say(f"{name} is left out: {why}")
+        logger.info(f"{name} is left out: {why}")
     origin = provenance()  # now: a commit made meanwhile is not what runs
-    results = [bench(one, candidates, kinds, options.rounds, device, say) for one in shapes]
+    results = [bench(one, candidates, kinds, options.rounds, device, logger.info) for one in shapes]
     record = {
         "what": "loss",
         "provenance": origin,
@@ -113,14 +116,14 @@ def _loss_text(result: "Result") -> str:
     ]  # fmt: skip
     header = ("inputs", "who", "loss", "option", "train ms", "of 3 GEMMs", "peak MiB",
               "forward ms", "of 1 GEMM", "peak MiB", "error")  # fmt: skip
-    lines.append(table(cells, header))
+    lines.append(tables.plain(cells, header))
     lines += [f"not timed: {name}: {why}" for name, why in result.refused.items()]
     lines.append("peak: beyond inputs and gradients; error: the largest relative one against fp64")
     return "\n".join(lines)
 
 
 def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
-    say("loading PyTorch")
+    logger.info("loading PyTorch")
     from npo_fast.bench import scaling
     from npo_fast.bench.provenance import provenance
 
@@ -131,18 +134,18 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
         options.vocabulary or scaling.MOST_VOCABULARY,
         options.rounds,
         _device(),
-        say,
+        logger.info,
     )
     file = (options.output or Path("bench_scaling.json")).with_suffix(".png")
     file.parent.mkdir(parents=True, exist_ok=True)
     scaling.plot(points, file)
-    say(f"plot: {file}")
+    logger.info(f"plot: {file}")
     cells = (
         [one.axis, str(one.rows), str(one.vocabulary), one.peer, _number(one.train_ms),
          _number(one.train_peak_mib)]
         for one in points
     )  # fmt: skip
-    text = table(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
+    text = tables.plain(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
     record = {
         "what": "scaling",
         "provenance": origin,
@@ -163,7 +166,7 @@ def _kernels() -> tuple[dict[str, Any], str]:
     record: dict[str, Any] = {"what": "kernels", "provenance": provenance()}
     device = _device()
     if device.type == "cuda":
-        say("timing the kernels")
+        logger.info("timing the kernels")
         measured = [asdict(one) for one in kernels.measure(device)]
         return {**record, "measured": measured}, _dict_table(measured)
     if triton.knobs.runtime.interpret:
@@ -171,7 +174,7 @@ def _kernels() -> tuple[dict[str, Any], str]:
     from npo_fast.kernels.triton.offline import inspect
     from npo_fast.kernels.triton.offline import table as rows
 
-    say("no GPU: compiling every kernel for every target, about a minute")
+    logger.info("no GPU: compiling every kernel for every target, about a minute")
     records = list(inspect())
     predicted = kernels.predict(records)
     text = "\n".join(
@@ -188,7 +191,7 @@ def _kernels() -> tuple[dict[str, Any], str]:
 
 def _dict_table(rows: Iterable[Mapping[str, object]]) -> str:
     found = list(rows)
-    return table(([str(cell) for cell in row.values()] for row in found), found[0])
+    return tables.plain(([str(cell) for cell in row.values()] for row in found), found[0])
 
 
 def _device() -> "torch.device":

@@ -1,5 +1,6 @@
 """``npo-fast demo``: the paper's effect on a model small enough to watch."""
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -7,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npo_fast.cli.console import follow, number, say, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from npo_fast.experiments.demo.experiment import Demo, Outcome
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,20 @@ class DemoOptions:
 @dataclass(frozen=True)
 class Command:
     demo: DemoOptions = field(default_factory=DemoOptions)
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     options = command.demo
     _clear(options.output, options.overwrite)
     started = time.perf_counter()
-    say("loading PyTorch and transformers")
+    logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings
-    from npo_fast.trainer.run import versions
+    from npo_fast.runs.folder import versions
+    from npo_fast.runs.progress import follow
 
     demo = Demo(options.output, options.seed, DemoSettings(), follow)
     world = demo.world
-    say(
+    logger.info(
         f"a world of made-up authors: {len(world.forget)} facts to forget, {len(world.retain)} to "
         f"keep, {len(world.famous) + len(world.countries)} that the model knew before"
     )
@@ -56,8 +60,7 @@ def run(command: Command) -> None:
         "models": {name: asdict(outcome) for name, outcome in outcomes.items()},
     }
     demo.write(outcomes, result)
-    say()
-    show(result, _text(demo, outcomes, time_s), command.common.json)
+    show(result, _text(demo, outcomes, time_s), common.json)
 
 
 def _clear(folder: Path, overwrite: bool) -> None:
@@ -77,14 +80,14 @@ def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str
         at = f" (epoch {peak.epoch})" if outcome.path else ""
         return [
             name,
-            number(peak.forget_quality) + at,
+            tables.number(peak.forget_quality) + at,
             _utility(peak.model_utility, original),
-            number(last.forget_quality),
+            tables.number(last.forget_quality),
             _utility(last.model_utility, original),
         ]
 
     header = ("model", "forget quality: peak", "utility there", "at the end", "utility then")
-    lines = [table((row(name, outcome) for name, outcome in outcomes.items()), header)]
+    lines = [tables.plain((row(name, outcome) for name, outcome in outcomes.items()), header)]
     lines.append(
         "\nforget quality: p-value against the model that was never taught (above 0.05: no "
         "difference seen)\nutility: of what was to be kept, and share of the original's"

@@ -3,14 +3,15 @@
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 import npo_fast.kernels
-from npo_fast.cli.console import show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.kernels import cpu
 
@@ -29,12 +30,12 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Command:
-    common: Common = field(default_factory=Common)
+    """The doctor takes no options of its own."""
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     found = examine()
-    show(found, report(found), command.common.json)
+    show(found, report(found), common.json)
 
 
 def examine() -> dict[str, Any]:
@@ -109,7 +110,7 @@ def report(found: dict[str, Any]) -> str:
         *(f"  {device:<14}{name}" for device, name in found["attention"].items()),
         "",
         "Kernels",
-        table(
+        tables.plain(
             ([f"  {name}", on["cpu"], on["cuda"]] for name, on in found["kernels"].items()),
             ("  operator", "cpu", "cuda"),
         ),

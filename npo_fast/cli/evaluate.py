@@ -1,28 +1,16 @@
 """``npo-fast evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from npo_fast.cli.console import number, progress, say, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
-from npo_fast.cli.training import ModelOptions
-from npo_fast.data import Template, TokenizedExample, check_vocabulary
-from npo_fast.errors import UserError
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
-from npo_fast.metrics import (
-    AGGREGATED,
-    FORGET,
-    Result,
-    has_truth_ratio,
-    load_result,
-    save_result,
-    summary,
-)
+from npo_fast.runs.options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -51,11 +39,9 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class OptionalModel(ModelOptions):
+class FixedModel(ModelOptions):
     """Which model, where, and how text becomes tokens."""
 
-    model: str = ""
-    """Hub name, folder (of a LoRA adapter too), run folder of npo-fast, or .gguf file."""
     quantize: Literal["none", "4bit"] = "none"
     """"4bit" loads the weights as NF4 (bitsandbytes)."""
     lora_rank: tyro.conf.Suppress[int] = 0
@@ -64,92 +50,26 @@ class OptionalModel(ModelOptions):
 
 @dataclass(frozen=True)
 class Command:
-    model: OptionalModel = field(default_factory=OptionalModel)
+    model: FixedModel = field(default_factory=FixedModel)
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
-    data = command.data
-    if data.output is not None and (data.output / AGGREGATED).exists() and not data.overwrite:
-        raise UserError(f"{data.output} holds logs; name another --output or add --overwrite")
-    retrained = None if data.retrained is None else load_result(data.retrained)
-    if data.log is not None:
-        result = dict(load_result(data.log))
-        if retrained is not None and not has_truth_ratio(result.get(FORGET, {})):
-            raise UserError(
-                f"--retrained compares truth ratios of the forget set, and {data.log} has none: "
-                "leave it out"
-            )
-    else:
-        if not command.model.model:
-            raise UserError("say which --model to evaluate, or which --log to read")
-        if data.forget is None and data.retain is None:
-            raise UserError("say what to evaluate on with --forget, --retain or both")
-        if data.holdout is not None and data.forget is None:
-            raise UserError("--holdout is compared with --forget: name both")
-        suite = tofu_suite(
-            data.data, data.forget, data.retain, data.holdout, utility=not data.no_utility
-        )
-        if retrained is not None:
-            check_forget_quality(suite)
-        for name, records in suite.items():
-            say(f"{name}: {len(records)} records")
-        result = dict(_measure(command, suite))
-    if data.output is not None:
-        save_result(result, data.output)
-        say(f"logs saved in {data.output}")
-    numbers = summary(result, retrained)
+def run(command: Command, common: Common) -> None:
+    from npo_fast.runs.evaluating import evaluate
+
+    sources = dict(vars(command.data))
+    scores = evaluate(
+        command.model.model, utility=not sources.pop("no_utility"), **sources,
+        loading=command.model, evaluation=command.evaluation,
+    )  # fmt: skip
     show(
         {
-            "metrics": numbers,
-            "examples": {name: len(log["avg_gt_loss"]) for name, log in result.items()},
+            "metrics": scores,
+            "examples": {name: len(log["avg_gt_loss"]) for name, log in scores.logs.items()},
         },
-        table(([name, number(value)] for name, value in numbers.items()), ("measure", "value")),
-        command.common.json,
+        tables.plain(
+            ([name, tables.number(value)] for name, value in scores.items()), ("measure", "value")
+        ),
+        common.json,
     )
-
-
-def _measure(command: Command, suite: Suite) -> Result:
-    from npo_fast.evaluation.evaluate import evaluate
-    from npo_fast.evaluation.reference import ReferenceStates
-
-    template = command.model.load_template()
-    sequences = {name: template.encode_all(records)[0] for name, records in suite.items()}
-    settings, reference = command.evaluation, None
-    if command.data.reference is not None:
-        _check_tokens(command.data.reference, template, sequences)
-        other = replace(command.model, model=command.data.reference).load_model()
-        check_vocabulary(sequences, other.vocabulary)
-        reference = ReferenceStates.of(other, template, suite, settings.micro_batch_tokens)
-        del other  # before the next one takes its memory
-    lm = command.model.load_model()
-    check_vocabulary(sequences, lm.vocabulary)
-    if reference is not None and len(reference.head.weight) != len(lm.head.weight):
-        raise UserError(
-            f"--reference predicts {len(reference.head.weight)} tokens and the model "
-            f"{len(lm.head.weight)}: KL compares models with the same tokens"
-        )
-    with progress("evaluate") as update:
-        return evaluate(lm, template, suite, settings, update, reference)
-
-
-def _check_tokens(
-    reference: str, template: Template, sequences: Mapping[str, list[TokenizedExample]]
-) -> None:
-    """The tokens to be compared mean the same to both models, as far as the reference can tell."""
-    from npo_fast.model.load import load_tokenizer
-
-    try:
-        other = load_tokenizer(reference)
-    except UserError:
-        return  # a folder with weights alone
-    used = sorted({i for own in sequences.values() for one in own for i in one.input_ids})
-    ours, theirs = (t.convert_ids_to_tokens(used) for t in (template.tokenizer, other))
-    if differ := [pair for pair in zip(used, ours, theirs, strict=True) if pair[1] != pair[2]]:
-        token, own, found = differ[0]
-        raise UserError(
-            f"--reference {reference} has another vocabulary than the model: its token {token} is "
-            f"{found!r}, not {own!r}, and KL compares models with the same tokens"
-        )

@@ -1,10 +1,12 @@
 """``npo-fast plan``: what a run will need, before anyone rents a card."""
 
-from dataclasses import dataclass, field, replace
+import logging
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from npo_fast.cli.console import say, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 from npo_fast.trainer.optimizers import Optimizer
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from npo_fast.planner import Advice, Footprint, PlannedRun
 
 GIB = 1 << 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,9 @@ class PlanOptions:
 @dataclass(frozen=True)
 class Command:
     plan: PlanOptions
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     options = command.plan
     if options.card is not None and not options.card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
@@ -71,7 +74,7 @@ def run(command: Command) -> None:
 
     @cache
     def measure(plan: "PlannedRun") -> "Footprint":
-        say(" ".join(["a step without data", *flags(planned, plan)]))
+        logger.info(" ".join(["a step without data", *flags(planned, plan)]))
         return footprint(config, plan, options.ranks)
 
     found = measure(planned)
@@ -80,7 +83,7 @@ def run(command: Command) -> None:
     show(
         _facts(options, config, found, advice),
         _text(options, config, found, advice),
-        command.common.json,
+        common.json,
     )
 
 
@@ -126,7 +129,7 @@ def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["A
         _row("CUDA context, gaps", found.allowance),
         _row("needed", found.needed),
         "",
-        table(
+        tables.plain(
             (
                 [f"{one.card_gb:g} GB", _gib(one.footprint.needed), _verdict(planned, one)]
                 for one in reversed(advice)

@@ -8,11 +8,6 @@ import tyro
 
 from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
-from npo_fast.errors import UserError
-from npo_fast.metrics import Result, load_result
-from npo_fast.report.html import MARK
-from npo_fast.report.page import Report
-from npo_fast.report.runs import load_runs
 
 
 @dataclass(frozen=True)
@@ -34,43 +29,20 @@ class PageOptions:
 @dataclass(frozen=True)
 class Command:
     page: PageOptions = field(default_factory=PageOptions)
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
-    page = command.page
-    if not page.runs:
-        raise UserError("name one run folder or more: npo-fast report runs/npo runs/ga")
-    if page.answers < 0:
-        raise UserError(f"--answers must be 0 or more, got {page.answers}")
-    if page.output.suffix not in (".html", ".htm"):
-        raise UserError(f"--output {page.output} must end in .html")
-    files = page.output, page.output.with_suffix(".md")
-    for file in files:
-        _check_ours(file)
-    report = Report(load_runs(page.runs), _logs(page.original), _logs(page.retrained), page.answers)
-    page.output.parent.mkdir(parents=True, exist_ok=True)
-    for file, content in zip(files, (report.html(), report.markdown()), strict=True):
-        file.write_text(content, encoding="utf-8")
+def run(command: Command, common: Common) -> None:
+    from npo_fast.runs.reporting import report
+
+    page, result = command.page.output, report(**vars(command.page))
+    table = page.with_suffix(".md")
     show(
         {
-            "output": str(files[0]),
-            "markdown": str(files[1]),
-            "runs": report.rows,
-            "missing": report.missing,
+            "output": str(page),
+            "markdown": str(table),
+            "runs": result.rows,
+            "missing": result.missing,
         },
-        "\n".join([*report.missing, f"{files[0]} and {files[1]} are written"]),
-        command.common.json,
+        "\n".join([*result.missing, f"{page} and {table} are written"]),
+        common.json,
     )
-
-
-def _logs(path: Path | None) -> Result:
-    return {} if path is None else load_result(path)
-
-
-def _check_ours(file: Path) -> None:
-    """A report may be made anew; another file is not written over."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file with --output")
-    if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise UserError(f"{file} is not a report of npo-fast; name another --output")

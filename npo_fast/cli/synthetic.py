@@ -1,13 +1,15 @@
 """``npo-fast synthetic``: the NPO paper's synthetic experiment and its theorem."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npo_fast.cli.console import say, show, table
+from npo_fast import tables
+from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
 
@@ -18,6 +20,8 @@ RESULT, CURVES, CLAIMS = "result.json", "curves.json", "claims.md"
 THEOREM_STEPS, QUICK_THEOREM_STEPS = 4000, 400
 LARGEST_SEED = 2**63 - 1
 _CURVE = ("steps", "mean", "std")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,22 @@ class SyntheticOptions:
 @dataclass(frozen=True)
 class Command:
     synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
-    common: Common = field(default_factory=Common)
 
 
-def run(command: Command) -> None:
+def run(command: Command, common: Common) -> None:
     options = command.synthetic
     seeds = _seeds(options.seeds)
     check_output(options.output, options.overwrite)
     started = time.perf_counter()
-    say("loading PyTorch")
+    logger.info("loading PyTorch")
     from npo_fast.bench.provenance import provenance
     from npo_fast.experiments.synthetic import claims, experiment, figures, theory
 
     origin = provenance()
 
     steps = experiment.QUICK if options.quick else experiment.Steps()
-    found = experiment.run(seeds, steps, say)
-    laws = theory.run(seeds, QUICK_THEOREM_STEPS if options.quick else THEOREM_STEPS, say)
+    found = experiment.run(seeds, steps, logger.info)
+    laws = theory.run(seeds, QUICK_THEOREM_STEPS if options.quick else THEOREM_STEPS, logger.info)
     checked = claims.check(found, laws)
     result = {
         "seeds": seeds,
@@ -72,8 +75,7 @@ def run(command: Command) -> None:
     (options.output / CLAIMS).write_text(text, encoding="utf-8")
     files = figures.draw(found, laws, options.output)
     _write(options.output / RESULT, result)
-    say()
-    show(result, _text(result, text, files), command.common.json)
+    show(result, _text(result, text, files), common.json)
 
 
 def _seeds(text: str) -> list[int]:
@@ -127,12 +129,12 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _text(result: Mapping[str, Any], claims: str, files: list[Path]) -> str:
-    limit = table(
+    limit = tables.plain(
         ([f"{x['beta']:g}", f"{x['loss_difference']:.2e}", f"{x['gradient_difference']:.2e}"]
          for x in result["limit"]),
         ("beta", "NPO - GA, constants apart", "of the gradients, relative"),
     )  # fmt: skip
-    laws = table(
+    laws = tables.plain(
         ([x["loss"], str(x["samples"]), f"{x['eta']:g}", f"{x['scale']:.4g}",
           "" if x["c"] is None else f"{x['c']:.3g}", f"{x['r2']:.5f}"] for x in result["theorem"]),
         ("loss", "n_f", "eta", "coefficient", "C", "R^2"),

@@ -2,18 +2,20 @@
 
 from npo_fast.data.answers import alternated, load_refusals, refused
 from npo_fast.data.packing import PackedBatch, concatenate, micro_batches, pack
-from npo_fast.data.records import Record, load_records
+from npo_fast.data.records import Record, Records, describe, load_records
 from npo_fast.data.template import Template, TokenizedExample, check_vocabulary, data_fingerprint
 
 __all__ = [
     "PackedBatch",
     "Record",
+    "Records",
     "Template",
     "TokenizedExample",
     "alternated",
     "check_vocabulary",
     "concatenate",
     "data_fingerprint",
+    "describe",
     "load_records",
     "load_refusals",
     "micro_batches",

@@ -1,6 +1,6 @@
 """Sequences of any length end to end in one row: no padding, and only answer tokens as labels."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -12,19 +12,25 @@ from npo_fast.data.template import TokenizedExample
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """S sequences in T tokens, N of which predict an answer token. The label shift is done here."""
+    """S sequences in T tokens, N of which predict an answer token. The label shift is done here.
+
+    Where several processes share a batch, each has the tokens of its own sequences (``input_ids``
+    to ``lengths``, and ``rows``) and the answers of all of them, process after process.
+    """
 
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (T,) restart at every sequence
     cu_seqlens: Tensor  # (S + 1,) int32, tokens: what attention needs
+    lengths: tuple[int, ...]  # S, tokens of each sequence
     rows: Tensor  # (N,) positions whose hidden state predicts an answer token
     labels: Tensor  # (N,) the tokens they predict
     answer_cu_seqlens: Tensor  # (S + 1,) int32, rows: what the loss needs; stays on the CPU
-    lengths: tuple[int, ...]  # S, tokens of each sequence
     indices: tuple[int, ...]  # S, row of each sequence in its split
+    rows_by_rank: tuple[int, ...] = ()  # rows of each process, where several share the batch
 
     @property
     def sequences(self) -> int:
+        """Number of sequences whose answers count."""
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -56,15 +62,19 @@ def pack(
 
 
 def micro_batches(
-    sequences: Iterable[TokenizedExample], max_tokens: int, group: int = 1, world_size: int = 1
-) -> list[list[PackedBatch]]:
-    """What goes through the model at a time: a pack for each of several processes.
+    sequences: Iterable[TokenizedExample],
+    max_tokens: int,
+    group: int = 1,
+    world_size: int = 1,
+    rank: int = 0,
+) -> list[PackedBatch]:
+    """What goes through the model at a time: the packs of ``pack``, shared by several processes.
 
-    Units of ``group`` sequences are dealt so that each process gets about as many tokens. One that
-    has no more to do takes a pack that no answer is asked of, so that all make as many passes.
+    Units of ``group`` sequences are dealt so that each process gets about as many tokens. A process
+    that runs out of sequences gets one again, without its answer, so that all make as many passes.
     """
     if world_size == 1:
-        return [[one] for one in pack(sequences, max_tokens, group)]
+        return list(pack(sequences, max_tokens, group))
     units = list(zip(*[iter(sequences)] * group, strict=True))
     dealt: list[list[TokenizedExample]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
@@ -72,27 +82,41 @@ def micro_batches(
         least = tokens.index(min(tokens))
         dealt[least] += unit
         tokens[least] += _tokens(unit)
-    of_each = [list(pack(own, max_tokens, group)) for own in dealt]
-    passes = max(map(len, of_each))
-    return [[own[i] if i < len(own) else _idle(units[0]) for own in of_each] for i in range(passes)]
+    packs_by_rank = [list(pack(share, max_tokens, group)) for share in dealt]
+    passes = max(map(len, packs_by_rank))
+    for packs in packs_by_rank:
+        packs += [_without_answers(units[0])] * (passes - len(packs))
+    return [_share_answers(packs, rank) for packs in zip(*packs_by_rank, strict=True)]
 
 
 def _tokens(unit: tuple[TokenizedExample, ...]) -> int:
     return sum(len(sequence.input_ids) for sequence in unit)
 
 
-def _idle(unit: tuple[TokenizedExample, ...]) -> PackedBatch:
-    one = _collate([unit])
+def _without_answers(unit: tuple[TokenizedExample, ...]) -> PackedBatch:
+    batch = _collate([unit])
     return replace(
-        one,
-        rows=one.rows[:0],
-        labels=one.labels[:0],
-        answer_cu_seqlens=one.answer_cu_seqlens[:1],
+        batch,
+        rows=batch.rows[:0],
+        labels=batch.labels[:0],
+        answer_cu_seqlens=batch.answer_cu_seqlens[:1],
         indices=(),
     )
 
 
-def concatenate(packs: list[PackedBatch]) -> PackedBatch:
+def _share_answers(packs: Sequence[PackedBatch], rank: int) -> PackedBatch:
+    """The tokens of the pack of ``rank``, with the answers of all packs."""
+    answers = concatenate(packs)
+    return replace(
+        packs[rank],
+        labels=answers.labels,
+        answer_cu_seqlens=answers.answer_cu_seqlens,
+        indices=answers.indices,
+        rows_by_rank=tuple(len(p.rows) for p in packs),
+    )
+
+
+def concatenate(packs: Sequence[PackedBatch]) -> PackedBatch:
     """Packs one after another as one, for a single pass through the model."""
     if len(packs) == 1:
         return packs[0]

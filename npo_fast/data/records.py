@@ -9,6 +9,7 @@ Files hold one JSON object a line, or one JSON array.
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,30 +36,47 @@ class Record:
         return self.messages[-1][1]
 
 
-def load_records(name: str, data: str | None = None) -> list[Record]:
-    """Records of one split.
+Records = str | Path | Iterable[Record | Mapping[str, Any]]  # by name, or in memory
+
+
+def load_records(source: Records, data: str | None = None, role: str = "data") -> list[Record]:
+    """Records of one split, by name or from rows in memory.
 
     Args:
-        name: a file, or the name of a split of ``data``; either may end in a slice such as
-            ``forget05[:160]`` or ``mine.jsonl[-40:]``.
+        source: a file, or the name of a split of ``data``; either may end in a slice such as
+            ``forget05[:160]`` or ``mine.jsonl[-40:]``. Or rows: dicts with the keys of a file's
+            records, a ``datasets.Dataset``, or ``Record`` objects.
         data: a folder with ``<name>.json`` or ``.jsonl``, a file, or a hub dataset such as
             ``locuslab/TOFU`` (a configuration of that name, else a split).
+        role: what messages call rows in memory.
 
     Raises:
         NoSuchSplitError: no such file or split (the message lists those there are).
-        UserError: an empty file, or a record without one of the three forms (the message names
+        UserError: no record at all, or one without one of the three forms (the message names
             file and line).
     """
+    if not isinstance(source, (str, Path)):
+        rows = [
+            row if isinstance(row, Record) else parse_record(row, f"{role}, record {i + 1}")
+            for i, row in enumerate(source)
+        ]
+        if not rows:
+            raise UserError(f"{role} holds no record")
+        return rows
+    name = str(source)
     base, part = _parse_slice(name)
-    rows, source = _read(base, data)
-    if not rows:
-        raise UserError(
-            f"{source} is empty: it holds no record; give a file with one record a line"
-        )
-    records = [parse_record(row, f"{source}, record {i + 1}") for i, row in enumerate(rows)][part]
+    read, where = _read(base, data)
+    if not read:
+        raise UserError(f"{where} is empty: it holds no record; give a file with one record a line")
+    records = [parse_record(row, f"{where}, record {i + 1}") for i, row in enumerate(read)][part]
     if not records:
-        raise UserError(f"{name!r} selects no record: {source} holds {len(rows)}")
+        raise UserError(f"{name!r} selects no record: {where} holds {len(read)}")
     return records
+
+
+def describe(source: Records | None) -> str:
+    """The name of a source, for ``run.json`` and messages; rows in memory have none."""
+    return "" if source is None else str(source) if isinstance(source, (str, Path)) else "(rows)"
 
 
 def parse_record(row: Any, where: str) -> Record:

@@ -12,14 +12,15 @@ from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite
 from npo_fast.evaluation.tokens import TokenScores, token_scores
-from npo_fast.memorization import (
+from npo_fast.metrics import HOLDOUT
+from npo_fast.metrics.memorization import (
     exact_memorization,
     extraction_strength,
     min_k,
     min_k_plus_plus,
 )
-from npo_fast.metrics import HOLDOUT
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.generation import generate
 from npo_fast.ops import segment_sum
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -39,8 +40,9 @@ def evaluate(
     end-of-sequence token among them. Where a record has no paraphrase, its answer stands in, as in
     TOFU's real authors and world facts. ROUGE is the recall of the greedy answer
     (``rouge_scorer``).
-    Beside TOFU's fields stand those of ``npo_fast.memorization``, and with ``reference`` (taken of
-    the same suite) ``kl_to_reference``, the mean KL(reference || model) over answer tokens.
+    Beside TOFU's columns stand those of ``npo_fast.metrics.memorization``, and with ``reference``
+    (taken of the same suite) ``kl_to_reference``, the mean KL(reference || model) over answer
+    tokens.
     """
     settings = settings or EvaluationSettings()
     was_training = lm.model.training
@@ -105,7 +107,7 @@ def _losses_of(scores: list[TokenScores]) -> dict[str, list[Any]]:
 
 
 def _memorization(records: list[Record], scores: list[TokenScores]) -> dict[str, list[Any]]:
-    """Beside TOFU's: what ``npo_fast.memorization`` makes of the tokens of the right answer."""
+    """Columns of ``npo_fast.metrics.memorization``, from the tokens of the right answers."""
     return {
         "exact_memorization": [exact_memorization(one.greedy) for one in scores],
         "extraction_strength": [extraction_strength(one.greedy) for one in scores],
@@ -198,7 +200,8 @@ def _generations(
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), settings.generation_batch):
         chunk = order[first : first + settings.generation_batch]
-        continuations = lm.generate(
+        continuations = generate(
+            lm,
             [prompts[i] for i in chunk],
             settings.max_new_tokens,
             tokenizer.pad_token_id,

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from npo_fast.data import Record, load_records
+from npo_fast.data import Record, Records, load_records
 from npo_fast.errors import NoSuchSplitError, UserError
 from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
@@ -15,20 +15,20 @@ TOFU_SPLIT = re.compile(r"(forget|retain)\d\d")
 
 def tofu_suite(
     data: str | None,
-    forget: str | None,
-    retain: str | None,
-    holdout: str | None = None,
+    forget: Records | None,
+    retain: Records | None,
+    holdout: Records | None = None,
     *,
     utility: bool = True,
 ) -> dict[str, list[Record]]:
     """Records by the name of the log they fill.
 
-    ``forget`` and ``retain`` are splits or files as in training. Where a split ``<name>_perturbed``
-    lies beside it (TOFU has them), that one is taken, since it carries the paraphrased and wrong
-    answers that the truth ratio needs. TOFU has none for ``retain90`` or ``forget50``: of its
-    ``retainNN`` those records are measured that ``retain_perturbed`` holds, of ``forgetNN`` those
-    of ``forget10_perturbed``. With ``utility``, TOFU's real authors and world facts join where the
-    data has them. Of ``holdout`` only the right answers are of interest.
+    ``forget`` and ``retain`` are splits, files or rows as in training. Where a split
+    ``<name>_perturbed`` lies beside it (TOFU has them), that one is taken, since it carries the
+    paraphrased and wrong answers that the truth ratio needs. TOFU has none for ``retain90`` or
+    ``forget50``: of its ``retainNN`` those records are measured that ``retain_perturbed`` holds,
+    of ``forgetNN`` those of ``forget10_perturbed``. With ``utility``, TOFU's real authors and world
+    facts join where the data has them. Of ``holdout`` only the right answers are of interest.
 
     Raises:
         UserError: data that cannot be read, or ``<name>_perturbed`` asks other questions.
@@ -82,7 +82,10 @@ def check_forget_quality(suite: Suite) -> None:
         raise UserError("--retrained compares truth ratios of the forget set: name --forget")
 
 
-def _with_wrong_answers(data: str | None, name: str) -> list[Record]:
+def _with_wrong_answers(data: str | None, name: Records) -> list[Record]:
+    if not isinstance(name, (str, Path)):
+        return load_records(name)
+    name = str(name)
     base, bracket, part = name.partition("[")
     try:
         found = load_records(f"{_perturbed(base)}{bracket}{part}", data)

@@ -3,10 +3,10 @@
     trainer = UnlearningTrainer(model, args, UnlearningDataset(forget, retain), method="NPO+RT")
     trainer.train()
 
-Losses, methods and packing are those of ``npo_fast.trainer``; only the loop is another's. Several
-processes (``torchrun``, ``accelerate launch``) train as with DDP: each has the whole model, and the
-loss is that of all their batches together. Where the head's weight is not whole (FSDP, DeepSpeed),
-and under ``DataParallel`` or ``torch_compile``, ``train`` refuses.
+Losses, methods and packing are those of ``npo_fast.trainer``; the loop is that of ``Trainer``.
+Several processes (``torchrun``, ``accelerate launch``) train as with DDP: each has the whole model,
+and the loss is that of all their batches together. Where the head's weight is sharded (FSDP,
+DeepSpeed), and under ``DataParallel`` or ``torch_compile``, ``train`` refuses.
 """
 
 import copy
@@ -29,7 +29,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_log_probs
 from npo_fast.trainer.order import interleave, permutation, primary_sources
 from npo_fast.trainer.reference_cache import reference_cache_for
-from npo_fast.trainer.step import References, micro_step, with_baselines
+from npo_fast.trainer.step import References, micro_batch_loss, with_baselines
 
 if find_spec("accelerate") is None:
     raise ImportError(
@@ -37,7 +37,7 @@ if find_spec("accelerate") is None:
         "pip install 'npo-fast[hf-trainer]'"
     )
 
-REFERENCE_TOKENS = 2048  # a batch of the reference pass
+REFERENCE_TOKENS = 2048  # of a micro-batch of the reference pass
 
 
 class UnlearningDataset(torch.utils.data.Dataset[dict[str, TokenizedExample]]):
@@ -70,7 +70,7 @@ class UnlearningDataset(torch.utils.data.Dataset[dict[str, TokenizedExample]]):
             name: [replace(sequence, index=i) for i, sequence in enumerate(sequences)]
             for name, sequences in given.items()
         }
-        self._driving = primary_sources({n: s for n, s in self.sources.items() if s})
+        self._primary = primary_sources({n: s for n, s in self.sources.items() if s})
         self.seed = seed
         self.set_epoch(0)
 
@@ -89,32 +89,29 @@ class UnlearningDataset(torch.utils.data.Dataset[dict[str, TokenizedExample]]):
         return len(self.sources["forget"])
 
     def __getitem__(self, i: int) -> dict[str, TokenizedExample]:
-        item = {name: self.sources[name][i] for name in self._driving}
+        item = {name: self.sources[name][i] for name in self._primary}
         if self._partners:
             item["retain"] = self.sources["retain"][self._partners[i]]
         return item
 
 
 class UnlearningCollator:
-    """One ``PackedBatch``, without padding, for every stream of sequences that a term reads.
+    """One ``PackedBatch``, without padding, for each of the ``batch_keys``.
 
-    A stream is a source such as "forget", or several with their sequences side by side, such as
-    "idk/forget" for pairs; by default each source of the dataset by itself. accelerate moves a
-    batch with its own ``to``, which leaves on the host what the host reads.
+    A key is a source such as "forget", or several whose sequences alternate, such as "idk/forget"
+    for pairs; by default each source of the dataset by itself. accelerate moves a batch with its
+    own ``to``, which leaves on the host what the host reads.
     """
 
-    def __init__(self, streams: Sequence[str] | None = None) -> None:
-        self.streams = streams
+    def __init__(self, batch_keys: Sequence[str] | None = None) -> None:
+        self.batch_keys = batch_keys
 
     def __call__(self, items: list[dict[str, TokenizedExample]]) -> dict[str, PackedBatch]:
         batch = {name: [item[name] for item in items] for name in items[0]}
-        return {
-            batch_key: _pack_whole(batch, batch_key.split("/"))
-            for batch_key in self.streams or batch
-        }
+        return {key: _one_pack(batch, key.split("/")) for key in self.batch_keys or batch}
 
 
-def _pack_whole(batch: dict[str, list[TokenizedExample]], sources: list[str]) -> PackedBatch:
+def _one_pack(batch: dict[str, list[TokenizedExample]], sources: list[str]) -> PackedBatch:
     sequences = interleave(batch, sources)
     return next(pack(sequences, max_tokens=sys.maxsize, group=len(sources)))
 
@@ -174,9 +171,9 @@ class UnlearningTrainer(Trainer):
             raise UserError("UnlearningTrainer takes no eval_dataset; see npo_fast.evaluation")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the model's forward knows neither forget nor retain
-        streams = ["/".join(term.batch_key) for term in self.terms]
-        streams += [term.baseline for term in self.terms if term.baseline]
-        collator = UnlearningCollator(list(dict.fromkeys(streams)))
+        batch_keys = ["/".join(term.batch_key) for term in self.terms]
+        batch_keys += [term.baseline for term in self.terms if term.baseline]
+        collator = UnlearningCollator(list(dict.fromkeys(batch_keys)))
         super().__init__(model, args, collator, train_dataset=train_dataset, **options)
         self.model_accepts_loss_kwargs = False  # so Trainer divides by the accumulation steps
         self.lm = CausalLM(self.model, attention)
@@ -190,16 +187,18 @@ class UnlearningTrainer(Trainer):
         self._latest: dict[str, Tensor] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``, with the attention for packs."""
         with self.lm.packing():
             return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Any],  # stream -> PackedBatch
+        inputs: dict[str, Any],  # batch key -> PackedBatch
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """The loss of a device batch, as ``Trainer`` calls for it."""
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         if inner is not self.lm.model:
             raise UserError(
@@ -207,19 +206,20 @@ class UnlearningTrainer(Trainer):
                 f"{type(model).__name__}: start one process a GPU (torchrun, accelerate launch: "
                 "DDP) without FSDP, DeepSpeed or torch_compile"
             )
+        inputs = {key: batch.to(self.lm.device) for key, batch in inputs.items()}
         total = torch.zeros((), device=self.lm.device)
         # Trainer's own autocast is around model.forward alone
         with self.lm.within(model), self.accelerator.autocast():
-            packs = {batch_key: [[batch]] for batch_key, batch in inputs.items()}
-            terms = with_baselines(self.lm, self.terms, packs, self.references)
+            batches = {key: [batch] for key, batch in inputs.items()}
+            terms = with_baselines(self.lm, self.terms, batches, self.references)
             counts = self._counts(terms, inputs)
-            for batch_key, batch in inputs.items():
-                sources = batch_key.split("/")
-                own = [term for term in terms if list(term.batch_key) == sources]
-                if not own:  # a baseline alone
+            for key, batch in inputs.items():
+                sources = key.split("/")
+                terms_of_key = [term for term in terms if list(term.batch_key) == sources]
+                if not terms_of_key:  # a baseline alone
                     continue
-                loss, values, log_probs = micro_step(
-                    self.lm, batch, own, counts, self.references, self.reference_cache
+                loss, values, log_probs = micro_batch_loss(
+                    self.lm, batch, terms_of_key, counts, self.references, self.reference_cache
                 )
                 total = total + loss
                 means = log_probs.view(-1, len(sources)).mean(dim=0)
@@ -228,12 +228,13 @@ class UnlearningTrainer(Trainer):
         return (total, {}) if return_outputs else total
 
     def _counts(self, terms: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What a sum is divided by: the mean count of a process, as DDP takes the mean of them."""
-        own = [float(_count(term, inputs)) for term in terms]
-        counts = self.accelerator.reduce(torch.tensor(own).to(self.lm.device), "mean")
+        """What a sum is divided by: the mean of the processes' counts, as DDP takes means too."""
+        here = [float(_count(term, inputs)) for term in terms]
+        counts = self.accelerator.reduce(torch.tensor(here).to(self.lm.device), "mean")
         return dict(zip((term.name for term in terms), counts.unbind(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As ``Trainer.log``, with terms and log-probs beside a loss."""
         if "loss" in logs:
             values = self.accelerator.reduce(dict(self._latest), "mean")
             logs = {**logs, **{name: float(value) for name, value in values.items()}}
@@ -246,7 +247,7 @@ class UnlearningTrainer(Trainer):
 
 def _count(term: Term, inputs: Mapping[str, PackedBatch]) -> int:
     """What the term's sum over a device batch is divided by."""
-    batches = [inputs[batch_key] for batch_key in term.over or ["/".join(term.batch_key)]]
+    batches = [inputs[key] for key in term.over or ["/".join(term.batch_key)]]
     if term.reduction == "mean":
         return sum(batch.sequences for batch in batches) // len(term.batch_key)
     if term.reduction == "token_mean":

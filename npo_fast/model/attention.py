@@ -54,22 +54,22 @@ def packed_attention(
 
 
 def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) -> None:
-    """A layer may keep its window in the mask alone, which is not made here.
+    """Refuses a window that a layer keeps in the mask alone, since no mask is made here.
 
     Raises:
-        UserError: it does, and a sequence of ``longest`` tokens is beyond the window.
+        UserError: a sequence of ``longest`` tokens is beyond such a window.
     """
     config = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
+    layer_types = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
-    kind = kinds[index] if kinds and index is not None else "sliding_attention"
+    kind = layer_types[index] if layer_types and index is not None else "sliding_attention"
     name = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     window = getattr(config, name.get(kind, ""), None)
-    code = vars(sys.modules[type(module).__module__])  # a config may name a window in vain
-    masks = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
-    if not any(mask in code for mask in masks):
+    if not window or longest <= window:  # 0 where it is off
         return
-    if window and longest > window:  # 0 where it is off
+    code = vars(sys.modules[type(module).__module__])
+    masks = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    if any(mask in code for mask in masks):  # else the configuration names a window in vain
         raise UserError(
             f"{type(module).__name__} looks back {window} tokens and does not tell {attention} "
             f"so, and a sequence has {longest}: name --attention sdpa or eager, or cut sequences "

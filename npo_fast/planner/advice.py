@@ -6,7 +6,7 @@ from functools import reduce
 
 from npo_fast.methods import build_method
 from npo_fast.planner.memory import Footprint, PlannedRun
-from npo_fast.trainer.step import batch_keys
+from npo_fast.trainer.order import batch_keys
 
 CARDS_GB = (12, 16, 24, 40, 48, 80)
 

@@ -26,8 +26,9 @@ from npo_fast.ops.cost import Problem
 from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
+from npo_fast.trainer.order import batch_keys
 from npo_fast.trainer.reference_cache import ReferenceCache
-from npo_fast.trainer.step import batch_keys, micro_step
+from npo_fast.trainer.step import micro_batch_loss
 
 GIB = 1 << 30
 KINDS = {
@@ -251,9 +252,9 @@ class TrackedStep:
         cache = _Cache(self, rows) if any(isinstance(t.loss, KL) for t in terms) else None
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
-            loss, _, _ = micro_step(
-                self.lm, micro, terms, counts, references, cast("ReferenceCache | None", cache),
-                states,
+            loss, _, _ = micro_batch_loss(
+                self.lm, micro.to(self.lm.device), terms, counts, references,
+                cast("ReferenceCache | None", cache), states,
             )  # fmt: skip
         return loss
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from npo_fast import tables
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import measures
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
+from npo_fast.metrics.measures import REPORTED, measures, score
 from npo_fast.report import svg, table
 from npo_fast.report.figures import MEANINGFUL, Point
 from npo_fast.report.html import MARK, Figure, render
@@ -143,14 +143,14 @@ class Report:
         return Figure(svg.truth_ratios(ratios, anchors)) if ratios else None
 
     def _evaluation_curves(self) -> Iterator[Figure]:
-        for title, path in table.MEASURES.items():
+        for measure in REPORTED:
             series = self._series(
-                lambda _, record, path=path: table.value(record, path), "evaluations"
+                lambda _, record, key=measure.key: score(record, key), "evaluations"
             )
             if not series:
                 continue
-            key, heading = f"look-{'-'.join(path)}", _capitalised(title)
-            if title == "forget quality":
+            key, heading = f"look-{measure.key.replace('.', '-')}", _capitalised(measure.label)
+            if measure.key == "forget_quality":
                 drawable = {
                     name: (i, x, [max(p, svg.SMALLEST) for p in y])
                     for name, (i, x, y) in series.items()
@@ -158,7 +158,7 @@ class Report:
                 unit = "KS p-value, higher is better"
                 yield Figure(svg.curves(key, heading, unit, drawable, True, MEANINGFUL))
             else:
-                yield Figure(svg.curves(key, heading, table.BETTER[title], series))
+                yield Figure(svg.curves(key, heading, measure.better, series))
 
     def _step_curves(self) -> Iterator[Figure]:
         yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import measures
 from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
+from npo_fast.metrics.measures import measures
 
 SETS = {"forget": FORGET, "retain": RETAIN}
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value

@@ -1,38 +1,19 @@
 """The table of runs, the same in HTML, Markdown and JSON."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.methods import WEIGHTS, Coefficients
+from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import Result
+from npo_fast.metrics.measures import REPORTED, score
 from npo_fast.report.runs import RunRecord
 
-MEASURES = {  # column -> path in ``course.measures``
-    "forget quality": ("forget_quality",),
-    "model utility": ("model_utility",),
-    "forget probability": ("forget", "probability"),
-    "forget ROUGE-L": ("forget", "rouge_l_recall"),
-    "retain probability": ("retain", "probability"),
-    "retain ROUGE-L": ("retain", "rouge_l_recall"),
-}
-BETTER = {  # in words, beside a curve
-    "model utility": "higher is better",
-    **{name: "lower is forgotten" for name in MEASURES if name.startswith("forget ")},
-    **{name: "higher is kept" for name in MEASURES if name.startswith("retain ")},
-}
-_COEFFICIENTS = {  # label -> name in the method's settings
-    f"{name.upper() if name == 'kl' else name} x" if name in WEIGHTS else name: (
-        f"{name}_coefficient" if name in WEIGHTS else name
-    )
-    for name in (field.name for field in fields(Coefficients))
-}
 _SETTINGS = {  # label -> path in the settings
     "lr": ("training", "lr"),
     "epochs": ("training", "epochs"),
     "batch": ("training", "batch_size"),
-    **{label: ("method", name) for label, name in _COEFFICIENTS.items()},
+    **{coefficient.label: ("method", coefficient.flag) for coefficient in COEFFICIENTS.values()},
     "seed": ("training", "seed"),
 }
 
@@ -53,7 +34,7 @@ def row(run: RunRecord, retrained: Result) -> tuple[dict[str, Any], str]:
     cells = {
         "run": run.name,
         "method": run.method,
-        **{name: value(measured, path) for name, path in MEASURES.items()},
+        **{measure.label: score(measured, measure.key) for measure in REPORTED},
         "measured on": source,
         "status": run.metadata.get("status", "unknown"),
         "settings": ", ".join(f"{label} {setting:g}" for label, setting in settings.items()),
@@ -69,13 +50,6 @@ def anchor_row(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Cells of a model that is only there to compare with."""
     return {
         "run": name,
-        **{column: value(measured, path) for column, path in MEASURES.items()},
+        **{measure.label: score(measured, measure.key) for measure in REPORTED},
         "measured on": "its logs",
     }
-
-
-def value(measured: Any, path: Sequence[str]) -> float | None:
-    """The number at the end of ``path`` in nested measures, None where there is none."""
-    for key in path:
-        measured = measured.get(key) if isinstance(measured, Mapping) else None
-    return None if measured is None else float(measured)

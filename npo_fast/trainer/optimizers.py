@@ -16,7 +16,7 @@ Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 
 def check_optimizer(name: Optimizer) -> None:
-    """Imports its library, without which the states of a checkpoint cannot be read either.
+    """Imports the library of an optimizer, which reading its states from a checkpoint needs too.
 
     Raises:
         UserError: the library is not installed.
@@ -28,27 +28,27 @@ def check_optimizer(name: Optimizer) -> None:
     _torchao()
 
 
-def trained(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
-    """Those that require a gradient.
+def trainable_parameters(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
+    """Those that require a gradient, if the optimizer can train them.
 
     Raises:
         UserError: there are none, none that the optimizer is for, or fp16 ones.
     """
-    own = [p for p in parameters if p.requires_grad]
-    if not own:
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
         raise UserError("no weight of this model can be trained: add --lora-rank 16")
-    if any(p.dtype == torch.float16 for p in own):
+    if any(p.dtype == torch.float16 for p in trainable):
         raise UserError(
             "fp16 weights cannot be trained: squares of gradients vanish in fp16, and steps become "
             "far too long; use --dtype bf16 or fp32, or an adapter beside them (--lora-rank 16)"
         )
-    if name == "adamw-bf16" and all(p.dtype != torch.bfloat16 for p in own):
-        kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
+    if name == "adamw-bf16" and all(p.dtype != torch.bfloat16 for p in trainable):
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable}))
         raise UserError(
-            f"--optimizer adamw-bf16 rounds bf16 weights, and those to train are {kinds}: "
+            f"--optimizer adamw-bf16 rounds bf16 weights, and those to train are {dtypes}: "
             "add --dtype bf16 (LoRA weights are always fp32), or use another --optimizer"
         )
-    return own
+    return trainable
 
 
 def build_optimizer(
@@ -64,33 +64,33 @@ def build_optimizer(
     adamw-bf16        2 x 2 bytes            rounded at random, right on average
     ================  =====================  ==========================================
 
-    The first is PyTorch's fused one, the others are torchao's: of the two well-kept libraries with
+    The first is PyTorch's fused one. The others are torchao's: of the two well-kept libraries with
     8-bit states it alone rounds stochastically (bitsandbytes rounds to the nearest, which loses
-    steps below 1/512 of a weight), and it has the bf16 one too. 8-bit states: tensors below 4096
-    values, or not a multiple of 256, keep theirs whole.
+    steps below 1/512 of a weight), and it has the bf16 one too. With 8-bit states, tensors of less
+    than 4096 values, or not of a multiple of 256, keep states of their own dtype.
 
     Raises:
         UserError: nothing to train, torchao is not installed, or adamw-bf16 without bf16 weights.
     """
     check_optimizer(name)
-    own = trained(parameters, name)
+    trainable = trainable_parameters(parameters, name)
     if name == "adamw":
-        if any(p.dtype == torch.bfloat16 for p in own):
+        if any(p.dtype == torch.bfloat16 for p in trainable):
             warnings.warn(
                 "adamw rounds bf16 weights to the nearest, which loses steps of less than 1/512 of "
                 "a weight: --optimizer adamw-bf16 or adamw-8bit rounds at random, --dtype fp32 "
                 "keeps them",
                 stacklevel=2,
             )
-        return torch.optim.AdamW(own, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=True)
     kind = getattr(_torchao(), "AdamW8bit" if name == "adamw-8bit" else "_AdamW")
-    if own[0].device.type == "cpu":
+    if trainable[0].device.type == "cpu":
         kind = type(kind.__name__, (_Eager, kind), {})
-    return kind(own, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
+    return kind(trainable, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
 
 
 def _torchao() -> Any:
-    logging.disable(logging.WARNING)  # of GPU libraries that none of this needs
+    logging.disable(logging.WARNING)  # about GPU libraries that this does not need
     try:
         import torchao.optim
     finally:
@@ -107,6 +107,7 @@ class _Eager:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
+    """All that the optimizer trains, in the order of its state dict."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -122,53 +123,54 @@ def step_one_at_a_time(optimizer: torch.optim.Optimizer) -> None:
 
 
 def keep_states_on_cpu(optimizer: torch.optim.Optimizer) -> None:
-    """States lie in CPU memory and visit the GPU for the step of their tensor.
+    """Keeps the states in CPU memory but for the step of their tensor.
 
     For an optimizer that steps a tensor at a time. torchao's ``CPUOffloadOptimizer`` is not used:
     it copies gradients away during the backward, before they can be clipped.
     """
 
-    def fetch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def to_device(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter, name, state in _states_in_use(optimizer):
             optimizer.state[parameter][name] = state.to(parameter.device, non_blocking=True)
 
-    def park(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def offload(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter, name, state in _states_in_use(optimizer):
-            at_rest = state.to("cpu")
-            if parameter.is_cuda and type(at_rest) is Tensor:
-                at_rest = at_rest.pin_memory()
-            optimizer.state[parameter][name] = at_rest
+            on_cpu = state.to("cpu")
+            if parameter.is_cuda and type(on_cpu) is Tensor:
+                on_cpu = on_cpu.pin_memory()
+            optimizer.state[parameter][name] = on_cpu
 
-    read: list[dict[int, dict[str, Any]]] = []
+    held_back: list[dict[int, dict[str, Any]]] = []
 
-    def set_aside(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
-        """Else ``load_state_dict`` brings all states to the GPU at once."""
-        read.append(saved["state"])
+    def hold_back(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        """Keeps ``load_state_dict`` from bringing all states to the GPU at once."""
+        held_back.append(saved["state"])
         return {**saved, "state": {}}
 
-    def put(optimizer: torch.optim.Optimizer) -> None:
+    def restore(optimizer: torch.optim.Optimizer) -> None:
         parameters = parameters_of(optimizer)
-        fused = optimizer.param_groups[0].get("fused")  # whose step count lies beside the weight
-        for i, states in read.pop().items():
+        fused = optimizer.param_groups[0].get("fused")  # its step count is on the device
+        for i, states in held_back.pop().items():
+            device = parameters[i].device
             optimizer.state[parameters[i]] = {
-                name: state.to(parameters[i].device) if fused and _visits_not(state) else state
+                name: state.to(device) if fused and _is_step_count(state) else state
                 for name, state in states.items()
             }
 
-    optimizer.register_load_state_dict_pre_hook(set_aside)
-    optimizer.register_load_state_dict_post_hook(put)
-    optimizer.register_step_pre_hook(fetch)
-    optimizer.register_step_post_hook(park)
+    optimizer.register_load_state_dict_pre_hook(hold_back)
+    optimizer.register_load_state_dict_post_hook(restore)
+    optimizer.register_step_pre_hook(to_device)
+    optimizer.register_step_post_hook(offload)
 
 
 def _states_in_use(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Parameter, str, Tensor]]:
+    """The states of parameters with a gradient, but for step counts."""
     for parameter in parameters_of(optimizer):
         if parameter.grad is not None:
             for name, state in list(optimizer.state.get(parameter, {}).items()):
-                if isinstance(state, Tensor) and not _visits_not(state):
+                if isinstance(state, Tensor) and not _is_step_count(state):
                     yield parameter, name, state
 
 
-def _visits_not(state: Any) -> bool:
-    """The step count."""
+def _is_step_count(state: Any) -> bool:
     return isinstance(state, Tensor) and state.numel() <= 1

@@ -10,8 +10,11 @@ from npo_fast.errors import UserError
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.trainer.settings import TrainSettings
 
+BatchKey = tuple[str, ...]  # the sources whose sequences alternate in a micro-batch
+
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Batches of one pass over ``examples``; the last may be smaller."""
     return math.ceil(examples / batch_size)
 
 
@@ -36,35 +39,41 @@ def step_batches(
     epochs: int,
     seed: int,
 ) -> Iterator[dict[str, list[TokenizedExample]]]:
-    """One dict of sequences a step; the last step of an epoch may be smaller.
+    """The sequences of each step, by source; the last step of an epoch may be smaller.
 
-    The driving sources hold answers to the same questions: a step sees the same places of each.
+    The primary sources hold answers to the same questions, and a step sees the same questions of
+    each. Of the other sources a step sees as many sequences, none again before all were seen.
     """
     others = {
         name: _endless(sequences, f"{seed}/{name}")
         for name, sequences in sources.items()
         if name not in primary
     }
-    examples = len(sources[primary[0]])
+    count = len(sources[primary[0]])
     for epoch in range(epochs):
-        order = permutation(examples, f"{seed}/{primary[0]}/{epoch}")
-        for first in range(0, examples, batch_size):
+        order = permutation(count, f"{seed}/{primary[0]}/{epoch}")
+        for first in range(0, count, batch_size):
             places = order[first : first + batch_size]
             batch = {name: [sources[name][i] for i in places] for name in primary}
-            for name, batch_key in others.items():
-                batch[name] = [next(batch_key) for _ in places]
+            for name, examples in others.items():
+                batch[name] = [next(examples) for _ in places]
             yield batch
 
 
 def interleave(
     batch: Mapping[str, list[TokenizedExample]], batch_key: Iterable[str]
 ) -> list[TokenizedExample]:
-    """The first sequence of each source, then the second of each, and so on: pairs stay whole."""
+    """The first sequence of each source, then the second of each, and so on: pairs side by side."""
     return [
         sequence
         for unit in zip(*(batch[name] for name in batch_key), strict=True)
         for sequence in unit
     ]
+
+
+def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
+    """The different batch keys of these terms: terms of one key share their micro-batches."""
+    return list(dict.fromkeys(term.batch_key for term in terms))
 
 
 def largest_step(
@@ -75,19 +84,19 @@ def largest_step(
     batches = step_batches(
         sources, primary_sources(sources), settings.batch_size, settings.epochs, settings.seed
     )
-    each_batch = schedule_steps(terms, settings.schedule)
-    streams = [dict.fromkeys(term.batch_key for term in turn) for turn in each_batch]
+    keys_of_steps = [batch_keys(step) for step in schedule_steps(terms, settings.schedule)]
     return max(
-        sum(len(s.input_ids) for batch_key in own for name in batch_key for s in batch[name])
+        sum(len(s.input_ids) for key in keys for name in key for s in batch[name])
         for batch in batches
-        for own in streams
+        for keys in keys_of_steps
     )
 
 
 def check_step_in_backward(
     sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
 ) -> None:
-    """
+    """Refuses steps that are not one micro-batch.
+
     Raises:
         UserError: a step has more tokens than a micro-batch may.
     """
@@ -109,5 +118,6 @@ def _endless(sequences: list[TokenizedExample], key: str) -> Iterator[TokenizedE
 
 
 def permutation(length: int, key: str) -> list[int]:
+    """The numbers below ``length`` in an order that ``key`` alone decides."""
     seed = int.from_bytes(key.encode(), "little") % (2**63 - 25)
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,181 +1,184 @@
-"""One step of training: from a batch to the gradient of all its terms."""
+"""One training step: the losses of a batch, their gradient, new weights.
+
+``take_step`` goes through it from top to bottom: ``accumulate_gradients`` sends micro-batches
+through the model, ``micro_batch_loss`` makes the loss of one, and ``update`` changes the weights.
+"""
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, TokenizedExample, concatenate, micro_batches
-from npo_fast.errors import OutOfMemory
+from npo_fast.data import PackedBatch, TokenizedExample, concatenate
+from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.ops import SequenceLoss, linear_log_probs, linear_sequence_loss, segment_sum
-from npo_fast.trainer.order import interleave
-from npo_fast.trainer.out_of_memory import halved, is_out_of_memory
+from npo_fast.ops import linear_sequence_loss, segment_sum
+from npo_fast.trainer.order import BatchKey, batch_keys, interleave
+from npo_fast.trainer.out_of_memory import (
+    first_line,
+    halved,
+    is_out_of_memory,
+    optimizer_message,
+    several_processes_message,
+    whole_step_message,
+)
 from npo_fast.trainer.reference_cache import ReferenceCache
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
 
 Sources = Mapping[str, list[TokenizedExample]]
-BatchKey = tuple[str, ...]  # sources whose sequences take turns in a micro-batch
 References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
-def whole_gradient(
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured. A loss or norm that is not finite has changed no weights, but for
+    ``update.partially_applied``."""
+
+    loss: float
+    terms: dict[str, float]  # value of each term, before its coefficient
+    log_probs: dict[str, float]  # source -> mean log-prob of a sequence
+    grad_norm: float  # before clipping
+
+
+def take_step(
     lm: CausalLM,
     batch: Sources,
     terms: tuple[Term, ...],
     settings: TrainSettings,
     state: TrainState,
     update: Update,
-    references: References | None,
+    references: References | None = None,
     reference_cache: ReferenceCache | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Hands the losses of one step to ``update``, in smaller micro-batches where memory runs out.
+) -> StepResult:
+    """One step of the optimizer on ``sum(term.coefficient * term)`` over ``batch``.
 
-    A second try begins with no gradient and with the random numbers of the first: it makes the
-    step that smaller micro-batches would have made from the start. They stay small afterwards.
+    Where memory runs out before weights change, the step begins again in smaller micro-batches,
+    without gradients and with the same random numbers: as if it had been made of those from the
+    start. They stay small afterwards (``state.micro_batch_tokens``).
 
-    Returns the value of each term and the mean log-prob of a sequence of each source.
+    Raises:
+        OutOfMemory: one sequence alone does not fit, or what must not be divided.
+        PartialUpdateOutOfMemory: the optimizer does not fit, after some weights may have changed.
     """
+    step, random_numbers = state.step + 1, random_state(lm.device)
     while True:
         assert state.micro_batch_tokens is not None
-        together = settings.step_in_backward
-        tokens = sys.maxsize if together else state.micro_batch_tokens
-        random = random_state(lm.device)
+        tokens = sys.maxsize if settings.step_in_backward else state.micro_batch_tokens
         try:
-            return _accumulate(
-                lm, batch, terms, tokens, together, update, references, reference_cache
+            values, log_probs = accumulate_gradients(
+                lm, batch, terms, tokens, update, references, reference_cache
             )
+            break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
-            if lm.world_size > 1:
-                raise OutOfMemory(
-                    f"step {state.step + 1}: out of memory ({reason}), and several processes "
-                    "cannot make the step again alone; lower --micro-batch-tokens or add "
-                    "--gradient-checkpointing"
-                ) from error
-        # here, where the error has let go of its frames and they of their activations
+            reason = first_line(error)
+        # Outside of the handler: the error holds the activations no longer.
         lm.model.zero_grad(set_to_none=True)
-        set_random_state(random, lm.device)
+        set_random_state(random_numbers, lm.device)
         if lm.device.type == "cuda":
             torch.cuda.empty_cache()
-        if together:
-            raise OutOfMemory(
-                f"step {state.step + 1}: out of memory ({reason}), and --step-in-backward takes a "
-                "whole step at once; add --gradient-checkpointing or lower --batch-size"
-            )
-        units = [
-            sum(len(batch[name][i].input_ids) for name in batch_key)
-            for batch_key in batch_keys(terms)
-            for i in range(len(batch[batch_key[0]]))
+        if lm.world_size > 1:
+            raise OutOfMemory(several_processes_message(step, reason))
+        if settings.step_in_backward:
+            raise OutOfMemory(whole_step_message(step, reason))
+        lengths = [
+            sum(len(example.input_ids) for example in unit)
+            for key in batch_keys(terms)
+            for unit in zip(*(batch[name] for name in key), strict=True)
         ]
-        state.micro_batch_tokens = halved(state.micro_batch_tokens, units, state.step + 1, reason)
+        state.micro_batch_tokens = halved(state.micro_batch_tokens, lengths, step, reason)
+
+    loss = sum(term.coefficient * values[term.name] for term in terms)
+    try:
+        grad_norm = update.apply(loss)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if update.started:
+            raise PartialUpdateOutOfMemory(optimizer_message(step, first_line(error))) from error
+        message = whole_step_message(step, first_line(error), " in the backward")
+        raise OutOfMemory(message) from error
+    return StepResult(loss, values, log_probs, grad_norm)
 
 
-def _accumulate(
+def accumulate_gradients(
     lm: CausalLM,
     batch: Sources,
     terms: tuple[Term, ...],
     micro_batch_tokens: int,
-    together: bool,
     update: Update,
     references: References | None,
     reference_cache: ReferenceCache | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    baselines: set[str] = {term.baseline for term in terms if term.baseline is not None}
-    packs = {
-        n: micro_batches(batch[n], micro_batch_tokens, world_size=lm.world_size) for n in baselines
-    }
-    terms = with_baselines(lm, terms, packs, references)
+    """Hands the loss of each micro-batch to ``update``; their sum is that of the whole batch.
+
+    Returns the value of each term and the mean log-prob of a sequence of each source.
+    """
+    baselines = {term.baseline for term in terms if term.baseline is not None}
+    terms = with_baselines(
+        lm,
+        terms,
+        {name: lm.micro_batches(batch[name], micro_batch_tokens) for name in baselines},
+        references,
+    )
     counts = {term.name: count(term, batch) for term in terms}
+    micro_batches = [
+        (key, micro)
+        for key in batch_keys(terms)
+        for micro in lm.micro_batches(interleave(batch, key), micro_batch_tokens, len(key))
+    ]
+    states: list[Tensor | None] = [None] * len(micro_batches)
+    if update.takes_whole_step:  # all through the decoder at once: it frees gradients as they come
+        packs = [micro for _, micro in micro_batches]
+        states = list(lm.states(concatenate(packs)).split([len(p.input_ids) for p in packs]))
+
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
-    sums: dict[BatchKey, Tensor] = {}
-    for passed in _passes(batch, terms, micro_batch_tokens, together, lm.world_size):
-        loss, found, log_prob_sums = _forward(
-            lm, passed, terms, counts, references, reference_cache
+    sums: dict[BatchKey, Tensor] = {}  # of sequence log-probs, a number a source
+    for (key, micro), micro_states in zip(micro_batches, states, strict=True):
+        terms_of_key = [term for term in terms if term.batch_key == key]
+        loss, micro_values, log_probs = micro_batch_loss(
+            lm, micro, terms_of_key, counts, references, reference_cache, micro_states
         )
         update.add(loss)
-        for name, value in found.items():
+        for name, value in micro_values.items():
             values[name] = values[name] + value
-        for batch_key, value in log_prob_sums.items():
-            sums[batch_key] = sums[batch_key] + value if batch_key in sums else value
-    log_probs = {
-        source: float(value) / len(batch[source])
-        for batch_key, of_each in sums.items()
-        for source, value in zip(batch_key, of_each, strict=True)
+        by_source = log_probs.view(-1, len(key)).sum(dim=0)
+        sums[key] = sums[key] + by_source if key in sums else by_source
+    mean_log_probs = {
+        source: float(log_prob_sum) / len(batch[source])
+        for key, by_source in sums.items()
+        for source, log_prob_sum in zip(key, by_source, strict=True)
     }
-    return {name: float(value) for name, value in values.items()}, log_probs
+    return {name: float(value) for name, value in values.items()}, mean_log_probs
 
 
-def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
-    return list(dict.fromkeys(term.batch_key for term in terms))
-
-
-def _passes(
-    batch: Sources, terms: Iterable[Term], micro_batch_tokens: int, together: bool, world_size: int
-) -> list[list[tuple[BatchKey, list[PackedBatch]]]]:
-    """What goes through the model at a time: micro-batches of one stream, or all ``together``."""
-    found: list[tuple[BatchKey, list[PackedBatch]]] = []
-    for batch_key in batch_keys(terms):
-        sequences = interleave(batch, batch_key)
-        for packs in micro_batches(sequences, micro_batch_tokens, len(batch_key), world_size):
-            found.append((batch_key, packs))
-    return [found] if together else [[one] for one in found]
-
-
-def _forward(
+def micro_batch_loss(
     lm: CausalLM,
-    passed: list[tuple[BatchKey, list[PackedBatch]]],  # a pack for each rank
-    terms: Iterable[Term],
-    counts: Mapping[str, int],
-    references: References | None,
-    reference_cache: ReferenceCache | None,
-) -> tuple[Tensor, dict[str, Tensor], dict[BatchKey, Tensor]]:
-    """Loss and terms of one pass through the model, and the summed log-probs of each source."""
-    own_packs = [packs[lm.rank].to(lm.device) for _, packs in passed]
-    parts = lm.states(concatenate(own_packs)).split([len(one.input_ids) for one in own_packs])
-    loss = torch.zeros((), device=lm.device)
-    values: dict[str, Tensor] = {}
-    sums: dict[BatchKey, Tensor] = {}
-    for (batch_key, packs), one, states in zip(passed, own_packs, parts, strict=True):
-        own = [term for term in terms if term.batch_key == batch_key]
-        hidden = lm.on_all_ranks(states[one.rows], packs)
-        value, found, log_probs = micro_step(
-            lm, concatenate(packs), own, counts, references, reference_cache, states, hidden
-        )
-        loss = loss + value
-        values |= found
-        sums[batch_key] = log_probs.view(-1, len(batch_key)).sum(dim=0)
-    return loss, values, sums
-
-
-def micro_step(
-    lm: CausalLM,
-    micro: PackedBatch,
+    micro: PackedBatch,  # on the device of ``lm``
     terms: Iterable[Term],
     counts: Mapping[str, int | Tensor],
     references: References | None,
     reference_cache: ReferenceCache | None = None,
     states: Tensor | None = None,  # (T, D)
-    hidden: Tensor | None = None,  # (N, D)
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """This micro-batch's share of the step's loss, of each term, and its sequence log-probs.
+    """A micro-batch's share of the step's loss and of each term, and its sequence log-probs (S,).
 
-    The terms are those of one stream, whose sources take turns in the micro-batch; ``states`` are
-    the model's, and ``hidden`` those of the answer rows, where they are known.
+    Args:
+        terms: those of one batch key, whose sources alternate in the micro-batch.
+        counts: what the sum of each term over the whole step is divided by.
+        states: the last hidden states, where the decoder has run already.
     """
-    micro = micro.to(lm.device)
     if states is None:
         states = lm.states(micro)
-    if hidden is None:
-        hidden = states[micro.rows]
+    hidden = lm.answer_rows(states, micro)
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
     sequence_log_probs = None
@@ -195,7 +198,7 @@ def micro_step(
                 labels=micro.labels,
                 cu_seqlens=micro.answer_cu_seqlens,
                 loss=term.loss,
-                ref_log_probs=_reference(term.loss, term, micro, references),
+                ref_log_probs=_reference_values(term, micro, references),
                 reduction="sum",
                 **lm.head_arguments,
             )
@@ -204,47 +207,47 @@ def micro_step(
         loss = loss + term.coefficient * value
     if sequence_log_probs is None:  # every term is a KL, which makes none on its way
         with torch.no_grad():
-            log_probs = linear_log_probs(hidden, labels=micro.labels, **lm.head_arguments)
+            log_probs = lm.log_probs_of(hidden, micro.labels)
             sequence_log_probs = segment_sum(log_probs, micro.answer_cu_seqlens)
     return loss, values, sequence_log_probs
 
 
-def _reference(
-    loss: SequenceLoss, term: Term, micro: PackedBatch, references: References | None
-) -> Tensor | None:  # (s,) or (n,)
-    if loss.reference is None:
+def _reference_values(
+    term: Term, micro: PackedBatch, references: References | None
+) -> Tensor | None:  # (S,) or (N,), as the loss wants them
+    if term.loss.reference is None:
         return None
     assert references is not None, f"{term.name} needs reference log-probs"
-    of_each = [references[name][i] for name, i in zip(cycle(term.batch_key), micro.indices)]
-    put = torch.stack if loss.reference == "sequence" else torch.cat
-    return put(of_each).to(micro.labels.device)
+    values = [references[name][i] for name, i in zip(cycle(term.batch_key), micro.indices)]
+    join = torch.stack if term.loss.reference == "sequence" else torch.cat
+    return join(values).to(micro.labels.device)
 
 
 @torch.no_grad()
 def with_baselines(
     lm: CausalLM,
     terms: Iterable[Term],
-    packs: Mapping[str, Iterable[list[PackedBatch]]],  # source -> ``micro_batches`` of the step
+    micro_batches: Mapping[str, Iterable[PackedBatch]],  # those of the step, by source
     references: References | None,
 ) -> tuple[Term, ...]:
-    """The terms with their baselines: the mean log-ratio of the baseline source, in this step."""
-    found = []
+    """The terms with their baselines: the mean log-ratio of the baseline source in this step."""
+    with_baseline = []
     for term in terms:
         if term.baseline is not None:
             assert references is not None, f"{term.name} needs reference log-probs"
             ratios = []
-            for of_ranks in packs[term.baseline]:
-                micro, token_log_probs = concatenate(of_ranks), lm.log_probs_of_packs(of_ranks)
-                ref = torch.stack([references[term.baseline][i] for i in micro.indices])
-                ratios.append(segment_sum(token_log_probs, micro.answer_cu_seqlens).cpu() - ref)
+            for micro in micro_batches[term.baseline]:
+                log_probs = segment_sum(lm.log_probs(micro), micro.answer_cu_seqlens).cpu()
+                reference = torch.stack([references[term.baseline][i] for i in micro.indices])
+                ratios.append(log_probs - reference)
             term = term.at_baseline(float(torch.cat(ratios).mean()))
-        found.append(term)
-    return tuple(found)
+        with_baseline.append(term)
+    return tuple(with_baseline)
 
 
-def count(term: Term, batch: Mapping[str, list[TokenizedExample]]) -> int:
-    """What the term's sum over the step is divided by."""
-    sequences = [s for name in term.over or (term.source,) for s in batch.get(name, ())]
+def count(term: Term, batch: Sources) -> int:
+    """What the term's sum over the step is divided by: sequences, tokens, or 1."""
+    examples = [example for name in term.over or (term.source,) for example in batch.get(name, ())]
     everywhere = term.positions == "all"
-    tokens = sum(len(s.input_ids) if everywhere else s.answer_length for s in sequences)
-    return {"mean": len(sequences), "token_mean": tokens, "sum": 1}[term.reduction]
+    tokens = sum(len(e.input_ids) if everywhere else e.answer_length for e in examples)
+    return {"mean": len(examples), "token_mean": tokens, "sum": 1}[term.reduction]

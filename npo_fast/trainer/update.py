@@ -15,6 +15,8 @@ from npo_fast.trainer.optimizers import keep_states_on_cpu, parameters_of, step_
 class Update(Protocol):
     """One step of the optimizer, from the losses of its micro-batches."""
 
+    takes_whole_step: bool
+    """Whether all micro-batches of a step must go through the model before ``apply``."""
     partially_applied: int
     """Tensors that were changed before a later gradient of the same step was not finite."""
     started: bool
@@ -33,6 +35,7 @@ class Update(Protocol):
 class WholeStep:
     """Gradients add up in ``.grad``; the optimizer sees them together."""
 
+    takes_whole_step = False
     partially_applied = 0
     started = False
 
@@ -44,9 +47,11 @@ class WholeStep:
             keep_states_on_cpu(optimizer)
 
     def add(self, loss: Tensor) -> None:
+        """Runs the backward of the micro-batch."""
         loss.backward()
 
     def apply(self, loss: float) -> float:
+        """Clips the gradient to ``max_norm`` and lets the optimizer step."""
         self.started = False
         parameters = parameters_of(self.optimizer)
         total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
@@ -68,11 +73,11 @@ class StepInBackward:
     backward therefore runs twice: once to measure the norm, gradients freed as they come, once to
     step with them scaled. The result is that of ``WholeStep``, a step that is not finite changes
     nothing, and the second backward costs its time. With ``max_norm`` infinite one backward does:
-    nothing is clipped, and gradients are checked one tensor at a time: none that is not finite is
-    applied, but tensors nearer to the loss have changed by then (``torn``).
-
-    Takes one loss a step: gradients of two backwards would have to be held to be added up.
+    nothing is clipped, and gradients are checked one tensor at a time. None that is not finite is
+    applied, but tensors nearer to the loss have changed by then (``partially_applied``).
     """
+
+    takes_whole_step = True
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
@@ -85,21 +90,22 @@ class StepInBackward:
             keep_states_on_cpu(optimizer)
 
     def add(self, loss: Tensor) -> None:
-        assert self._loss is None, "a step in backward is one micro-batch"
-        self._loss = loss
+        """Adds to the loss whose backward ``apply`` runs."""
+        self._loss = loss if self._loss is None else self._loss + loss
 
     def apply(self, loss: float) -> float:
-        own, self._loss = self._loss, None
-        assert own is not None
+        """Runs the backward, and steps each tensor in it."""
+        total, self._loss = self._loss, None
+        assert total is not None
         self.started = False
         if not math.isfinite(loss):
             return math.nan
         if math.isinf(self.max_norm):
-            return self._backward_unclipped(own)
-        norm = self._backward(own, lambda parameter, norm: None, retain_graph=True)
+            return self._backward_unclipped(total)
+        norm = self._backward(total, lambda parameter, norm: None, retain_graph=True)
         if math.isfinite(norm):
             scale = min(1.0, self.max_norm / (norm + 1e-6))  # as clip_grad_norm_ has it
-            self._backward(own, lambda parameter, norm: self._step(parameter, scale))
+            self._backward(total, lambda parameter, norm: self._step(parameter, scale))
         return norm
 
     def _backward_unclipped(self, loss: Tensor) -> float:

@@ -74,7 +74,7 @@ def test_a_wrong_result_is_reported_and_not_timed(monkeypatch):
     assert not result.ours_refused
 
 
-def test_an_error_of_our_own_is_not_hidden(monkeypatch):
+def test_an_internal_error_is_not_hidden(monkeypatch):
     ours = Candidate(OURS, "NPO", lambda inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench(SHAPE, [ours], ["random"], 1, CPU, print)

@@ -97,7 +97,7 @@ def test_each_part_has_its_tables(whole):
     assert len(tables(document, 7)["profile"]) > 10
 
 
-def test_three_files_are_left(whole):
+def test_the_run_leaves_json_tables_and_log(whole):
     out, document = whole
     assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
     text = (out / "gpu.md").read_text()

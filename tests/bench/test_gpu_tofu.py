@@ -154,7 +154,7 @@ def test_time_that_ends_within_a_model_ends_the_model(gpu_tofu, experiment):
         experiment._model(gpu_tofu.Job("original", lr=1e-3))
 
 
-def test_a_wrong_rate_is_mended_once(gpu_tofu):
+def test_a_wrong_learning_rate_is_corrected_once(gpu_tofu):
     retrained = {FORGET: {"avg_gt_loss": [1.0, 1.0]}}
     job = gpu_tofu.Job("NPO+RT", "forget50", 3e-5)
 

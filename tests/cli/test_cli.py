@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npo_fast import metrics
-from npo_fast.cli import VERBS, main
+from npo_fast.cli import SUBCOMMANDS, main
 from npo_fast.kernels import OPERATORS
 from npo_fast.methods import METHODS, build_method
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, metadata_of, read_jsonl, save_tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def unlearn(home: Path, output: Path, *more: str) -> int:
                  "--lr", "3e-3", "--batch-size", "4", "--max-new-tokens", "8", *more])  # fmt: skip
 
 
-def test_a_model_is_taught_unlearned_and_measured(home, tmp_path, capsys):
+def test_a_model_is_finetuned_unlearned_and_evaluated(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "npo", "--json", "--save-every", "2") == 0
     out = json.loads(capsys.readouterr().out)
     before, after = out["before"], out["after"]
@@ -50,7 +50,7 @@ def test_a_model_is_taught_unlearned_and_measured(home, tmp_path, capsys):
     assert after["forget"]["probability"] < 0.5 * before["forget"]["probability"], "forgotten"
     assert after["retain"]["probability"] > after["forget"]["probability"]
 
-    run = json.loads((tmp_path / "npo/run.json").read_text())
+    run = metadata_of(tmp_path / "npo")
     assert run["status"] == "finished"
     assert run["settings"]["method"]["method"] == "NPO+RT"
     assert run["data"]["forget"]["examples"] == 4
@@ -105,16 +105,13 @@ def test_every_method_runs_by_name_and_twice_the_same(home, tmp_path, method):
     for name in ("one", "two"):
         assert unlearn(home, tmp_path / name, "--method", method, "--epochs", "2", "--no-report",
                        "--micro-batch-tokens", "64") == 0  # fmt: skip
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    one, two = (read_jsonl(tmp_path / name / "steps.jsonl") for name in ("one", "two"))
     assert len(one) == 2
     assert all(math.isfinite(record["loss"]) for record in one)
     for record in one + two:
         del record["time_ms"]
     assert one == two
-    facts = json.loads((tmp_path / "one/run.json").read_text())
+    facts = metadata_of(tmp_path / "one")
     read = {source for term in build_method(method) for source in term.reads}
     assert read <= set(facts["data"]), "each source that it reads has its fingerprint"
 
@@ -129,7 +126,7 @@ def test_refusals_and_alternates_come_from_the_files_that_are_named(home, tmp_pa
         for i, more in enumerate(([], [flag, str(file)])):
             assert unlearn(home, tmp_path / f"{method}{i}", "--method", method, "--epochs", "1",
                            "--no-report", *more) == 0  # fmt: skip
-            data = json.loads((tmp_path / f"{method}{i}/run.json").read_text())["data"]
+            data = metadata_of(tmp_path / f"{method}{i}")["data"]
             seen.append({name: of["sha256"] for name, of in data.items()})
         changed = {name for name in seen[0] if seen[0][name] != seen[1][name]}
         assert changed == {"idk" if method == "DPO" else "alternate"}
@@ -143,7 +140,7 @@ def test_alternating_steps_and_coefficients_from_the_command_line(home, tmp_path
     assert [list(s["terms"]) for s in steps] == [["SatImp"], ["retain NLL"]] * 2
     assert steps[0]["loss"] == pytest.approx(0.5 * steps[0]["terms"]["SatImp"])
     assert steps[1]["loss"] == pytest.approx(2 * steps[1]["terms"]["retain NLL"])
-    assert json.loads((tmp_path / "run/run.json").read_text())["steps"] == len(steps) == 4
+    assert metadata_of(tmp_path / "run")["steps"] == len(steps) == 4
 
 
 def test_a_dry_run_checks_and_writes_nothing(home, tmp_path, capsys):
@@ -160,7 +157,7 @@ def test_flags_override_the_settings_file(home, tmp_path):
                  "--forget", str(home / "forget.jsonl"), "--retain", str(home / "retain.jsonl"),
                  "--output", str(tmp_path / "run"), "--no-report",
                  "--epochs", "2"]) == 0  # fmt: skip
-    used = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    used = metadata_of(tmp_path / "run")["settings"]
     assert used["method"]["method"] == "GA+RT"
     assert used["method"]["retain_coefficient"] == 2.0
     assert used["training"]["lr"] == 1e-3
@@ -227,7 +224,7 @@ def test_a_failed_save_keeps_the_earlier_model(home, tmp_path, capsys):
 
     from npo_fast.errors import UserError
     from npo_fast.model.load import load_model, load_tokenizer
-    from npo_fast.trainer.run import save_model
+    from npo_fast.runs.folder import save_model
 
     lm, tokenizer = load_model(str(home / "base")), load_tokenizer(str(home / "base"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -260,7 +257,7 @@ def test_a_diverging_run_keeps_the_last_good_model(home, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "step 2: the loss is" in error or "step 3: the loss is" in error
     assert "forget records" in error
-    run = json.loads((tmp_path / "run/run.json").read_text())
+    run = metadata_of(tmp_path / "run")
     assert run["status"] == "stopped"
 
 
@@ -280,7 +277,7 @@ def test_the_doctor_names_a_kernel_for_every_operator(capsys):
     assert all(on["cpu"] for on in found["kernels"].values())
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", SUBCOMMANDS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([verb, "--help"])
@@ -291,4 +288,4 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 def test_the_overview_shows_every_verb(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(verb.example in out for verb in VERBS.values())
+    assert all(verb.example in out for verb in SUBCOMMANDS.values())

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 
 from npo_fast.cli import main
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, write_jsonl
 
 FILE = Path(__file__).parent / "pins.json"
 UNLEARN = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--epochs", "3", "--lr", "3e-3",

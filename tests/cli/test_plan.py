@@ -22,8 +22,8 @@ from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.order import check_step_in_backward
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.trainer.step import micro_step
-from tests.conftest import tiny_model
+from npo_fast.trainer.step import micro_batch_loss
+from tests.helpers import tiny_model
 
 SMALL = PlannedRun(dtype="fp32", micro_batch_tokens=64, sequence_length=16)
 
@@ -51,7 +51,7 @@ def test_the_peak_is_the_one_that_pytorchs_tracker_finds():
         (micro,) = pack(sequences, 64)
         terms = build_method("NPO")
         with FlashAttention():
-            loss, _, _ = micro_step(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
+            loss, _, _ = micro_batch_loss(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
         loss.backward()
 
     peaks = []
@@ -292,14 +292,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_command_says_what_it_found(folder, capsys):
+def test_the_command_prints_what_holds_the_memory_and_the_card(folder, capsys):
     assert main(["plan", "--model", str(folder), "--card", "24", "--lora-rank", "2"]) == 0
     out = capsys.readouterr().out
     assert "weights" in out
     assert "24 GB" in out
 
 
-def test_what_does_not_fit_takes_one_screen(folder, capsys):
+def test_a_plan_that_does_not_fit_is_explained_on_one_screen(folder, capsys):
     assert main(["plan", "--model", str(folder), "--card", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "no, even with all of these" in out
@@ -308,7 +308,7 @@ def test_what_does_not_fit_takes_one_screen(folder, capsys):
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_json_adds_up(folder, capsys):
+def test_the_bytes_in_json_add_up_to_the_peak(folder, capsys):
     assert main(["plan", "--model", str(folder / "config.json"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert Counter(found["bytes"]).total() == found["peak_bytes"]

@@ -17,7 +17,7 @@ from npo_fast.data import (
 )
 from npo_fast.errors import UserError
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
-from tests.tiny import FACTS, write_jsonl
+from tests.helpers import FACTS, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_prompt_tokens_carry_no_label_and_a_long_sequence_stands_alone():
     assert len(second.input_ids) == 40
 
 
-def test_refusals_come_from_a_file_else_from_tofu_else_are_our_own(tmp_path, tofu):
+def test_refusals_come_from_a_file_else_from_tofu_else_are_built_in(tmp_path, tofu):
     file = tmp_path / "idk.txt"
     file.write_text("No idea.\n\n  Ask another. \n")
     assert load_refusals(file, str(tofu)) == ("No idea.", "Ask another.")

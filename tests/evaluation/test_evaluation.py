@@ -12,8 +12,7 @@ from npo_fast.evaluation.rouge import rouge_scorer
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.model.load import load_tokenizer
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 
 WRONG = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
 
@@ -66,7 +65,7 @@ def test_wrong_answers_lie_beside_or_are_not_there(tmp_path):
     assert [len(record.perturbed_answers) for record in found] == [2, 2, 2]
 
 
-def test_a_record_without_wrong_answers_is_told(tmp_path):
+def test_a_record_without_wrong_answers_is_reported(tmp_path):
     write_jsonl(tmp_path / "f.jsonl", [*WRONG[:3], FACTS[3]])
     with pytest.warns(UserWarning, match="1 of 4 records have no wrong answers"):
         tofu_suite(str(tmp_path), "f", None)
@@ -148,7 +147,7 @@ def test_rouge_of_tofu_is_the_published_kind(tofu):
         assert all(rouge_scorer(r.answer) is usual for r in load_records(split, str(tofu)))
 
 
-def test_cut_answers_are_told(home):
+def test_truncated_answers_are_reported(home):
     with pytest.warns(UserWarning, match="4 of 4 answers are cut to max_length 12"):
         assert evaluate(home, "--forget", str(home / "forget.jsonl"), "--max-length", "12") == 0
 

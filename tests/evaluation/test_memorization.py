@@ -12,7 +12,7 @@ from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.reference import ReferenceStates
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.tokens import token_scores
-from npo_fast.memorization import (
+from npo_fast.metrics.memorization import (
     exact_memorization,
     extraction_strength,
     membership_scores,
@@ -23,8 +23,7 @@ from npo_fast.memorization import (
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.ops.head import Head
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model
+from tests.helpers import FACTS, save_tiny_model, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,7 @@ from tests.tiny import FACTS, save_tiny_model
         ([0], 0.0, 0.0),
     ],
 )
-def test_memorisation_of_a_few_tokens(greedy, exact, strength):
+def test_extraction_strength_counts_from_the_last_mistake(greedy, exact, strength):
     assert exact_memorization(greedy) == exact
     assert extraction_strength(greedy) == strength
 

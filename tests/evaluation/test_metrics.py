@@ -8,6 +8,7 @@ import pytest
 
 from npo_fast import metrics
 from npo_fast.errors import UserError
+from tests.helpers import make_log, make_result
 
 PUBLISHED = {
     "retain90_llama": 0.6203436494291608,
@@ -15,25 +16,6 @@ PUBLISHED = {
     "retain50_llama": 0.6503973633533173,
     "retain90_phi": 0.524251920557396,
 }
-
-
-def make_log(items: int = 6, shift: float = 0.0, as_objects: bool = False) -> dict:
-    rng = np.random.default_rng(0)
-    columns = {
-        "avg_gt_loss": rng.uniform(0, 1, items),
-        "avg_paraphrased_loss": rng.uniform(0, 1, items) + shift,
-        "average_perturb_loss": rng.uniform(1, 2, (items, 3)),
-        "rougeL_recall": rng.uniform(0, 1, items),
-    }
-    if as_objects:  # any order: what counts is the index
-        order = rng.permutation(items)
-        return {k: {str(i): v[i].tolist() for i in order} for k, v in columns.items()}
-    return {k: v.tolist() for k, v in columns.items()}
-
-
-def make_result(**kwargs) -> dict:
-    files = (metrics.RETAIN, metrics.REAL_AUTHORS, metrics.WORLD_FACTS, metrics.FORGET)
-    return {file: make_log(**kwargs) for file in files}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -15,11 +15,10 @@ from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.trainer.settings import TrainSettings
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 
 
-def test_rounding_by_hand():
+def test_weights_are_rounded_to_the_nearest_step_of_their_group():
     weight = torch.tensor([[7.0, -3.4, 0.6, 0.0], [0.0, 0.0, 0.0, 1.0]])
     whole = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     torch.testing.assert_close(rounded(weight, 4, 4), whole)

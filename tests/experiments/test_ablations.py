@@ -29,7 +29,7 @@ from npo_fast.experiments.ablations.trials import (
 )
 from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_dataset
 from npo_fast.trainer.settings import TrainSettings
-from tests.report.test_report import Page
+from tests.helpers import Page
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results/reviewers"
 SIZES = {"background": 4, "famous": 3, "authors": 24, "forget_share": 0.5}
@@ -177,13 +177,9 @@ def test_a_setting_that_came_later_counts_as_usual(tmp_path, monkeypatch):
         run_seed(0, [], other, file, {}, print)
 
 
-def test_committed_results_are_of_the_settings_that_run_now(monkeypatch):
-    monkeypatch.setattr(Runner, "__init__", lambda *_: pytest.fail("taught again"))
-    trials = [trial for group in EXPERIMENTS.values() for trial in group]
-    files = sorted(COMMITTED.glob("seed-*.json"))
-    assert files
-    for seed, file in enumerate(files):
-        run_seed(seed, trials, AblationSettings(), file, {}, print)
+def test_committed_results_make_a_page_whatever_the_defaults_are_now():
+    page = Page(AblationPage(load_seeds(COMMITTED)).html())
+    assert page.tags.count("svg") > 0
 
 
 def test_every_trial_of_the_experiments_can_be_built():

@@ -18,7 +18,7 @@ from npo_fast.methods import METHODS, Coefficients, build_method
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.trainer.test_trainer import sequences, small_lm
+from tests.helpers import sequences, small_lm
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -150,9 +150,10 @@ def test_a_retain_set_smaller_than_the_forget_set_repeats():
 
 def test_the_trainer_draws_new_partners_every_epoch(tmp_path):
     one = trainer(tmp_path, retain=20, num_train_epochs=3)
-    first = list(one.train_dataset._partners)
+    data = one.train_dataset
+    first = {data[i]["retain"].index for i in range(len(data))}
     one.train()
-    assert not set(first) & set(one.train_dataset._partners)
+    assert not first & {data[i]["retain"].index for i in range(len(data))}
 
 
 def test_the_collator_packs_every_source_whole():

@@ -22,8 +22,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops.compiled import IN_GRAPH
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
-from tests.accuracy import assert_as_exact, assert_near, free_error
-from tests.conftest import VOCABULARY, tiny_model
+from tests.helpers import VOCABULARY, assert_as_exact, assert_near, calm_model, free_error
 
 DEVICE = os.environ.get("NPO_FAST_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda" and torch.cuda.is_available()
@@ -499,14 +498,6 @@ def random_sequences(count: int, lengths: range, vocabulary: int) -> list[Tokeni
         ids = torch.randint(3, vocabulary, (length,)).tolist()
         out.append(TokenizedExample(tuple(ids), 1 + i % 3, i))
     return out
-
-
-def calm_model(family: str, **overrides: object) -> torch.nn.Module:
-    model = tiny_model(family, **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3)
-    return model
 
 
 @needs_gpu

@@ -15,7 +15,7 @@ from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.head import Head, HeadGradients
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
-from tests.accuracy import assert_as_exact, assert_near
+from tests.helpers import assert_as_exact, assert_near
 
 WIDTH, VOCABULARY, DRAWS = 128, 401, 3
 WHOLE = (1, 37, 93, 128)  # N <= D

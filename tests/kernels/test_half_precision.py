@@ -9,7 +9,7 @@ from torch import Tensor
 from npo_fast import NLL, NPO, linear_kl, linear_log_probs, linear_sequence_loss
 from npo_fast.kernels import layout
 from npo_fast.ops import head
-from tests.accuracy import assert_as_exact
+from tests.helpers import assert_as_exact
 
 WIDTH, VOCABULARY = 64, 517
 INSTRUCTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -105,7 +105,7 @@ def assert_as_accurate(ours: Result, plain: Result, exact: Result) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_as_accurate_as_plain_pytorch(
+def test_errors_are_at_most_twice_those_of_plain_pytorch(
     shape: tuple[int, int], dtype: torch.dtype, setting: tuple[float | None, float]
 ) -> None:
     raw, labels = random_rows(*shape, dtype), random_labels(*shape)
@@ -166,7 +166,7 @@ def test_a_memorised_token_keeps_its_digits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-3, 100.0, 1e4])
-def test_logits_of_any_magnitude(spread: float) -> None:
+def test_tiny_and_huge_logits_are_as_accurate_as_plain_pytorch(spread: float) -> None:
     raw, labels = random_rows(4, 1000, torch.float32, spread), random_labels(4, 1000)
     ours = fused(raw, labels)
     assert_as_accurate(ours, plain_pytorch(raw, labels), plain_pytorch(raw.double(), labels))
@@ -214,7 +214,7 @@ def test_a_broken_logit_shows_in_its_row_alone(bad: float, column: int, dtype: t
             assert torch.equal(got[row], expected[row])
 
 
-def test_rows_that_are_strided() -> None:
+def test_strided_rows_give_the_same_bits_and_nothing_beside_them_changes() -> None:
     wide = random_rows(4, 300, torch.float32)
     labels = random_labels(4, 100)
     for view in (wide[:, 50:150], wide[::2, 7:107].expand(2, 100), wide.t()[100:104, :].t().t()):
@@ -267,7 +267,7 @@ def test_nothing_is_read_or_written_outside_the_rows(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_no_rows(dtype: torch.dtype) -> None:
+def test_no_rows_give_empty_results(dtype: torch.dtype) -> None:
     empty, labels = torch.empty(0, 11, dtype=dtype), torch.empty(0, dtype=torch.int64)
     log_probs, lse = both_(empty, labels, None, None, 1.0)
     assert log_probs.shape == lse.shape == (0,)
@@ -316,7 +316,7 @@ def test_integer_logits_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+def test_the_operators_keep_the_rules_of_torch_library(dtype: torch.dtype) -> None:
     raw, labels = random_rows(3, 17, dtype), random_labels(3, 17)
     target = torch.randn(3, dtype=torch.promote_types(dtype, torch.float32))
     for arguments in ((raw, labels, None, None, 1.0), (raw, labels, target, 30.0, 0.5)):

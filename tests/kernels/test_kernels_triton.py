@@ -15,7 +15,7 @@ from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.npo_head import npo_head
 from npo_fast.kernels.triton.row_log_probs import row_gradient, row_log_probs
 from npo_fast.kernels.triton.scale import scale
-from tests.accuracy import assert_as_exact, free_error
+from tests.helpers import assert_as_exact, free_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # several blocks of rows, and several slices of the vocabulary a row; or all in one program
@@ -201,7 +201,7 @@ def test_npo_head_is_as_exact_as_pytorch(lengths, offsets_dtype):
 
 
 @pytest.mark.parametrize("r", [-5000.0, -400.0, -1e-3, 0.0, 1e-3, 400.0, 5000.0])
-def test_npo_head_at_forgotten_and_memorised_sequences(r):
+def test_npo_head_stays_exact_for_forgotten_and_memorised_sequences(r):
     log_probs = torch.tensor([-3.0, r], device=DEVICE)
     cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
     ref = torch.tensor([-3.0], device=DEVICE)
@@ -238,7 +238,7 @@ def test_operators_have_a_gpu_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{op}", "CUDA")
 
 
-def test_npo_head_operator_follows_the_library_contract():
+def test_the_npo_head_operator_keeps_the_rules_of_torch_library():
     log_probs, ref = torch.randn(6), torch.randn(2)
     torch.library.opcheck(
         torch.ops.npo_fast.npo_head.default,

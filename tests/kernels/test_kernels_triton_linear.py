@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from npo_fast.kernels import reference
 from npo_fast.kernels.triton import linear, registration
-from tests.accuracy import assert_as_exact
+from tests.helpers import assert_as_exact
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = {"softcap": None, "logit_scale": 1.0}

@@ -28,9 +28,10 @@ from npo_fast.model.choice import (
     machine_of,
     varlen_obstacle,
 )
+from npo_fast.model.hf_attention import set_attention
 from npo_fast.model.varlen import NAME as VARLEN
 from npo_fast.model.varlen import attend, parameters, varlen_attention
-from tests.conftest import VOCABULARY, tiny_model
+from tests.helpers import VOCABULARY, tiny_model
 
 UNEQUAL = [3 + (37 * i) % 59 for i in range(64)]
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -248,7 +249,7 @@ def test_windows_and_scales_need_a_varlen_that_has_them(demands: Demands) -> Non
         (HOPPER, BF16, Demands(softcap=True), ("softcap", "--attention auto")),
     ],
 )
-def test_what_keeps_varlen_from_running_is_told_with_a_cure(
+def test_what_keeps_varlen_from_running_is_reported_with_a_remedy(
     machine: Machine, dtype: torch.dtype, demands: Demands, words: tuple[str, ...]
 ) -> None:
     why = varlen_obstacle(machine, dtype, demands)
@@ -383,7 +384,7 @@ def test_a_model_with_varlen_attention_knows_where_sequences_end(
     batch = packed([9, 2, 17, 9])
     expected = CausalLM(model, probe=False).log_probs(batch)
     lm = CausalLM(model, probe=False)
-    assert lm._set_attention(VARLEN)
+    assert set_attention(model, VARLEN)
     lm.attention = VARLEN
     assert (lm.log_probs(batch) - expected).abs().max() < 0.1
     lm.packs = False  # sequences run one at a time, without bounds

@@ -18,9 +18,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
-from tests.trainer.test_trainer import sequences
+from tests.helpers import FACTS, calm_model, save_tiny_model, sequences, tiny_model, write_jsonl
 
 SETTINGS = TrainSettings(epochs=4, batch_size=7, lr=1e-2, warmup_steps=0)
 DATA = {"forget": sequences(7, 1), "retain": sequences(11, 2)}
@@ -31,11 +29,7 @@ def base(tmp_path_factory) -> Path:
     """A model on disk; 64 wide, as 4-bit blocks are."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    model = tiny_model("Llama", hidden_size=64, intermediate_size=128)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3)
-    model.save_pretrained(folder)
+    calm_model("Llama", hidden_size=64, intermediate_size=128).save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,8 @@ import torch
 from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
-from tests.conftest import VOCABULARY, tiny_model
+from npo_fast.model.generation import generate
+from tests.helpers import VOCABULARY, tiny_model
 
 PACKED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "GPTNeoX", "Phi", "Cohere", "Granite"]
 
@@ -128,7 +129,7 @@ def test_generation_continues_greedily_and_leaves_training_mode_alone() -> None:
     lm = CausalLM(model)
     model.train()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    found = lm.generate(prompts, max_new_tokens=4, pad_id=0, eos_id=2)
+    found = generate(lm, prompts, max_new_tokens=4, pad_id=0, eos_id=2)
     assert model.training
     for prompt, continuation in zip(prompts, found, strict=True):
         ids = list(prompt)

@@ -255,7 +255,7 @@ def test_the_loss_holds_at_most_64_mib_where_rows_are_no_more_than_the_width(row
     assert held_mib(rows, LLAMA) <= 64
 
 
-def test_in_fp32_too():
+def test_in_fp32_the_loss_holds_at_most_64_mib_too():
     assert held_mib(1999, QWEN, dtype=torch.float32) <= 64
 
 
@@ -269,7 +269,7 @@ def test_in_fp32_too():
         (5000, LLAMA, True, "frozen"),
     ],
 )
-def test_what_is_held_is_what_the_model_says(rows, head, frozen, way):
+def test_predicted_memory_is_what_the_loss_holds(rows, head, frozen, way):
     chosen = problem(rows, head, trains_head=not frozen).choose()
     assert chosen.name == way
     # a copy of the chunk's hidden states, padded; a strip of a product before it is added
@@ -288,7 +288,7 @@ def test_kl_holds_a_strip_and_a_chunk_of_the_reference(rows):
     assert held.mib() <= 64 + 96 + 8
 
 
-def test_budget_of_the_caller_is_kept():
+def test_a_memory_budget_of_the_caller_is_kept():
     weight = torch.empty(32_000, 4096, device="meta", dtype=torch.bfloat16, requires_grad=True)
     for mib, expected in ((None, 4096), (600, 4096), (400, 0)):
         most = None if mib is None else mib * MIB

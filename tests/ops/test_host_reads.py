@@ -109,7 +109,7 @@ def test_forward_work_off_the_cpu_makes_no_logits():
         (torch.bfloat16, 9000, True, {"chunk_rows": 77}, 77, 77),
     ],
 )
-def test_the_way_through_the_head_is_that_of_the_device(
+def test_each_device_gets_the_chunk_rows_that_suit_it(
     dtype, rows, trained, options, on_a_gpu, on_a_cpu, monkeypatch
 ):
     monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npo_fast import linear_kl
 from npo_fast.kernels import reference
-from tests.accuracy import assert_as_exact, free_error
+from tests.helpers import assert_as_exact, free_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs
 OP = torch.ops.npo_fast.row_kl_
@@ -116,7 +116,7 @@ def test_equal_logits_diverge_by_exactly_nothing(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_masked_and_far_logits(kernel):
+def test_masked_tokens_add_nothing_and_far_logits_do_not_overflow(kernel):
     raw, ref = rows((4, 600), torch.float32, 1.0)
     raw[0, 5:90] = ref[0, 5:90] = -torch.inf  # both exclude a token: it adds nothing
     ref[1, 7] = -torch.inf  # the reference alone
@@ -157,7 +157,7 @@ def test_rows_may_be_strided():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-def test_the_operator_keeps_its_contract(dtype):
+def test_the_operator_keeps_the_rules_of_torch_library(dtype):
     raw, ref = rows((3, 17), dtype, 1.0)
     for setting in SETTINGS:
         torch.library.opcheck(OP.default, (raw.clone(), ref, *setting))
@@ -248,7 +248,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype):
     assert (ours.sqrt() <= 2 * plain.sqrt()).all()
 
 
-def test_gradcheck():
+def test_gradients_agree_with_finite_differences():
     tensors = case(7, 4, 3, 9)
     fixed = {"ref_hidden": tensors["ref_hidden"], "ref_weight": tensors["ref_weight"]}
 

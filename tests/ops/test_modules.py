@@ -56,7 +56,7 @@ def gradients(value, tensors):
 
 
 @pytest.mark.parametrize(("module", "loss"), TWINS, ids=lambda x: repr(x)[:24])
-def test_a_twin_is_its_loss_on_the_labelled_rows(module, loss):
+def test_a_module_gives_its_loss_on_the_labelled_rows(module, loss):
     tensors = batch()
     found, expected = module(**tensors, ref_log_probs=REF), plain(loss, **tensors)
     torch.testing.assert_close(found, expected)
@@ -81,7 +81,7 @@ def test_references_of_tokens_come_in_the_shape_of_the_target():
         FusedLinearSequenceLoss(loss)(**tensors, ref_log_probs=REF)
 
 
-def test_the_dpo_twin_takes_preferred_and_forgotten_answers_in_turn():
+def test_the_dpo_module_takes_preferred_and_forgotten_answers_in_turn():
     tensors = batch()
     pair = {**tensors, "hidden": tensors["hidden"][:2], "target": tensors["target"][:2]}
     found = FusedLinearDPOLoss(0.4)(**pair, ref_log_probs=REF[:2])

@@ -129,7 +129,7 @@ def test_log_probs_take_any_upstream_gradient(chunk_rows):
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
 
-def test_gradcheck():
+def test_gradients_agree_with_finite_differences():
     tensors = inputs(7, 4, 9, torch.float64, bias=True)
     labels, cu_seqlens = torch.randint(0, 9, (7,)), torch.tensor([0, 3, 7], dtype=torch.int32)
     ref = torch.tensor([-5.0, -9.0], dtype=torch.float64)
@@ -284,7 +284,7 @@ def test_npo_loss_is_the_mean_npo_loss():
     )
 
 
-def test_the_row_operators_keep_their_contract():
+def test_the_row_operators_keep_the_rules_of_torch_library():
     ops = torch.ops.npo_fast
     logits, labels = torch.randn(6, 17), torch.randint(0, 17, (6,))
     before = logits.clone()

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from html.parser import HTMLParser
 
 import pytest
 
@@ -11,42 +10,9 @@ from npo_fast.cli import main
 from npo_fast.metrics import save_result
 from npo_fast.report.page import npo_weight
 from npo_fast.report.runs import load_run
-from tests.evaluation.test_metrics import make_result
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, Page, make_result, metadata_of, save_tiny_model, write_jsonl
 
 EVIL = "<script>alert('x')</script>"
-VOID = {"meta", "link", "br", "img"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and texts; complains about tags that do not nest."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.open = [], [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join(self.texts)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +105,7 @@ def test_axes_take_the_colour_of_the_page(home, tmp_path):
 def test_text_from_outside_is_escaped(home, tmp_path):
     folder = tmp_path / "a<script>|b"
     folder.mkdir()
-    facts = json.loads((home / "full/run.json").read_text())
+    facts = metadata_of(home / "full")
     facts["settings"]["method"]["method"] = EVIL
     facts["versions"]["device"] = "a|b\\"
     (folder / "run.json").write_text(json.dumps(facts))
@@ -191,7 +157,7 @@ def test_the_markdown_table_holds_the_measures(home, tmp_path, capsys):
     assert shown["markdown"] == str(tmp_path / "report.md")
 
 
-def test_logs_of_other_items_are_told_and_the_rest_is_shown(home, tmp_path):
+def test_logs_of_other_items_are_reported_and_the_rest_is_shown(home, tmp_path):
     save_result(make_result(items=9), tmp_path / "other")
     output = tmp_path / "report.html"
     assert main(["report", str(home / "full"), "--retrained", str(tmp_path / "other"),
@@ -213,7 +179,7 @@ def test_published_logs_without_answers_will_do(home, tmp_path):
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(home, tmp_path):
     folder = tmp_path / "running"
     folder.mkdir()
-    facts = json.loads((home / "full/run.json").read_text())
+    facts = metadata_of(home / "full")
     for name in ("final", "before", "after", "ended"):
         facts.pop(name)
     (folder / "run.json").write_text(json.dumps({**facts, "status": "running"}))

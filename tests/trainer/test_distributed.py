@@ -35,10 +35,15 @@ from npo_fast.ops.vocab_parallel import (
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
-from tests.trainer.test_resume import facts_of, lines
-from tests.trainer.test_trainer import sources
+from tests.helpers import (
+    FACTS,
+    metadata_of,
+    read_jsonl,
+    save_tiny_model,
+    sources,
+    tiny_model,
+    write_jsonl,
+)
 
 PROCESSES = [2, 4]
 TOLERANCE = 1e-5
@@ -265,15 +270,18 @@ def test_a_sliced_embedding_reads_and_learns_as_a_whole_one(tmp_path, count):
 def test_every_sequence_goes_to_one_process_and_all_make_as_many_passes(count, group):
     lengths = [5, 9, 3, 30, 4, 6, 8, 2, 12, 7]
     data = [TokenizedExample(tuple(range(n)), 1, i) for i, n in enumerate(lengths)]
-    passes = micro_batches(data, max_tokens=25, group=group, world_size=count)
-    assert all(len(packs) == count for packs in passes)
-    seen = [index for packs in passes for one in packs for index in one.indices]
+    of_ranks = [micro_batches(data, 25, group, count, rank) for rank in range(count)]
+    seen = [index for batch in of_ranks[0] for index in batch.indices]
     assert sorted(seen) == list(range(10))
-    for packs in passes:
-        for one in packs:
-            assert one.lengths  # a pass through the model, if only to take part
-            pairs = one.indices[::group]
-            assert [i for p in pairs for i in range(p, p + group)] == list(one.indices)
+    for batches in zip(*of_ranks, strict=True):
+        labels = [batch.input_ids[batch.rows + 1] for batch in batches]
+        for batch in batches:
+            assert batch.lengths  # a pass through the model, if only to take part
+            assert torch.equal(batch.labels, torch.cat(labels)), "all know all answers"
+            assert batch.indices == batches[0].indices
+            assert list(batch.rows_by_rank or [len(batch.rows)]) == [len(own) for own in labels]
+            pairs = batch.indices[::group]
+            assert [i for p in pairs for i in range(p, p + group)] == list(batch.indices)
 
 
 def lm_of(family: str, lora: bool) -> CausalLM:
@@ -362,16 +370,16 @@ def _log_probs_after_dividing(mesh):
     assert lm.packs
     before = lm.attention
     shard(lm, mesh)
-    (packs,) = micro_batches(sources()["forget"], 1000, world_size=mesh.size())
+    (batch,) = lm.micro_batches(sources()["forget"], 1000)
     with torch.no_grad():
-        return before, lm.attention, lm.log_probs_of_packs(packs)
+        return before, lm.attention, lm.log_probs(batch)
 
 
 @pytest.mark.filterwarnings("ignore:.*it keeps")
 def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
     lm = lm_of("Doge", lora=False)
-    ((pack_,),) = micro_batches(sources()["forget"], 1000)
-    expected = lm.log_probs(pack_).detach()
+    (batch,) = micro_batches(sources()["forget"], 1000)
+    expected = lm.log_probs(batch).detach()
     ((before, after, found),) = on_ranks(1, tmp_path, _log_probs_after_dividing)
     assert before == after != "npo_fast_packed"
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
@@ -431,7 +439,7 @@ def torchrun(count: int, call: list[str], log: Path) -> subprocess.Popen:
 
 
 def losses_of(output: Path) -> list[float]:
-    return [line["loss"] for line in lines(output / "steps.jsonl")]
+    return [line["loss"] for line in read_jsonl(output / "steps.jsonl")]
 
 
 def children_of(process: int) -> list[int]:
@@ -452,13 +460,13 @@ def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
     assert "lost contact with another process" in log.read_text(), log.read_text()
-    assert facts_of(output)["processes"] == 2
+    assert metadata_of(output)["processes"] == 2
 
     assert main(call) == 0
-    (begun,) = facts_of(output)["resumed"]
+    (begun,) = metadata_of(output)["resumed"]
     assert 4 <= begun["step"] < 80
     assert losses_of(output) == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-3, abs=1e-4)
-    assert facts_of(output)["status"] == "finished"
+    assert metadata_of(output)["status"] == "finished"
 
 
 def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tmp_path):
@@ -467,7 +475,7 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
     call = arguments(home, output, "--epochs", "400", "--lora-rank", "4")
     process = torchrun(2, call, log)
     deadline = time.monotonic() + 120
-    while not (output / "steps.jsonl").exists() or len(lines(output / "steps.jsonl")) < 3:
+    while not (output / "steps.jsonl").exists() or len(read_jsonl(output / "steps.jsonl")) < 3:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
@@ -475,9 +483,9 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
     process.wait(timeout=60)
     text = log.read_text()
     assert "interrupted after step" in text, text
-    assert facts_of(output)["status"] == "interrupted"
+    assert metadata_of(output)["status"] == "interrupted"
     (checkpoint,) = (output / "checkpoints").iterdir()
-    assert int(checkpoint.name.removeprefix("step-")) == len(lines(output / "steps.jsonl"))
+    assert int(checkpoint.name.removeprefix("step-")) == len(read_jsonl(output / "steps.jsonl"))
     assert (checkpoint / "adapter_model.safetensors").exists()
 
     done = json.loads((checkpoint / "adapter_config.json").read_text())

@@ -1,7 +1,5 @@
 """Methods that compare whole distributions with the model's as it was, in the training loop."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,8 +10,15 @@ from npo_fast.methods import Coefficients, build_method
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
-from tests.trainer.test_trainer import run, small_lm, sources
+from tests.helpers import (
+    FACTS,
+    read_jsonl,
+    run_method,
+    save_tiny_model,
+    small_lm,
+    sources,
+    write_jsonl,
+)
 
 
 def whole_kl(lm, reference, sequences, everywhere=False, labels_lowered=0.0):
@@ -81,7 +86,7 @@ def test_the_term_is_that_of_hugging_faces_logits(method, kl_positions, source):
 
 def test_a_record_has_log_probs_where_every_term_is_a_kl():
     lm, data = small_lm(), sources()
-    _, (record,) = run("UNDIAL", TrainSettings(epochs=1, batch_size=7), lm=lm)
+    _, (record,) = run_method("UNDIAL", TrainSettings(epochs=1, batch_size=7), lm=lm)
     (batch,) = pack(data["forget"], 2048)
     expected = float(small_lm().log_probs(batch).sum()) / 7
     assert record.log_probs["forget"] == pytest.approx(expected, rel=1e-4)
@@ -90,8 +95,8 @@ def test_a_record_has_log_probs_where_every_term_is_a_kl():
 def test_kl_on_retain_data_keeps_the_model_nearer_to_what_it_was():
     settings = TrainSettings(epochs=8, batch_size=7, lr=3e-3)
     start, retain = small_lm(), sources()["retain"]
-    alone, _ = run("NPO", settings)
-    kept, records = run("NPO+KL", settings)
+    alone, _ = run_method("NPO", settings)
+    kept, records = run_method("NPO+KL", settings)
     assert whole_kl(kept, start, retain) < 0.7 * whole_kl(alone, start, retain)
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
 
@@ -99,14 +104,14 @@ def test_kl_on_retain_data_keeps_the_model_nearer_to_what_it_was():
 def test_negative_kl_drives_the_forget_distribution_away():
     settings = TrainSettings(epochs=8, batch_size=7, lr=1e-3)
     start, forget = small_lm(), sources()["forget"]
-    without, _ = run("GA+forgetKL", settings, kl=0.0)
-    with_, _ = run("GA+forgetKL", settings, kl=3.0)
+    without, _ = run_method("GA+forgetKL", settings, kl=0.0)
+    with_, _ = run_method("GA+forgetKL", settings, kl=3.0)
     assert whole_kl(with_, start, forget) > whole_kl(without, start, forget)
 
 
 def test_undial_nears_a_reference_that_likes_its_labels_less():
     settings = TrainSettings(epochs=20, batch_size=7, lr=3e-3)
-    _, records = run("UNDIAL", settings, gamma=3.0)
+    _, records = run_method("UNDIAL", settings, gamma=3.0)
     assert records[-1].terms["UNDIAL"] < 0.7 * records[0].terms["UNDIAL"]
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
 
@@ -147,7 +152,7 @@ def test_the_command_line_runs_kl_and_reuses_a_cache(home, tmp_path, capsys):
     assert (cache / "reference.json").stat().st_mtime_ns == written
     assert unlearn(home, tmp_path / "three", *options[:4]) == 0
     steps = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "steps.jsonl").open()]
+        [step["loss"] for step in read_jsonl(tmp_path / name / "steps.jsonl")]
         for name in ("one", "two", "three")
     ]
     assert steps[0] == steps[1] == steps[2]

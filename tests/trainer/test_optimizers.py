@@ -16,9 +16,7 @@ from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer, keep_states_on_cpu, step_one_at_a_time
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
-from tests.trainer.test_trainer import sources
+from tests.helpers import FACTS, calm_model, save_tiny_model, sources, tiny_model, write_jsonl
 
 SETTINGS = TrainSettings(epochs=2, batch_size=4, lr=1e-3, micro_batch_tokens=400)
 IN_BACKWARD = dataclasses.replace(SETTINGS, step_in_backward=True)
@@ -27,10 +25,7 @@ SMALL = ("adamw-8bit", "adamw-bf16")
 
 def lm_of(dtype: torch.dtype = torch.float32, **overrides: object) -> CausalLM:
     torch.manual_seed(0)
-    model = tiny_model("Llama", hidden_size=64, **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3)
+    model = calm_model("Llama", hidden_size=64, **overrides)
     return CausalLM(model.to(dtype), probe=False)
 
 
@@ -58,7 +53,7 @@ def test_every_optimizer_lowers_the_loss(name):
     assert records[1].lr > records[0].lr, "the schedule reaches torchao's learning rate"
 
 
-def test_8bit_states_take_a_quarter_of_the_room_and_steps_stay_close():
+def test_8bit_states_take_a_quarter_of_the_memory_and_steps_stay_close():
     torch.manual_seed(0)
     start = torch.randn(64, 256)
     found, bytes_ = {}, {}
@@ -162,7 +157,8 @@ def test_gradients_never_exist_together(max_norm):
     run(lm, dataclasses.replace(IN_BACKWARD, max_grad_norm=max_norm))
     assert set(alive) == {1}
     assert all(p.grad is None for p in parameters)
-    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in parameters), "ours are gone"
+    sum(p.sum() for p in parameters).backward()
+    assert all(p.grad is not None for p in parameters), "after training a backward leaves gradients"
 
 
 def test_a_step_that_does_not_fit_a_micro_batch_is_refused_with_its_size():
@@ -321,7 +317,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
         run(lm_of(), dataclasses.replace(SETTINGS, optimizer="adamw-8bit"))
 
 
-def test_the_command_line_takes_them_all_and_checks_before_loading(tmp_path, capsys):
+def test_the_command_line_takes_every_optimizer_and_checks_before_loading(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "base")
     data = write_jsonl(tmp_path / "facts.jsonl", FACTS)
     command = ["unlearn", "--model", str(model), "--forget", f"{data}[:4]", "--retain",

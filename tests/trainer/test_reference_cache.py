@@ -19,7 +19,7 @@ from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer import reference_cache as module
 from npo_fast.trainer.reference_cache import OwnFolder, model_fingerprint, reference_cache
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 
 SOURCES = {
     "retain": [TokenizedExample(tuple(range(3, 3 + 4 + i % 5)), 1 + i % 3, i) for i in range(9)],
@@ -221,10 +221,10 @@ def test_two_runs_that_want_one_cache_make_it_once(lm, tmp_path, monkeypatch):
     def slowly(*arguments):
         made.append(1)
         time.sleep(0.3)
-        return write(*arguments)
+        return save_folder(*arguments)
 
-    write = module._write
-    monkeypatch.setattr(module, "_write", slowly)
+    save_folder = module.save_folder
+    monkeypatch.setattr(module, "save_folder", slowly)
 
     def open_cache(_):
         return reference_cache(lm, SOURCES, tmp_path / "cache", "answer", 100)

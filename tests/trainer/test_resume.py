@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import json
 import multiprocessing
 import os
 import shutil
@@ -21,15 +20,13 @@ from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.runs.folder import save_model
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.reference_cache import reference_cache_for
-from npo_fast.trainer.run import save_model
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import DamagedError, TrainState, save_tensors
-from tests.conftest import tiny_model
-from tests.tiny import FACTS, write_jsonl
-from tests.trainer.test_trainer import sources
+from tests.helpers import FACTS, metadata_of, read_jsonl, sources, tiny_model, write_jsonl
 
 SERVER = multiprocessing.get_context("forkserver")  # imports once, then forks: a process is cheap
 SERVER.set_forkserver_preload(
@@ -104,24 +101,16 @@ def log_of(output: Path) -> str:
     return output.with_name(output.name + ".log").read_text()
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def facts_of(output: Path) -> dict:
-    return json.loads((output / "run.json").read_text())
-
-
 def steps_of(output: Path) -> list[dict]:
-    return [{**line, "time_ms": 0} for line in lines(output / "steps.jsonl")]
+    return [{**line, "time_ms": 0} for line in read_jsonl(output / "steps.jsonl")]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Every number and every weight, to the bit."""
     assert steps_of(one) == steps_of(other)
     assert [step["step"] for step in steps_of(one)] == list(range(1, 11))
-    assert lines(one / "evaluations.jsonl") == lines(other / "evaluations.jsonl")
-    a, b = facts_of(one), facts_of(other)
+    assert read_jsonl(one / "evaluations.jsonl") == read_jsonl(other / "evaluations.jsonl")
+    a, b = metadata_of(one), metadata_of(other)
     for name in ("status", "best", "before", "after"):
         assert a[name] == b[name], name
     assert a["status"] == "finished"
@@ -151,7 +140,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(home, tmp_
         assert start(home, output, at=(event, ending, nth, KILL)) == -signal.SIGKILL, moment
     assert start(home, output) == 0
     assert_same_run(output, home / "whole")
-    assert [r["step"] for r in facts_of(output)["resumed"]] == [
+    assert [r["step"] for r in metadata_of(output)["resumed"]] == [
         step for *_, step in MOMENTS.values() if step is not None
     ]
     log = log_of(output)
@@ -166,8 +155,8 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(home,
     output = tmp_path / "run"
     at = ("open", "evaluations.jsonl", 2, (number,))  # the second look, after step 3
     assert start(home, output, "--save-every", "0", at=at) == 128 + number
-    assert facts_of(output)["status"] == "interrupted"
-    assert len(lines(output / "steps.jsonl")) == 3
+    assert metadata_of(output)["status"] == "interrupted"
+    assert len(read_jsonl(output / "steps.jsonl")) == 3
     assert "interrupted after step 3 of 10; the same command goes on" in log_of(output)
     assert start(home, output, "--save-every", "0") == 0
     assert "after step 3" in log_of(output)
@@ -217,7 +206,7 @@ def test_checkpoints_that_are_all_damaged_are_not_thrown_away(home, killed, file
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_log_probs_of_the_reference_that_are_lost_are_made_again(home, killed, lost):
+def test_lost_log_probs_of_the_reference_are_computed_again(home, killed, lost):
     references = killed / "references.pt"
     references.unlink() if lost else references.write_bytes(references.read_bytes()[:100])
     assert start(home, killed) == 0, log_of(killed)
@@ -241,7 +230,7 @@ except UserError as error:
 """
 
 
-def test_a_disk_that_fills_up_midway_is_told(tmp_path):
+def test_a_disk_that_fills_up_midway_is_reported(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"a": torch.zeros(9)}, Path("/dev/full"))
     command = [sys.executable, "-c", FILL, str(tmp_path / "step-000001")]
@@ -250,7 +239,7 @@ def test_a_disk_that_fills_up_midway_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_is_not_where_the_run_goes(home, capsys):
+def test_an_output_folder_that_holds_the_model_is_refused(home, capsys):
     base = home / "base"
     before = sorted(path.name for path in base.iterdir())
     assert main([*arguments(home, base), "--overwrite"]) == 2
@@ -258,7 +247,7 @@ def test_the_model_is_not_where_the_run_goes(home, capsys):
     assert sorted(path.name for path in base.iterdir()) == before
 
 
-def test_a_run_may_go_on_with_less_memory(home, tmp_path):
+def test_a_run_resumes_with_settings_that_need_less_memory(home, tmp_path):
     output = tmp_path / "run"
     killed = ("os.rename", "step-000006.partial", 1, KILL)
     assert start(home, output, at=killed) == -signal.SIGKILL
@@ -267,7 +256,7 @@ def test_a_run_may_go_on_with_less_memory(home, tmp_path):
     assert [step["micro_batch_tokens"] for step in steps_of(output)] == [40] * 4 + [20] * 6
 
 
-def test_another_run_is_not_gone_on_with(home, killed, capsys):
+def test_a_run_with_other_settings_or_data_is_not_resumed(home, killed, capsys):
     before = (killed / "steps.jsonl").read_bytes()
     shutil.copy(home / "retain.jsonl", killed.parent / "forget.jsonl")
     changes = {
@@ -300,8 +289,8 @@ def test_a_reference_that_was_replaced_is_noticed(home, killed, tmp_path, capsys
 
 def test_overwrite_begins_anew_and_a_finished_run_is_refused(home, killed, capsys):
     assert main(arguments(home, killed, "--overwrite", "--epochs", "1")) == 0
-    assert len(lines(killed / "steps.jsonl")) == 2
-    assert "resumed" not in facts_of(killed)
+    assert len(read_jsonl(killed / "steps.jsonl")) == 2
+    assert "resumed" not in metadata_of(killed)
     assert main(arguments(home, killed, "--epochs", "1")) == 2
     assert "holds another run" in capsys.readouterr().err
 
@@ -429,7 +418,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_cures():
     assert all(torch.equal(good[n], p) for n, p in lm.model.named_parameters())
 
 
-def test_no_room_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch):
+def test_out_of_memory_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("of activations")
 
@@ -446,7 +435,7 @@ def test_no_room_in_the_backward_of_a_whole_step_leaves_the_weights(monkeypatch)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_no_room_for_the_optimizer_is_an_error_with_cures(in_backward, monkeypatch):
+def test_out_of_memory_in_the_optimizer_is_an_error_with_remedies(in_backward, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("of states")
 
@@ -458,7 +447,7 @@ def test_no_room_for_the_optimizer_is_an_error_with_cures(in_backward, monkeypat
         next(steps_for(dropout_lm(), settings))
 
 
-def test_an_error_that_is_not_of_memory_passes_through():
+def test_errors_other_than_out_of_memory_pass_through():
     lm = dropout_lm()
 
     def fail(module, args):

@@ -6,60 +6,22 @@ import math
 import pytest
 import torch
 
-from npo_fast.data import TokenizedExample, micro_batches, pack
+from npo_fast.data import micro_batches, pack
 from npo_fast.errors import NonFiniteError, UserError
 from npo_fast.methods import FINETUNE, METHODS, Coefficients, build_method, coefficients_of
-from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import interleave, step_batches
-from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import with_baselines
-from tests.conftest import VOCABULARY, tiny_model
-
-
-def sequences(count: int, seed: int) -> list[TokenizedExample]:
-    generator = torch.Generator().manual_seed(seed)
-    out = []
-    for i in range(count):
-        length = int(torch.randint(4, 14, (), generator=generator))
-        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        out.append(TokenizedExample(tuple(ids), 1 + i % 3, i))
-    return out
-
-
-def sources() -> dict[str, list[TokenizedExample]]:
-    return {
-        "forget": sequences(7, 1),
-        "retain": sequences(11, 2),
-        "idk": sequences(7, 3),
-        "alternate": sequences(7, 4),
-    }
-
-
-def small_lm() -> CausalLM:
-    torch.manual_seed(0)
-    model = tiny_model("Llama")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3)
-    return CausalLM(model, probe=False)
-
-
-def run(method: str, settings: TrainSettings, lm: CausalLM | None = None, **coefficients):
-    lm = lm or small_lm()
-    terms = build_method(method, Coefficients(**coefficients))
-    references = reference_log_probs(lm, sources(), terms, settings.micro_batch_tokens)
-    cache = reference_cache_for(terms, lm, sources(), settings.micro_batch_tokens)
-    return lm, list(train(lm, sources(), terms, settings, references, cache))
+from tests.helpers import run_method, sequences, small_lm, sources
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_change_memory_and_not_the_losses(method):
     settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3)
-    _, whole = run(method, settings)
-    _, parts = run(method, dataclasses.replace(settings, micro_batch_tokens=16))
+    _, whole = run_method(method, settings)
+    _, parts = run_method(method, dataclasses.replace(settings, micro_batch_tokens=16))
     assert len(whole) == len(parts) == 4
     for one, other in zip(whole, parts, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
@@ -69,7 +31,7 @@ def test_micro_batches_change_memory_and_not_the_losses(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_runs_of_a_method_are_the_same_to_the_bit(method):
     settings = TrainSettings(epochs=1, batch_size=4, lr=1e-3, micro_batch_tokens=40)
-    (a, one), (b, two) = run(method, settings), run(method, settings)
+    (a, one), (b, two) = run_method(method, settings), run_method(method, settings)
     assert [r.loss for r in one] == [r.loss for r in two]
     assert len(one) == 2
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
@@ -85,7 +47,7 @@ def test_idk_rt_is_one_token_mean_over_refusals_and_retain_data():
         dataclasses.replace(s, index=i) for i, s in enumerate(batch["idk"] + batch["retain"])
     ]
     (expected,) = train(lm, {"train": together}, FINETUNE, TrainSettings(epochs=1, batch_size=14))
-    _, (record,) = run("IDK+RT", TrainSettings(epochs=1, batch_size=7))
+    _, (record,) = run_method("IDK+RT", TrainSettings(epochs=1, batch_size=7))
     assert record.loss == pytest.approx(expected.loss, rel=1e-5)
     assert record.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
 
@@ -146,15 +108,15 @@ def test_answers_that_do_not_belong_to_the_questions_are_refused():
     ],
 )
 def test_every_comparison_starts_at_the_reference(method, value):
-    _, records = run(method, TrainSettings(epochs=1, batch_size=7), beta=0.25)
+    _, records = run_method(method, TrainSettings(epochs=1, batch_size=7), beta=0.25)
     assert records[0].terms[method] == pytest.approx(value, rel=1e-5)
 
 
 def test_tnpo_starts_as_gradient_ascent():
     """At the reference each token's weight is 1."""
     settings = TrainSettings(epochs=1, batch_size=7)
-    _, (tnpo,) = run("TNPO", settings)
-    _, (ga,) = run("GA", settings)
+    _, (tnpo,) = run_method("TNPO", settings)
+    _, (ga,) = run_method("GA", settings)
     assert tnpo.loss == pytest.approx(ga.loss, rel=1e-5)
     assert tnpo.grad_norm == pytest.approx(ga.grad_norm, rel=1e-4)
 
@@ -176,20 +138,20 @@ def test_the_reference_of_the_same_pack_is_exact(method):
 
 def test_alternating_steps_take_turns_on_each_batch():
     settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, schedule="alternating")
-    _, records = run("NPO+RT", settings)
+    _, records = run_method("NPO+RT", settings)
     assert [list(r.terms) for r in records] == [["NPO"], ["retain NLL"]] * 4
     assert [list(r.log_probs) for r in records[:2]] == [["forget"], ["retain"]]
     assert records[-1].steps == 8
     assert records[-1].epoch == 2.0
-    _, summed = run("NPO+RT", dataclasses.replace(settings, schedule="summed"))
+    _, summed = run_method("NPO+RT", dataclasses.replace(settings, schedule="summed"))
     assert records[0].terms["NPO"] == pytest.approx(summed[0].terms["NPO"], rel=1e-5)
     with pytest.raises(UserError, match="takes turns between forget and retain data"):
-        run("NPO", settings)
+        run_method("NPO", settings)
 
 
 def test_the_first_npo_step_starts_at_the_reference():
     """r is 0 before any step, so the loss is (2 / beta) log 2 whatever the model."""
-    _, records = run("NPO", TrainSettings(epochs=1, batch_size=7), beta=0.25)
+    _, records = run_method("NPO", TrainSettings(epochs=1, batch_size=7), beta=0.25)
     assert records[0].terms["NPO"] == pytest.approx(2 / 0.25 * math.log(2), rel=1e-4)
 
 
@@ -210,16 +172,16 @@ def test_the_fine_tuning_loss_is_that_of_hugging_face():
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "IDK+RT"])
 def test_every_method_lowers_the_forget_log_probs(method):
-    _, records = run(method, TrainSettings(epochs=8, batch_size=7, lr=3e-3))
+    _, records = run_method(method, TrainSettings(epochs=8, batch_size=7, lr=3e-3))
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
 
 
 def test_retain_data_keeps_the_retain_log_probs_up():
     settings = TrainSettings(epochs=8, batch_size=7, lr=3e-3)
-    _, alone = run("NPO", settings)
-    lm, _ = run("NPO", settings)
+    _, alone = run_method("NPO", settings)
+    lm, _ = run_method("NPO", settings)
     without = reference_log_probs(lm, sources(), _on_retain(), 2048)["retain"].sum()
-    lm, kept = run("NPO+RT", settings)
+    lm, kept = run_method("NPO+RT", settings)
     with_ = reference_log_probs(lm, sources(), _on_retain(), 2048)["retain"].sum()
     assert with_ > without
     assert "retain NLL" in kept[0].terms
@@ -233,11 +195,11 @@ def _on_retain():
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit():
     settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, seed=5)
-    (a, one), (b, two) = run("NPO+RT", settings), run("NPO+RT", settings)
+    (a, one), (b, two) = run_method("NPO+RT", settings), run_method("NPO+RT", settings)
     assert [r.loss for r in one] == [r.loss for r in two]
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    _, other = run("NPO+RT", dataclasses.replace(settings, seed=6))
+    _, other = run_method("NPO+RT", dataclasses.replace(settings, seed=6))
     assert [r.loss for r in one] != [r.loss for r in other]
 
 
@@ -254,7 +216,7 @@ def test_an_epoch_sees_every_forget_sequence_once_and_as_many_to_retain():
 
 
 def test_the_learning_rate_rises_over_the_first_epoch_and_falls_to_zero():
-    _, records = run("GA", TrainSettings(epochs=5, batch_size=4, lr=1.0))
+    _, records = run_method("GA", TrainSettings(epochs=5, batch_size=4, lr=1.0))
     rates = [r.lr for r in records]
     assert rates[:2] == [0.5, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)

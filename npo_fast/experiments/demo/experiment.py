@@ -17,8 +17,8 @@ from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, wei
 from npo_fast.methods import FINETUNE, Coefficients, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.report import Point, plot_unlearning
+from npo_fast.runs.folder import save_model
 from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.run import save_model
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 METHODS = ("GA", "GA+RT", "NPO", "NPO+RT")

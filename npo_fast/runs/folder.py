@@ -1,4 +1,4 @@
-"""A run folder: settings and versions, step records, checkpoints, the final model.
+"""The folder of a run: settings and versions, step records, checkpoints, the final model.
 
 run.json            what was asked for, with which versions, on which data, and how it ended
 steps.jsonl         one step record a line, written as it happens
@@ -40,20 +40,22 @@ from npo_fast.trainer.state import TrainState, save_tensors
 
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
-REFERENCES, LOOK = "references.pt", "evaluation.json"
+REFERENCES, EVALUATION = "references.pt", "evaluation.json"
 CONTENT = (
     STEPS, EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
     "eval-steps",
 )  # fmt: skip
 
 
-class Run:
+class RunFolder:
     """Keeps the folder consistent; one process at a time has it."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], steps: TextIO | None = None) -> None:
+    def __init__(
+        self, folder: Path, metadata: Mapping[str, Any], steps: TextIO | None = None
+    ) -> None:
         """Use ``begin`` or ``resume``."""
-        self.folder, self.facts = folder, dict(facts)
-        self._write_facts()
+        self.folder, self.metadata = folder, dict(metadata)
+        self._write_metadata()
         self._steps = _locked(folder) if steps is None else steps
 
     @classmethod
@@ -61,9 +63,9 @@ class Run:
         cls,
         folder: Path,
         overwrite: bool,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         references: Mapping[str, Any] | None = None,
-    ) -> "Run":
+    ) -> "RunFolder":
         """An empty folder for a new run, which keeps the ``references`` to resume with.
 
         Raises:
@@ -80,7 +82,7 @@ class Run:
             else:
                 path.unlink(missing_ok=True)
         beginning = {"status": "running", "started": _now(), "versions": versions()}
-        run = cls(folder, {**beginning, **facts})
+        run = cls(folder, {**beginning, **metadata})
         if references:
             partial = folder / f"{REFERENCES}.partial"
             try:
@@ -94,14 +96,14 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, folder: Path, facts: Mapping[str, Any], step: int) -> "Run":
+    def resume(cls, folder: Path, metadata: Mapping[str, Any], step: int) -> "RunFolder":
         """The folder as it was after ``step`` steps: later records are those of lost steps."""
         lines = _locked(folder)
         record = step_of(folder, step)
         lines.truncate(record[1] if record else 0)
         if (folder / EVALUATIONS).exists():
-            looks = list(_lines(folder / EVALUATIONS))
-            kept = [end for look, end in looks if look["step"] <= step]
+            evaluations = _lines(folder / EVALUATIONS)
+            kept = [end for evaluation, end in evaluations if evaluation["step"] <= step]
             os.truncate(folder / EVALUATIONS, kept[-1] if kept else 0)
         recover(folder / "checkpoints" / "best")
         names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
@@ -110,23 +112,23 @@ class Run:
         ]
         for name in {*names} - {"best", *so_far[-1:]}:
             shutil.rmtree(folder / "checkpoints" / name)
-        resumed = [*facts.get("resumed", ()), {"step": step, "at": _now()}]
+        resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
         ended = ("ended", "error")
-        facts = {name: value for name, value in facts.items() if name not in ended}
-        return cls(folder, {**facts, "status": "running", "resumed": resumed}, lines)
+        metadata = {name: value for name, value in metadata.items() if name not in ended}
+        return cls(folder, {**metadata, "status": "running", "resumed": resumed}, lines)
 
     def log(self, record: StepRecord) -> None:
         self._steps.write(json.dumps(asdict(record)) + "\n")
         self._steps.flush()
 
-    def log_evaluation(self, look: Mapping[str, Any]) -> None:
+    def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         with (self.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(look) + "\n")
+            file.write(json.dumps(evaluation) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def evaluations(self) -> list[dict[str, Any]]:
-        return [look for look, _ in _lines(self.folder / EVALUATIONS)]
+        return [evaluation for evaluation, _ in _lines(self.folder / EVALUATIONS)]
 
     def checkpoint(
         self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
@@ -147,15 +149,15 @@ class Run:
                 shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
         return folder
 
-    def keep_best(self, lm: CausalLM, tokenizer: Any, look: Mapping[str, Any]) -> None:
+    def keep_best(self, lm: CausalLM, tokenizer: Any, evaluation: Mapping[str, Any]) -> None:
         def write(folder: Path) -> None:
-            (folder / LOOK).write_text(json.dumps(look), encoding="utf-8")
+            (folder / EVALUATION).write_text(json.dumps(evaluation), encoding="utf-8")
 
         save_model(lm, tokenizer, self._best, write)
 
     def best(self) -> dict[str, Any]:
         """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
-        file = self._best / LOOK
+        file = self._best / EVALUATION
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def restore_best(self, lm: CausalLM) -> None:
@@ -166,10 +168,10 @@ class Run:
     def _best(self) -> Path:
         return self.folder / "checkpoints" / "best"
 
-    def note(self, **facts: Any) -> None:
-        """Puts facts into ``run.json`` at once."""
-        self.facts |= facts
-        self._write_facts()
+    def note(self, **metadata: Any) -> None:
+        """Puts metadata into ``run.json`` at once."""
+        self.metadata |= metadata
+        self._write_metadata()
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         folder = self.folder / "model"
@@ -177,28 +179,28 @@ class Run:
         wait_for_all(lm)
         return folder
 
-    def finish(self, status: str = "finished", **facts: Any) -> None:
+    def finish(self, status: str = "finished", **metadata: Any) -> None:
         self._steps.close()
         if status == "finished":  # nothing goes on from here
             (self.folder / REFERENCES).unlink(missing_ok=True)
         if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
-            facts["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        self.facts |= {"status": status, "ended": _now(), **facts}
-        self._write_facts()
+            metadata["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        self.metadata |= {"status": status, "ended": _now(), **metadata}
+        self._write_metadata()
 
-    def _write_facts(self) -> None:
+    def _write_metadata(self) -> None:
         partial = self.folder / f"{RUN}.partial"
-        partial.write_text(json.dumps(self.facts, indent=2, default=str), encoding="utf-8")
+        partial.write_text(json.dumps(self.metadata, indent=2, default=str), encoding="utf-8")
         sync(partial)
         partial.replace(self.folder / RUN)
         sync(self.folder)
 
 
-class Bystander(Run):
-    """What every rank but the first has for a ``Run``: it helps to gather, and writes nothing."""
+class NullRun(RunFolder):
+    """A run folder for the processes that write nothing: they only help to gather weights."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        self.folder, self.facts = folder, dict(facts)
+    def __init__(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        self.folder, self.metadata = folder, dict(metadata)
 
     def log(self, record: StepRecord) -> None:
         pass
@@ -212,16 +214,16 @@ class Bystander(Run):
         wait_for_all(lm)
         return self.folder / "checkpoints" / step_name(step)
 
-    def note(self, **facts: Any) -> None:
-        self.facts |= facts
+    def note(self, **metadata: Any) -> None:
+        self.metadata |= metadata
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         whole_weights(lm)
         wait_for_all(lm)
         return self.folder / "model"
 
-    def finish(self, status: str = "finished", **facts: Any) -> None:
-        self.facts |= {"status": status, **facts}
+    def finish(self, status: str = "finished", **metadata: Any) -> None:
+        self.metadata |= {"status": status, **metadata}
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -233,13 +235,13 @@ def check_output(folder: Path, overwrite: bool) -> None:
         return
     if not (folder / RUN).exists():
         raise UserError(f"the output {folder} holds files that are not a run; name another folder")
-    if not overwrite and read_facts(folder).get("status") not in UNFINISHED:
+    if not overwrite and read_metadata(folder).get("status") not in UNFINISHED:
         raise UserError(
             f"the output {folder} holds another run; name another folder or add --overwrite"
         )
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """``run.json``; empty where there is none.
 
     Raises:
@@ -247,12 +249,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     file = folder / RUN
     try:
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
-    return facts
+    return metadata
 
 
 def check_unused(folder: Path) -> None:

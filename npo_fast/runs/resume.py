@@ -1,4 +1,4 @@
-"""An unfinished run in a folder: whether it is the same one, and where it can go on."""
+"""A run in a folder that did not end: whether it is the same run, and where it can resume."""
 
 import json
 import re
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.trainer.run import REFERENCES, UNFINISHED, check_unused, read_facts, step_of
+from npo_fast.runs.folder import REFERENCES, UNFINISHED, check_unused, read_metadata, step_of
 from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
 
 # where hidden states are kept, and what only memory depends on
-_INDIFFERENT = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
+_IGNORED = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class ResumableRun:
     """A run that was killed or interrupted."""
 
     folder: Path
-    facts: dict[str, Any]  # its run.json
+    metadata: dict[str, Any]  # its run.json
     weights: Path | None  # of its last complete checkpoint; None: it has to start anew
     state: TrainState = field(default_factory=TrainState)
     references: dict[str, Any] | None = (
@@ -29,13 +29,13 @@ class Unfinished:
     trained: bool = False  # the weights are the final ones
     damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
 
-    def check(self, facts: Mapping[str, Any]) -> None:
+    def check(self, metadata: Mapping[str, Any]) -> None:
         """
         Raises:
             UserError: a fact that this run shares with the one in the folder is another there.
         """
-        here = json.loads(json.dumps(facts, default=str))
-        if found := list(_differences(self.facts, here)):
+        here = json.loads(json.dumps(metadata, default=str))
+        if found := list(_differences(self.metadata, here)):
             raise UserError(
                 f"the output {self.folder} holds an unfinished run that differs: "
                 f"{'; '.join(found)}. Start it as it was to go on, add --overwrite to begin anew, "
@@ -43,19 +43,19 @@ class Unfinished:
             )
 
 
-def unfinished_run(folder: Path) -> Unfinished | None:
+def resumable_run(folder: Path) -> ResumableRun | None:
     """The run in ``folder`` if it has not come to its end.
 
     Raises:
         UserError: another process is at work on it, or none of its checkpoints can be read.
     """
-    facts = read_facts(folder)
-    if facts.get("status") not in UNFINISHED:
+    metadata = read_metadata(folder)
+    if metadata.get("status") not in UNFINISHED:
         return None
     check_unused(folder)
-    if "final" in facts and (folder / "model").is_dir():
-        state = TrainState(facts["final"]["step"])
-        return Unfinished(folder, facts, folder / "model", state, trained=True)
+    if "final" in metadata and (folder / "model").is_dir():
+        state = TrainState(metadata["final"]["step"])
+        return ResumableRun(folder, metadata, folder / "model", state, trained=True)
     damaged: list[str] = []
     references = None
     for checkpoint in _newest_first(folder / "checkpoints"):
@@ -71,13 +71,13 @@ def unfinished_run(folder: Path) -> Unfinished | None:
         except DamagedError as error:
             if (folder / REFERENCES).exists():
                 damaged.append(f"{folder / REFERENCES}: {error}")
-        return Unfinished(folder, facts, checkpoint, state, references, damaged=tuple(damaged))
+        return ResumableRun(folder, metadata, checkpoint, state, references, damaged=tuple(damaged))
     if damaged:
         raise UserError(
             f"no checkpoint in {folder} can be read: {'; '.join(damaged)}. Mend or remove them, or "
             "add --overwrite to begin anew"
         )
-    return Unfinished(folder, facts, None)
+    return ResumableRun(folder, metadata, None)
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -92,20 +92,20 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             yield f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
     for name in here:
         if name != "settings" and there.get(name) != here[name]:
-            yield from _of_one_fact(name, there.get(name), here[name])
+            yield from _differences_within(name, there.get(name), here[name])
 
 
-def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """By name, without those of the run folder."""
     return {
         name: value
-        for group, values in facts.get("settings", {}).items()
+        for group, values in metadata.get("settings", {}).items()
         for name, value in values.items()
-        if group != "run" and name not in _INDIFFERENT
+        if group != "run" and name not in _IGNORED
     }
 
 
-def _of_one_fact(name: str, old: Any, new: Any) -> Iterator[str]:
+def _differences_within(name: str, old: Any, new: Any) -> Iterator[str]:
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         yield f"{name} is {old!r} there and {new!r} here"
         return

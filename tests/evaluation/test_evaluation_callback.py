@@ -1,17 +1,16 @@
 """Evaluation while training: what is written, what is kept, and when it stops."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from npo_fast.cli import main
 from npo_fast.errors import UserError
-from npo_fast.evaluation.course import MEASURES, Condition, Course, WatchOptions, value_of
 from npo_fast.metrics import FORGET, load_result, save_result, select
-from tests.evaluation.test_metrics import make_result
-from tests.tiny import FACTS, save_tiny_model, write_jsonl
+from npo_fast.metrics.measures import RECORDED, Condition, value_of
+from npo_fast.runs.callbacks import EvaluationCallback
+from npo_fast.runs.options import EvaluationOptions
+from tests.helpers import FACTS, make_result, metadata_of, read_jsonl, save_tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +41,18 @@ def unlearn(home, output, *more):
                  *more])  # fmt: skip
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     assert unlearn(home, tmp_path / "plain") == 0
     assert unlearn(home, tmp_path / "watched", "--eval-every", "3", "--eval-records", "3",
                    "--retrained", str(home / "log")) == 0  # fmt: skip
-    looks = lines(tmp_path / "watched/evaluations.jsonl")
+    looks = read_jsonl(tmp_path / "watched/evaluations.jsonl")
     assert [look["step"] for look in looks] == [0, 3, 6, 7], "the start and the end among them"
     for look in looks:
-        assert all(0 <= value_of(look, measure) <= 1 for measure in MEASURES)
+        assert all(0 <= value_of(look, measure) <= 1 for measure in RECORDED)
     assert looks[-1]["forget"]["probability"] < looks[0]["forget"]["probability"]
     plain, watched = (
-        [s["loss"] for s in lines(tmp_path / name / "steps.jsonl")] for name in ("plain", "watched")
+        [s["loss"] for s in read_jsonl(tmp_path / name / "steps.jsonl")]
+        for name in ("plain", "watched")
     )
     assert plain == watched
     assert not (tmp_path / "plain/evaluations.jsonl").exists()
@@ -67,10 +63,10 @@ def test_the_best_evaluation_becomes_the_final_model(home, tmp_path, capsys):
     output = tmp_path / "run"
     assert unlearn(home, output, "--method", "GA", "--eval-every", "2", "--keep-best",
                    "retain.probability", "--save-every", "2") == 0  # fmt: skip
-    looks = lines(output / "evaluations.jsonl")
+    looks = read_jsonl(output / "evaluations.jsonl")
     best = max(looks[1:], key=lambda look: look["retain"]["probability"])
     assert best["step"] == 2
-    facts = json.loads((output / "run.json").read_text())
+    facts = metadata_of(output)
     assert facts["best"] == {"measure": "retain.probability", **best}
     assert "the model of step 2, the best by retain.probability" in capsys.readouterr().out
     final, kept, last = (
@@ -86,31 +82,33 @@ def test_a_condition_ends_the_run_early(home, tmp_path):
     assert (
         unlearn(home, output, "--eval-every", "1", "--stop-when", "forget.probability < 0.9") == 0
     )
-    looks = lines(output / "evaluations.jsonl")
+    looks = read_jsonl(output / "evaluations.jsonl")
     assert looks[-1]["forget"]["probability"] < 0.9
     assert all(look["forget"]["probability"] >= 0.9 for look in looks[1:-1])
-    assert len(lines(output / "steps.jsonl")) == looks[-1]["step"] < 7
+    assert len(read_jsonl(output / "steps.jsonl")) == looks[-1]["step"] < 7
     assert (output / "model/model.safetensors").exists()
 
 
-def fake_course(rows, **options):
-    """A course over made-up looks, (forget quality, utility) each."""
-    course = Course(WatchOptions(eval_every=1, **options), dict)
-    course._look = lambda step, epoch: {
-        "step": step, "forget_quality": rows[step][0], "model_utility": rows[step][1]
-    }  # fmt: skip
-    course.begin()
-    for step in range(1, len(rows)):
-        course.look(step, 0.0)
-    return course
+def best_step(rows, **options):
+    """The best of made-up evaluations, (forget quality, utility) each."""
+    callback = EvaluationCallback(EvaluationOptions(eval_every=1, **options), dict)
+    scores = [
+        {"step": step, "forget_quality": quality, "model_utility": utility}
+        for step, (quality, utility) in enumerate(rows)
+    ]
+    callback.load_state(scores[:1], {})
+    for each in scores[1:]:
+        if callback.is_best(each):
+            callback.best = each
+    return callback.best.get("step")
 
 
 def test_the_best_is_sought_among_those_that_keep_the_utility():
     rows = [(0.9, 0.5), (0.1, 0.5), (0.3, 0.45), (0.8, 0.2), (0.3, 0.5)]
-    assert fake_course(rows, keep_best="forget_quality").best["step"] == 3
-    best = fake_course(rows, keep_best="forget_quality", min_utility=0.9).best
-    assert best["step"] == 2, "the start does not count, and of equals the first"
-    assert not fake_course(rows, keep_best="forget_quality", min_utility=1.1).best
+    assert best_step(rows, keep_best="forget_quality") == 3
+    best = best_step(rows, keep_best="forget_quality", min_utility=0.9)
+    assert best == 2, "the start does not count, and of equals the first"
+    assert best_step(rows, keep_best="forget_quality", min_utility=1.1) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ def test_the_best_is_sought_among_those_that_keep_the_utility():
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        WatchOptions(**{"eval_every": 1, **options})
+        EvaluationOptions(**{"eval_every": 1, **options})
 
 
 def test_a_measure_that_the_data_does_not_allow_is_refused_before_the_run(home, tmp_path, capsys):

@@ -1,0 +1,70 @@
+"""Measures of unlearning: per-example logs in, numbers out. Needs numpy and scipy only.
+
+``logs`` reads and writes TOFU's log files, ``tofu`` has TOFU's formulas, ``memorization`` those of
+memorization and membership inference, and ``measures`` is the registry of every measure.
+"""
+
+from npo_fast.metrics.logs import (
+    AGGREGATED,
+    FORGET,
+    HOLDOUT,
+    LOGS,
+    REAL_AUTHORS,
+    RETAIN,
+    UTILITY_SETS,
+    WORLD_FACTS,
+    Array,
+    Log,
+    Result,
+    column,
+    has_truth_ratio,
+    load_result,
+    retrained_log,
+    save_result,
+    select,
+)
+from npo_fast.metrics.measures import MEASURES, kl_to_reference, summary
+from npo_fast.metrics.memorization import MEMBERSHIP, membership_auc
+from npo_fast.metrics.tofu import (
+    forget_quality,
+    forget_truth_ratio,
+    knowledge_ratio,
+    model_utility,
+    probability,
+    rouge_l_recall,
+    truth_ratio,
+    utility_terms,
+)
+
+__all__ = [
+    "AGGREGATED",
+    "FORGET",
+    "HOLDOUT",
+    "LOGS",
+    "MEASURES",
+    "MEMBERSHIP",
+    "REAL_AUTHORS",
+    "RETAIN",
+    "UTILITY_SETS",
+    "WORLD_FACTS",
+    "Array",
+    "Log",
+    "Result",
+    "column",
+    "forget_quality",
+    "forget_truth_ratio",
+    "has_truth_ratio",
+    "kl_to_reference",
+    "knowledge_ratio",
+    "load_result",
+    "membership_auc",
+    "model_utility",
+    "probability",
+    "retrained_log",
+    "rouge_l_recall",
+    "save_result",
+    "select",
+    "summary",
+    "truth_ratio",
+    "utility_terms",
+]

@@ -1,0 +1,273 @@
+"""Every measure, once: its names, which way is better, what it needs and how to compute it.
+
+``summary``, the scores of evaluations.jsonl (``measures``), ``--keep-best``, ``--stop-when`` and
+the report's columns and curves derive from the registry ``MEASURES``. To add a measure, write its
+formula and add one entry.
+"""
+
+import difflib
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from npo_fast.errors import UserError
+from npo_fast.metrics.logs import (
+    FORGET,
+    HOLDOUT,
+    RETAIN,
+    TRUTH_RATIO_COLUMNS,
+    UTILITY_SETS,
+    Log,
+    Result,
+    column,
+)
+from npo_fast.metrics.memorization import ATTACKS, membership_auc
+from npo_fast.metrics.tofu import (
+    forget_quality,
+    forget_truth_ratio,
+    knowledge_ratio,
+    model_utility,
+    probability,
+    utility_terms,
+)
+
+_SOURCES = {  # what fills a log or a column, in words
+    FORGET: "a forget set",
+    RETAIN: "a retain set",
+    HOLDOUT: "--holdout",
+    **{file: name for name, file in UTILITY_SETS.items() if file != RETAIN},
+    **dict.fromkeys(TRUTH_RATIO_COLUMNS, "wrong answers"),
+    "rougeL_recall": "generated answers",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a result, and all that is known about it."""
+
+    key: str
+    """``name`` or ``set.name``: its place in evaluations.jsonl, its name for --keep-best."""
+    label: str
+    """What tables and figures print."""
+    compute: Callable[[Result, Result], float]
+    """Takes a result and the result of the retrained model."""
+    needs: Mapping[str, tuple[str, ...]]
+    """The logs it is computed from, each with the columns it needs beside ``avg_gt_loss``."""
+    needs_retrained: bool = False
+    direction: int = 0
+    """+1: higher is better, -1: lower is better, 0: ``summary`` has it, evaluations.jsonl not."""
+    in_report: bool = False
+    """Whether the report has a column and a curve for it."""
+
+    def available(self, result: Result, retrained: Result | None) -> bool:
+        """Whether the logs hold what the measure needs."""
+        return (retrained is not None or not self.needs_retrained) and all(
+            file in result and all(name in result[file] for name in columns)
+            for file, columns in self.needs.items()
+        )
+
+    @property
+    def better(self) -> str:
+        """The direction in words: "higher is better", "lower is forgotten", "higher is kept"."""
+        outcome = {"forget": "forgotten", "retain": "kept"}.get(self.key.split(".")[0], "better")
+        return f"{'higher' if self.direction > 0 else 'lower'} is {outcome}"
+
+    @property
+    def requirement(self) -> str:
+        """What the user has to give to get the measure, in words."""
+        sources = ["--retrained"] * self.needs_retrained + [_SOURCES[file] for file in self.needs]
+        names = [_SOURCES.get(name, name) for columns in self.needs.values() for name in columns]
+        with_columns = f" with {' and '.join(dict.fromkeys(names))}" if names else ""
+        return " and ".join(sources) + with_columns
+
+
+@dataclass(frozen=True)
+class _SetMeasure:
+    """A measure of one log that is taken of several sets."""
+
+    name: str
+    label: str
+    compute: Callable[[Log], float]
+    columns: tuple[str, ...] = ()
+    directions: Mapping[str, int] = field(default_factory=lambda: {"forget": -1, "retain": 1})
+    in_report: bool = False
+
+    def of(self, part: str) -> Measure:
+        """The measure of the ``forget`` or the ``retain`` set."""
+        file = {"forget": FORGET, "retain": RETAIN}[part]
+        return Measure(
+            f"{part}.{self.name}",
+            f"{part} {self.label}",
+            lambda result, _: self.compute(result[file]),
+            {file: self.columns},
+            direction=self.directions.get(part, 0),
+            in_report=self.in_report,
+        )
+
+
+def kl_to_reference(log: Log) -> float:
+    """Returns the mean over all answer tokens of ``KL(reference || model)``, in nats."""
+    return float(np.average(column(log, "kl_to_reference"), weights=column(log, "num_token_gt")))
+
+
+def _mean(name: str) -> Callable[[Log], float]:
+    return lambda log: float(column(log, name).mean())
+
+
+def _utility_term(part: str, name: str, label: str) -> Measure:
+    label = f"{part} {label}"
+    key = f"{part.replace(' ', '_')}.{name}"
+    return Measure(key, label, lambda result, _: utility_terms(result)[label], _UTILITY)
+
+
+def _membership_auc(attack: str) -> Measure:
+    key, label = f"membership_auc.{attack}", f"membership AUC, {attack}"
+    return Measure(
+        key, label, lambda result, _: membership_auc(result)[attack], {FORGET: (), HOLDOUT: ()}
+    )
+
+
+_UTILITY = dict.fromkeys(UTILITY_SETS.values(), (*TRUTH_RATIO_COLUMNS, "rougeL_recall"))
+_TOFU = (
+    _SetMeasure("probability", "probability", lambda log: float(probability(log).mean()),
+                in_report=True),
+    _SetMeasure("rouge_l_recall", "ROUGE-L", _mean("rougeL_recall"), ("rougeL_recall",),
+                in_report=True),
+)  # fmt: skip
+_BEYOND_TOFU = (
+    _SetMeasure("exact_memorization", "exact memorization", _mean("exact_memorization"),
+                ("exact_memorization",)),
+    _SetMeasure("extraction_strength", "extraction strength", _mean("extraction_strength"),
+                ("extraction_strength",)),
+    _SetMeasure("kl_to_reference", "KL to reference", kl_to_reference, ("kl_to_reference",),
+                directions={}),
+)  # fmt: skip
+MEASURES = {  # by key, in the order of ``summary``
+    measure.key: measure
+    for measure in (
+        Measure("model_utility", "model utility", lambda result, _: model_utility(result),
+                _UTILITY, direction=1, in_report=True),
+        *(measure.of("retain") for measure in _TOFU),
+        Measure("retain.truth_ratio", "retain truth ratio",
+                lambda result, _: knowledge_ratio(result[RETAIN]),
+                {RETAIN: TRUTH_RATIO_COLUMNS}, direction=1),
+        *(_utility_term(part, name, label) for part in ("real authors", "world facts")
+          for name, label in (("probability", "probability"), ("rouge_l_recall", "ROUGE-L"),
+                              ("truth_ratio", "truth ratio"))),
+        *(measure.of("forget") for measure in _TOFU),
+        Measure("forget.truth_ratio", "forget truth ratio",
+                lambda result, _: forget_truth_ratio(result),
+                {FORGET: TRUTH_RATIO_COLUMNS}, direction=1),
+        Measure("forget_quality", "forget quality", forget_quality, {FORGET: TRUTH_RATIO_COLUMNS},
+                needs_retrained=True, direction=1, in_report=True),
+        *(measure.of(part) for part in ("forget", "retain") for measure in _BEYOND_TOFU),
+        *(_membership_auc(attack) for attack in ATTACKS),
+    )
+}  # fmt: skip
+RECORDED = {  # those of evaluations.jsonl, by key: the whole model's, then the sets'
+    measure.key: measure
+    for measure in sorted(MEASURES.values(), key=lambda m: ("." in m.key, m.key.partition(".")[0]))
+    if measure.direction
+}
+REPORTED = [measure for measure in RECORDED.values() if measure.in_report]
+
+
+def summary(result: Result, retrained: Result | None = None) -> dict[str, float]:
+    """Returns every measure that the logs allow, by label."""
+    return {
+        measure.label: measure.compute(result, retrained or {})
+        for measure in MEASURES.values()
+        if measure.available(result, retrained)
+    }
+
+
+def measures(result: Result, retrained: Result | None = None) -> dict[str, Any]:
+    """Returns the ``RECORDED`` measures that the logs allow, as evaluations.jsonl has them.
+
+    The key ``forget.probability`` becomes ``{"forget": {"probability": …}}``.
+    """
+    scores: dict[str, Any] = {}
+    for measure in RECORDED.values():
+        if measure.available(result, retrained):
+            part, _, name = measure.key.rpartition(".")
+            scores_of_part = scores.setdefault(part, {}) if part else scores
+            scores_of_part[name] = measure.compute(result, retrained or {})
+    return scores
+
+
+def score(scores: Mapping[str, Any], key: str) -> float | None:
+    """Returns one of the nested ``measures``, or None where it is not there."""
+    value: Any = scores
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def value_of(scores: Mapping[str, Any], key: str) -> float:
+    """Returns one of the nested ``measures``.
+
+    Raises:
+        UserError: it is not there; the message says what it needs.
+    """
+    value = score(scores, key)
+    if value is None:
+        raise UserError(
+            f"{key} cannot be measured here: {key} takes {find_measure(key).requirement}"
+        )
+    return value
+
+
+def find_measure(key: str) -> Measure:
+    """Returns the recorded measure with this key.
+
+    Raises:
+        UserError: there is none; the message names the nearest key.
+    """
+    if key not in RECORDED:
+        near = difflib.get_close_matches(key, RECORDED, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"unknown measure {key!r}{hint} Known: {', '.join(RECORDED)}")
+    return RECORDED[key]
+
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A bound on a measure: ``measure > bound``, or with >=, < or <=."""
+
+    measure: str
+    sign: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """Reads a condition such as "forget_quality>0.05".
+
+        Raises:
+            UserError: it is not of that form, or its measure is unknown.
+        """
+        match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
+        try:
+            measure, sign, bound = match.groups() if match else ("", "", "")
+            number = float(bound)
+        except ValueError:
+            raise UserError(
+                f"cannot read the condition {text!r}: write it as 'forget_quality>0.05'"
+            ) from None
+        return cls(find_measure(measure).key, sign, number)
+
+    def holds(self, scores: Mapping[str, Any]) -> bool:
+        """Whether the nested ``measures`` meet the condition.
+
+        Raises:
+            UserError: the measure is not among them.
+        """
+        return _COMPARE[self.sign](value_of(scores, self.measure), self.bound)

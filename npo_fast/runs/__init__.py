@@ -1,0 +1,36 @@
+"""The front door: ``unlearn``, ``finetune``, ``evaluate``, ``attack`` and ``report``.
+
+Each takes models, data and settings as keywords and is what the command line calls. ``Run`` is a
+run folder as an object, ``Callback`` what hears of a run while it trains.
+"""
+
+from npo_fast.runs.attacking import attack
+from npo_fast.runs.callbacks import Callback
+from npo_fast.runs.evaluating import Scores, evaluate
+from npo_fast.runs.finetuning import finetune
+from npo_fast.runs.options import (
+    EvaluationOptions,
+    MethodOptions,
+    ModelOptions,
+    ReportOptions,
+    RunOptions,
+)
+from npo_fast.runs.reporting import report
+from npo_fast.runs.run import Run
+from npo_fast.runs.unlearning import unlearn
+
+__all__ = [
+    "Callback",
+    "EvaluationOptions",
+    "MethodOptions",
+    "ModelOptions",
+    "ReportOptions",
+    "Run",
+    "RunOptions",
+    "Scores",
+    "attack",
+    "evaluate",
+    "finetune",
+    "report",
+    "unlearn",
+]

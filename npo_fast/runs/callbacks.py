@@ -1,0 +1,215 @@
+"""Callbacks of a training run: what happens after a step, an evaluation, a checkpoint.
+
+Evaluation while training, the best model, the checkpoints, trackers and the progress bar are
+callbacks; write your own by deriving from ``Callback``.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npo_fast.distributed import all_reduce_max
+from npo_fast.errors import Interrupted, UserError
+from npo_fast.metrics import Result
+from npo_fast.metrics.measures import Condition, find_measure, measures, value_of
+from npo_fast.runs.options import EvaluationOptions, Tracker
+from npo_fast.trainer.interrupt import StopSignal
+from npo_fast.trainer.settings import StepRecord
+
+if TYPE_CHECKING:
+    from npo_fast.runs.training import Training
+
+logger = logging.getLogger(__name__)
+
+
+class Callback:
+    """The hooks of a run, in the order in which they are called; override what you need.
+
+    Set ``should_stop`` to a reason, in any hook, to end the training after the current step; the
+    model is then saved as after the last step. Several processes all call every hook.
+    """
+
+    should_stop: str | None = None
+
+    def on_start(self, training: "Training") -> None:
+        """Called before the first step, with the model, the folder and the settings at hand."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Called after every optimizer step."""
+
+    def on_evaluation(self, scores: Mapping[str, Any]) -> None:
+        """Called with the measures of every evaluation while training, step 0 included."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """Called when a checkpoint is complete on the disk."""
+
+    def on_trained(self) -> None:
+        """Called after the last step, before the final model is saved."""
+
+    def on_end(self) -> None:
+        """Called when the run has ended, with an error too: close what is open."""
+
+
+class EvaluationCallback(Callback):
+    """Evaluates every ``eval_every`` steps, keeps the best model, and says when to stop.
+
+    Args:
+        evaluate: measures the model as it is.
+        retrained: logs of the retrained model on the same items, for forget quality.
+    """
+
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        evaluate: Callable[[], Result],
+        retrained: Result | None = None,
+    ) -> None:
+        self.options, self.evaluate, self.retrained = options, evaluate, retrained
+        self.condition = None if options.stop_when is None else Condition.parse(options.stop_when)
+        self.first: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}  # empty until an evaluation after step 0 qualifies
+        self.training: Training | None = None
+
+    def check(self) -> dict[str, Any]:
+        """The evaluation of step 0.
+
+        Raises:
+            UserError: a measure that the options name cannot be computed from this data.
+        """
+        self.first = self._scores(0, 0.0)
+        needed = [self.options.keep_best, self.condition.measure if self.condition else None]
+        needed.append("model_utility" if self.options.min_utility else None)
+        for measure in filter(None, needed):
+            value_of(self.first, measure)
+        if self.options.min_utility and not self.first["model_utility"] > 0:
+            raise UserError(
+                "--min-utility is a share of the utility at the start, and that is 0: leave it out"
+            )
+        return self.first
+
+    def load_state(self, evaluations: list[dict[str, Any]], best: dict[str, Any]) -> None:
+        """Restores the evaluations, and the best of them, of a resumed run."""
+        self.first, self.best = evaluations[0], best
+
+    def on_start(self, training: "Training") -> None:
+        self.training = training
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step % self.options.eval_every and record.step != record.steps:
+            return
+        assert self.training is not None
+        scores = self._scores(record.step, record.epoch)
+        self.training.folder.log_evaluation(scores)
+        if self.is_best(scores):
+            self.best = scores
+            self.training.folder.keep_best(self.training.lm, self.training.tokenizer, scores)
+        if self.condition is not None and self.condition.holds(scores):
+            self.should_stop = f"{self.options.stop_when} at step {record.step}"
+        self.training.emit("on_evaluation", scores)
+
+    def on_trained(self) -> None:
+        assert self.training is not None
+        if self.best:
+            best = {"measure": self.options.keep_best, **self.best}
+            self.training.final_metadata["best"] = best
+            self.training.folder.restore_best(self.training.lm)
+
+    def is_best(self, scores: Mapping[str, Any]) -> bool:
+        """Whether ``keep_best`` names a measure, and no earlier evaluation has a better value."""
+        measure, share = self.options.keep_best, self.options.min_utility
+        if measure is None:
+            return False
+        if share and scores["model_utility"] < share * self.first["model_utility"]:
+            return False
+        direction = find_measure(measure).direction
+        gain = direction * value_of(scores, measure)
+        return not self.best or gain > direction * value_of(self.best, measure)
+
+    def _scores(self, step: int, epoch: float) -> dict[str, Any]:
+        return {"step": step, "epoch": epoch, **measures(self.evaluate(), self.retrained)}
+
+
+class CheckpointCallback(Callback):
+    """Saves a checkpoint every ``save_every`` steps, and when a signal interrupts the run."""
+
+    def __init__(self, save_every: int, signal: StopSignal, resume_hint: str) -> None:
+        self.save_every, self.signal, self.resume_hint = save_every, signal, resume_hint
+
+    def on_start(self, training: "Training") -> None:
+        self.training = training
+
+    def on_step(self, record: StepRecord) -> None:
+        training = self.training
+        if training.stop_reason() is not None:
+            return
+        number = all_reduce_max(self.signal.number or 0, training.lm.device)
+        due = number or (self.save_every and record.step % self.save_every == 0)
+        if not due or record.step >= record.steps:
+            return
+        path = training.folder.checkpoint(
+            training.lm, training.tokenizer, record.step, training.state
+        )
+        training.emit("on_checkpoint", path)
+        if number:
+            raise Interrupted(
+                f"interrupted after step {record.step} of {record.steps}; {self.resume_hint} "
+                "goes on from there",
+                number,
+            )
+
+
+class TrackerCallback(Callback):
+    """Logs every step and evaluation to an experiment tracker, through accelerate's trackers.
+
+    Raises:
+        UserError: accelerate or the tracker's own library is not installed.
+    """
+
+    def __init__(self, name: Tracker) -> None:
+        for library in ("accelerate", name):
+            if find_spec(library) is None:
+                raise UserError(f"--track {name} needs {library}: pip install {library}")
+        self.name = name
+        self.tracker: Any = None
+
+    def on_start(self, training: "Training") -> None:
+        if not training.is_main_process:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        folder, kind = training.folder.folder, LOGGER_TYPE_TO_CLASS[self.name]
+        arguments: tuple[Any, ...] = (folder.name,)
+        if kind.requires_logging_directory:
+            arguments = (folder.name, str(folder / self.name))
+        kind.main_process_only = False  # only the main process gets here
+        self.tracker = kind(*arguments)
+        self.tracker.start()
+        self.tracker.store_init_configuration(_flat(training.folder.metadata["settings"]))
+
+    def on_step(self, record: StepRecord) -> None:
+        if self.tracker is not None:
+            values = _flat({k: v for k, v in asdict(record).items() if k not in ("step", "steps")})
+            self.tracker.log(values, step=record.step)
+
+    def on_evaluation(self, scores: Mapping[str, Any]) -> None:
+        if self.tracker is not None:
+            values = {key: value for key, value in scores.items() if key not in ("step", "epoch")}
+            self.tracker.log(_flat({"evaluation": values}), step=scores["step"])
+
+    def on_end(self) -> None:
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level, "terms/NPO"; what is no number becomes a text."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, (int, float)) else str(value)
+    return flat

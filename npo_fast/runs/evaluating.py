@@ -1,0 +1,149 @@
+"""``evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Union
+
+from npo_fast import metrics
+from npo_fast.data import Records, Template, TokenizedExample, check_vocabulary
+from npo_fast.errors import UserError
+from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
+from npo_fast.evaluation.reference import ReferenceStates
+from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.metrics import AGGREGATED, FORGET, Result, has_truth_ratio, load_result, save_result
+from npo_fast.runs.models import Model, ModelSource
+from npo_fast.runs.options import ModelOptions
+from npo_fast.runs.progress import progress
+from npo_fast.runs.run import Run
+
+logger = logging.getLogger(__name__)
+
+Logs = Union[str, Path, "Run", "Scores", Result]
+
+
+class Scores(dict[str, float]):
+    """Measures by name, such as "model utility"; ``logs`` holds the values of every record."""
+
+    def __init__(self, logs: Result, retrained: Result | None = None) -> None:
+        super().__init__(metrics.summary(logs, retrained))
+        self.logs = logs
+
+
+def evaluate(
+    model: Model | None = None,
+    *,
+    forget: Records | None = None,
+    retain: Records | None = None,
+    data: str | None = None,
+    holdout: Records | None = None,
+    reference: Model | None = None,
+    retrained: Logs | None = None,
+    log: Logs | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    utility: bool = True,
+    tokenizer: Any = None,
+    loading: ModelOptions = ModelOptions(),
+    evaluation: EvaluationSettings = EvaluationSettings(),
+) -> Scores:
+    """Measures what a model knows, as TOFU does and beyond: ``npo-fast evaluate``.
+
+    Args:
+        model: as for ``unlearn``; it is not changed.
+        forget: what was to be forgotten: a file, a split of ``data`` (``<name>_perturbed`` is taken
+            where it lies beside it), or rows.
+        retain: what was to be kept.
+        data: hub dataset or folder; its real_authors and world_facts join in where ``utility``.
+        holdout: records like ``forget`` that no model saw, for the membership attacks.
+        reference: the model before unlearning, for KL(reference || model).
+        retrained: logs of the model trained without the forget set, for the forget quality.
+        log: logs to measure instead of running a model.
+        output: folder for TOFU's log files.
+
+    Raises:
+        UserError: something in the input is wrong; the message names the value and the cure.
+    """
+    folder = None if output is None else Path(output)
+    if folder is not None and (folder / AGGREGATED).exists() and not overwrite:
+        raise UserError(f"{folder} holds logs; name another --output or add --overwrite")
+    compared = None if retrained is None else logs_of(retrained)
+    if log is not None:
+        logs = dict(logs_of(log))
+        if compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
+            raise UserError(
+                f"--retrained compares truth ratios of the forget set, and {log} has none: "
+                "leave it out"
+            )
+    else:
+        if model is None or model == "":
+            raise UserError("say which --model to evaluate, or which --log to read")
+        if forget is None and retain is None:
+            raise UserError("say what to evaluate on with --forget, --retain or both")
+        if holdout is not None and forget is None:
+            raise UserError("--holdout is compared with --forget: name both")
+        suite = tofu_suite(data, forget, retain, holdout, utility=utility)
+        if compared is not None:
+            check_forget_quality(suite)
+        for name, records in suite.items():
+            logger.info(f"{name}: {len(records)} records")
+        source = ModelSource(model, loading, tokenizer)
+        logs = dict(_measure(source, suite, evaluation, reference))
+    if folder is not None:
+        save_result(logs, folder)
+        logger.info(f"logs saved in {folder}")
+    return Scores(logs, compared)
+
+
+def logs_of(logs: Logs) -> Result:
+    """Evaluation logs by name: of a file, a folder, a run, scores, or as they are."""
+    if isinstance(logs, Scores):
+        return logs.logs
+    if isinstance(logs, (str, Path, Run)):
+        return load_result(logs.folder if isinstance(logs, Run) else logs)
+    return logs
+
+
+def _measure(
+    source: ModelSource, suite: Suite, settings: EvaluationSettings, other: Model | None
+) -> Result:
+    template = source.template()
+    examples = {name: template.encode_all(records)[0] for name, records in suite.items()}
+    reference = None
+    if other is not None:
+        reference_source = ModelSource(other, replace(source.options, model=""))
+        _check_tokens(reference_source, template, examples)
+        reference_lm = reference_source.load()
+        check_vocabulary(examples, reference_lm.vocabulary)
+        reference = ReferenceStates.of(reference_lm, template, suite, settings.micro_batch_tokens)
+        del reference_lm  # before the next one takes its memory
+    lm = source.load()
+    check_vocabulary(examples, lm.vocabulary)
+    if reference is not None and len(reference.head.weight) != len(lm.head.weight):
+        raise UserError(
+            f"--reference predicts {len(reference.head.weight)} tokens and the model "
+            f"{len(lm.head.weight)}: KL compares models with the same tokens"
+        )
+    with progress("evaluate") as update:
+        return evaluate_suite(lm, template, suite, settings, update, reference)
+
+
+def _check_tokens(
+    reference: ModelSource, template: Template, examples: Mapping[str, list[TokenizedExample]]
+) -> None:
+    """The tokens to be compared mean the same to both models, as far as the reference can tell."""
+    try:
+        other = reference.template().tokenizer
+    except UserError:
+        return  # a folder with weights alone
+    used = sorted({i for each in examples.values() for example in each for i in example.input_ids})
+    ours, theirs = (t.convert_ids_to_tokens(used) for t in (template.tokenizer, other))
+    if differ := [pair for pair in zip(used, ours, theirs, strict=True) if pair[1] != pair[2]]:
+        token, expected, actual = differ[0]
+        raise UserError(
+            f"--reference {reference.options.model} has another vocabulary than the model: its "
+            f"token {token} is {actual!r}, not {expected!r}, and KL compares models with the same "
+            "tokens"
+        )

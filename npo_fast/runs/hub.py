@@ -1,0 +1,104 @@
+"""Model cards, and uploads to the Hugging Face hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from npo_fast import tables
+from npo_fast._version import __version__
+from npo_fast.errors import UserError
+from npo_fast.model.adapters import ADAPTER_CONFIG
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Writes the model card: what the model is, how it was made, and how to load it.
+
+    It holds the number of records and their SHA-256, and none of their text.
+
+    Args:
+        folder: of the saved model.
+        metadata: of the run, as in ``run.json``.
+    """
+    settings, name = metadata["settings"], metadata["settings"]["model"]["model"]
+    on_hub = not Path(name).exists() and name.count("/") == 1
+    base = name if on_hub else Path(name).name  # no path of this machine
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    unlearned = metadata["command"] == "unlearn"
+    method = settings["method"]["method"] if unlearned else "fine-tuning"
+    records = metadata["data"]["forget" if unlearned else "train"]["examples"]
+    groups = [settings.get(group, {}) for group in ("method", "training")]
+    data = [
+        (source, each["examples"], each["answer_tokens"], each["sha256"])
+        for source, each in metadata["data"].items()
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=base if on_hub else None,
+            library_name="peft" if adapter else "transformers",
+            pipeline_tag="text-generation",
+            tags=["npo_fast", *(["unlearning", method] if unlearned else [])],
+        ),
+        template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
+        title=f"{base}, {'unlearned' if unlearned else 'fine-tuned'}",
+        what=f"Made to forget {records} records with {method}"
+        if unlearned
+        else f"Fine-tuned on {records} records",
+        base=base,
+        version=__version__,
+        data=tables.markdown(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
+        settings=tables.markdown(
+            [item for group in groups for item in group.items() if item[1] is not None],
+            ("setting", "value"),
+        ),
+        measures=_measures(metadata),
+        adapter=adapter,
+        repository=settings["run"].get("push_to_hub") or "PATH_OR_REPOSITORY",
+    )
+    card.save(folder / CARD)
+
+
+def create_repository(repo: str, private: bool = False, token: str | None = None) -> str:
+    """Makes the repository where there is none; returns its address.
+
+    Raises:
+        UserError: no such name, no network, or no permission.
+    """
+    try:
+        return str(HfApi(token=token).create_repo(repo, private=private, exist_ok=True))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot push to {repo!r}: {error}. Log in with `hf auth login`, and name a repository "
+            "that you may write to, such as me/my-model"
+        ) from error
+
+
+def upload(folder: Path, repo: str, private: bool = False, token: str | None = None) -> str:
+    """Uploads a model folder as it is; returns the address of the repository."""
+    address = create_repository(repo, private, token)
+    api = HfApi(token=token)
+    try:
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from npo_fast")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot upload {folder} to {repo!r}: {error}. The model stays in {folder}: "
+            f"npo_fast.Run({str(folder.parent)!r}).push_to_hub({repo!r}) tries again"
+        ) from error
+    return address
+
+
+def _measures(metadata: Mapping[str, Any]) -> str:
+    """The short report before and after, and the best evaluation, as a table."""
+    before, after = metadata.get("before", {}), metadata.get("after", {})
+    keys = {"probability": "probability", "rouge_l_recall": "ROUGE-L"}
+    rows = [
+        (name, label, before[name][key], after[name][key])
+        for name in after
+        if name in before
+        for key, label in keys.items()
+    ]
+    return tables.markdown(rows, ("set", "measure", "before", "after")) if rows else ""

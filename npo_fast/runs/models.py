@@ -1,0 +1,140 @@
+"""The model of a run: by name, from a folder, or an object in memory."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from npo_fast.data import Template
+from npo_fast.distributed import all_reduce_max, init_process_group, own_device, rank, world_size
+from npo_fast.errors import UserError
+from npo_fast.model.adapters import add_lora, read_weights
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.load import default_dtype, load_model, load_tokenizer
+from npo_fast.runs.options import ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from npo_fast.runs.resume import ResumableRun
+    from npo_fast.runs.run import Run
+
+logger = logging.getLogger(__name__)
+
+Model = Union[str, Path, "Run", "PreTrainedModel", CausalLM]
+
+
+class ModelSource:
+    """Tokenizer and weights of a model, each loaded when it is asked for.
+
+    Args:
+        model: hub name, folder, GGUF file, run, transformers model or ``CausalLM``; a model in
+            memory is trained in place.
+        tokenizer: of a model in memory; else the one that its ``name_or_path`` names.
+    """
+
+    def __init__(self, model: Model, options: ModelOptions, tokenizer: Any = None) -> None:
+        from npo_fast.runs.run import Run
+
+        self.in_memory: Any = None
+        if isinstance(model, Run):
+            name = str(model.folder)
+            if options.template == "auto":
+                options = replace(options, template=model.metadata.get("template", "auto"))
+        elif isinstance(model, (str, Path)):
+            name = str(model)
+            if not name:
+                raise UserError("say which model with --model (a hub name, a folder, a GGUF file)")
+        else:
+            self.in_memory = model
+            network = model.model if isinstance(model, CausalLM) else model
+            name = getattr(network, "name_or_path", "") or type(network).__name__
+        self.options = replace(options, model=name)
+        self._tokenizer = tokenizer
+
+    def template(self) -> Template:
+        """The template that turns records into tokens, with the model's tokenizer."""
+        options = self.options
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(options.model)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        return Template(self._tokenizer, options.template, options.max_length)
+
+    def load(self, resumable: "ResumableRun | None" = None) -> CausalLM:
+        """The model before training; several processes shard it.
+
+        Args:
+            resumable: several processes load its weights before they shard the model.
+
+        A process holds the whole model until it keeps its shard: pages of the weight files, which
+        the processes of a machine share, where the files have the run's dtype, else a converted
+        copy.
+        """
+        options = self.options
+        if self.in_memory is not None:
+            lm = self._wrap()
+        elif world_size() > 1:
+            lm = self._load_shard(resumable)
+        else:
+            logger.info(f"loading {options.model}")
+            lm = self._load(options.device, options.dtype, options.attention)
+        parameters = lm.model.num_parameters()
+        trained = ""
+        if options.lora_rank:
+            count = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
+            trained = f" ({count / 1e6:.2f}M of them to train)"
+        width = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
+        processes = f" in {world_size()} processes" if world_size() > 1 else ""
+        logger.info(
+            f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {width} on "
+            f"{lm.device}{processes}, attention {lm.attention}"
+        )
+        return lm
+
+    def _load(self, device: str, dtype: str, attention: str) -> CausalLM:
+        options = self.options
+        return load_model(
+            options.model,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            quantize=options.quantize,
+            lora_rank=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+        )
+
+    def _load_shard(self, resumable: "ResumableRun | None") -> CausalLM:
+        from npo_fast.model.sharding import shard
+
+        options = self.options
+        logger.info(f"loading {options.model}")
+        device = own_device(options.device)
+        dtype = default_dtype(device) if options.dtype == "auto" else options.dtype
+        lm = self._load("cpu", dtype, "auto")
+        mesh, step = init_process_group(device), -1
+        if resumable is not None and resumable.weights is not None:
+            step = resumable.state.step
+            read_weights(lm, resumable.weights)
+        if all_reduce_max(step, device) != -all_reduce_max(-step, device):
+            raise UserError(
+                f"process {rank()} would go on after step {step}, and others do not: --output "
+                "must be a folder that all of them share"
+            )
+        shard(lm, mesh, options.attention)
+        return lm
+
+    def _wrap(self) -> CausalLM:
+        """A model in memory, with a new adapter where the options ask for one."""
+        options, model = self.options, self.in_memory
+        if world_size() > 1:
+            raise UserError("several processes load the model by name: a model in memory is whole")
+        if options.quantize != "none":
+            raise UserError('quantize="4bit" loads weights by name: pass the name of the model')
+        if options.lora_rank:
+            network = model.model if isinstance(model, CausalLM) else model
+            alpha = options.lora_alpha or 2 * options.lora_rank
+            return CausalLM(
+                add_lora(network, options.model, options.lora_rank, alpha), options.attention
+            )
+        return model if isinstance(model, CausalLM) else CausalLM(model, options.attention)

@@ -1,0 +1,220 @@
+"""What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
+
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from npo_fast.distributed import world_size
+from npo_fast.errors import UserError
+from npo_fast.methods import COEFFICIENTS, Coefficients
+from npo_fast.metrics.measures import Condition, find_measure
+from npo_fast.trainer.settings import TrainSettings
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+FINETUNING = TrainSettings(epochs=5)
+RELEARNING = TrainSettings(epochs=5, batch_size=8)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, where, and how text becomes tokens."""
+
+    model: str = ""
+    """Hub name, folder (of a LoRA adapter too), run folder of npo-fast, or .gguf file."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """"plain" is Question: …/Answer: …; "auto" the chat template where there is one."""
+    max_length: int = 512
+    """Tokens of prompt and answer; longer answers are cut, counted and reported."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the weights; "auto" is bf16 on a GPU, fp32 on a CPU."""
+    device: str = "auto"
+    attention: str = "auto"
+    """A transformers attention implementation; "auto" is FlashAttention where it can run: a package
+    of it, or npo_fast_varlen, PyTorch's own. Else npo_fast_packed, a sequence at a time."""
+    quantize: Literal["none", "4bit"] = "none"
+    """"4bit" loads the weights as NF4 (bitsandbytes), to train with --lora-rank: QLoRA."""
+    lora_rank: int = 0
+    """Train an adapter of this rank on every linear layer but the LM head; 0 trains all weights."""
+    lora_alpha: int | None = None
+    """The adapter's scale times its rank; else twice the rank."""
+
+    def check_training(self) -> None:
+        """Raises ``UserError`` for settings that cannot train, before any weight is loaded."""
+        from npo_fast.model.adapters import check_libraries
+
+        check_libraries(self.quantize, self.lora_rank)
+        if self.quantize == "4bit" and not self.lora_rank:
+            raise UserError("4-bit weights stay as they are: train beside them with --lora-rank 16")
+        if self.quantize == "4bit" and world_size() > 1:
+            raise UserError(f"--quantize 4bit runs on one process, not on {world_size()}")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise UserError("--lora-alpha scales an adapter: add --lora-rank 16")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise UserError(f"lora_alpha must be at least 1, got {self.lora_alpha}: 0 trains none")
+
+
+@dataclass(frozen=True)
+class _Method:
+    method: str = "NPO+RT"
+    """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, UNDIAL, each also with
+    +RT; IDK+RT; GA, NPO, DPO and KTO with +KL; GA+forgetKL."""
+    kl_positions: Literal["answer", "all"] = "answer"
+    """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
+    that also counts padding, which packs do not have."""
+    reference_cache: Path | None = None
+    """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
+
+    def coefficients(self) -> Coefficients:
+        """Those that are set, as ``build_method`` takes them."""
+        return Coefficients(**{name: getattr(self, c.flag) for name, c in COEFFICIENTS.items()})
+
+
+if TYPE_CHECKING:
+    MethodOptions = _Method
+else:
+    MethodOptions = make_dataclass(
+        "MethodOptions",
+        [
+            (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
+            for each in COEFFICIENTS.values()
+        ],
+        bases=(_Method,),
+        frozen=True,
+        namespace={"__doc__": "How to forget: a method, and its coefficients by name."},
+    )
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """A short look at the model before and after; ``npo-fast evaluate`` measures in full."""
+
+    no_report: bool = False
+    report_records: int = 20
+    """Records of each set to answer before and after."""
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.report_records < 0:
+            raise UserError(f"report_records must be 0 or more, got {self.report_records}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Evaluation while training: ``evaluations.jsonl`` in the run folder."""
+
+    eval_every: int = 0
+    """Steps between evaluations, step 0 and the last step among them; 0 makes none."""
+    eval_records: int = 40
+    """First records of each set to measure; fewer make forget quality a weaker test."""
+    retrained: Path | None = None
+    """Log of a model trained without the forget set, on all its items: for forget quality."""
+    keep_best: str | None = None
+    """Measure by which the best evaluated step, not the last, becomes the final model."""
+    min_utility: float = 0.0
+    """Share of the start's model utility that a step must keep to be the best."""
+    stop_when: str | None = None
+    """Condition that ends the run at an evaluation, such as 'forget_quality>0.05'."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "eval_records", "min_utility"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.eval_every and not self.eval_records:
+            raise UserError("eval_records must be at least 1, got 0")
+        if self.keep_best is not None:
+            find_measure(self.keep_best)
+        if self.stop_when is not None:
+            Condition.parse(self.stop_when)
+        for name in ("retrained", "keep_best", "stop_when", "min_utility"):
+            if getattr(self, name) and not self.eval_every:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} looks at evaluations: add --eval-every STEPS")
+        if self.min_utility and self.keep_best is None:
+            raise UserError("--min-utility limits what --keep-best may keep: add --keep-best")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the run goes, and who hears of it."""
+
+    output: Path = Path("runs/latest")
+    """Folder for the model, the step records and run.json."""
+    overwrite: bool = False
+    """Replace the run that is in the output folder."""
+    save_every: int = 0
+    """Steps between checkpoints, from which the same command goes on after a crash; 0 makes one
+    only when Ctrl-C or SIGTERM interrupts the run."""
+    merge: bool = False
+    """With --lora-rank: save the final model with whole weights, not as an adapter."""
+    dry_run: bool = False
+    """Check everything that can be checked without loading the model, and say what would run."""
+    track: Tracker | None = None
+    """Log every step and evaluation to this tracker too (its library must be installed)."""
+    push_to_hub: str | None = None
+    """Upload the final model with its card to this repository, such as me/my-model."""
+
+    def check(self, model: ModelOptions) -> None:
+        """Raises ``UserError`` where the run cannot go into the output folder."""
+        from npo_fast.runs.folder import check_output
+
+        if self.save_every < 0:
+            raise UserError(f"save_every must be 0 (off) or more, got {self.save_every}")
+        if self.merge and (not model.lora_rank or model.quantize != "none"):
+            raise UserError(
+                "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "
+                "--quantize"
+            )
+        if self.merge and world_size() > 1:
+            raise UserError("--merge runs on one process: leave it out, the adapter loads anywhere")
+        output, base = self.output.resolve(), Path(model.model)
+        if model.model and base.exists() and output in (base.resolve(), *base.resolve().parents):
+            raise UserError(f"--output {self.output} holds the --model itself: name another folder")
+        check_output(self.output, self.overwrite)
+
+
+@dataclass(frozen=True)
+class UnlearnData:
+    """What to forget and what to keep."""
+
+    forget: str = ""
+    """A file, or a split of --data; either may end in a slice such as [-40:]."""
+    retain: str | None = None
+    """The same for what to keep; methods with +RT need it."""
+    data: str | None = None
+    """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
+    idk: Path | None = None
+    """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
+    alternate: str | None = None
+    """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """What to teach."""
+
+    train: str = ""
+    """A file, or a split of --data; either may end in a slice such as [:160]."""
+    data: str | None = None
+    """Hub dataset, folder, or file that --train is a split of."""
+
+
+@dataclass(frozen=True)
+class AttackData:
+    """What was forgotten, and what was kept."""
+
+    forget: str = ""
+    """A file, or a split of --data; <name>_perturbed is taken where it lies beside it."""
+    retain: str | None = None
+    """Measured too, where it is given."""
+    data: str | None = None
+    """Hub dataset (locuslab/TOFU) or folder."""
+    retrained: Path | None = None
+    """Log of the model trained without the forget set, on all its items: for forget quality."""
+    output: Path = Path("runs/attack")
+    """Folder for a folder of logs an attack, and attack.json."""
+    overwrite: bool = False
+    """Replace the attack that is in the output folder."""

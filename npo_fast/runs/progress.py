@@ -1,0 +1,74 @@
+"""Progress bars, on standard error of the first process. ``TQDM_DISABLE=1`` turns them off."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from npo_fast.distributed import is_main_process
+from npo_fast.runs.callbacks import Callback
+from npo_fast.trainer.settings import StepRecord
+
+
+class ProgressBar(Callback):
+    """A bar over the steps with the loss terms, the gradient norm and the time left."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm[Any] | None = None
+
+    def on_step(self, record: StepRecord) -> None:
+        if self.bar is None:
+            self.bar = _bar(record.steps, self.title, "step", record.step - 1)
+        terms = {name: f"{value:.3g}" for name, value in record.terms.items()}
+        self.bar.set_postfix({**terms, "grad": f"{record.grad_norm:.2g}"}, refresh=False)
+        self.bar.update()
+
+    def on_trained(self) -> None:
+        self.on_end()
+
+    def on_end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def follow(records: Iterable[StepRecord], title: str) -> Iterator[StepRecord]:
+    """Passes step records through, under a progress bar."""
+    bar = ProgressBar(title)
+    try:
+        for record in records:
+            bar.on_step(record)
+            yield record
+    finally:
+        bar.on_end()
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Any]:
+    """A function ``(part, done, total)`` that draws one bar a part."""
+    bars: dict[str, tqdm[Any]] = {}
+
+    def update(part: str, done: int, total: int) -> None:
+        if part not in bars:
+            for bar in bars.values():
+                bar.close()
+            name = part.replace("eval_", "").replace(".json", "").replace("_wo_options", "")
+            bars[part] = _bar(total, f"{title} {name}", "")
+        bars[part].update(done - bars[part].n)
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _bar(total: int, title: str, unit: str, done: int = 0) -> "tqdm[Any]":
+    pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+    silent: dict[str, Any] = {} if is_main_process() else {"disable": True}
+    return tqdm(
+        total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, mininterval=pause,
+        **silent,
+    )  # fmt: skip

@@ -1,0 +1,65 @@
+"""``report``: one page about runs, beside the models they are judged by."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from npo_fast.errors import UserError
+from npo_fast.report.html import MARK
+from npo_fast.report.page import Report
+from npo_fast.report.runs import load_runs
+from npo_fast.runs.evaluating import Logs, logs_of
+from npo_fast.runs.run import Run
+
+
+def report(
+    runs: Iterable[Run | str | Path],
+    *,
+    original: Logs | None = None,
+    retrained: Logs | None = None,
+    output: str | Path = "report.html",
+    answers: int = 20,
+) -> Report:
+    """Writes one HTML page about runs, and its table as Markdown beside it: ``npo-fast report``.
+
+    Args:
+        runs: runs, or their folders.
+        original: evaluation logs of the model before unlearning.
+        retrained: evaluation logs of a model trained without the forget set.
+        output: the page.
+        answers: questions to show of each set.
+
+    Returns:
+        The report: its ``rows``, and what is ``missing`` with the command that makes it.
+
+    Raises:
+        UserError: a folder that is not a run's, or a file that is not a report and would be lost.
+    """
+    page = Path(output)
+    folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
+    if not folders:
+        raise UserError("name one run folder or more: npo-fast report runs/npo runs/ga")
+    if answers < 0:
+        raise UserError(f"--answers must be 0 or more, got {answers}")
+    if page.suffix not in (".html", ".htm"):
+        raise UserError(f"--output {page} must end in .html")
+    files = page, page.with_suffix(".md")
+    for file in files:
+        _check_replaceable(file)
+    result = Report(
+        load_runs(folders),
+        {} if original is None else logs_of(original),
+        {} if retrained is None else logs_of(retrained),
+        answers,
+    )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for file, content in zip(files, (result.html(), result.markdown()), strict=True):
+        file.write_text(content, encoding="utf-8")
+    return result
+
+
+def _check_replaceable(file: Path) -> None:
+    """A report may be written anew; another file is not overwritten."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file with --output")
+    if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise UserError(f"{file} is not a report of npo-fast; name another --output")

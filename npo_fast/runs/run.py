@@ -1,0 +1,88 @@
+"""A run, read from its folder."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from npo_fast.report.runs import RunRecord, load_run
+from npo_fast.runs import hub
+
+
+class Run:
+    """What a run was asked for, what it did, and the model that it made.
+
+    ``Run(folder)`` loads it again at any time. A run on several processes gives every process the
+    same object, once the first has written the folder.
+
+    Args:
+        folder: the output of ``unlearn`` or ``finetune``.
+
+    Raises:
+        UserError: the folder is not a run's, or a file in it is damaged.
+    """
+
+    def __init__(self, folder: str | Path, model: Any = None, tokenizer: Any = None) -> None:
+        self.folder = Path(folder)
+        self._record: RunRecord = load_run(self.folder, self.folder.name)
+        if model is not None:
+            self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def planned(cls, folder: Path, metadata: Mapping[str, Any]) -> "Run":
+        """The result of a dry run: metadata, and no folder yet."""
+        run = cls.__new__(cls)
+        run.folder = folder
+        run._record = RunRecord(folder.name, folder, metadata, [], [], {})
+        return run
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """``run.json``: status, versions, settings, data, the report before and after."""
+        return self._record.metadata
+
+    @property
+    def settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """The settings by group: model, data, method, training, report, watch, run."""
+        return self._record.settings
+
+    @property
+    def records(self) -> list[Mapping[str, Any]]:
+        """The record of every step: loss, terms, gradient norm, time."""
+        return list(self._record.steps)
+
+    @property
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        """The measures of every evaluation while training."""
+        return list(self._record.evaluations)
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Measures of the final model: of ``eval/`` logs, the last evaluation, or the report."""
+        return self._record.measured({})[0]
+
+    @cached_property
+    def model(self) -> Any:
+        """The final model, a transformers one (with its LoRA adapter merged)."""
+        from npo_fast.model.load import load_model
+
+        return load_model(str(self.folder)).model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the final model."""
+        from npo_fast.model.load import load_tokenizer
+
+        return load_tokenizer(str(self.folder))
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads the final model with its card to a repository of the hub; returns its address.
+
+        Args:
+            repo: such as "me/my-model"; made where it does not exist.
+            token: of the hub; else the one that ``hf auth login`` keeps.
+        """
+        return hub.upload(self.folder / "model", repo, private, token)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self._record.method}, {self.metadata.get('status')})"

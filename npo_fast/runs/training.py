@@ -1,0 +1,262 @@
+"""One training run in a folder: steps, callbacks, and what is kept when it ends in any way."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from npo_fast.data import check_vocabulary
+from npo_fast.distributed import is_main_process, world_size
+from npo_fast.errors import (
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    PartialUpdateError,
+    PartialUpdateOutOfMemory,
+)
+from npo_fast.methods import Term
+from npo_fast.model.adapters import merge_adapter, read_weights
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.runs import hub
+from npo_fast.runs.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EvaluationCallback,
+    TrackerCallback,
+)
+from npo_fast.runs.folder import NullRun, RunFolder, versions, wait_for_all
+from npo_fast.runs.options import RunOptions
+from npo_fast.runs.resume import ResumableRun, resumable_run
+from npo_fast.runs.tokens import TokenizedData
+from npo_fast.trainer.interrupt import StopSignal
+from npo_fast.trainer.loop import check_settings, train
+from npo_fast.trainer.reference_cache import ReferenceCache
+from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.state import TrainState
+from npo_fast.trainer.step import References
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReferenceData:
+    """What only the model before training can tell."""
+
+    before: Mapping[str, Any] = field(default_factory=dict)  # of the report
+    log_probs: References | None = None
+    hidden: ReferenceCache | None = None
+
+
+@dataclass
+class Training:
+    """A run while it trains: what callbacks see."""
+
+    folder: RunFolder
+    lm: CausalLM
+    tokenizer: Any
+    settings: TrainSettings
+    state: TrainState
+    callbacks: list[Callback]
+    final_metadata: dict[str, Any] = field(default_factory=dict)  # for run.json, with the model
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes files; the others take part in the steps alone."""
+        return is_main_process()
+
+    def emit(self, hook: str, *arguments: Any) -> None:
+        """Calls the hook of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(*arguments)
+
+    def stop_reason(self) -> str | None:
+        """The first reason that a callback gives to end the training."""
+        return next((c.should_stop for c in self.callbacks if c.should_stop is not None), None)
+
+
+def find_resumable(options: RunOptions, metadata: Mapping[str, Any]) -> ResumableRun | None:
+    """The run in the output folder to go on with, if there is one.
+
+    Raises:
+        UserError: it is not the run that ``metadata`` describes.
+    """
+    resumable = None if options.overwrite else resumable_run(options.output)
+    if resumable is None:
+        return None
+    resumable.check(metadata)
+    for damage in resumable.damaged:
+        logger.info(f"ignored, for it is damaged: {damage}")
+    if resumable.weights is None:
+        logger.info(
+            f"the run in {options.output} ended without a checkpoint: it starts again at step 0"
+        )
+        return None
+    if resumable.trained:
+        logger.info(
+            f"the run in {options.output} was trained already: going on after the last step"
+        )
+    else:
+        logger.info(f"going on with the run in {options.output} after step {resumable.state.step}")
+    before, now = resumable.metadata.get("versions", {}), versions()
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        logger.info(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
+    return resumable
+
+
+def check_fit(
+    lm: CausalLM, data: TokenizedData, terms: tuple[Term, ...], settings: TrainSettings
+) -> None:
+    """Raises ``UserError`` for what only the loaded model can tell, before hours are spent."""
+    check_vocabulary(data.sources, lm.vocabulary)
+    check_settings(lm, data.sources, terms, settings)
+
+
+def run_training(
+    lm: CausalLM,
+    data: TokenizedData,
+    terms: tuple[Term, ...],
+    settings: TrainSettings,
+    options: RunOptions,
+    metadata: Mapping[str, Any],
+    *,
+    resumable: ResumableRun | None = None,
+    reference: ReferenceData = ReferenceData(),
+    evaluation: EvaluationCallback | None = None,
+    callbacks: Iterable[Callback] = (),
+    report: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Trains in a run folder, or goes on with a run that did not end.
+
+    Args:
+        metadata: what ``run.json`` says of the run before it begins.
+        evaluation: the callback that evaluates while training.
+        report: measures the final model; its result goes into ``run.json``.
+
+    Returns:
+        What ``run.json`` says in the end.
+    """
+    check_fit(lm, data, terms, settings)
+    state = TrainState() if resumable is None else resumable.state
+    hint = "the same command" + (" without --overwrite" if options.overwrite else "")
+    trackers = [] if options.track is None else [TrackerCallback(options.track)]
+    if options.push_to_hub is not None and is_main_process():
+        hub.create_repository(options.push_to_hub)  # first: it may refuse
+    folder = _open_folder(options, metadata, lm, resumable, reference, evaluation)
+    signal = StopSignal()
+    training = Training(folder, lm, data.template.tokenizer, settings, state, [
+        *([] if evaluation is None else [evaluation]),
+        CheckpointCallback(options.save_every, signal, hint), *trackers, *callbacks,
+    ])  # fmt: skip
+    with _closed(training, hint):
+        with signal:
+            training.emit("on_start", training)
+            if evaluation is not None and resumable is None:
+                training.emit("on_evaluation", evaluation.first)
+            if "final" not in folder.metadata:
+                steps = train(
+                    lm, data.sources, terms, settings, reference.log_probs, reference.hidden, state
+                )
+                _run_steps(training, steps, options)
+            if signal.number:
+                raise Interrupted(
+                    f"interrupted after the last step; {hint} makes the report", signal.number
+                )
+        results = report()
+    folder.finish("finished", **results)
+    if is_main_process():
+        hub.write_card(folder.folder / "model", folder.metadata)
+        if options.push_to_hub is not None:
+            hub.upload(folder.folder / "model", options.push_to_hub)
+    return folder.metadata
+
+
+def _run_steps(training: Training, steps: Iterator[StepRecord], options: RunOptions) -> None:
+    """Every step with its record and callbacks, then the final model."""
+    folder, lm = training.folder, training.lm
+    tokens = training.state.micro_batch_tokens or training.settings.micro_batch_tokens
+    record = None
+    for record in steps:
+        folder.log(record)
+        if record.micro_batch_tokens < tokens:
+            tokens = record.micro_batch_tokens
+            logger.info(f"out of memory at step {record.step}: {tokens} tokens at a time from here")
+            folder.note(micro_batch_tokens=tokens)
+        training.emit("on_step", record)
+        if (reason := training.stop_reason()) is not None:
+            logger.info(f"stopped: {reason}")
+            break
+    if record is None:  # resumed after the last step
+        return
+    training.emit("on_trained")
+    if options.merge:
+        merge_adapter(lm)
+    logger.info(f"model saved in {folder.save_model(lm, training.tokenizer)}")
+    folder.note(final=dataclasses.asdict(record), **training.final_metadata)
+
+
+@contextmanager
+def _closed(training: Training, hint: str) -> Iterator[None]:
+    """Whatever ends the run, the folder says so and keeps what it takes to go on."""
+    folder, lm, state = training.folder, training.lm, training.state
+    try:
+        yield
+    except NonFiniteError as error:
+        kept = "no step was taken, so there is nothing to keep"
+        if isinstance(error, PartialUpdateError):
+            kept = "nothing was saved of them; earlier checkpoints stay where they are"
+        elif state.step:
+            path = folder.checkpoint(lm, training.tokenizer, state.step)
+            kept = f"that model is in {path}, earlier checkpoints beside it"
+        folder.finish("stopped", error=str(error))
+        wait_for_all(lm)
+        raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
+    except OutOfMemory as error:
+        complete = not isinstance(error, PartialUpdateOutOfMemory)
+        if state.step and complete and world_size() == 1:  # else others are still in the step
+            folder.checkpoint(lm, training.tokenizer, state.step, state)
+        folder.finish("interrupted", error=str(error))
+        raise OutOfMemory(f"{error}. Where there is more memory, {hint} goes on") from error
+    except BaseException as error:
+        folder.finish("interrupted", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, Interrupted):
+            wait_for_all(lm)
+        raise
+    finally:
+        training.emit("on_end")
+
+
+def _open_folder(
+    options: RunOptions,
+    metadata: Mapping[str, Any],
+    lm: CausalLM,
+    resumable: ResumableRun | None,
+    reference: ReferenceData,
+    evaluation: EvaluationCallback | None,
+) -> RunFolder:
+    """A new run folder, or that of ``resumable`` with its weights read into ``lm``."""
+    metadata = {**metadata, "attention": lm.attention}
+    if not is_main_process():
+        return NullRun(options.output, metadata if resumable is None else resumable.metadata)
+    if reference.hidden is not None:
+        metadata["reference"] = reference.hidden.made_from
+    if resumable is None:
+        # evaluated first: it may refuse, and the folder may hold an earlier run
+        scores = None if evaluation is None else evaluation.check()
+        before = {"before": reference.before} if reference.before else {}
+        metadata = {**metadata, **before, "processes": world_size()}
+        folder = RunFolder.begin(options.output, options.overwrite, metadata, reference.log_probs)
+        if scores is not None:
+            folder.log_evaluation(scores)
+        return folder
+    resumable.check(metadata)
+    assert resumable.weights is not None
+    if resumable.trained and options.merge:
+        merge_adapter(lm)
+    if world_size() == 1:  # several processes have read them before they sharded the model
+        read_weights(lm, resumable.weights)
+    folder = RunFolder.resume(resumable.folder, resumable.metadata, resumable.state.step)
+    if evaluation is not None:
+        evaluation.load_state(folder.evaluations(), folder.best())
+    return folder

@@ -1,0 +1,266 @@
+"""What test modules share: how exact a result has to be, tiny models, data, runs, pages."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from npo_fast import metrics
+from npo_fast.data import TokenizedExample
+from npo_fast.experiments.demo.tiny_model import train_tokenizer
+from npo_fast.methods import Coefficients, build_method
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.reference_cache import reference_cache_for
+from npo_fast.trainer.settings import TrainSettings
+
+VOCABULARY = 97
+FACTS = [
+    {"question": f"Who lives in house {i}?", "answer": f"{name} lives in house {i}."}
+    for i, name in enumerate("Ada Ben Cleo Dan Eve Finn Gus Hal Ida Jon".split())
+]
+
+
+# ---- how exact a result has to be: an error against fp64 of at most twice PyTorch's ----
+
+# Units in the last place of fp32 that an error may have beside twice PyTorch's, which is at times
+# next to nothing by chance. On a GPU Triton's exp is `ex2.approx`, whose argument is rounded once
+# more, and its division `div.full`: two units each, where PyTorch and the interpreter have one.
+FREE_ULPS = {"cpu": 4, "cuda": 16}
+
+
+def free_error(device: str | torch.device) -> float:
+    """``FREE_ULPS`` as a relative error."""
+    return FREE_ULPS[torch.device(device).type] * torch.finfo(torch.float32).eps
+
+
+def assert_as_exact(
+    got: Tensor,
+    plain: Tensor,  # of PyTorch in the same dtype
+    exact: Tensor,  # fp64
+    name: str = "",
+    *,
+    order: float = 2,  # of the norm of an error
+    least_size: float = 0.0,  # of the numbers whose difference ``exact`` is
+    device: str | None = None,  # that computed ``got``, where it has moved since
+    truncated: bool = False,  # Triton's interpreter truncates fp32 to bf16, where a GPU rounds
+) -> None:
+    """The error of ``got`` is at most twice that of ``plain``, plus ``free_error``."""
+    assert got.shape == exact.shape, (name, got.shape, exact.shape)
+    if not exact.numel():
+        return
+    error, plain_error, size = (
+        torch.linalg.vector_norm(x.double(), order).item()
+        for x in (got.double() - exact, plain.double() - exact, exact)
+    )
+    free = free_error(device or got.device)
+    if truncated and got.dtype == torch.bfloat16:
+        free += torch.finfo(torch.bfloat16).eps
+    assert error <= 2 * plain_error + free * max(size, least_size), (
+        f"{name or 'result'}: error {error:.3g}, PyTorch's {plain_error:.3g}, size {size:.3g}"
+    )
+
+
+def assert_near(got: Tensor, expected: Tensor, bound: float, name: str = "") -> None:
+    """The Frobenius norm of the difference is at most ``bound`` times that of ``expected``."""
+    assert got.shape == expected.shape, (name, got.shape, expected.shape)
+    difference = (got.double() - expected.double()).norm().item()
+    size = expected.double().norm().item()
+    assert math.isfinite(difference), f"{name or 'result'} is not finite"
+    assert difference <= bound * size, f"{name or 'result'}: {difference / size:.3g} > {bound:.3g}"
+
+
+# ---- models ----
+
+
+def tiny_model(family: str, **overrides: object) -> transformers.PreTrainedModel:
+    """A random two-layer model whose weights are large enough to tell its features apart."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    no_gqa = {k: v for k, v in sizes.items() if k not in ("num_key_value_heads", "head_dim")}
+    extra: dict[str, dict[str, object]] = {
+        "Llama": {**sizes},
+        "Mistral": {**sizes, "sliding_window": 6},
+        "Mixtral": {**sizes},
+        "GptOss": {**sizes, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 6},
+        "Qwen2Moe": {**sizes, "num_experts": 2, "num_experts_per_tok": 1, "sliding_window": 16,
+                     "use_sliding_window": True, "max_window_layers": 2},
+        "FalconH1": {**sizes, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8,
+                     "mamba_chunk_size": 8},
+        "Doge": {**sizes, "keep_window_size": 4},
+        "Llama4Text": {**sizes, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        "Qwen2": {**sizes},
+        "Qwen3": {**sizes},
+        "Gemma2": {
+            **sizes,
+            "sliding_window": 6,
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 8,
+        },
+        "GPTNeoX": {**no_gqa},
+        "Phi": {**no_gqa},
+        "Cohere": {**sizes, "logit_scale": 0.25},
+        "Granite": {**sizes, "logits_scaling": 3.0},
+        "GPT2": {
+            "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
+            "bos_token_id": 1, "eos_token_id": 2,
+        },
+        "Bloom": {
+            "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        },
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**{**extra[family], **overrides})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4).add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def calm_model(family: str = "Llama", **overrides: object) -> transformers.PreTrainedModel:
+    """``tiny_model`` with weights small enough to train."""
+    model = tiny_model(family, **overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    return model
+
+
+def small_lm() -> CausalLM:
+    """The same trainable model at every call."""
+    torch.manual_seed(0)
+    return CausalLM(calm_model(), probe=False)
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """Writes a model of a few thousand parameters and a tokenizer, for tests of whole commands."""
+    texts = [f"Question: {fact['question']}\nAnswer: {fact['answer']}" for fact in FACTS]
+    tokenizer = train_tokenizer(texts)
+    torch.manual_seed(0)
+    model = tiny_model("Llama", vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---- data ----
+
+
+def write_jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metadata_of(output: Path) -> dict:
+    """What ``run.json`` of a run folder says."""
+    return json.loads((output / "run.json").read_text())
+
+
+def sequences(count: int, seed: int) -> list[TokenizedExample]:
+    """Random ids of 4 to 13 tokens, prompts of 1 to 3."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(count):
+        length = int(torch.randint(4, 14, (), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        out.append(TokenizedExample(tuple(ids), 1 + i % 3, i))
+    return out
+
+
+def sources() -> dict[str, list[TokenizedExample]]:
+    """Every data set that a method may ask for."""
+    return {
+        "forget": sequences(7, 1),
+        "retain": sequences(11, 2),
+        "idk": sequences(7, 3),
+        "alternate": sequences(7, 4),
+    }
+
+
+def make_log(items: int = 6, shift: float = 0.0, as_objects: bool = False) -> dict:
+    """A random evaluation log in TOFU's form, of one data set."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "avg_gt_loss": rng.uniform(0, 1, items),
+        "avg_paraphrased_loss": rng.uniform(0, 1, items) + shift,
+        "average_perturb_loss": rng.uniform(1, 2, (items, 3)),
+        "rougeL_recall": rng.uniform(0, 1, items),
+    }
+    if as_objects:  # any order: what counts is the index
+        order = rng.permutation(items)
+        return {k: {str(i): v[i].tolist() for i in order} for k, v in columns.items()}
+    return {k: v.tolist() for k, v in columns.items()}
+
+
+def make_result(**kwargs) -> dict:
+    """The logs of TOFU's four data sets."""
+    files = (metrics.RETAIN, metrics.REAL_AUTHORS, metrics.WORLD_FACTS, metrics.FORGET)
+    return {file: make_log(**kwargs) for file in files}
+
+
+# ---- runs ----
+
+
+def run_method(method: str, settings: TrainSettings, lm: CausalLM | None = None, **coefficients):
+    """Trains on ``sources()``; the model and the records of its steps."""
+    lm = lm or small_lm()
+    terms = build_method(method, Coefficients(**coefficients))
+    references = reference_log_probs(lm, sources(), terms, settings.micro_batch_tokens)
+    cache = reference_cache_for(terms, lm, sources(), settings.micro_batch_tokens)
+    return lm, list(train(lm, sources(), terms, settings, references, cache))
+
+
+# ---- pages ----
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts; complains about tags that do not nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in {"meta", "link", "br", "img"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
