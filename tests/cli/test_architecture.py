@@ -1,6 +1,7 @@
 """Imports point down: each package may use those below it and no other."""
 
 import ast
+import re
 from pathlib import Path
 
 import npo_fast
@@ -68,3 +69,16 @@ def test_every_package_has_a_layer():
 def test_no_module_is_longer_than_400_lines():
     long = {f.name: n for f in ROOT.rglob("*.py") if (n := len(f.read_text().splitlines())) > 400}
     assert not long, long
+
+
+def test_test_modules_share_code_through_the_helpers_alone():
+    """A test module that imports from another one cannot be moved or read by itself."""
+    wrong = [
+        f"{file.name}: {line}"
+        for file in Path(__file__).parents[1].rglob("test_*.py")
+        for line in re.findall(
+            r"^ *(?:from|import) tests\b.*", file.read_text(), flags=re.MULTILINE
+        )
+        if not line.strip().startswith("from tests.helpers import")
+    ]
+    assert not wrong, wrong
