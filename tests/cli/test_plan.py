@@ -49,6 +49,7 @@ def test_the_peak_is_the_one_that_pytorchs_tracker_finds():
     def step(lm, tracker):
         sequences = [TokenizedExample((0,) * 16, 4, i) for i in range(4)]
         (micro,) = pack(sequences, 64)
+        micro = micro.to(lm.device)
         terms = build_method("NPO")
         with FlashAttention():
             loss, _, _ = micro_batch_loss(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
