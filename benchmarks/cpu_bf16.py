@@ -26,8 +26,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from npo_fast.bench.candidates import OURS, Candidate, find
-from npo_fast.bench.fp64_oracle import TOLERANCE, Truth
+from npo_fast.bench.candidates import OURS, Candidate, find_candidates
+from npo_fast.bench.fp64_oracle import TOLERANCE, Oracle
 from npo_fast.bench.inputs import Inputs, Shape, make_inputs
 from npo_fast.bench.memory import train as loss_and_gradients
 from npo_fast.bench.provenance import provenance
@@ -60,13 +60,13 @@ def loss_times(rows: int, width: int, vocabulary: int, rounds: int) -> dict[str,
     shape = Shape("", rows, width, vocabulary, max(1, rows // 64), "bfloat16")
     half = make_inputs(shape, "random", CPU)
     wide = widened(half)
-    truth = Truth(half)
-    ours, *_ = find(CPU, [])[0]
-    others, missing = find(CPU, ["plain", "torch-lce"])
+    oracle = Oracle(half)
+    ours, *_ = find_candidates(CPU, [])[0]
+    others, missing = find_candidates(CPU, ["plain", "torch-lce"])
     calls: dict[str, Callable[[], object]] = {"three GEMMs": bare_gemms(half)[0]}
     errors = {}
     for one in [ours, *(c for c in others if c.peer != OURS)]:
-        errors[one.key] = check(one, half, truth)
+        errors[one.key] = check(one, half, oracle)
         calls[one.key] = partial(loss_and_gradients, one, half)
     calls[f"{ours.key} fp32"] = partial(loss_and_gradients, ours, wide)
     for call in calls.values():
@@ -88,8 +88,8 @@ def widened(inputs: Inputs) -> Inputs:
     return Inputs(**{**vars(inputs), "hidden": leaf(inputs.hidden), "weight": leaf(inputs.weight)})
 
 
-def check(one: Candidate, inputs: Inputs, truth: Truth) -> dict[str, float]:
-    errors = truth.errors(one.loss, *loss_and_gradients(one, inputs))
+def check(one: Candidate, inputs: Inputs, oracle: Oracle) -> dict[str, float]:
+    errors = oracle.errors(one.loss, *loss_and_gradients(one, inputs))
     if not errors.acceptable("bfloat16"):
         sys.exit(f"not timed: {one.key} is off by {errors}, more than {TOLERANCE['bfloat16']}")
     return vars(errors)

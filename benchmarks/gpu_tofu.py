@@ -66,7 +66,7 @@ from npo_fast.errors import NonFiniteError, UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
-from npo_fast.experiments.demo.dataset import make_world
+from npo_fast.experiments.demo.dataset import make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import FINETUNE, Coefficients, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
@@ -462,14 +462,15 @@ def whole_file(parts: list[Path]) -> Iterator[Path]:
 
 def write_tiny_tofu(folder: Path, seed: int) -> list[str]:
     """TOFU's files about a few made-up authors; returns their texts."""
-    world = make_world(seed, background=0, famous=1, authors=2, forget_share=0.5)
-    learned = world.retain + world.forget
+    dataset = make_dataset(seed, background=0, famous=1, authors=2, forget_share=0.5)
+    learned = dataset.retain + dataset.forget
     half, tenth = len(learned) // 2, -(-len(learned) // 10)
     splits = {
         "full": learned, "retain50": learned[:half], "forget50": learned[half:],
         "retain90": learned[:-tenth], "forget10": learned[-tenth:],
         "forget10_perturbed": learned[-tenth:], "retain_perturbed": learned[:4],
-        "real_authors_perturbed": world.famous[:4], "world_facts_perturbed": world.countries[:4],
+        "real_authors_perturbed": dataset.famous[:4],
+        "world_facts_perturbed": dataset.countries[:4],
     }  # fmt: skip
     for name, records in splits.items():
         rows = [
@@ -478,7 +479,7 @@ def write_tiny_tofu(folder: Path, seed: int) -> list[str]:
             for r in records
         ]  # fmt: skip
         (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
-    return list(world.texts())
+    return list(dataset.texts())
 
 
 def read_options() -> argparse.Namespace:

@@ -16,9 +16,9 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from npo_fast.bench.provenance import provenance
-from npo_fast.planner import Footprint, Planned, footprint
+from npo_fast.planner import Footprint, PlannedRun, footprint
+from npo_fast.planner.memory import GIB, REFERENCE, TrackedStep
 from npo_fast.planner.model import empty_lm, empty_model
-from npo_fast.planner.plan import GIB, REFERENCE, StepRun
 from npo_fast.planner.tracker import FlashAttention
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
@@ -46,18 +46,18 @@ PADDED = 500  # tokens that the paper's code pads every sequence to
 class Case:
     name: str
     model: str
-    planned: Planned
+    planned: PlannedRun
     most_gib: float | None = None
     ranks: int = 1
     paper: bool = False
 
 
-SHORT = Planned(gradient_checkpointing=True)
-SMALL = Planned(gradient_checkpointing=True, optimizer="adamw-8bit")
-SHARDED = Planned(gradient_checkpointing=True, optimizer="adamw-bf16")
-IN_BACKWARD = Planned(gradient_checkpointing=True, optimizer="adamw-8bit", step_in_backward=True)
-ADAPTERS = Planned(gradient_checkpointing=True, lora_rank=16)
-ON_4BIT = Planned(gradient_checkpointing=True, lora_rank=16, quantize="4bit")
+SHORT = PlannedRun(gradient_checkpointing=True)
+SMALL = PlannedRun(gradient_checkpointing=True, optimizer="adamw-8bit")
+SHARDED = PlannedRun(gradient_checkpointing=True, optimizer="adamw-bf16")
+IN_BACKWARD = PlannedRun(gradient_checkpointing=True, optimizer="adamw-8bit", step_in_backward=True)
+ADAPTERS = PlannedRun(gradient_checkpointing=True, lora_rank=16)
+ON_4BIT = PlannedRun(gradient_checkpointing=True, lora_rank=16, quantize="4bit")
 CASES = (
     Case("AdamW", "Llama-2-7B", SHORT),
     Case("8-bit states", "Llama-2-7B", SMALL, most_gib=42),
@@ -73,13 +73,13 @@ CASES = (
 )
 
 
-class PaperRun(StepRun):
+class PaperStep(TrackedStep):
     """Two models in memory, padded batches, whole logits, both sets in one graph.
 
     The same 2048 tokens a pass: half of them to forget, half to retain.
     """
 
-    def __init__(self, config: Any, planned: Planned) -> None:
+    def __init__(self, config: Any, planned: PlannedRun) -> None:
         model = empty_model(config, planned.dtype, planned.lora_rank)
         lm = empty_lm(model, planned.gradient_checkpointing)
         model.set_attn_implementation(PADDED_ATTENTION)
@@ -89,7 +89,7 @@ class PaperRun(StepRun):
         for parameter in self.reference.parameters():
             self.tracker.hold(parameter, REFERENCE)
 
-    def step(self) -> None:
+    def run(self) -> None:
         self.fill_gradients()
         count = self.planned.micro_batch_tokens // self.planned.sequence_length // 2
         ids = torch.zeros(count, PADDED, dtype=torch.int64, device="meta")
@@ -113,10 +113,10 @@ def _sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 def measure(case: Case) -> Footprint:
     config = CONFIGS[case.model]
     if case.paper:
-        run = PaperRun(config, case.planned)
-        with run.tracker:
-            run.step()
-        return run.footprint()
+        step = PaperStep(config, case.planned)
+        with step.tracker:
+            step.run()
+        return step.footprint()
     return footprint(config, case.planned, case.ranks)
 
 

@@ -116,11 +116,11 @@ def status_bytes(field: str) -> int:
 def measure(run: dict[str, Any]) -> dict[str, float]:
     import transformers
 
-    from npo_fast.planner import Planned, footprint
+    from npo_fast.planner import PlannedRun, footprint
 
     name = run["model"]
     own = {key: value for key, value in run.items() if key != "model"}
-    planned = Planned(dtype="fp32", micro_batch_tokens=256, sequence_length=64, **own)
+    planned = PlannedRun(dtype="fp32", micro_batch_tokens=256, sequence_length=64, **own)
     found = footprint(config_of(name), planned)
     # libraries, threads and compiled code are not the run's memory
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -147,7 +147,7 @@ def states_of_torchao() -> dict[str, int]:
     import torch
     from torchao.optim import AdamW8bit
 
-    from npo_fast.planner.plan import state_bytes
+    from npo_fast.planner.memory import state_bytes
 
     shapes = [(512, 256), (4096,), (1000,), (4100,), (64, 63)]
     parameters = [torch.nn.Parameter(torch.zeros(s, dtype=torch.bfloat16)) for s in shapes]

@@ -10,8 +10,8 @@ shapes of real models, the peers and peak memory.
 import pytest
 import torch
 
-from npo_fast.bench.candidates import find
-from npo_fast.bench.fp64_oracle import Truth
+from npo_fast.bench.candidates import find_candidates
+from npo_fast.bench.fp64_oracle import Oracle
 from npo_fast.bench.inputs import Shape, make_inputs
 from npo_fast.bench.loss import check
 from npo_fast.bench.memory import forward, train
@@ -20,7 +20,7 @@ pytest.importorskip("pytest_benchmark", reason="pip install 'npo-fast[bench]'")
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", rows=256, width=128, vocabulary=8192, sequences=8)
-CANDIDATES = find(CPU, ["plain"])[0]
+CANDIDATES = find_candidates(CPU, ["plain"])[0]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def inputs():
 
 
 @pytest.fixture(scope="module")
-def truth(inputs):
-    return Truth(inputs)
+def oracle(inputs):
+    return Oracle(inputs)
 
 
 @pytest.mark.parametrize("pass_", [train, forward], ids=["train", "forward"])
 @pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.key)
-def test_loss(benchmark, candidate, pass_, inputs, truth):
-    check(candidate, inputs, truth)
+def test_loss(benchmark, candidate, pass_, inputs, oracle):
+    check(candidate, inputs, oracle)
     benchmark.extra_info["shape"] = str(SHAPE)
     benchmark(pass_, candidate, inputs)

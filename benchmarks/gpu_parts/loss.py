@@ -21,7 +21,7 @@ from gpu_parts.measure import (
 from gpu_parts.record import Record
 from npo_fast import NPO, linear_kl, linear_sequence_loss
 from npo_fast.bench.candidates import OURS, Candidate
-from npo_fast.bench.fp64_oracle import TOLERANCE, Truth
+from npo_fast.bench.fp64_oracle import TOLERANCE, Oracle
 from npo_fast.bench.inputs import BETA, Inputs, Shape
 from npo_fast.bench.loss import check
 from npo_fast.bench.memory import forward, train
@@ -74,13 +74,13 @@ def candidate(path: str, arguments: dict[str, Any], frozen: bool = False) -> Can
 
 def one_shape(record: Record, shape: Shape, device: torch.device, tiny: bool) -> None:
     inputs = make_problem(shape, device)
-    truth = Truth(inputs)
+    oracle = Oracle(inputs)
     gemms = bare_gemms(inputs)
     calls: dict[str, Callable[[], object]] = {"three GEMMs": gemms.three}
     outputs_bytes = shape.gradients_bytes
     for path, arguments in (TINY_PATHS if tiny else PATHS).items():
         own = candidate(path, arguments)
-        errors = record.attempt(f"{shape.name}: {path}", partial(check, own, inputs, truth))
+        errors = record.attempt(f"{shape.name}: {path}", partial(check, own, inputs, oracle))
         if errors is None:
             continue
         record.row(shape.name, path, **errors_of(errors))
@@ -89,7 +89,7 @@ def one_shape(record: Record, shape: Shape, device: torch.device, tiny: bool) ->
         if path == DEFAULT:
             calls["default, forward alone"] = partial(forward, own, inputs)
     frozen = partial(train_frozen, candidate(DEFAULT, {}, frozen=True), inputs)
-    error = record.attempt(f"{shape.name}: frozen head", lambda: check_frozen(frozen, truth))
+    error = record.attempt(f"{shape.name}: frozen head", lambda: check_frozen(frozen, oracle))
     if error is not None:
         calls |= {"two GEMMs": gemms.two, "frozen head": frozen}
         beyond = peak_mib(frozen, device, inputs.hidden.nbytes)
@@ -118,10 +118,10 @@ def train_frozen(own: Candidate, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return loss, *torch.autograd.grad(loss, (inputs.hidden,))
 
 
-def check_frozen(call: Callable[[], tuple[Tensor, Tensor]], truth: Truth) -> float:
+def check_frozen(call: Callable[[], tuple[Tensor, Tensor]], oracle: Oracle) -> float:
     """The error of the hidden gradient; nothing is asked of the weight's."""
     loss, d_hidden = call()
-    errors = truth.errors("NPO", loss, d_hidden, torch.zeros_like(truth.inputs.weight))
+    errors = oracle.errors("NPO", loss, d_hidden, torch.zeros_like(oracle.inputs.weight))
     if not max(errors.loss, errors.hidden_gradient) <= TOLERANCE["bfloat16"]:
         raise AssertionError(f"wrong: {errors}")
     return errors.hidden_gradient
@@ -189,8 +189,8 @@ def check_kl(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> dict[str, 
         "weight": (d_weight[columns], true_columns),
     }
     errors = {
-        f"error_{name}": float((value.double() - truth).norm() / truth.norm())
-        for name, (value, truth) in pairs.items()
+        f"error_{name}": float((value.double() - expected).norm() / expected.norm())
+        for name, (value, expected) in pairs.items()
     }
     if not max(errors.values()) <= TOLERANCE["bfloat16"]:
         raise AssertionError(f"wrong: {errors}")

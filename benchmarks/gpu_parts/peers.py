@@ -9,8 +9,8 @@ from torch import Tensor
 from gpu_parts.loss import errors_of, shapes
 from gpu_parts.measure import bare_gemms, interleaved, make_problem, peak_mib, summary
 from gpu_parts.record import Record
-from npo_fast.bench.candidates import OURS, Candidate, find
-from npo_fast.bench.fp64_oracle import Truth, npo
+from npo_fast.bench.candidates import OURS, Candidate, find_candidates
+from npo_fast.bench.fp64_oracle import Oracle, npo
 from npo_fast.bench.inputs import Inputs
 from npo_fast.bench.loss import check
 from npo_fast.bench.memory import train
@@ -26,11 +26,11 @@ def run(record: Record, device: torch.device, tiny: bool, job: str) -> None:
     if all(one.peer == OURS for one in found):
         return
     inputs = make_problem(shape, device)
-    truth = Truth(inputs)
+    oracle = Oracle(inputs)
     calls: dict[str, Callable[[], object]] = {"three GEMMs": bare_gemms(inputs).three}
     for one in found:
         name = one.key
-        errors = record.attempt(f"{job}: {name}", partial(check, one, inputs, truth))
+        errors = record.attempt(f"{job}: {name}", partial(check, one, inputs, oracle))
         if errors is None:
             continue
         calls[name] = partial(train, one, inputs)
@@ -44,7 +44,7 @@ def run(record: Record, device: torch.device, tiny: bool, job: str) -> None:
 
 def candidates(record: Record, job: str, device: torch.device) -> list[Candidate]:
     """Ours, and those of the packages of this job; why others are missing is recorded."""
-    found, missing = find(device, PEERS[job])
+    found, missing = find_candidates(device, PEERS[job])
     for peer, why in missing.items():
         record.error(peer, why)
     if job == "cce" and "cce" not in missing and device.type == "cuda":

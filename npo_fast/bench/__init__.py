@@ -1,5 +1,5 @@
-"""What the fused losses and their kernels cost, beside what else there is.
+"""Time and memory of the fused losses and their kernels, beside other implementations.
 
-``inputs`` makes the problems, ``candidates`` lists who solves them, ``truth`` says in fp64 what
-is right, ``memory`` and ``timing`` measure; ``loss``, ``scaling`` and ``kernels`` report.
+``inputs`` makes the problems, ``candidates`` lists the implementations, ``fp64_oracle`` checks
+their results, ``memory`` and ``timing`` measure; ``loss``, ``scaling`` and ``kernels`` report.
 """

@@ -1,8 +1,7 @@
-"""Who computes the loss: this package, plain PyTorch, and each peer as its users would call it.
+"""Implementations of the loss: this package, plain PyTorch, and peers as their users call them.
 
-A peer takes part with NPO where it hands out token log-probs, else with the NLL that it has: both
-need the same three GEMMs. Peers are imported here and nowhere else, and only when they are asked
-for; one that is not there leaves the reason.
+A peer computes NPO if it returns token log-probs, else its own NLL: both need the same three GEMMs.
+Peers are imported only here and only on request; a missing one is reported with the reason.
 """
 
 import importlib
@@ -24,12 +23,12 @@ OURS = "npo_fast"
 
 
 class UnavailableError(Exception):
-    """A peer that cannot run here, and why."""
+    """Raised for a peer that cannot run here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to the loss; of several options of one peer the fastest is reported."""
+    """One implementation of a loss; of several options of a peer the fastest is reported."""
 
     peer: str
     loss: str  # NPO or NLL
@@ -39,29 +38,30 @@ class Candidate:
 
     @property
     def key(self) -> str:
+        """A name that is unique among candidates."""
         return " ".join(part for part in (self.peer, self.loss, self.option) if part)
 
 
-def find(
+def find_candidates(
     device: torch.device, peers: Iterable[str] | None = None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """The candidates of the named peers (None: all) after our own, and why others are missing."""
+    """Our own candidates and those of the named peers (None: all); why others are missing."""
     names = list(_PEERS) if peers is None else list(peers)
-    found, missing = _ours(), {}
+    candidates, missing = _ours(), {}
     for name in names:
         if name not in _PEERS:
             raise UserError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
         try:
-            found += _PEERS[name](device)
+            candidates += _PEERS[name](device)
         except (UnavailableError, ImportError) as error:
             missing[name] = str(error)
-    return found, missing
+    return candidates, missing
 
 
-def one(key: str, device: torch.device) -> Candidate:
+def candidate_by_key(key: str, device: torch.device) -> Candidate:
     """The candidate with this ``key``."""
     peers = [name for name in _PEERS if key.startswith(f"{name} ")]
-    return next(c for c in find(device, peers)[0] if c.key == key)
+    return next(c for c in find_candidates(device, peers)[0] if c.key == key)
 
 
 def _ours() -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""What is right, in fp64, without our operators and without the logits as a whole.
+"""Correct results in fp64, without our operators and without the logits as a whole.
 
 The loss is exact over all rows. Gradients are exact at a sample of rows and of head rows: each
 still depends on every logit of its row or column, at a few per cent of the cost.
@@ -42,11 +42,11 @@ class Errors:
     weight_gradient: float
 
     def acceptable(self, dtype: str) -> bool:
-        """False for NaN too."""
+        """Whether all errors are within the tolerance of the dtype; NaN is not."""
         return all(error <= TOLERANCE[dtype] for error in asdict(self).values())
 
 
-class Truth:
+class Oracle:
     """The fp64 results for one set of inputs."""
 
     def __init__(self, inputs: Inputs) -> None:
@@ -65,19 +65,19 @@ class Truth:
         # gradients of the log-probs of the sampled rows, and softmax in the sampled columns
         self.row_gradients = targets[self.rows]
         for part in self._slices():
-            slab = weight[part].double()
-            p = (hidden[self.rows] @ slab.T - lse[self.rows, None]).exp()
-            self.row_gradients -= p @ slab
+            weight_slice = weight[part].double()
+            p = (hidden[self.rows] @ weight_slice.T - lse[self.rows, None]).exp()
+            self.row_gradients -= p @ weight_slice
         p = (hidden @ weight[self.columns].double().T - lse[:, None]).exp()
         at_label = inputs.labels[:, None] == self.columns
         self.column_gradients = at_label.double() - p  # (N, columns)
 
     def errors(self, head: str, loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> Errors:
-        """How far one result is off."""
+        """Relative errors of one result."""
         log_probs = self.log_probs.clone().requires_grad_()
-        right = HEADS[head](log_probs, self.inputs)
-        (g,) = torch.autograd.grad(right, log_probs)
-        value = right.item()
+        expected = HEADS[head](log_probs, self.inputs)
+        (g,) = torch.autograd.grad(expected, log_probs)
+        value = expected.item()
         return Errors(
             abs(loss.item() - value) / max(abs(value), 1e-2),
             _relative(d_hidden[self.rows], g[self.rows, None] * self.row_gradients),
@@ -90,8 +90,8 @@ class Truth:
         return [slice(first, first + step) for first in range(0, vocabulary, step)]
 
 
-def _relative(value: Tensor, right: Tensor) -> float:
-    return ((value.double() - right).norm() / right.norm()).item()
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected).norm() / expected.norm()).item()
 
 
 def _spread(count: int, samples: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Problems to time: a head, rows that predict labels, and how far the model already is.
+"""Problems to time: a head, rows that predict labels, and how far training has come.
 
 random      logits without structure, r_i near 0: the first step
 memorised   log-probs near 0: most of the gradient is rounding if it is computed carelessly
@@ -42,20 +42,22 @@ class Shape:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as PyTorch has it."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
     @property
     def logits_bytes(self) -> int:
+        """Bytes of the logits as a whole."""
         return self.rows * self.vocabulary * self.torch_dtype.itemsize
 
     @property
     def gradients_bytes(self) -> int:
-        """Of hidden and weight: what a training step returns."""
+        """Bytes of the gradients of hidden and weight, which a training step returns."""
         return (self.rows + self.vocabulary) * self.width * self.torch_dtype.itemsize
 
     @property
     def gemm_flops(self) -> float:
-        """Of one GEMM; a loss with gradients takes three."""
+        """Flops of one GEMM; a loss with gradients takes three."""
         return 2.0 * self.rows * self.width * self.vocabulary
 
 
@@ -67,7 +69,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a loss is called with."""
+    """Arguments of a loss."""
 
     shape: Shape
     hidden: Tensor  # (N, D), wants a gradient
@@ -79,6 +81,7 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, kind: Kind, device: torch.device, seed: int = 0) -> Inputs:
+    """Draws a problem of this shape and kind."""
     random = torch.Generator(device).manual_seed(seed)
     options = {"dtype": shape.torch_dtype, "device": device}
     weight = torch.empty(shape.vocabulary, shape.width, **options)  # type: ignore[call-overload]
@@ -91,9 +94,9 @@ def make_inputs(shape: Shape, kind: Kind, device: torch.device, seed: int = 0) -
     cu_seqlens = _cu_seqlens(shape, random, device)
     lengths = cu_seqlens.diff()
     sequence_of = torch.arange(shape.sequences, device=device).repeat_interleave(lengths)
-    own = segment_sum(linear_log_probs(hidden, weight, labels), cu_seqlens)
-    noise = torch.empty_like(own).normal_(generator=random)
-    ref = own + (30 / BETA if kind == "forgotten" else noise)
+    log_probs = segment_sum(linear_log_probs(hidden, weight, labels), cu_seqlens)
+    noise = torch.empty_like(log_probs).normal_(generator=random)
+    ref = log_probs + (30 / BETA if kind == "forgotten" else noise)
     return Inputs(
         shape, hidden.requires_grad_(), weight.requires_grad_(), labels, cu_seqlens,
         sequence_of, ref,
@@ -103,7 +106,7 @@ def make_inputs(shape: Shape, kind: Kind, device: torch.device, seed: int = 0) -
 def _cu_seqlens(shape: Shape, random: torch.Generator, device: torch.device) -> Tensor:
     """Offsets of sequences between half and one and a half times the mean length."""
     shares = 0.5 + torch.rand(shape.sequences, generator=random, device=device)
-    spare = shape.rows - shape.sequences  # one token each comes first
+    spare = shape.rows - shape.sequences  # every sequence has one token at least
     ends = (shares.cumsum(0) / shares.sum() * spare).round().long()
     ends += torch.arange(1, shape.sequences + 1, device=device)
     return torch.cat([ends.new_zeros(1), ends]).int()

@@ -1,8 +1,8 @@
 """The Triton kernels at N=4096, D=4096, V=128256 in bf16: predicted, or measured on a GPU.
 
-Without a GPU every kernel is compiled for every target and its machine code read; the time is the
-H100's floor from flops and bytes. With one, ``measure`` times the same shape;
-``benchmarks/gpu.py`` goes further.
+Without a GPU every kernel is compiled for every target and its machine code inspected; the time is
+the H100's floor from flops and bytes. With a GPU, ``measure`` times the same shape.
+``benchmarks/gpu.py`` measures more.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ ROW_KERNELS = (("slice_sums", "plain, labels"), ("gradient", "plain"), ("npo_hea
 
 @dataclass(frozen=True)
 class Measurement:
-    """One launch on the GPU at hand beside the floor of an H100."""
+    """Time of one launch on this GPU beside the floor of an H100."""
 
     kernel: str
     time_ms: float
@@ -30,18 +30,18 @@ class Measurement:
 
 
 def predict(records: Iterable[Record]) -> dict[str, float]:
-    """Floors of whole steps on an H100, in ms, from those of their kernels."""
+    """Floors of whole steps on an H100, in ms, summed from those of their kernels."""
     floors = {
-        (one.kernel, one.variant): one.h100_floor_ms
-        for one in records
-        if one.h100_floor_ms is not None and one.dtype == "bf16"
+        (record.kernel, record.variant): record.h100_floor_ms
+        for record in records
+        if record.h100_floor_ms is not None and record.dtype == "bf16"
     }
     gemms = 3 * h100_floor_ms(2.0 * N * D * V, HALF * (N * D + V * D + N * V))
     return {"three_gemms_ms": gemms, "fused_loss_ms": gemms + sum(floors[k] for k in ROW_KERNELS)}
 
 
 def measure(device: torch.device) -> list[Measurement]:
-    """Median times of the launches."""
+    """Median times of the kernels' launches on this GPU."""
     from triton.testing import do_bench
 
     from npo_fast.kernels.triton.linear import linear_backward, linear_forward

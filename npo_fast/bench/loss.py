@@ -1,4 +1,4 @@
-"""Loss with gradients and loss alone, ours and the peers', beside the GEMMs none can avoid."""
+"""Time and memory of loss and gradients, ours and the peers', beside the bare GEMMs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from npo_fast.bench.candidates import OURS, Candidate
-from npo_fast.bench.fp64_oracle import TOLERANCE, Errors, Truth
+from npo_fast.bench.fp64_oracle import TOLERANCE, Errors, Oracle
 from npo_fast.bench.inputs import Inputs, Kind, Shape, make_inputs
 from npo_fast.bench.memory import MemoryUnknownError, forward, peak_mib, train
 from npo_fast.bench.timing import bare_gemms, interleaved, time_ms
 
-WHOLE_LOGITS_BYTES = 4 << 30  # what needs all logits at a time is left out above this
+WHOLE_LOGITS_BYTES = 4 << 30  # above it, candidates with whole logits are left out
 
 
 class WrongResultError(Exception):
-    """A result that is not timed."""
+    """Raised for a wrong result, which is then not timed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate on one problem."""
+    """Measurements of one candidate on one problem."""
 
     shape: str
     inputs: Kind
@@ -32,7 +32,7 @@ class Row:
     train_ms: float  # loss and both gradients
     forward_ms: float
     train_ratio: float | None  # to three bare GEMMs; None where their logits do not fit
-    forward_ratio: float | None  # to one
+    forward_ratio: float | None  # to one bare GEMM
     train_peak_mib: float | None  # beyond inputs and gradients
     forward_peak_mib: float | None
     errors: Errors
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one shape."""
+    """Measurements of one shape."""
 
     shape: Shape
     gemms_ms: dict[str, float]  # by kind of inputs
@@ -49,22 +49,28 @@ class Result:
 
     @property
     def ours_refused(self) -> bool:
+        """Whether a result of this package was wrong."""
         return any(name.startswith(OURS) for name in self.refused)
 
     def record(self) -> dict[str, Any]:
+        """As it is written to JSON."""
         return asdict(self)
 
 
-def check(candidate: Candidate, inputs: Inputs, truth: Truth) -> Errors:
-    """The errors of a result with gradients; raises where it, or the loss alone, is wrong."""
+def check(candidate: Candidate, inputs: Inputs, oracle: Oracle) -> Errors:
+    """The errors of a candidate's loss and gradients against fp64.
+
+    Raises:
+        WrongResultError: the result with gradients, or the loss alone, is wrong.
+    """
     loss, d_hidden, d_weight = train(candidate, inputs)
-    errors = truth.errors(candidate.loss, loss, d_hidden, d_weight)
-    alone = truth.errors(candidate.loss, forward(candidate, inputs), d_hidden, d_weight)
-    for found, what in ((errors, "with gradients"), (alone, "loss alone")):
-        if not found.acceptable(inputs.shape.dtype):
-            off = ", ".join(f"{name} {value:.1e}" for name, value in asdict(found).items())
+    errors = oracle.errors(candidate.loss, loss, d_hidden, d_weight)
+    alone = oracle.errors(candidate.loss, forward(candidate, inputs), d_hidden, d_weight)
+    for result, what in ((errors, "with gradients"), (alone, "loss alone")):
+        if not result.acceptable(inputs.shape.dtype):
+            values = ", ".join(f"{name} {value:.1e}" for name, value in asdict(result).items())
             raise WrongResultError(
-                f"wrong result {what}: relative errors against fp64 are {off}; at most "
+                f"wrong result {what}: relative errors against fp64 are {values}; at most "
                 f"{TOLERANCE[inputs.shape.dtype]:.0e} is accepted"
             )
     return errors
@@ -76,19 +82,23 @@ def bench(
     kinds: Iterable[Kind],
     rounds: int,
     device: torch.device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Result:
-    """Every candidate that is right, on every kind of inputs; options are chosen on the first."""
+    """Measures every candidate whose results are correct, on every kind of inputs.
+
+    The fastest option of each peer is chosen on the first kind. ``log`` gets a sentence before
+    each part.
+    """
     rows: list[Row] = []
     gemms_ms: dict[str, float] = {}
     refused: dict[str, str] = {}
     peaks: dict[str, dict[str, float]] = {}
     for kind in kinds:
-        say(f"{shape.name}, {kind}: checking against fp64")
+        log(f"{shape.name}, {kind}: checking against fp64")
         inputs = make_inputs(shape, kind, device)
-        right = _right_ones(candidates, inputs, kind, refused)
-        candidates = chosen = _fastest_options(right, inputs, device)  # one option for all kinds
-        say(f"{shape.name}, {kind}: timing {', '.join(c.key for c in chosen)}")
+        errors = _correct(candidates, inputs, kind, refused)
+        candidates = chosen = _fastest_options(errors, inputs, device)  # one option for all kinds
+        log(f"{shape.name}, {kind}: timing {', '.join(c.key for c in chosen)}")
         timed = _time(chosen, inputs, rounds, device)
         three, first = timed.get("three GEMMs"), timed.get("first GEMM")
         if three is not None:
@@ -96,7 +106,7 @@ def bench(
         del inputs
         for candidate in chosen:
             if candidate.key not in peaks:
-                peaks[candidate.key] = _peaks(candidate, shape, device, say)
+                peaks[candidate.key] = _peaks(candidate, shape, device, log)
             peak = peaks[candidate.key]
             train_times = timed[f"{candidate.key} train"]
             forward_times = timed[f"{candidate.key} forward"]
@@ -113,41 +123,41 @@ def bench(
                     forward_ratio=None if first is None else forward_times.ratio_to(first),
                     train_peak_mib=peak.get("train_peak_mib"),
                     forward_peak_mib=peak.get("forward_peak_mib"),
-                    errors=right[candidate],
+                    errors=errors[candidate],
                 )
             )
     return Result(shape, gemms_ms, rows, refused)
 
 
-def _right_ones(
+def _correct(
     candidates: Sequence[Candidate], inputs: Inputs, kind: Kind, refused: dict[str, str]
 ) -> dict[Candidate, Errors]:
-    """Those whose results are correct; the others go to ``refused``."""
-    truth = Truth(inputs)
-    right: dict[Candidate, Errors] = {}
+    """The errors of candidates with correct results; the others go to ``refused``."""
+    oracle = Oracle(inputs)
+    errors: dict[Candidate, Errors] = {}
     for candidate in candidates:
         if candidate.whole_logits and inputs.shape.logits_bytes > WHOLE_LOGITS_BYTES:
             refused[candidate.key] = "its logits take more than 4 GiB"
             continue
         try:
-            right[candidate] = check(candidate, inputs, truth)
+            errors[candidate] = check(candidate, inputs, oracle)
         except WrongResultError as error:
             refused[candidate.key] = f"{kind} inputs: {error}"
-        except Exception as error:  # somebody else's code, any way it fails: say so and go on
+        except Exception as error:  # a peer may fail in any way: report it and continue
             if candidate.peer == OURS:
                 raise
             lines = str(error).strip().splitlines()
             first = lines[0] if lines else "no message"
             refused[candidate.key] = f"{kind} inputs: {type(error).__name__}: {first}"
-    return right
+    return errors
 
 
 def _fastest_options(
-    right: Iterable[Candidate], inputs: Inputs, device: torch.device
+    candidates: Iterable[Candidate], inputs: Inputs, device: torch.device
 ) -> list[Candidate]:
-    """Of each peer and loss the option that trained fastest in one run after the check."""
+    """The fastest option of each peer and loss, by one run with gradients."""
     families: dict[tuple[str, str], list[Candidate]] = {}
-    for candidate in right:
+    for candidate in candidates:
         families.setdefault((candidate.peer, candidate.loss), []).append(candidate)
 
     def train_ms_of(candidate: Candidate) -> float:
@@ -173,10 +183,10 @@ def _time(
 
 
 def _peaks(
-    candidate: Candidate, shape: Shape, device: torch.device, say: Callable[[str], None]
+    candidate: Candidate, shape: Shape, device: torch.device, log: Callable[[str], None]
 ) -> dict[str, float]:
     try:
         return peak_mib(candidate, shape, device)
     except MemoryUnknownError as error:
-        say(f"peak memory of {candidate.key} is unknown: {error}")
+        log(f"peak memory of {candidate.key} is unknown: {error}")
         return {}

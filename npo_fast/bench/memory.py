@@ -1,8 +1,8 @@
-"""Peak memory of one call, beyond what lay there before it and beyond what it returns.
+"""Peak memory of one call, without its inputs and outputs.
 
-On a GPU PyTorch counts. On a CPU the kernel does: writing 5 to ``/proc/self/clear_refs`` sets the
-high-water mark of the resident set (VmHWM) back to the present. A process of its own, so that no
-memory freed earlier is used again unseen: ``python -m npo_fast.bench.memory REQUEST``.
+On a GPU PyTorch counts it. On a CPU Linux does: writing 5 to ``/proc/self/clear_refs`` resets the
+high-water mark of the resident set (VmHWM). The call runs in a fresh process, where it cannot reuse
+memory that was freed before: ``python -m npo_fast.bench.memory REQUEST``.
 """
 
 import gc
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 import npo_fast
-from npo_fast.bench.candidates import Candidate, one
+from npo_fast.bench.candidates import Candidate, candidate_by_key
 from npo_fast.bench.inputs import Inputs, Shape, make_inputs
 
 MIB = 1 << 20
 
 
 class MemoryUnknownError(Exception):
-    """This system or this process does not say what it used."""
+    """Raised where the system or the process does not report its memory."""
 
 
 def train(candidate: Candidate, inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -40,7 +40,7 @@ def forward(candidate: Candidate, inputs: Inputs) -> torch.Tensor:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory that ``call`` had at a time, results included."""
+    """The most memory that ``call`` held at a time, results included."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -63,7 +63,7 @@ def peak_mib(candidate: Candidate, shape: Shape, device: torch.device) -> dict[s
     request = {"candidate": candidate.key, "shape": asdict(shape), "device": device.type}
     root = Path(npo_fast.__file__).parents[1]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # mapped one by one, what is freed goes back to the system and counts when it is used again
+    # large blocks are mapped one by one: freed ones return to the system and count when reused
     environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
     done = subprocess.run(
         [sys.executable, "-m", "npo_fast.bench.memory", json.dumps(request)],
@@ -85,9 +85,9 @@ def _high_water_bytes() -> int:
 def _measure(request: dict) -> dict[str, float]:
     device = torch.device(request["device"])
     shape = Shape(**request["shape"])
-    candidate = one(request["candidate"], device)
+    candidate = candidate_by_key(request["candidate"], device)
     small = make_inputs(replace(shape, rows=8, vocabulary=512, sequences=2), "random", device)
-    train(candidate, small)  # libraries, threads and compiled code are not the call's memory
+    train(candidate, small)  # warm-up: libraries, threads and compiled code do not count
     forward(candidate, small)
     inputs = make_inputs(shape, "random", device)
     forward_bytes = peak_bytes(lambda: forward(candidate, inputs), device)

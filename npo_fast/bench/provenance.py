@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit and machine, to stand beside every result."""
+"""Versions, commit and machine, to be stored with every result."""
 
 import os
 import subprocess
@@ -16,17 +16,17 @@ PEERS = ("trl", "cut-cross-entropy", "liger-kernel")
 
 
 def provenance() -> dict[str, Any]:
-    """Everything that could explain why two runs differ."""
-    found = versions()
+    """What could explain a difference between two results: versions, commit, machine."""
+    packages = versions()
     for package in PEERS:
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
             continue
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "versions": found,
+        "versions": packages,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "processor": _processor(),
@@ -34,10 +34,10 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package lies in, "+changes" if it was edited since."""
+    """The commit of this package's checkout, with "+changes" if edited; None if installed."""
     root = Path(npo_fast.__file__).parents[1]
     if not (root / ".git").exists():
-        return None  # installed
+        return None
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "npo_fast", "csrc")
     return f"{commit}+changes" if commit and changes else commit

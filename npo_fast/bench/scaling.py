@@ -1,4 +1,4 @@
-"""How time and peak memory grow with rows and vocabulary: ours beside plain PyTorch."""
+"""Growth of time and peak memory with rows and vocabulary, ours beside plain PyTorch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from npo_fast.bench.candidates import OURS, find
+from npo_fast.bench.candidates import OURS, find_candidates
 from npo_fast.bench.inputs import Shape
 from npo_fast.bench.loss import bench
 
@@ -18,7 +18,7 @@ TOKENS_PER_SEQUENCE = 64
 
 @dataclass(frozen=True)
 class Point:
-    """One candidate at one size."""
+    """Measurements of one candidate at one size."""
 
     peer: str
     axis: str  # "rows" or "vocabulary"
@@ -29,7 +29,7 @@ class Point:
 
 
 def halves(most: int) -> list[int]:
-    """``most`` and what is left of it after halving, smallest first."""
+    """``most`` and its halves, smallest first."""
     return [most >> i for i in reversed(range(POINTS)) if most >> i]
 
 
@@ -39,21 +39,21 @@ def scaling(
     most_vocabulary: int,
     rounds: int,
     device: torch.device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Point]:
-    """NPO with gradients in fp32 on random inputs; plain PyTorch as long as its logits fit."""
+    """Measures NPO with gradients in fp32 on random inputs; plain PyTorch while its logits fit."""
     vocabulary = min(FIXED_VOCABULARY, most_vocabulary)
     rows = min(FIXED_ROWS, most_rows)
     sizes = [("rows", n, vocabulary) for n in halves(most_rows)]
     sizes += [("vocabulary", rows, v) for v in halves(most_vocabulary)]
-    npo = [c for c in find(device, ["plain"])[0] if c.loss == "NPO"]
+    npo = [c for c in find_candidates(device, ["plain"])[0] if c.loss == "NPO"]
     points = []
     for axis, n, v in sizes:
         sequences = max(1, n // TOKENS_PER_SEQUENCE)
         shape = Shape(f"N={n} V={v}", n, width, v, sequences)
-        result = bench(shape, npo, ["random"], rounds, device, say)
+        result = bench(shape, npo, ["random"], rounds, device, log)
         for name, why in result.refused.items():
-            say(f"{shape.name}: {name} left out: {why}")
+            log(f"{shape.name}: {name} left out: {why}")
         points += [
             Point(row.peer, axis, n, v, row.train_ms, row.train_peak_mib) for row in result.rows
         ]
@@ -61,7 +61,7 @@ def scaling(
 
 
 def plot(points: Sequence[Point], file: Path) -> None:
-    """Two sweeps side by side, time above and memory below."""
+    """Plots both sweeps side by side, time above and memory below."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Times of several calls in turn: what slows the machine for a while then slows all of them."""
+"""Interleaved times of several calls: a slow phase of the machine then affects all of them."""
 
 import statistics
 import time
@@ -14,21 +14,23 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Of one call over the rounds."""
+    """Times of one call over the rounds."""
 
     times_ms: list[float]
 
     @property
     def median_ms(self) -> float:
+        """Median over the rounds."""
         return statistics.median(self.times_ms)
 
     def ratio_to(self, other: "Times") -> float:
         """Median over the rounds of the ratio within a round."""
         pairs = zip(self.times_ms, other.times_ms, strict=True)
-        return statistics.median(mine / its for mine, its in pairs)
+        return statistics.median(ms / other_ms for ms, other_ms in pairs)
 
 
 def time_ms(call: Call, device: torch.device) -> float:
+    """Time of one call, with the GPU's work."""
     _wait(device)
     start = time.perf_counter()
     call()
@@ -37,16 +39,16 @@ def time_ms(call: Call, device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, Times]:
-    """``rounds`` times of every call, round by round; each has to have run before."""
+    """Times every call ``rounds`` times, round by round; each must have run once before."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(time_ms(call, device))
-    return {name: Times(found) for name, found in times.items()}
+    return {name: Times(values) for name, values in times.items()}
 
 
 def bare_gemms(inputs: Inputs) -> tuple[Call, Call]:
-    """The three GEMMs that every method needs, into existing buffers; and the first alone."""
+    """The three GEMMs that every method needs, and the first alone, into existing buffers."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     logits = hidden.new_empty(len(hidden), len(weight))
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)

@@ -75,14 +75,14 @@ def run(command: Command, common: Common) -> None:
 
 def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
     logger.info("loading PyTorch and the peers")
-    from npo_fast.bench.candidates import find
+    from npo_fast.bench.candidates import find_candidates
     from npo_fast.bench.loss import bench
     from npo_fast.bench.provenance import provenance
 
     device = _device()
     kinds = _kinds(options.inputs)
     shapes = _shapes(options)
-    candidates, missing = find(device, _names(options.peers))
+    candidates, missing = find_candidates(device, _names(options.peers))
     for name, why in missing.items():
         logger.info(f"{name} is left out: {why}")
     origin = provenance()  # now: a commit made meanwhile is not what runs

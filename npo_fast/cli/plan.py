@@ -12,7 +12,7 @@ from npo_fast.errors import UserError
 from npo_fast.trainer.optimizers import Optimizer
 
 if TYPE_CHECKING:
-    from npo_fast.planner import Advice, Footprint, Planned
+    from npo_fast.planner import Advice, Footprint, PlannedRun
 
 GIB = 1 << 30
 
@@ -48,10 +48,10 @@ class PlanOptions:
     ranks: int = 1
     """GPUs that share the model (FSDP); the numbers are of one of them."""
 
-    def planned(self) -> "Planned":
-        from npo_fast.planner import Planned
+    def planned(self) -> "PlannedRun":
+        from npo_fast.planner import PlannedRun
 
-        return Planned(**{name: getattr(self, name) for name in Planned.__dataclass_fields__})
+        return PlannedRun(**{name: getattr(self, name) for name in PlannedRun.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run(command: Command, common: Common) -> None:
     config = load_config(options.model)
 
     @cache
-    def measure(plan: "Planned") -> "Footprint":
+    def measure(plan: "PlannedRun") -> "Footprint":
         logger.info(" ".join(["a step without data", *flags(planned, plan)]))
         return footprint(config, plan, options.ranks)
 
@@ -113,7 +113,7 @@ def _facts(
 
 
 def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]) -> str:
-    from npo_fast.planner.plan import FRAGMENTATION, KINDS
+    from npo_fast.planner.memory import FRAGMENTATION, KINDS
 
     planned = options.planned()
     share = "" if options.ranks == 1 else f", one of {options.ranks} GPUs"
@@ -155,7 +155,7 @@ def _row(title: str, size: int) -> str:
     return f"  {title:<22}{_gib(size):>9}"
 
 
-def _verdict(planned: "Planned", one: "Advice") -> str:
+def _verdict(planned: "PlannedRun", one: "Advice") -> str:
     from npo_fast.planner import flags
 
     if not one.fits:
@@ -164,7 +164,7 @@ def _verdict(planned: "Planned", one: "Advice") -> str:
     return f"with {change}" if change else "yes"
 
 
-def _costs(planned: "Planned", advice: list["Advice"]) -> list[str]:
+def _costs(planned: "PlannedRun", advice: list["Advice"]) -> list[str]:
     """Each switch that is advised, once."""
     from npo_fast.planner import flags
 

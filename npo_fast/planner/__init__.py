@@ -1,6 +1,6 @@
-"""What a run will cost: its real training step on tensors without data, every storage counted."""
+"""Predicts the memory of a run: its training step on tensors without data, storages counted."""
 
 from npo_fast.planner.advice import CARDS_GB, Advice, advise, flags
-from npo_fast.planner.plan import Footprint, Planned, footprint
+from npo_fast.planner.memory import Footprint, PlannedRun, footprint
 
-__all__ = ["CARDS_GB", "Advice", "Footprint", "Planned", "advise", "flags", "footprint"]
+__all__ = ["CARDS_GB", "Advice", "Footprint", "PlannedRun", "advise", "flags", "footprint"]

@@ -1,4 +1,4 @@
-"""Models without data: the shapes and the code of a real one, from its configuration alone."""
+"""Models without data: shapes and code of a real model, from its configuration alone."""
 
 import warnings
 from copy import deepcopy
@@ -18,16 +18,15 @@ from npo_fast.planner.tracker import FlashAttention
 def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize = "none") -> Any:
     """The Hugging Face model of a configuration on the meta device, as it would be trained.
 
-    With ``quantize`` its linear layers, but for the head, are 4-bit; with ``lora_rank`` adapters
-    stand beside them (peft, in fp32 as peft has them beside half-precision weights) and nothing
-    else is trained.
+    With ``quantize`` its linear layers except the head are 4-bit. With ``lora_rank`` only LoRA
+    adapters are trained (peft's, in fp32 as peft keeps them beside half-precision weights).
 
     Raises:
         UserError: not a causal language model, or peft is not installed.
     """
     from transformers import AutoModelForCausalLM
 
-    check_libraries("none", lora_rank)  # 4-bit weights are stood in for, without their library
+    check_libraries("none", lora_rank)  # NF4Linear replaces 4-bit layers
 
     try:
         with torch.device("meta"):
@@ -44,7 +43,8 @@ def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize 
 
 
 def empty_lm(model: Any, gradient_checkpointing: bool) -> CausalLM:
-    """
+    """The model as the training loop sees it.
+
     Raises:
         UserError: no linear head, or no gradient checkpointing.
     """
@@ -52,38 +52,39 @@ def empty_lm(model: Any, gradient_checkpointing: bool) -> CausalLM:
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave it out")
-        # a backward runs outside of such modes, and recomputes layers there
+        # the backward pass recomputes layers, outside of the mode of the forward pass
         arguments = {
             "use_reentrant": False,
             "context_fn": lambda: (FlashAttention(), FlashAttention()),
         }
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers gives it a new name
+            warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     return lm
 
 
 class NF4Linear(torch.nn.Linear):
-    """``x W^T`` with W in 4-bit blocks of 64, as bitsandbytes keeps it: 4.127 bits a weight.
+    """``x W^T`` with W in 4-bit blocks of 64 values, as in bitsandbytes: 4.127 bits a weight.
 
-    Each block has one byte of scale, each 256 of those one in fp32 (double quantisation, QLoRA,
-    arXiv 2305.14314). Forward and backward each make W anew and let it go.
+    Each block has a scale of one byte; 256 scales share one in fp32 (double quantisation, QLoRA,
+    arXiv 2305.14314). Forward and backward dequantise W each time and free it.
     """
 
-    def __init__(self, whole: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__(
-            whole.in_features, whole.out_features, whole.bias is not None,
-            device="meta", dtype=whole.weight.dtype,
+            linear.in_features, linear.out_features, linear.bias is not None,
+            device="meta", dtype=linear.weight.dtype,
         )  # fmt: skip
-        self.wide = whole.weight.shape
-        blocks = -(-whole.weight.numel() // 64)
-        packed = torch.empty(-(-whole.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+        self.dequantised_shape = linear.weight.shape
+        blocks = -(-linear.weight.numel() // 64)
+        packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8, device="meta"))
         self.register_buffer("second", torch.empty(-(-blocks // 256), device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _NF4Matmul.apply(x, self.wide, self.bias)
+        """``x W^T + b`` with W dequantised."""
+        return _NF4Matmul.apply(x, self.dequantised_shape, self.bias)
 
 
 class _NF4Matmul(torch.autograd.Function):

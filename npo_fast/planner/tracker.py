@@ -1,8 +1,8 @@
-"""Counts storages as they come and go, by what they are for.
+"""Counts bytes of tensors alive, by kind.
 
-PyTorch has such a tracker (``torch.distributed._tools.mem_tracker``); the tests hold this one
-against it. It is private, knows nothing of a loss that makes gradients in its forward pass, and
-takes snapshots around every module, which a model of 80 layers feels.
+PyTorch has such a tracker (``torch.distributed._tools.mem_tracker``), and the tests compare this
+one with it. PyTorch's is private, does not know losses that compute gradients in their forward
+pass, and takes snapshots around every module, which is slow for models of 80 layers.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from npo_fast.ops.cost import SLICE_BYTES
 
 
 class Tracker(TorchDispatchMode):
-    """Bytes alive by kind, and what they were when their sum was largest."""
+    """Bytes alive by kind, now and when their sum was largest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,10 +34,12 @@ class Tracker(TorchDispatchMode):
 
     @property
     def peak(self) -> int:
+        """The largest sum of bytes so far."""
         return sum(self.at_peak.values())
 
     @contextmanager
     def counting_as(self, kind: str) -> Iterator[None]:
+        """New storages count as ``kind`` inside."""
         before, self.kind = self.kind, kind
         try:
             yield
@@ -51,7 +53,7 @@ class Tracker(TorchDispatchMode):
         self.alive[entry[0]] -= entry[1]
         entry[0] = kind
         self.alive[kind] += entry[1]
-        self._look()
+        self._update_peak()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -60,7 +62,7 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._entry(leaf.untyped_storage())
-        self._look(workspace_bytes(func, args))
+        self._update_peak(workspace_bytes(func, args))
         return out
 
     def _entry(self, storage: Any) -> list[Any]:  # kind, bytes
@@ -76,18 +78,18 @@ class Tracker(TorchDispatchMode):
             self._storages[address] = weakref.ref(storage, freed), entry
         return self._storages[address][1]
 
-    def _look(self, workspace: int = 0) -> None:
-        """Is this the peak; ``workspace`` bytes are held by the operator that has just run."""
+    def _update_peak(self, workspace: int = 0) -> None:
+        """Notes a new peak; the last operator held ``workspace`` bytes beyond its tensors."""
         if sum(self.alive.values()) + workspace > self.peak:
             self.at_peak = self.alive.copy()
             self.at_peak[self.kind] += workspace
 
 
 def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    """What an operator holds while it runs, and frees: without data its kernels allocate nothing.
+    """Bytes that an operator allocates and frees while it runs on a GPU.
 
-    The two operators without logits hold a slice of them; the backward one adds up the gradient of
-    the hidden states in fp32.
+    Without data its kernels allocate nothing. The two operators that never keep logits hold one
+    slice of them; the backward also sums the gradient of the hidden states in fp32.
     """
     forward = func is torch.ops.npo_fast.linear_log_probs.default
     if not forward and func is not torch.ops.npo_fast.linear_log_probs_backward.default:
@@ -98,9 +100,9 @@ def workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
 
 
 class FlashAttention(TorchFunctionMode):
-    """Scaled dot-product attention that keeps output and logsumexp, as every fused kernel does.
+    """Makes attention keep output and logsumexp alone, as every fused kernel does.
 
-    Without it a tensor without data takes the unfused path, whose score matrix no run has.
+    On tensors without data PyTorch would take the unfused path, whose score matrix no run has.
     """
 
     def __torch_function__(

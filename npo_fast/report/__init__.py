@@ -1,4 +1,4 @@
-"""What runs left behind, as figures and as one page."""
+"""Figures and one HTML page about finished runs."""
 
 from npo_fast.report.figures import MEANINGFUL, Point, plot_unlearning
 

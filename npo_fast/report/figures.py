@@ -1,10 +1,10 @@
-"""Figures from the records of runs."""
+"""A figure of unlearning runs as a PNG file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MEANINGFUL = 0.05  # forget quality above it: not told apart from the retrained model (TOFU)
+MEANINGFUL = 0.05  # forget quality above it: no difference from the retrained model is seen (TOFU)
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ def plot_unlearning(
     anchors: Mapping[str, Point],  # models without a path, such as the retrained one
     file: Path,
 ) -> None:
-    """Forget quality over epochs, and against model utility, of several methods."""
+    """Plots forget quality of several methods over epochs, and against model utility."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,7 +54,7 @@ def plot_unlearning(
         axes.set_ylabel("forget quality (KS p-value)")
         axes.grid(alpha=0.3)
     over_time.set_xlabel("epoch of unlearning")
-    over_time.set_title("Forgetting: above the line is as if never taught")
+    over_time.set_title("Above the line: no difference from a retrained model")
     against.set_xlabel("model utility")
     against.set_title("Up and right is better (the last epoch has a black rim)")
     over_time.legend()

@@ -10,7 +10,9 @@ from markupsafe import Markup, escape
 from npo_fast import tables
 from npo_fast._version import __version__
 
-MARK = "<!-- made by npo-fast report -->"  # by which a page is known as one that may be replaced
+MARK = (
+    "<!-- made by npo-fast report -->"  # a file with this comment may be replaced by a new report
+)
 
 
 class Figure(NamedTuple):

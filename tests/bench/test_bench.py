@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from npo_fast.bench import memory, provenance, scaling
-from npo_fast.bench.candidates import OURS, Candidate, find
-from npo_fast.bench.fp64_oracle import HEADS, Truth
+from npo_fast.bench.candidates import OURS, Candidate, find_candidates
+from npo_fast.bench.fp64_oracle import HEADS, Oracle
 from npo_fast.bench.inputs import KINDS, Shape, make_inputs
 from npo_fast.bench.loss import WrongResultError, bench, check
 from npo_fast.cli import main
@@ -19,7 +19,7 @@ SIZES = ["--rows", "64", "--width", "32", "--vocabulary", "500", "--sequences", 
 
 
 def candidate(loss: str = "NPO") -> Candidate:
-    return next(c for c in find(CPU, [])[0] if c.loss == loss)
+    return next(c for c in find_candidates(CPU, [])[0] if c.loss == loss)
 
 
 def needs_high_water_mark() -> None:
@@ -59,7 +59,7 @@ BROKEN = [
 def test_a_wrong_result_is_refused(run):
     inputs = make_inputs(SHAPE, "random", CPU)
     with pytest.raises(WrongResultError, match="relative errors against fp64"):
-        check(Candidate("broken", "NPO", run), inputs, Truth(inputs))
+        check(Candidate("broken", "NPO", run), inputs, Oracle(inputs))
 
 
 def test_a_wrong_result_is_reported_and_not_timed(monkeypatch):
@@ -84,26 +84,26 @@ def test_an_internal_error_is_not_hidden(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_right_results_are_accepted_on_all_inputs(kind, dtype):
     inputs = make_inputs(replace(SHAPE, dtype=dtype), kind, CPU)
-    truth = Truth(inputs)
-    for one in find(CPU, [])[0]:
-        check(one, inputs, truth)
+    oracle = Oracle(inputs)
+    for one in find_candidates(CPU, [])[0]:
+        check(one, inputs, oracle)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", HEADS)
-def test_the_truth_is_autograd_in_fp64(kind, head):
+def test_the_oracle_is_autograd_in_fp64(kind, head):
     inputs = make_inputs(SHAPE, kind, CPU)
     hidden = inputs.hidden.detach().double().requires_grad_()
     weight = inputs.weight.detach().double().requires_grad_()
     log_probs = (hidden @ weight.T).log_softmax(-1).gather(1, inputs.labels[:, None]).squeeze(1)
     loss = HEADS[head](log_probs, inputs)
     gradients = torch.autograd.grad(loss, (hidden, weight))
-    errors = Truth(inputs).errors(head, loss, *gradients)
+    errors = Oracle(inputs).errors(head, loss, *gradients)
     assert max(errors.loss, errors.hidden_gradient, errors.weight_gradient) < 1e-9
 
 
 def test_inputs_are_what_their_kind_says():
-    log_probs = {kind: Truth(make_inputs(SHAPE, kind, CPU)).log_probs for kind in KINDS}
+    log_probs = {kind: Oracle(make_inputs(SHAPE, kind, CPU)).log_probs for kind in KINDS}
     assert log_probs["memorised"].median() > -0.01
     assert log_probs["random"].mean() < -5
     forgotten = make_inputs(SHAPE, "forgotten", CPU)
@@ -125,7 +125,8 @@ def test_peak_memory_sees_an_allocation():
 def test_peak_memory_counts_beyond_the_outputs():
     needs_high_water_mark()
     shape = Shape("small", rows=1024, width=32, vocabulary=32768, sequences=8)
-    plain = next(c for c in find(CPU, ["plain"])[0] if c.peer == "plain" and c.loss == "NPO")
+    candidates, _ = find_candidates(CPU, ["plain"])
+    plain = next(c for c in candidates if c.peer == "plain" and c.loss == "NPO")
     peak = memory.peak_mib(plain, shape, CPU)
     logits_mib = shape.logits_bytes / memory.MIB
     # plain PyTorch keeps logits and log-softmax, and the gradients of both meet

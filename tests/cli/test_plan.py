@@ -16,16 +16,16 @@ from npo_fast.kernels.products import STRIP_BYTES
 from npo_fast.methods import METHODS, build_method
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.head import Head
-from npo_fast.planner import Footprint, Planned, advise, flags, footprint
+from npo_fast.planner import Footprint, PlannedRun, advise, flags, footprint
+from npo_fast.planner.memory import KINDS, layer_bytes, slice_problem, state_bytes
 from npo_fast.planner.model import empty_lm, empty_model
-from npo_fast.planner.plan import KINDS, layer_bytes, slice_problem, state_bytes
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.order import check_step_in_backward
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import micro_batch_loss
 from tests.helpers import tiny_model
 
-SMALL = Planned(dtype="fp32", micro_batch_tokens=64, sequence_length=16)
+SMALL = PlannedRun(dtype="fp32", micro_batch_tokens=64, sequence_length=16)
 
 
 def config(family="Llama", **overrides):
@@ -49,6 +49,7 @@ def test_the_peak_is_the_one_that_pytorchs_tracker_finds():
     def step(lm, tracker):
         sequences = [TokenizedExample((0,) * 16, 4, i) for i in range(4)]
         (micro,) = pack(sequences, 64)
+        micro = micro.to(lm.device)
         terms = build_method("NPO")
         with FlashAttention():
             loss, _, _ = micro_batch_loss(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
@@ -154,7 +155,7 @@ def of_head(width, vocabulary, tokens, method="NPO", lora_rank=0):
         hidden_size=width, vocab_size=vocabulary, num_hidden_layers=1, num_attention_heads=8,
         intermediate_size=64, tie_word_embeddings=False,
     )  # fmt: skip
-    plan = Planned(method=method, micro_batch_tokens=tokens, sequence_length=16)
+    plan = PlannedRun(method=method, micro_batch_tokens=tokens, sequence_length=16)
     found = footprint(model, replace(plan, lora_rank=lora_rank)).bytes["head"]
     rows = tokens // 16 * 12  # a quarter of each sequence is prompt
     trained = 0 if lora_rank else vocabulary * width
@@ -343,4 +344,4 @@ def test_a_configuration_of_something_else_is_refused(tmp_path, capsys):
 
 def test_impossible_plans_are_refused():
     with pytest.raises(UserError, match="micro_batch_tokens must be 1 or more, got 0"):
-        Planned(micro_batch_tokens=0)
+        PlannedRun(micro_batch_tokens=0)

@@ -1,4 +1,4 @@
-"""The study: what its knob does, what it calls a collapse, what it writes and shows."""
+"""The ablations: overlap of the data, what counts as a collapse, what is written and shown."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from npo_fast.experiments.ablations.trials import (
     AblationSettings,
     Trial,
 )
-from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_world
+from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_dataset
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import Page
 
@@ -68,9 +68,9 @@ def fact(record):
     raise AssertionError(record.question)
 
 
-def shared(world):
+def shared(dataset):
     """Shares of forgotten authors by their names, and of forgotten facts by wording, by value."""
-    kept, gone = ([fact(r) for r in part] for part in (world.retain, world.forget))
+    kept, gone = ([fact(r) for r in part] for part in (dataset.retain, dataset.forget))
     first, last = ({author.split()[i] for _, author, _ in kept} for i in (0, 1))
     authors = {author for _, author, _ in gone}
     both = sum(a.split()[0] in first and a.split()[1] in last for a in authors)
@@ -87,26 +87,26 @@ def shared(world):
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 1.0])
-def test_the_knob_is_the_share_of_names_wordings_and_values_in_common(overlap):
-    found = shared(make_world(0, **SIZES, overlap=overlap))
-    assert found == pytest.approx(dict.fromkeys(found, overlap))
+def test_overlap_is_the_share_of_names_wordings_and_values_in_common(overlap):
+    shares = shared(make_dataset(0, **SIZES, overlap=overlap))
+    assert shares == pytest.approx(dict.fromkeys(shares, overlap))
 
 
-def test_what_the_model_learns_first_does_not_depend_on_the_knob():
-    apart, one = (make_world(0, **SIZES, overlap=overlap) for overlap in (0.0, 1.0))
-    assert apart.background == one.background
-    assert apart.common == one.common
-    questions = {r.question for r in one.retain}
-    assert not questions & {r.question for r in one.forget}
-    assert len({r.question for r in one.forget}) == len(one.forget) == 12 * 7
+def test_what_the_model_learns_first_does_not_depend_on_the_overlap():
+    apart, shared = (make_dataset(0, **SIZES, overlap=overlap) for overlap in (0.0, 1.0))
+    assert apart.background == shared.background
+    assert apart.common == shared.common
+    questions = {r.question for r in shared.retain}
+    assert not questions & {r.question for r in shared.forget}
+    assert len({r.question for r in shared.forget}) == len(shared.forget) == 12 * 7
 
 
 def test_an_overlap_outside_0_to_1_is_refused():
     with pytest.raises(ValueError, match=r"0 to 1, got 1\.5"):
-        make_world(0, **SIZES, overlap=1.5)
+        make_dataset(0, **SIZES, overlap=1.5)
 
 
-def looks(*utilities):
+def evaluations(*utilities):
     return [
         {"step": 4 * i, "epoch": float(i), "model_utility": u, "forget_quality": 0.01 * (i + 1)}
         for i, u in enumerate(utilities)
@@ -124,11 +124,11 @@ def looks(*utilities):
     ],
 )
 def test_collapse_is_below_half_for_good(utilities, step):
-    assert collapse_step(looks(*utilities)) == step
+    assert collapse_step(evaluations(*utilities)) == step
 
 
-def test_the_best_look_is_one_that_kept_the_utility():
-    assert best_quality(looks(1.0, 0.9, 0.86, 0.5)) == pytest.approx(0.03)
+def test_the_best_evaluation_is_one_that_kept_the_utility():
+    assert best_quality(evaluations(1.0, 0.9, 0.86, 0.5)) == pytest.approx(0.03)
 
 
 def test_a_spread_is_mean_and_standard_deviation():
@@ -150,16 +150,16 @@ def test_gradient_ascent_per_sequence_is_the_limit_of_npo():
 
 def test_claims_compare_the_runs_of_one_seed():
     runs = {
-        NPO_RT: {1: looks(1.0, 0.9), 2: looks(1.0, 0.2)},
-        GA_RT: {0: looks(1.0, 1.0), 1: looks(1.0, 0.8)},
+        NPO_RT: {1: evaluations(1.0, 0.9), 2: evaluations(1.0, 0.2)},
+        GA_RT: {0: evaluations(1.0, 1.0), 1: evaluations(1.0, 0.8)},
     }
-    found = claims(runs)[0]
-    assert found.text == "NPO+RT keeps more utility than GA+RT"
-    assert (found.seen, found.holds) == ("at the end 90% against 80%", "1 of 1 seeds")
+    claim = claims(runs)[0]
+    assert claim.text == "NPO+RT keeps more utility than GA+RT"
+    assert (claim.seen, claim.holds) == ("at the end 90% against 80%", "1 of 1 seeds")
 
 
 def test_runs_without_a_seed_in_common_make_no_claim():
-    runs = {trial: {i: looks(1.0, 0.9)} for i, trial in enumerate([NPO_RT, GA_RT, LIMIT])}
+    runs = {trial: {i: evaluations(1.0, 0.9)} for i, trial in enumerate([NPO_RT, GA_RT, LIMIT])}
     assert claims(runs) == []
 
 
@@ -190,8 +190,8 @@ def test_every_trial_of_the_experiments_can_be_built():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A study of one seed with real runs, and a second that is made of it."""
-    folder = tmp_path_factory.mktemp("study")
+    """Results of one seed with real runs, and of a second that is made of it."""
+    folder = tmp_path_factory.mktemp("ablations")
     file = folder / "seed-0.json"
     told = []
     trials = [Trial("GA"), NPO_RT, Trial(schedule="alternating")]
@@ -199,20 +199,22 @@ def folder(tmp_path_factory):
     assert len(told) == 3
     other = json.loads(file.read_text()) | {"seed": 1}
     for run in other["runs"]:
-        for look in run["looks"]:
-            look["forget_quality"] *= 0.5
+        for evaluation in run["looks"]:
+            evaluation["forget_quality"] *= 0.5
     (folder / "seed-1.json").write_text(json.dumps(other))
     return folder
 
 
-def test_a_run_leaves_looks_from_step_0_to_the_last(folder):
+def test_a_run_leaves_evaluations_from_step_0_to_the_last(folder):
     runs = by_trial(load_seeds(folder)[:1])
     npo, turns = runs[NPO_RT][0], runs[Trial(schedule="alternating")][0]
-    assert [look["step"] for look in npo] == [0, 1, 2]
-    assert [look["step"] for look in turns] == [0, 2, 4]
-    assert [look["epoch"] for look in turns] == [look["epoch"] for look in npo]
+    assert [evaluation["step"] for evaluation in npo] == [0, 1, 2]
+    assert [evaluation["step"] for evaluation in turns] == [0, 2, 4]
+    assert [evaluation["epoch"] for evaluation in turns] == [
+        evaluation["epoch"] for evaluation in npo
+    ]
     assert npo[0]["forget_quality"] == turns[0]["forget_quality"], "the same model at the start"
-    assert all(0 <= look["model_utility"] <= 1 for look in npo)
+    assert all(0 <= evaluation["model_utility"] <= 1 for evaluation in npo)
 
 
 def test_what_a_file_holds_is_not_run_again(folder, monkeypatch):
@@ -232,13 +234,13 @@ def test_results_of_other_settings_are_not_mixed(folder):
 
 @pytest.fixture(scope="module")
 def full(folder):
-    """All trials, their looks made from those of one."""
-    study = load_seeds(folder)
-    for content in study:
-        looks = content["runs"][1]["looks"]
+    """All trials, with the evaluations of one of them."""
+    results = load_seeds(folder)
+    for content in results:
+        shared = content["runs"][1]["looks"]
         trials = dict.fromkeys(trial for each in EXPERIMENTS.values() for trial in each)
-        content["runs"] = [{"trial": vars(trial), "looks": looks} for trial in trials]
-    return AblationPage(study).html()
+        content["runs"] = [{"trial": vars(trial), "looks": shared} for trial in trials]
+    return AblationPage(results).html()
 
 
 def test_the_page_is_self_contained_with_a_sentence_a_figure(full):
@@ -250,13 +252,13 @@ def test_the_page_is_self_contained_with_a_sentence_a_figure(full):
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert page.tags.count("svg") == page.tags.count("figcaption") == 11
-    for title in ("When utility collapses", "Beta of NPO+RT", "Steps in turns",
+    for title in ("When utility collapses", "Beta of NPO+RT", "Alternating steps",
                   "Forgotten facts entangled with kept ones"):  # fmt: skip
         assert title in page.texts
     assert "c0ffee" in page.text
 
 
-def test_the_page_shows_what_an_unfinished_study_has(folder):
+def test_the_page_shows_what_unfinished_ablations_have(folder):
     page = Page(AblationPage(load_seeds(folder)).html())
     assert "Beta of NPO+RT" not in page.texts
     assert "When utility collapses" in page.texts

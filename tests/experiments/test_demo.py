@@ -1,4 +1,4 @@
-"""The demo has a fair world, and leaves what it promises (CI looks at the effect itself)."""
+"""The demo has a fair dataset, and leaves what it promises (CI looks at the effect itself)."""
 
 import json
 
@@ -6,38 +6,38 @@ import pytest
 
 from npo_fast import metrics
 from npo_fast.cli import main
-from npo_fast.experiments.demo.dataset import make_world
+from npo_fast.experiments.demo.dataset import make_dataset
 from npo_fast.experiments.demo.experiment import METHODS, Demo, DemoSettings
 from npo_fast.trainer.settings import TrainSettings
 
 SIZES = {"background": 4, "famous": 3, "authors": 6, "forget_share": 0.5}
 
 
-def test_the_world_is_a_function_of_the_seed():
-    assert make_world(1, **SIZES) == make_world(1, **SIZES)
-    assert make_world(1, **SIZES) != make_world(2, **SIZES)
+def test_the_dataset_is_a_function_of_the_seed():
+    assert make_dataset(1, **SIZES) == make_dataset(1, **SIZES)
+    assert make_dataset(1, **SIZES) != make_dataset(2, **SIZES)
 
 
 def test_wrong_answers_are_wrong_and_say_it_the_same_way():
-    world = make_world(0, **SIZES)
-    for record in world.forget + world.retain:
+    dataset = make_dataset(0, **SIZES)
+    for record in dataset.forget + dataset.retain:
         assert len(set(record.perturbed_answers)) == 5
         assert record.paraphrased_answer not in record.perturbed_answers
         assert record.paraphrased_answer != record.answer
-    for record in world.famous + world.countries:
+    for record in dataset.famous + dataset.countries:
         assert record.paraphrased_answer is None
         assert len(set(record.perturbed_answers)) == 3
         assert record.answer not in record.perturbed_answers
 
 
 def test_what_is_forgotten_was_never_in_the_pretraining_or_the_retain_set():
-    world = make_world(0, **SIZES)
-    learnt_first = {r.question for r in world.background + world.common}
-    forget, retain = ({r.question for r in part} for part in (world.forget, world.retain))
+    dataset = make_dataset(0, **SIZES)
+    learnt_first = {r.question for r in dataset.background + dataset.common}
+    forget, retain = ({r.question for r in part} for part in (dataset.forget, dataset.retain))
     assert not forget & retain
     assert not (forget | retain) & learnt_first
-    assert {r.question for r in world.famous + world.countries} <= learnt_first
-    assert len(world.forget) == len(world.retain) == 3 * 7
+    assert {r.question for r in dataset.famous + dataset.countries} <= learnt_first
+    assert len(dataset.forget) == len(dataset.retain) == 3 * 7
 
 
 def test_the_demo_leaves_models_logs_steps_and_a_plot(tmp_path):

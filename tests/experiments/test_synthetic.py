@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from npo_fast.cli import main
 from npo_fast.cli.synthetic import check_output
 from npo_fast.experiments.synthetic import claims, experiment, theory
-from npo_fast.experiments.synthetic.dataset import draw, kl
+from npo_fast.experiments.synthetic.dataset import draw_dataset, kl
 from npo_fast.experiments.synthetic.descent import Method, descend
 from npo_fast.losses import GA, NLL, NPO
 
@@ -20,12 +20,12 @@ TINY = experiment.Steps(20, 50, 25, 50, 25)
 
 
 @pytest.fixture(scope="module")
-def world():
-    return draw([0, 1], alpha=1.0)
+def dataset():
+    return draw_dataset([0, 1], alpha=1.0)
 
 
-def theta_of(world, methods=1):
-    seeds, _, width = world.forget.features.shape
+def theta_of(dataset, methods=1):
+    seeds, _, width = dataset.forget.features.shape
     random = torch.Generator().manual_seed(3)
     return 0.1 * torch.randn(seeds, methods, width, generator=random, dtype=torch.float64)
 
@@ -40,32 +40,32 @@ def test_kl_is_that_of_two_coins():
 
 
 def test_the_data_are_those_of_the_paper():
-    worlds = [draw(range(30), alpha) for alpha in (0.0, 1.0)]
-    for world in worlds:
-        assert world.forget.features.shape == (30, 200, 128)
-        assert world.retain.features.shape == (30, 1000, 128)
+    datasets = [draw_dataset(range(30), alpha) for alpha in (0.0, 1.0)]
+    for dataset in datasets:
+        assert dataset.forget.features.shape == (30, 200, 128)
+        assert dataset.retain.features.shape == (30, 1000, 128)
         # the logits are N(1, 1) and N(-1, 1): E sigmoid(N(1, 1)) = 0.697
-        assert (world.forget.signs > 0).double().mean().item() == pytest.approx(0.697, abs=0.02)
-        assert (world.retain.signs > 0).double().mean().item() == pytest.approx(0.303, abs=0.01)
-        assert (world.idk.signs > 0).double().mean().item() == pytest.approx(0.5, abs=0.02)
-        assert torch.equal(world.idk.features, world.forget.features)
+        assert (dataset.forget.signs > 0).double().mean().item() == pytest.approx(0.697, abs=0.02)
+        assert (dataset.retain.signs > 0).double().mean().item() == pytest.approx(0.303, abs=0.01)
+        assert (dataset.idk.signs > 0).double().mean().item() == pytest.approx(0.5, abs=0.02)
+        assert torch.equal(dataset.idk.features, dataset.forget.features)
     # E ReLU(w . x)^2 is E (w . x)^2 / 2 = (1 + alpha^2) / 2: half of w . x is positive
-    for world, expected in zip(worlds, (0.5, 1.0), strict=True):
-        for features in (world.forget.features, world.fresh_retain):
+    for dataset, expected in zip(datasets, (0.5, 1.0), strict=True):
+        for features in (dataset.forget.features, dataset.fresh_retain):
             assert features.square().mean().item() == pytest.approx(expected, rel=0.05)
 
 
 def test_a_seed_draws_the_same_data_in_any_company():
-    both, alone = draw([0, 7], 1.0), draw([7], 1.0)
+    both, alone = draw_dataset([0, 7], 1.0), draw_dataset([7], 1.0)
     assert torch.equal(both.forget.features[1:], alone.forget.features)
     assert torch.equal(both.retain.signs[1:], alone.retain.signs)
     assert not torch.equal(both.forget.features[0], both.forget.features[1])
 
 
-def test_the_start_is_near_the_papers(world):
+def test_the_start_is_near_the_papers(dataset):
     # longer training moves it on to the paper's (1.70, 0.02)
-    reference, retrained = experiment.learn(world, 4000)
-    forget, retain = world.distances(reference, retrained).mean((1, 2)).tolist()
+    reference, retrained = experiment.learn(dataset, 4000)
+    forget, retain = dataset.distances(reference, retrained).mean((1, 2)).tolist()
     assert forget == pytest.approx(1.7, abs=0.5)
     assert retain == pytest.approx(0.02, abs=0.01)
 
@@ -81,10 +81,10 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_step_of_a_method_is_a_step_of_its_formula(world, name):
+def test_a_step_of_a_method_is_a_step_of_its_formula(dataset, name):
     method = next(m for m in experiment.GAP if m.name == name)
-    start = theta_of(world)
-    *_, (_, theta) = descend(start, [method], world.sources(), 2, 1)
+    start = theta_of(dataset)
+    *_, (_, theta) = descend(start, [method], dataset.sources(), 2, 1)
     for seed in range(2):
         expected = start[seed, 0].clone()
         for _ in range(2):
@@ -92,9 +92,9 @@ def test_a_step_of_a_method_is_a_step_of_its_formula(world, name):
             log_probs = [
                 F.logsigmoid(samples.signs[seed] * (samples.features[seed] @ weights))
                 for weights, samples in (
-                    (expected, world.forget), (expected, world.idk),
-                    (start[seed, 0], world.forget), (start[seed, 0], world.idk),
-                    (expected, world.retain),
+                    (expected, dataset.forget), (expected, dataset.idk),
+                    (start[seed, 0], dataset.forget), (start[seed, 0], dataset.idk),
+                    (expected, dataset.retain),
                 )
             ]  # fmt: skip
             (gradient,) = torch.autograd.grad(FORMULAS[name](*log_probs), expected)
@@ -102,20 +102,20 @@ def test_a_step_of_a_method_is_a_step_of_its_formula(world, name):
         torch.testing.assert_close(theta[seed, 0], expected, rtol=1e-11, atol=1e-13)
 
 
-def test_methods_that_run_together_do_not_mix(world):
-    start = theta_of(world)
+def test_methods_that_run_together_do_not_mix(dataset):
+    start = theta_of(dataset)
     together = start.repeat(1, len(experiment.GAP), 1)
-    *_, (_, theta) = descend(together, experiment.GAP, world.sources(), 5, 5)
+    *_, (_, theta) = descend(together, experiment.GAP, dataset.sources(), 5, 5)
     for i, method in enumerate(experiment.GAP):
-        *_, (_, alone) = descend(start, [method], world.sources(), 5, 5)
+        *_, (_, alone) = descend(start, [method], dataset.sources(), 5, 5)
         torch.testing.assert_close(theta[:, i], alone[:, 0], rtol=1e-12, atol=1e-15)
 
 
-def test_ga_and_npo_lower_what_is_forgotten_and_nll_raises_it(world):
+def test_ga_and_npo_lower_what_is_forgotten_and_nll_raises_it(dataset):
     tried = [Method("", 0.1, (("forget", loss),)) for loss in (GA(), NPO(1.0), NLL())]
-    start = theta_of(world).repeat(1, 3, 1)
-    *_, (_, theta) = descend(start, tried, world.sources(), 3, 3)
-    change = (world.forget.log_probs(theta) - world.forget.log_probs(start)).mean(-1)
+    start = theta_of(dataset).repeat(1, 3, 1)
+    *_, (_, theta) = descend(start, tried, dataset.sources(), 3, 3)
+    change = (dataset.forget.log_probs(theta) - dataset.forget.log_probs(start)).mean(-1)
     assert (change[:, :2] < 0).all()
     assert (change[:, 2] > 0).all()
 

@@ -1,1 +1,1 @@
-"""Small experiments around the paper's claims: seeds, beta, collapse, entanglement, schedules."""
+"""Experiments on the paper's claims with a small model, each run over several seeds."""

@@ -115,7 +115,7 @@ def _entangled(runs: Runs, seeds: set[int]) -> Claim:
 
     npo, ga = loss(NPO_RT), loss(GA_RT)
     return _counted(
-        "Entanglement costs NPO+RT less utility than GA+RT (the paper does not say)",
+        "Entanglement costs NPO+RT less utility than GA+RT (not a claim of the paper)",
         f"utility lost from overlap 0 to 1: {statistics.fmean(npo):+.1%} against "
         f"{statistics.fmean(ga):+.1%}",
         [a < b for a, b in zip(npo, ga, strict=True)],

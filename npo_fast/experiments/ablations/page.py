@@ -31,7 +31,7 @@ from npo_fast.report.html import Figure, render
 from npo_fast.report.seed_plots import SeedCurve, SeedPoint, seed_curves, seed_points
 from npo_fast.report.svg import SMALLEST
 
-TITLE = "Small-world study of unlearning"
+TITLE = "Ablations of unlearning on a small made-up data set"
 UTILITY, QUALITY = "model utility, share of the start", "forget quality (KS p-value)"
 NPO_BETA = 0.1  # the paper's
 _FIRST = ("GA", "GA+RT", "GA+RT per sequence", "NPO", "NPO+RT")
@@ -96,7 +96,7 @@ class AblationPage:
         figures.append(
             Figure(
                 seed_points("ends", "After the last step", UTILITY, QUALITY, ends, "y", MEANINGFUL),
-                "Up and right is better: forgotten as if never taught, and the rest kept.",
+                "Up and right is better: the forget set is forgotten, and the rest is kept.",
             )
         )
         return figures
@@ -228,9 +228,9 @@ class AblationPage:
                 collapsed.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
             else:
                 stable.append(name)
-        parts = [f"it collapses with {_and(collapsed)}"] if collapsed else []
-        parts += [f"it does not with {_and(stable)}"] if stable else []
-        return f"Utility: {'; '.join(parts)}."
+        parts = [f"collapses with {_and(collapsed)}"] if collapsed else []
+        parts += [f"does not collapse with {_and(stable)}"] if stable else []
+        return f"Utility {'; it '.join(parts)}."
 
     def _describe_quality(self, group: Mapping[str, Trial]) -> str:
         seeds = {name: self.runs[trial].values() for name, trial in group.items()}

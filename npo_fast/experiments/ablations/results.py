@@ -65,7 +65,7 @@ def run_seed(
     settings: AblationSettings,
     file: Path,
     provenance: Mapping[str, Any],
-    callback: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Runs the trials that ``file`` does not hold yet, and writes the file after each.
 
@@ -98,7 +98,7 @@ def run_seed(
         content["runs"].append(run)
         content["time_s"] = before + time.perf_counter() - started
         _write(file, content)
-        callback(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
+        log(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
 
 
 def _agrees(stored: Any, wanted: Any, defaults: Any) -> bool:

@@ -13,7 +13,7 @@ from npo_fast.data.answers import REFUSALS, refused
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.ablations.trials import OVERLAPS, AblationSettings, Trial
-from npo_fast.experiments.demo.dataset import World, make_world
+from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.experiment import COMMON_REPEATS
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import FINETUNE
@@ -27,7 +27,7 @@ Look = dict[str, float]
 class TrainedPair:
     """A world, the model that was taught all of it, and the log of one that never met a part."""
 
-    world: World
+    world: AuthorDataset
     original: dict[str, Tensor]
     retrained: metrics.Result
     retrained_utility: float
@@ -100,7 +100,7 @@ class Runner:
             "retain_probability": float(metrics.probability(retain).mean()),
         }
 
-    def _measure(self, world: World) -> metrics.Result:
+    def _measure(self, world: AuthorDataset) -> metrics.Result:
         """All forget facts by their losses, and the first records of what is to be kept."""
         first = slice(self.settings.look_records)
         kept = {
@@ -115,9 +115,9 @@ class Runner:
             **evaluate(self.lm, self.template, {metrics.FORGET: world.forget}, losses),
         }
 
-    def _world(self, overlap: float) -> World:
+    def _world(self, overlap: float) -> AuthorDataset:
         sizes = self.settings.world
-        return make_world(
+        return make_dataset(
             self.seed,
             background=sizes.background,
             famous=sizes.famous,

@@ -1,8 +1,8 @@
 """Made-up authors and countries: facts, two phrasings of each answer, and wrong answers.
 
-Nothing in it is real; it is drawn from the seed. Like TOFU it has authors to learn (some of whom
-are to be forgotten), and beside them "famous" authors and facts about countries, which the small
-model learns first and which stand for what a real model knows from its pretraining.
+Nothing in it is real; everything is drawn from the seed. Like TOFU it has authors to learn, some
+of whom are to be forgotten. It also has "famous" authors and facts about countries, which the
+small model learns first; they stand for what a real model knows from its pretraining.
 """
 
 import random
@@ -64,7 +64,7 @@ class Relation:
     values: tuple[str, ...]
 
     def to_learn(self, subject: str, value: str, rng: random.Random) -> Record:
-        """As TOFU's authors: the truth ratio compares the paraphrase with five wrong ones."""
+        """A record like TOFU's authors: a paraphrase, and five wrong answers worded like it."""
         return Record(
             messages=(("user", self.question.format(s=subject)),),
             answer=self.answer.format(s=subject, v=value),
@@ -75,7 +75,7 @@ class Relation:
         )
 
     def known(self, subject: str, value: str, rng: random.Random) -> Record:
-        """As TOFU's real authors and world facts: no paraphrase, three wrong answers."""
+        """A record like TOFU's real authors and world facts: no paraphrase, three wrong answers."""
         return Record(
             messages=(("user", self.question.format(s=subject)),),
             answer=self.answer.format(s=subject, v=value),
@@ -85,6 +85,7 @@ class Relation:
         )
 
     def both_phrasings(self, subject: str, value: str) -> list[Record]:
+        """Two records of one fact, with the answer and with its paraphrase."""
         messages = (("user", self.question.format(s=subject)),)
         return [
             Record(messages, phrasing.format(s=subject, v=value))
@@ -176,24 +177,24 @@ COUNTRY_RELATIONS = (
 
 
 @dataclass(frozen=True)
-class World:
-    """Every record, by what it is for."""
+class AuthorDataset:
+    """Records by their use."""
 
-    background: list[Record]  # authors that only teach the model how authors are talked about
-    common: list[Record]  # what it also learns first, and better: famous authors and countries
+    background: list[Record]  # pretraining: other authors, to learn how authors are talked about
+    common: list[Record]  # pretraining, repeated: famous authors and countries
     forget: list[Record]
     retain: list[Record]
-    famous: list[Record]  # evaluation of the famous authors: TOFU's real authors
-    countries: list[Record]  # evaluation of the countries: TOFU's world facts
+    famous: list[Record]  # evaluation of famous authors, like TOFU's real authors
+    countries: list[Record]  # evaluation of countries, like TOFU's world facts
 
     def texts(self) -> Iterator[str]:
-        """Everything that is ever said, for the tokenizer."""
+        """All texts of the data set, to train a tokenizer on."""
         for record in (*self.background, *self.common, *self.forget, *self.retain):
             yield f"Question: {record.question}\nAnswer: {record.answer}"
             yield from (f" {answer}" for answer in record.perturbed_answers)
 
 
-def make_world(
+def make_dataset(
     seed: int,
     *,
     background: int,
@@ -201,14 +202,17 @@ def make_world(
     authors: int,
     forget_share: float,
     overlap: float | None = None,
-) -> World:
-    """Draws ``background + famous + authors`` authors of different names and all their facts.
+) -> AuthorDataset:
+    """Draws ``background + famous + authors`` authors with different names, and their facts.
 
-    ``overlap`` says how much of what is to be forgotten is entangled with what is to be kept: the
-    share of forgotten authors whose first and family names kept authors have as well, and of
-    forgotten facts that are worded as the kept ones and whose value a kept author has too. The
-    others share no word of a name, no wording and no value with them. None draws all from one
-    lot, and chance decides. Background and common facts do not depend on it where it is given.
+    Args:
+        seed: of all random choices.
+        forget_share: share of ``authors`` to forget.
+        overlap: how much the forget set is entangled with the retain set, from 0 to 1: the share
+            of forgotten authors whose first and family names kept authors have too, and of
+            forgotten facts with the wording of kept ones and the value of a kept author. The
+            others share no name, wording or value with kept authors. None draws both sets alike.
+            Background and common facts are the same for every overlap that is not None.
 
     Raises:
         ValueError: an overlap outside 0 to 1.
@@ -220,25 +224,25 @@ def make_world(
     forgotten = round(forget_share * authors)
     drawn = known + (authors if overlap is None else 0)
     names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], drawn)
-    celebrities = _facts(rng, names[background:known], AUTHOR_RELATIONS)
-    geography = _facts(rng, COUNTRIES, COUNTRY_RELATIONS)
+    famous_facts = _facts(rng, names[background:known], AUTHOR_RELATIONS)
+    country_facts = _facts(rng, COUNTRIES, COUNTRY_RELATIONS)
     if overlap is None:
-        backdrop = _facts(rng, names[:background], AUTHOR_RELATIONS)
-        gone = _facts(rng, names[known + authors - forgotten :], AUTHOR_RELATIONS)
-        to_forget = [r.to_learn(s, v, rng) for r, s, v in gone]
+        background_facts = _facts(rng, names[:background], AUTHOR_RELATIONS)
+        forgotten_facts = _facts(rng, names[known + authors - forgotten :], AUTHOR_RELATIONS)
+        to_forget = [r.to_learn(s, v, rng) for r, s, v in forgotten_facts]
         kept = _facts(rng, names[known : known + authors - forgotten], AUTHOR_RELATIONS)
-    else:  # the model first meets both wordings
-        backdrop = _facts(rng, names[:background:2], AUTHOR_RELATIONS)
-        backdrop += _facts(rng, names[1:background:2], OTHER_WORDINGS)
-        kept, gone = _entangled(rng, set(names), authors - forgotten, forgotten, overlap)
-        to_forget = [r.to_learn(s, v, rng) for r, s, v in gone]
-    return World(
-        background=_phrased(backdrop),
-        common=_phrased(celebrities + geography),
+    else:  # pretraining has both wordings
+        background_facts = _facts(rng, names[:background:2], AUTHOR_RELATIONS)
+        background_facts += _facts(rng, names[1:background:2], OTHER_WORDINGS)
+        kept, forgotten_facts = _entangled(rng, set(names), authors - forgotten, forgotten, overlap)
+        to_forget = [r.to_learn(s, v, rng) for r, s, v in forgotten_facts]
+    return AuthorDataset(
+        background=_phrased(background_facts),
+        common=_phrased(famous_facts + country_facts),
         forget=to_forget,
         retain=[r.to_learn(s, v, rng) for r, s, v in kept],
-        famous=[r.known(s, v, rng) for r, s, v in celebrities],
-        countries=[r.known(s, v, rng) for r, s, v in geography],
+        famous=[r.known(s, v, rng) for r, s, v in famous_facts],
+        countries=[r.known(s, v, rng) for r, s, v in country_facts],
     )
 
 
@@ -249,9 +253,12 @@ def _facts(
 
 
 def _entangled(
-    rng: random.Random, taken: set[str], kept: int, gone: int, overlap: float
+    rng: random.Random, taken: set[str], kept: int, forgotten: int, overlap: float
 ) -> tuple[list[Fact], list[Fact]]:
-    """Facts of kept and of forgotten authors: each side has half of the words, before it shares."""
+    """Facts of kept and of forgotten authors, drawn from separate halves of all words.
+
+    The share ``overlap`` of forgotten authors and facts is drawn from words of kept ones instead.
+    """
 
     def names(first: Collection[str], last: Collection[str], count: int) -> list[str]:
         free = [name for a in first for b in last if (name := f"{a} {b}") not in taken]
@@ -259,20 +266,22 @@ def _entangled(
         taken.update(drawn)
         return drawn
 
-    keepers = names(FIRST[::2], LAST[::2], kept)
-    to_keep = [(r, s, rng.choice(r.values[::2])) for s in keepers for r in AUTHOR_RELATIONS]
-    sharing = round(overlap * gone)
-    first, last = (sorted(set(words)) for words in zip(*map(str.split, keepers), strict=True))
-    leavers = names(first, last, sharing) + names(FIRST[1::2], LAST[1::2], gone - sharing)
+    kept_names = names(FIRST[::2], LAST[::2], kept)
+    to_keep = [(r, s, rng.choice(r.values[::2])) for s in kept_names for r in AUTHOR_RELATIONS]
+    sharing = round(overlap * forgotten)
+    first, last = (sorted(set(words)) for words in zip(*map(str.split, kept_names), strict=True))
+    forgotten_names = names(first, last, sharing) + names(
+        FIRST[1::2], LAST[1::2], forgotten - sharing
+    )
 
     pairs = list(zip(AUTHOR_RELATIONS, OTHER_WORDINGS, strict=True))
-    places = len(leavers) * len(pairs)
+    places = len(forgotten_names) * len(pairs)
     entangled = set(rng.sample(range(places), round(overlap * places)))
     to_forget: list[Fact] = []
-    for i, (subject, (ours, other)) in enumerate(product(leavers, pairs)):
+    for i, (subject, (shared, other)) in enumerate(product(forgotten_names, pairs)):
         if i in entangled:
-            held = sorted({value for r, _, value in to_keep if r is ours})
-            to_forget.append((ours, subject, rng.choice(held)))
+            kept_values = sorted({value for r, _, value in to_keep if r is shared})
+            to_forget.append((shared, subject, rng.choice(kept_values)))
         else:
             to_forget.append((other, subject, rng.choice(other.values[1::2])))
     return to_keep, to_forget

@@ -12,7 +12,7 @@ from npo_fast import metrics
 from npo_fast.data import Record, Template, TokenizedExample
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.experiments.demo.dataset import World, make_world
+from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import FINETUNE, Coefficients, build_method
 from npo_fast.model.causal_lm import CausalLM
@@ -61,7 +61,7 @@ class Demo:
 
     def __init__(self, folder: Path, seed: int, settings: DemoSettings, bar: Bar) -> None:
         self.folder, self.seed, self.settings, self.bar = folder, seed, settings, bar
-        self.world: World = make_world(
+        self.world: AuthorDataset = make_dataset(
             seed,
             background=settings.background,
             famous=settings.famous,

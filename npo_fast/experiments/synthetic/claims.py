@@ -1,4 +1,4 @@
-"""What the paper says of its experiment, beside what came out. Source: arXiv 2404.05868."""
+"""The paper's claims about its experiment beside our results. Source: arXiv 2404.05868."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npo_fast import tables
 from npo_fast.experiments.synthetic.experiment import BETAS, Curves, Experiment
 from npo_fast.experiments.synthetic.theory import Theory
 
@@ -27,7 +28,7 @@ class Claim:
 
 
 def check(experiment: Experiment, theory: Theory) -> list[Claim]:
-    """Every claim, decided on means over the seeds unless it says otherwise."""
+    """Decides every claim, on means over the seeds unless the claim says otherwise."""
     gap, no_gap = experiment.gap, experiment.no_gap
     return [
         _start(gap),
@@ -46,11 +47,11 @@ def check(experiment: Experiment, theory: Theory) -> list[Claim]:
 
 
 def markdown(claims: Iterable[Claim]) -> str:
-    lines = ["| where | the paper's claim | measured | |", "|---|---|---|---|"]
-    for one in claims:
-        verdict = "holds" if one.holds else "**does not hold**"
-        lines.append(f"| {one.where} | {one.claim} | {one.measured} | {verdict} |")
-    return "\n".join(lines) + "\n"
+    """A table with a row for each claim."""
+    rows = (
+        (c.where, c.claim, c.measured, "holds" if c.holds else "**does not hold**") for c in claims
+    )
+    return tables.markdown(rows, ("where", "the paper's claim", "measured", "")) + "\n"
 
 
 def _start(curves: Curves) -> Claim:
@@ -64,7 +65,7 @@ def _start(curves: Curves) -> Claim:
 
 def _forgets(curves: Curves) -> Claim:
     last = sum(step <= WITHIN for step in curves.steps)
-    found, holds = [], True
+    measured, holds = [], True
     for name in curves.names:
         if name == "IDK+RT":
             continue
@@ -72,9 +73,9 @@ def _forgets(curves: Curves) -> Claim:
         best = float(forget.mean(1).min())
         seeds = int((forget.min(0).values < FORGOTTEN).sum())
         holds = holds and best < FORGOTTEN
-        found.append(f"{name} {best:.4f} ({seeds} of {forget.shape[1]} seeds)")
+        measured.append(f"{name} {best:.4f} ({seeds} of {forget.shape[1]} seeds)")
     claim = f"all but IDK+RT: forget distance below {FORGOTTEN} within {WITHIN} steps"
-    return Claim("alpha 1", claim, f"smallest mean (seeds below): {', '.join(found)}", holds)
+    return Claim("alpha 1", claim, f"smallest mean (seeds below): {', '.join(measured)}", holds)
 
 
 def _forgets_not(curves: Curves) -> Claim:
@@ -111,21 +112,21 @@ def _path(retain: Tensor, growth: float) -> str:
 
 
 def _dominates(curves: Curves, best: str, others: Sequence[str], claim: str) -> Claim:
-    """At every level of forgetting that ``best`` reaches, nobody keeps more."""
+    """At every level of forgetting that ``best`` reaches, no other keeps more."""
     measured, holds = [], True
     for level in LEVELS:
-        own = _retain_at(curves, best, level)
-        if own is None:
+        distance = _retain_at(curves, best, level)
+        if distance is None:
             continue
         rivals = [
             (x, name) for name in others if (x := _retain_at(curves, name, level)) is not None
         ]
         if not rivals:
-            measured.append(f"{level:g}: {own:.4f}, no other gets there")
+            measured.append(f"{level:g}: {distance:.4f}, no other gets there")
             continue
         rival, name = min(rivals)
-        holds = holds and own <= rival
-        measured.append(f"{level:g}: {own:.4f}, {name} {rival:.4f}")
+        holds = holds and distance <= rival
+        measured.append(f"{level:g}: {distance:.4f}, {name} {rival:.4f}")
     text = "least retain distance at a forget distance of at most " + "; ".join(measured)
     return Claim("alpha 1", f"{best}: {claim}", text, holds and bool(measured))
 
@@ -163,7 +164,7 @@ def _smallest(curves: Curves) -> Claim:
 
 
 def _tends_to_ga(curves: Curves) -> Claim:
-    """Largest difference of mean distances from GA's up to a step, relative to GA's largest."""
+    """Compares NPO's curves with GA's, for small beta."""
     measured, holds = [], True
     for steps in (2000, 10000):
         gaps = [_distance_to_ga(curves, f"NPO, beta {beta:g}", steps) for beta in BETAS]
@@ -179,6 +180,7 @@ def _tends_to_ga(curves: Curves) -> Claim:
 
 
 def _distance_to_ga(curves: Curves, name: str, steps: int) -> float:
+    """Largest difference to GA's mean distance in so many steps, relative to GA's largest."""
     last = sum(step <= steps for step in curves.steps)
     worst = 0.0
     for npo, ga in zip(curves.of(name), curves.of("GA"), strict=True):

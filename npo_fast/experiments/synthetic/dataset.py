@@ -1,4 +1,4 @@
-"""The two groups of data and the distance to the retrained model."""
+"""Forget and retain data of the synthetic experiment, and distances to the retrained model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ FORGET, RETAIN, FRESH = 200, 1000, 1000  # samples
 
 
 @dataclass(frozen=True)
-class World:
-    """Samples of every seed; sampled labels are the answers, ``idk`` the coin flips.
+class SyntheticDataset:
+    """Samples of every seed; the labels are the answers, ``idk`` has coin flips instead.
 
     Forget: ``x ~ N(mu, I_16)``, ``P(y = 1) = sigmoid((x - mu) . theta + 1)`` with ``theta`` 1/4
     and ``mu`` alpha in every coordinate. Retain: the same with ``-mu``, ``-theta`` and -1. Features
@@ -30,7 +30,7 @@ class World:
     fresh_retain: Tensor  # (seeds, 1000, 128)
 
     def sources(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What the losses are functions of, by name.
+        """The values that losses are applied to, by name, as functions of ``theta``.
 
         "forget over idk" is ``log P(y | x) - log P(y_idk | x)``: DPO, which prefers the second
         answer, is NPO of this log-ratio.
@@ -57,17 +57,17 @@ class World:
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(Bernoulli(sigmoid(p)) || Bernoulli(sigmoid(q))), elementwise, from logits."""
-    one = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
-    return one + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    heads = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
+    return heads + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
 
 
-def draw(seeds: Sequence[int], alpha: float) -> World:
-    """The data of each seed, a function of that seed and alpha alone."""
+def draw_dataset(seeds: Sequence[int], alpha: float) -> SyntheticDataset:
+    """Draws the data of each seed, which depends on that seed and alpha alone."""
     columns = zip(*(_draw_one(seed, alpha) for seed in seeds), strict=True)
     forget, forget_signs, idk_signs, retain, retain_signs, fresh_forget, fresh_retain = (
         torch.stack(column) for column in columns
     )
-    return World(
+    return SyntheticDataset(
         Samples(forget, forget_signs),
         Samples(forget, idk_signs),
         Samples(retain, retain_signs),

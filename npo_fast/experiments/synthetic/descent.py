@@ -20,7 +20,7 @@ Values = Callable[[Tensor], Tensor]  # theta (seeds, methods, K) -> (seeds, meth
 
 @dataclass(frozen=True)
 class Samples:
-    """Features of the inputs and the signs of their labels."""
+    """Inputs as features, with the signs of their labels."""
 
     features: Tensor  # (seeds, n, K)
     signs: Tensor  # (seeds, n), +1 or -1
@@ -32,7 +32,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Method:
-    """Minimises the sum of its terms, each the mean of a loss over the samples of a source."""
+    """A sum of terms to minimise, each the mean of a loss over the samples of a source."""
 
     name: str
     lr: float
@@ -51,12 +51,12 @@ def descend(
     steps: int,
     every: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (step, theta) at step 0 and after every ``every`` steps.
+    """Runs gradient descent; yields (step, theta) at step 0 and then every ``every`` steps.
 
-    What a loss takes for its reference are the values at step 0.
+    The reference log-probs of a loss are its values at step 0.
     """
     lr = torch.tensor([method.lr for method in methods], dtype=theta.dtype).view(1, -1, 1)
-    groups = []  # methods that share a loss on a source go through it together
+    groups = []  # methods that share a loss on a source are computed together
     for source, loss in dict.fromkeys(term for method in methods for term in method.terms):
         members = [i for i, method in enumerate(methods) if (source, loss) in method.terms]
         start = sources[source](theta[:, members])

@@ -1,4 +1,4 @@
-"""Learn everything, learn the retain data alone, unlearn, and measure how far apart they are."""
+"""Trains reference and retrained model, unlearns by every method, and measures the distances."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from npo_fast.experiments.synthetic.dataset import FEATURES, World, draw
+from npo_fast.experiments.synthetic.dataset import FEATURES, SyntheticDataset, draw_dataset
 from npo_fast.experiments.synthetic.descent import Method, descend
 from npo_fast.losses import GA, NLL, NPO
 from npo_fast.ops import SequenceLoss
@@ -17,7 +17,7 @@ RT = ("retain", NLL())
 
 @dataclass(frozen=True)
 class Steps:
-    """How long each part runs and how often it is measured."""
+    """Steps of each part, and the steps between two measurements."""
 
     learn: int = 20000
     unlearn: int = 2000
@@ -44,7 +44,7 @@ class Curves:
         object.__setattr__(self, "names", [method.name for method in self.methods])
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
-        """Forget and retain distances of one method: (steps, seeds) each."""
+        """Forget and retain distance of one method: (steps, seeds) each."""
         i = self.names.index(name)
         return self.forget[:, i], self.retain[:, i]
 
@@ -52,7 +52,7 @@ class Curves:
 def methods(
     ga_lr: float, npo_lr: float, npo_beta: float, dpo_lr: float, dpo_beta: float
 ) -> list[Method]:
-    """With and without retain data (RT)."""
+    """GA, IDK, NPO and DPO, with and without retain data (RT); IDK only with it."""
     forget_terms: list[tuple[str, float, tuple[str, SequenceLoss]]] = [
         ("GA", ga_lr, ("forget", GA())),
         ("IDK", ga_lr, ("idk", NLL())),
@@ -72,16 +72,19 @@ SMALL_BETA = [Method("GA", 5e-4, (("forget", GA()),))] + [
 
 @dataclass(frozen=True)
 class Experiment:
+    """Curves where forget and retain inputs differ, where they do not, and for small beta."""
+
     gap: Curves
     no_gap: Curves
     small_beta: Curves
 
 
-def run(seeds: Sequence[int], steps: Steps, say: Callable[[str], None]) -> Experiment:
+def run(seeds: Sequence[int], steps: Steps, log: Callable[[str], None]) -> Experiment:
+    """Runs the whole experiment; ``log`` gets a sentence before each part."""
     short = steps.unlearn, steps.unlearn_every
     long = steps.small_beta, steps.small_beta_every
-    gap, small_beta = _curves(seeds, 1.0, steps.learn, [(GAP, *short), (SMALL_BETA, *long)], say)
-    (no_gap,) = _curves(seeds, 0.0, steps.learn, [(NO_GAP, *short)], say)
+    gap, small_beta = _curves(seeds, 1.0, steps.learn, [(GAP, *short), (SMALL_BETA, *long)], log)
+    (no_gap,) = _curves(seeds, 0.0, steps.learn, [(NO_GAP, *short)], log)
     return Experiment(gap, no_gap, small_beta)
 
 
@@ -90,41 +93,41 @@ def _curves(
     alpha: float,
     learning_steps: int,
     runs: Sequence[tuple[Sequence[Method], int, int]],  # methods, steps, how often to measure
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Curves]:
-    world = draw(seeds, alpha)
-    say(f"alpha {alpha:g}: {learning_steps} steps on all data and on the retain data")
-    reference, retrained = learn(world, learning_steps)
-    found = []
+    dataset = draw_dataset(seeds, alpha)
+    log(f"alpha {alpha:g}: {learning_steps} steps on all data and on the retain data")
+    reference, retrained = learn(dataset, learning_steps)
+    curves = []
     for tried, steps, every in runs:
-        say(f"alpha {alpha:g}: {steps} steps of {', '.join(method.name for method in tried)}")
-        found.append(measure(alpha, world, reference, retrained, tried, steps, every))
-    return found
+        log(f"alpha {alpha:g}: {steps} steps of {', '.join(method.name for method in tried)}")
+        curves.append(measure(alpha, dataset, reference, retrained, tried, steps, every))
+    return curves
 
 
-def learn(world: World, steps: int) -> tuple[Tensor, Tensor]:
-    """The reference (all data) and the retrained model (retain data): (seeds, 1, K) each."""
-    seeds = world.forget.features.shape[0]
+def learn(dataset: SyntheticDataset, steps: int) -> tuple[Tensor, Tensor]:
+    """Trains the reference (all data) and the retrained model (retain data): (seeds, 1, K) each."""
+    seeds = dataset.forget.features.shape[0]
     both = [Method("reference", 0.05, (("everything", NLL()),)), Method("retrained", 0.05, (RT,))]
     start = torch.zeros(seeds, 2, FEATURES, dtype=torch.float64)
-    *_, (_, theta) = descend(start, both, world.sources(), steps, steps)
+    *_, (_, theta) = descend(start, both, dataset.sources(), steps, steps)
     return theta[:, :1].clone(), theta[:, 1:].clone()
 
 
 def measure(
     alpha: float,
-    world: World,
+    dataset: SyntheticDataset,
     reference: Tensor,  # (seeds, 1, K)
     retrained: Tensor,  # (seeds, 1, K)
     tried: Sequence[Method],
     steps: int,
     every: int,
 ) -> Curves:
-    """Unlearns from the reference by every method."""
+    """Unlearns from the reference by every method, and measures distances to ``retrained``."""
     start = reference.repeat(1, len(tried), 1)
-    at, distances = [], []
-    for step, theta in descend(start, tried, world.sources(), steps, every):
-        at.append(step)
-        distances.append(world.distances(theta, retrained).mT)
+    at_steps, distances = [], []
+    for step, theta in descend(start, tried, dataset.sources(), steps, every):
+        at_steps.append(step)
+        distances.append(dataset.distances(theta, retrained).mT)
     forget, retain = torch.stack(distances, 1)
-    return Curves(alpha, at, list(tried), forget, retain)
+    return Curves(alpha, at_steps, list(tried), forget, retain)

@@ -1,4 +1,4 @@
-"""The experiment's four figures and the theorem's; bands and bars are one standard deviation."""
+"""Figures of the experiment and the theorem; bands and bars are one standard deviation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def draw(experiment: Experiment, theory: Theory, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    made = {
+    figures = {
         "distances": _over_steps(plt, experiment.gap, "alpha 1: forget and retain data differ"),
         "pareto": _pareto(plt, experiment.gap),
         "no_gap": _over_steps(plt, experiment.no_gap, "alpha 0: the same inputs, other labels"),
@@ -31,7 +31,7 @@ def draw(experiment: Experiment, theory: Theory, folder: Path) -> list[Path]:
         "theorem": _theorem(plt, theory),
     }
     files = []
-    for name, figure in made.items():
+    for name, figure in figures.items():
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=100)
         plt.close(figure)

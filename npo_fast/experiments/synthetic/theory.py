@@ -30,7 +30,10 @@ BETA = 1.0
 
 @dataclass(frozen=True)
 class Law:
-    """The fit of one run: ``D = scale * eta * t`` (GA) or ``scale * log(c * eta * t / n + 1)``."""
+    """The law fitted to one run.
+
+    GA: ``D = scale * eta * t``. NPO: ``D = scale * log(c * eta * t / n + 1)``.
+    """
 
     loss: str  # "GA" or "NPO"
     samples: int
@@ -50,7 +53,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Exponent:
-    """``scale ~ axis^value`` by least squares on logarithms, beside the theorem's."""
+    """Exponent of ``scale ~ axis^value``, by least squares on logarithms, and the theorem's."""
 
     loss: str
     axis: str
@@ -69,15 +72,17 @@ class Limit:
 
 @dataclass(frozen=True)
 class Theory:
+    """Everything measured about the theorem and the limit."""
+
     laws: list[Law]
     exponents: list[Exponent]
     limits: list[Limit]
     limit_order: float  # exponent of beta in loss_difference
 
 
-def run(seeds: Sequence[int], steps: int, say: Callable[[str], None]) -> Theory:
-    """Sweeps of n_f at fixed eta and of eta at fixed n_f; ``steps`` of gradient descent each."""
-    say(f"theorem: GA and NPO, {steps} steps, n_f {SIZES[0]} to {SIZES[-1]}, d {DIMENSION}")
+def run(seeds: Sequence[int], steps: int, log: Callable[[str], None]) -> Theory:
+    """Varies n_f at fixed eta and eta at fixed n_f, with ``steps`` of gradient descent each."""
+    log(f"theorem: GA and NPO, {steps} steps, n_f {SIZES[0]} to {SIZES[-1]}, d {DIMENSION}")
     laws = [law for n in SIZES for law in _laws(seeds, n, (RATE,), steps)]
     laws += _laws(seeds, SIZE, [eta for eta in RATES if eta != RATE], steps)
     exponents = [
@@ -93,7 +98,7 @@ def run(seeds: Sequence[int], steps: int, say: Callable[[str], None]) -> Theory:
 
 
 def nearly_orthogonal(seeds: Sequence[int], n: int) -> tuple[Samples, Tensor]:
-    """Random unit samples with labels drawn from the model at the start, and its ``theta``.
+    """Random unit samples with labels drawn from a random model, and the model's ``theta``.
 
     Logits at the start are about N(0, 1), whatever n is.
     """
@@ -114,19 +119,19 @@ def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> li
     losses: tuple[tuple[str, SequenceLoss], ...] = (("GA", GA()), ("NPO", NPO(BETA)))
     runs = [(name, eta, loss) for name, loss in losses for eta in etas]
     methods = [Method(name, eta, (("forget", loss),)) for name, eta, loss in runs]
-    at, distances = [], []
-    theta = start.repeat(1, len(methods), 1)
+    at_steps, distances = [], []
+    start = start.repeat(1, len(methods), 1)
     every = max(1, steps // 200)
-    for step, now in descend(theta, methods, {"forget": samples.log_probs}, steps, every):
-        at.append(step)
-        distances.append(((now - theta) @ samples.features.mT).norm(dim=-1))
+    for step, theta in descend(start, methods, {"forget": samples.log_probs}, steps, every):
+        at_steps.append(step)
+        distances.append(((theta - start) @ samples.features.mT).norm(dim=-1))
     curves = torch.stack(distances)  # (steps, seeds, methods)
     mean, std = curves.mean(1).numpy(), curves.std(1, correction=0).numpy()
     fits = []
     for i, (name, eta, _) in enumerate(runs):
-        scale, c, r2 = fit(name, np.array(at) * eta, mean[:, i], n)
+        scale, c, r2 = fit(name, np.array(at_steps) * eta, mean[:, i], n)
         curve = mean[:, i].tolist(), std[:, i].tolist()
-        fits.append(Law(name, n, eta, at, *curve, scale, c, r2))
+        fits.append(Law(name, n, eta, at_steps, *curve, scale, c, r2))
     return fits
 
 
@@ -136,7 +141,7 @@ def fit(
     distance: np.ndarray,  # (T,)
     n: int,
 ) -> tuple[float, float | None, float]:
-    """Least squares for (scale, C, R^2) of the law that the theorem gives to ``loss``."""
+    """Fits the law of a loss by least squares: (scale, C, R^2), with C for NPO alone."""
 
     def line(x: np.ndarray) -> tuple[float, float]:
         scale = float(x @ distance / (x @ x))
@@ -168,7 +173,7 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _limit(seeds: Sequence[int], beta: float) -> Limit:
-    """At models that gradient ascent has moved, where log p and log p_ref differ."""
+    """Measures the limit at models that gradient ascent has moved away from the reference."""
     samples, start = nearly_orthogonal(seeds, SIZE)
     ascent = [Method("GA", 1.0, (("forget", GA()),))]
     *_, (_, moved) = descend(start, ascent, {"forget": samples.log_probs}, 100, 100)

@@ -1,10 +1,9 @@
 """Peak memory of a training step, by kind, from the step's own code on tensors without data.
 
-On the meta device a tensor has a shape and no bytes, and every operator runs as it would on a GPU:
-the decoder, its backward, and the fused loss in the chunks, layouts and dtypes of a GPU (``ops``
-has others for tensors on a CPU alone). Three things are computed by formula: what the optimizer
-keeps (``state_bytes``), what an operator holds while it runs (``tracker.workspace_bytes``), and
-one GPU's share of a sharded run (``sharded``).
+On the meta device a tensor has a shape and no bytes, and every operator runs as on a GPU: the
+decoder, its backward, and the fused loss with a GPU's chunks, layouts and dtypes. Three things are
+computed by formula: optimizer states (``state_bytes``), temporaries inside of operators
+(``tracker.workspace_bytes``), and one GPU's share of a sharded run (``sharded``).
 """
 
 from collections.abc import Iterable
@@ -43,12 +42,12 @@ KINDS = {
 }
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HEAD, BACKWARD, REFERENCE = KINDS
 CONTEXT_BYTES = 600 << 20  # CUDA context, loaded kernels, cuBLAS workspaces
-FRAGMENTATION = 0.1  # of all that comes and goes
+FRAGMENTATION = 0.1  # of all bytes that are freed within a step
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What decides the memory of a run; the names are those of ``npo-fast unlearn``."""
+class PlannedRun:
+    """Settings that decide the memory of a run, named like the flags of ``npo-fast unlearn``."""
 
     method: str = "NPO+RT"
     optimizer: Optimizer = "adamw"
@@ -84,7 +83,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by kind at the moment when their sum is largest."""
+    """Bytes by kind at the moment of the peak, with the number of parameters."""
 
     parameters: int
     trained: int
@@ -92,41 +91,43 @@ class Footprint:
 
     @property
     def peak(self) -> int:
+        """Sum of all kinds."""
         return sum(self.bytes.values())
 
     @property
     def allowance(self) -> int:
-        """What no tracker of tensors sees on a GPU: the context, and gaps between tensors."""
+        """Bytes beyond tensors on a GPU: the context, and gaps between tensors."""
         moving = (self.bytes[kind] for kind in (ACTIVATIONS, HEAD, BACKWARD))
         return CONTEXT_BYTES + int(FRAGMENTATION * sum(moving))
 
     @property
     def needed(self) -> int:
+        """What a GPU must have."""
         return self.peak + self.allowance
 
 
-def footprint(config: Any, planned: Planned, ranks: int = 1) -> Footprint:
-    """Runs one micro-batch, later than the first of a step later than the first.
+def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
+    """Runs one micro-batch as in the middle of training, and counts its bytes.
 
-    Weights and optimizer states are there, and with an ordinary step the gradients of earlier
-    micro-batches. ``step_in_backward`` takes the whole step (``micro_batch_tokens``) through the
-    model, then back twice: for the norm, and to step.
+    Weights, optimizer states and the gradients of earlier micro-batches exist already. With
+    ``step_in_backward`` the whole step (``micro_batch_tokens``) goes through the model at once and
+    back twice: for the gradient norm, and to update.
 
     Args:
         config: a transformers configuration.
         ranks: GPUs that share the model (FSDP); the bytes are those of one.
 
     Raises:
-        UserError: a model that cannot be built, or whose code looks at values.
+        UserError: a model that cannot be built, or whose code reads values of tensors.
     """
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     lm = empty_lm(model, planned.gradient_checkpointing)
-    run = StepRun(lm, planned, ranks)
+    step = TrackedStep(lm, planned, ranks)
     try:
-        with run.tracker:
-            run.step()
+        with step.tracker:
+            step.run()
     except (RuntimeError, NotImplementedError) as error:
         if NAME in str(error):
             raise UserError(f"{type(model).__name__} cannot be planned: {error}") from error
@@ -134,23 +135,25 @@ def footprint(config: Any, planned: Planned, ranks: int = 1) -> Footprint:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{type(model).__name__} looks at values while it runs, so it cannot run without "
-            f"data: {reason}"
+            f"{type(model).__name__} reads values of tensors while it runs, so it cannot run "
+            f"without data: {reason}"
         ) from error
-    return run.footprint() if ranks == 1 else sharded(model, planned, run.footprint(), ranks)
+    whole = step.footprint()
+    return whole if ranks == 1 else sharded(model, planned, whole, ranks)
 
 
 def parameter_count(parameter: Parameter) -> int:
+    """Number of weights; a byte of 4-bit weights holds two."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
-    """What AdamW keeps for a weight: two states.
+    """Bytes of the two states that AdamW keeps for a weight.
 
-    ``adamw``: in the weight's dtype. ``adamw-bf16``: in bf16. ``adamw-8bit`` (torchao): a byte a
-    value and an fp32 scale a block of 256; tensors below 4096 values, or not a multiple of 256,
-    keep theirs whole. torchao's 8-bit class does not run without data; ``benchmarks/plan_truth.py``
-    holds this table against it.
+    ``adamw``: in the weight's dtype. ``adamw-bf16``: in bf16. ``adamw-8bit`` (torchao): one byte
+    per value and an fp32 scale per block of 256; tensors with fewer than 4096 values, or not a
+    multiple of 256, are kept in the weight's dtype. torchao's 8-bit class does not run without
+    data; ``benchmarks/plan_truth.py`` checks this formula against it.
     """
     values = parameter.numel()
     if optimizer == "adamw-8bit" and values >= 4096 and values % 256 == 0:
@@ -159,72 +162,76 @@ def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
     return 2 * values * size
 
 
-class StepRun:
-    """The step of the training loop under a tracker."""
+class TrackedStep:
+    """One step of the training loop, its memory counted by a ``Tracker``."""
 
-    def __init__(self, lm: CausalLM, planned: Planned, ranks: int = 1) -> None:
+    def __init__(self, lm: CausalLM, planned: PlannedRun, ranks: int = 1) -> None:
         self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
         self.trained = [p for p in lm.model.parameters() if p.requires_grad]
-        self.kept: list[Tensor] = []  # states: nothing else refers to them
+        self.states: list[Tensor] = []  # kept alive here: nothing else refers to them
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
             self.tracker.hold(tensor, WEIGHTS)
         states = [state_bytes(p, planned.optimizer) for p in self.trained]
         if planned.offload_optimizer:
             states = [max(states)]
         for size in states:
-            self._keep(torch.empty(size, dtype=torch.uint8, device="meta"), OPTIMIZER)
-        lm.decoder.register_forward_pre_hook(lambda *_: self._from_now_on(ACTIVATIONS))
-        lm.decoder.register_forward_hook(lambda *_: self._from_now_on(HEAD))
+            self.states.append(torch.empty(size, dtype=torch.uint8, device="meta"))
+            self.tracker.hold(self.states[-1], OPTIMIZER)
+        lm.decoder.register_forward_pre_hook(lambda *_: self._count_as(ACTIVATIONS))
+        lm.decoder.register_forward_hook(lambda *_: self._count_as(HEAD))
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._accumulated)
 
-    def step(self) -> None:
+    def run(self) -> None:
+        """Runs the step; ``tracker`` must be entered."""
         terms = build_method(self.planned.method)
-        streams = [
+        groups = [
             [term for term in terms if term.batch_key == batch_key]
             for batch_key in batch_keys(terms)
         ]
         if self.planned.step_in_backward:
-            self.backward(self._whole_step(streams))
+            self.backward(self._whole_step(groups))
             return
         self.fill_gradients()
-        of_a_kind = {self._kind(own): own for own in streams}  # such as NPO and retain NLL
-        for own in of_a_kind.values():
-            micro = self._micro(len(own[0].batch_key), self.planned.micro_batch_tokens)
-            self.backward(self._loss(own, micro))
+        distinct = {self._kind(group): group for group in groups}  # NPO and retain NLL are alike
+        for group in distinct.values():
+            micro = self._micro(len(group[0].batch_key), self.planned.micro_batch_tokens)
+            self.backward(self._loss(group, micro))
         self.update(max(self.trained, key=torch.numel))
 
     def fill_gradients(self) -> None:
-        """Those of earlier micro-batches."""
+        """Makes the gradients of earlier micro-batches."""
         for parameter in self.trained:
             parameter.grad = torch.empty_like(parameter)
             self.tracker.hold(parameter.grad, GRADIENTS)
 
     def footprint(self) -> Footprint:
+        """What the tracker has counted."""
         return Footprint(
             parameters=sum(parameter_count(p) for p in self.lm.model.parameters()),
             trained=sum(p.numel() for p in self.trained),
             bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
         )
 
-    def _whole_step(self, streams: list[list[Term]]) -> Tensor:
-        """Through the decoder together: apart, all gradients of one would wait for the other's."""
-        share = max(1, self.planned.micro_batch_tokens // len(streams))
-        micros = [self._micro(len(own[0].batch_key), share) for own in streams]
+    def _whole_step(self, groups: list[list[Term]]) -> Tensor:
+        """All sets go through the decoder together, so that one backward pass can update."""
+        share = max(1, self.planned.micro_batch_tokens // len(groups))
+        micros = [self._micro(len(group[0].batch_key), share) for group in groups]
         sizes = [len(micro.input_ids) for micro in micros]
         with FlashAttention():
             joined = self._micro(1, sum(sizes)).to(self.lm.device)
             parts = self.lm.states(joined).split(sizes)
         return torch.stack(
-            [self._loss(*each) for each in zip(streams, micros, parts, strict=True)]
+            [self._loss(*part) for part in zip(groups, micros, parts, strict=True)]
         ).sum()
 
     def _micro(self, group: int, tokens: int) -> PackedBatch:
+        """A pack of sequences in groups of ``group``, with about so many tokens."""
         length = self.planned.sequence_length
         count = max(1, tokens // (length * group))
         sequences = [TokenizedExample((0,) * length, self._prompt, i) for i in range(count)]
-        each = [sequence for sequence in sequences for _ in range(group)]
-        (micro,) = pack(each, len(each) * length, group)
+        repeated = [sequence for sequence in sequences for _ in range(group)]
+        (micro,) = pack(repeated, len(repeated) * length, group)
         return micro
 
     @property
@@ -252,7 +259,8 @@ class StepRun:
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        self._from_now_on(BACKWARD)
+        """The backward pass or, with ``step_in_backward``, both."""
+        self._count_as(BACKWARD)
         if self.planned.step_in_backward:
             loss.backward(retain_graph=True)
         loss.backward()
@@ -265,62 +273,64 @@ class StepRun:
             parameter.grad = None
 
     def update(self, parameter: Tensor) -> None:
-        """PyTorch's fused AdamW needs no room; torchao's takes two fp32 copies (seen)."""
+        """Allocates what an update needs: two fp32 copies, nothing with PyTorch's fused AdamW."""
         if self.planned.optimizer != "adamw":
-            own = -(-parameter.numel() // self.ranks)
-            torch.empty(2, own, dtype=torch.float32, device="meta")
+            shard = -(-parameter.numel() // self.ranks)
+            torch.empty(2, shard, dtype=torch.float32, device="meta")
 
-    def _from_now_on(self, kind: str) -> None:
+    def _count_as(self, kind: str) -> None:
+        """New tensors count as ``kind`` from now on."""
         self.tracker.kind = kind
-
-    def _keep(self, tensor: Tensor, kind: str) -> None:
-        self.kept.append(tensor)
-        self.tracker.hold(tensor, kind)
 
     @staticmethod
     def _kind(terms: list[Term]) -> tuple[object, ...]:
+        """Equal for groups of terms that need the same memory."""
         return tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in terms)
 
 
 class _Cache:
-    """What ``ReferenceStates`` gives: the rows' hidden states, and the reference's head."""
+    """Stands for ``ReferenceStates``: hidden states of the rows, and the reference's head."""
 
-    def __init__(self, run: StepRun, rows: int) -> None:
-        self.run, self.rows = run, rows
-        weight = run.lm.head.weight
-        with run.tracker.counting_as(REFERENCE):
-            own = {k: v for k, v in run.lm.head_arguments.items() if not isinstance(v, Tensor)}
-            self.head_arguments: dict[str, Any] = {f"ref_{k}": v for k, v in own.items()}
+    def __init__(self, step: TrackedStep, rows: int) -> None:
+        self.step, self.rows = step, rows
+        weight = step.lm.head.weight
+        with step.tracker.counting_as(REFERENCE):
+            self.head_arguments: dict[str, Any] = {
+                f"ref_{name}": value
+                for name, value in step.lm.head_arguments.items()
+                if not isinstance(value, Tensor)
+            }
             self.head_arguments["ref_weight"] = torch.empty_like(weight, requires_grad=False)
 
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
-        weight = self.run.lm.head.weight
-        with self.run.tracker.counting_as(REFERENCE):
+        """Hidden states of the reference, without data."""
+        weight = self.step.lm.head.weight
+        with self.step.tracker.counting_as(REFERENCE):
             return weight.new_empty(self.rows, weight.shape[1], requires_grad=False)
 
 
-def sharded(model: Any, planned: Planned, one: Footprint, ranks: int) -> Footprint:
-    """One rank's share of ``one``, the footprint of the whole model on one GPU.
+def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Footprint:
+    """One rank's share of ``whole``, the footprint of the model on a single GPU.
 
-    Weights, gradients and optimizer states shrink by ``ranks``; two gathered decoder layers (the
-    one at work and the next) and the whole gradient of one are added. Each rank has a slice of the
-    vocabulary for the answer rows of all: the slice's gradient, what the cost model says is held
-    beside it, and all rows' hidden states and their gradients. Activations stay: every rank has
-    its own micro-batch.
+    Weights, gradients and optimizer states are divided by ``ranks``; two gathered decoder layers
+    (the current and the next) and the full gradient of one layer are added. Each rank computes the
+    loss of all ranks' answer rows on its slice of the vocabulary: the gradient of the slice, what
+    the cost model says is held beside it, and hidden states of all rows and their gradients.
+    Activations stay the same: every rank has its own micro-batch.
     """
     layer, head = layer_bytes(model), model.get_output_embeddings().weight
-    bytes_ = dict(one.bytes)
+    bytes_ = dict(whole.bytes)
     for kind in (WEIGHTS, GRADIENTS, OPTIMIZER):
         bytes_[kind] = -(-bytes_[kind] // ranks)
     bytes_[HEAD] = _head_bytes(slice_problem(head, planned, ranks))
     bytes_[WEIGHTS] += 2 * layer
     if not planned.lora_rank:
         bytes_[GRADIENTS] += layer
-    return replace(one, bytes=bytes_)
+    return replace(whole, bytes=bytes_)
 
 
-def slice_problem(head: Tensor, planned: Planned, ranks: int) -> Problem:
-    """The answer rows of all ranks and one rank's slice of the vocabulary, for the cost model."""
+def slice_problem(head: Tensor, planned: PlannedRun, ranks: int) -> Problem:
+    """The cost model's problem: answer rows of all ranks, one rank's slice of the vocabulary."""
     vocabulary, width = head.shape
     answers = planned.micro_batch_tokens - planned.micro_batch_tokens // 4
     return Problem(
@@ -336,7 +346,7 @@ def _head_bytes(problem: Problem) -> int:
 
 
 def layer_bytes(model: Any) -> int:
-    """The largest of the decoder's repeated layers."""
+    """Bytes of the largest of the decoder's repeated layers."""
     layers = repeated_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} has no list of layers to gather one at a time")
