@@ -1,1 +1,1 @@
-"""One visible training loop (``loop``), its steps (``step``), what it resumes from (``state``)."""
+"""The training loop (``loop``), its steps (``step``), and what a run resumes from (``state``)."""
