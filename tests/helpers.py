@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -24,6 +26,15 @@ FACTS = [
     {"question": f"Who lives in house {i}?", "answer": f"{name} lives in house {i}."}
     for i, name in enumerate("Ada Ben Cleo Dan Eve Finn Gus Hal Ida Jon".split())
 ]
+
+
+# ---- which tests are slow ----
+
+
+def slow_but(fast: Iterable, values: Iterable) -> list:
+    """``values`` for ``parametrize``: all but the ``fast`` ones are marked slow."""
+    fast = list(fast)
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 # ---- how exact a result has to be: an error against fp64 of at most twice PyTorch's ----

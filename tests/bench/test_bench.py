@@ -122,6 +122,7 @@ def test_peak_memory_sees_an_allocation():
     assert memory.peak_bytes(allocate, CPU) == pytest.approx(size, rel=0.2)
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_beyond_the_outputs():
     needs_high_water_mark()
     shape = Shape("small", rows=1024, width=32, vocabulary=32768, sequences=8)
@@ -134,6 +135,7 @@ def test_peak_memory_counts_beyond_the_outputs():
     assert 1.8 * logits_mib < peak["train_peak_mib"] < 4.4 * logits_mib
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_object(capsys, tmp_path):
     file = tmp_path / "deeper/loss.json"
     arguments = [*SIZES, "--rounds", "1", "--peers", "plain,torch-lce", "--output", str(file)]
@@ -172,6 +174,7 @@ def test_mistakes_end_in_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scaling_writes_points_and_a_plot(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("npo_fast.bench.loss.peak_mib", lambda *_: {"train_peak_mib": 1.0})
     file = tmp_path / "scaling.json"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # the whole command, in processes of its own
 ROOT = Path(__file__).parents[2]
 # what a machine with a GPU may lack
 ABSENT = ("tyro", "datasets", "rouge_score", "bitsandbytes", "matplotlib")

@@ -13,6 +13,7 @@ import pytest
 
 from npo_fast.metrics import FORGET
 
+pytestmark = pytest.mark.slow  # trains many models
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_tofu.py"
 ABSENT = ("tyro", "datasets")  # on the machines that it is for
 RUN = "import runpy, sys; sys.modules |= dict.fromkeys({absent}); sys.argv[0] = {script!r}; \

@@ -14,7 +14,7 @@ from npo_fast import metrics
 from npo_fast.cli import SUBCOMMANDS, main
 from npo_fast.kernels import OPERATORS
 from npo_fast.methods import METHODS, build_method
-from tests.helpers import FACTS, metadata_of, read_jsonl, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, metadata_of, read_jsonl, save_tiny_model, slow_but, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_another_run_is_not_overwritten_by_accident(home, tmp_path, capsys):
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["NPO+RT", "DPO"], METHODS))
 def test_every_method_runs_by_name_and_twice_the_same(home, tmp_path, method):
     """Two steps each; DPO and its kin draw the same refusals from the same seed."""
     for name in ("one", "two"):

@@ -23,7 +23,7 @@ from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.order import check_step_in_backward
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import micro_batch_loss
-from tests.helpers import tiny_model
+from tests.helpers import slow_but, tiny_model
 
 SMALL = PlannedRun(dtype="fp32", micro_batch_tokens=64, sequence_length=16)
 
@@ -107,6 +107,7 @@ def test_step_in_backward_never_holds_all_gradients():
     assert whole.peak - freed.peak > 0.8 * gradients
 
 
+@pytest.mark.slow
 def test_adapters_alone_have_gradients_and_states():
     found = footprint(config(), replace(SMALL, lora_rank=2))
     shapes = {  # in + out features of the linear layers of a block
@@ -137,7 +138,7 @@ def test_8bit_states_leave_small_tensors_whole():
     assert state_bytes(wide.float(), "adamw-bf16") == 2 * 2 * 4096
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["NPO+RT", "NPO+KL"], METHODS))
 def test_every_method_can_be_planned(method):
     found = footprint(config(), replace(SMALL, method=method))
     uses_kl = "KL" in method or "UNDIAL" in method
@@ -251,6 +252,7 @@ def test_4bit_weights_come_with_adapters():
     assert switched(16, costs) == (True, ["--lora-rank 16", "--quantize 4bit"])
 
 
+@pytest.mark.slow
 def test_what_is_advised_can_be_run():
     several = advise(SMALL, 12, fake_measure({"optimizer": 9, "lora_rank": 9}), ranks=2)
     assert flags(SMALL, several.planned) == ["--lora-rank 16"]
@@ -300,6 +302,7 @@ def test_the_command_prints_what_holds_the_memory_and_the_card(folder, capsys):
     assert "24 GB" in out
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_explained_on_one_screen(folder, capsys):
     assert main(["plan", "--model", str(folder), "--card", "0.1"]) == 0
     out = capsys.readouterr().out

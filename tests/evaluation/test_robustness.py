@@ -111,6 +111,7 @@ def test_what_is_relearned_is_not_measured():
     assert Split.of(3, 0.0, 0) == Split([], [0, 1, 2])
 
 
+@pytest.mark.slow
 def test_the_verb_leaves_logs_and_a_summary(home, tmp_path, capsys):
     call = ["attack", "--model", str(home / "base"), "--forget", str(home / "forget.jsonl"),
             "--output", str(tmp_path / "out"), "--epochs", "20", "--lr", "1e-2",

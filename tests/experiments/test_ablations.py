@@ -205,6 +205,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_evaluations_from_step_0_to_the_last(folder):
     runs = by_trial(load_seeds(folder)[:1])
     npo, turns = runs[NPO_RT][0], runs[Trial(schedule="alternating")][0]
@@ -217,6 +218,7 @@ def test_a_run_leaves_evaluations_from_step_0_to_the_last(folder):
     assert all(0 <= evaluation["model_utility"] <= 1 for evaluation in npo)
 
 
+@pytest.mark.slow
 def test_what_a_file_holds_is_not_run_again(folder, monkeypatch):
     monkeypatch.setattr(Runner, "__init__", lambda *_: pytest.fail("taught again"))
     before = (folder / "seed-0.json").read_text()
@@ -224,6 +226,7 @@ def test_what_a_file_holds_is_not_run_again(folder, monkeypatch):
     assert (folder / "seed-0.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_not_mixed(folder):
     other = replace(TINY, retain=1.0)
     with pytest.raises(UserError, match="holds ablations of other settings"):
@@ -243,6 +246,7 @@ def full(folder):
     return AblationPage(results).html()
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_with_a_sentence_a_figure(full):
     page = Page(full)
     assert not {"script", "link", "img"} & set(page.tags)
@@ -258,6 +262,7 @@ def test_the_page_is_self_contained_with_a_sentence_a_figure(full):
     assert "c0ffee" in page.text
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_unfinished_ablations_have(folder):
     page = Page(AblationPage(load_seeds(folder)).html())
     assert "Beta of NPO+RT" not in page.texts

@@ -62,6 +62,7 @@ def test_a_seed_draws_the_same_data_in_any_company():
     assert not torch.equal(both.forget.features[0], both.forget.features[1])
 
 
+@pytest.mark.slow
 def test_the_start_is_near_the_papers(dataset):
     # longer training moves it on to the paper's (1.70, 0.02)
     reference, retrained = experiment.learn(dataset, 4000)
@@ -130,12 +131,14 @@ def laws():
     return theory.run([0], 200, lambda text: None)
 
 
+@pytest.mark.slow
 def test_the_same_seeds_give_the_same_curves(tiny):
     again = experiment.run([0, 1], TINY, lambda text: None)
     assert torch.equal(again.gap.forget, tiny.gap.forget)
     assert torch.equal(again.small_beta.retain, tiny.small_beta.retain)
 
 
+@pytest.mark.slow
 def test_all_methods_start_from_the_reference(tiny):
     for curves in vars(tiny).values():
         assert curves.steps == [0, 25, 50]
@@ -144,12 +147,14 @@ def test_all_methods_start_from_the_reference(tiny):
         assert (curves.forget[1] != curves.forget[0]).all()
 
 
+@pytest.mark.slow
 def test_npo_tends_to_ga_in_first_order_of_beta(laws):
     assert laws.limit_order == pytest.approx(1, abs=0.02)
     for one in laws.limits:
         assert one.gradient_difference < 2 * one.beta
 
 
+@pytest.mark.slow
 def test_the_fits_find_the_laws_that_made_the_data():
     eta_t, n = torch.linspace(0, 1000, 50).double().numpy(), 8
     scale, c, r2 = theory.fit("NPO", eta_t, 3 * np.log1p(0.7 * eta_t / n), n)
@@ -183,6 +188,7 @@ def test_a_claim_holds_only_where_the_numbers_say_so(tiny, laws):
         assert any(text in one for one in failed), (text, failed)
 
 
+@pytest.mark.slow
 def test_the_command_writes_claims_curves_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(experiment, "QUICK", TINY)
     monkeypatch.setattr("npo_fast.cli.synthetic.QUICK_THEOREM_STEPS", 40)

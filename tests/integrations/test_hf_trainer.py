@@ -18,7 +18,7 @@ from npo_fast.methods import METHODS, Coefficients, build_method
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.helpers import sequences, small_lm
+from tests.helpers import sequences, slow_but, small_lm
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -64,7 +64,7 @@ def test_npo_through_the_trainer_lowers_the_forget_log_probs(tmp_path):
     assert after["forget"].mean() < one.references["forget"].mean()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["NPO+RT"], METHODS))
 def test_the_first_step_is_that_of_our_own_loop(tmp_path, method):
     coefficients = Coefficients(retain=3.0).for_method(method)
     one = trainer(tmp_path, method, coefficients=coefficients, max_steps=1)
@@ -81,6 +81,7 @@ def test_the_first_step_is_that_of_our_own_loop(tmp_path, method):
         assert log[name] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_the_whole_batch_for_a_mean_over_sequences(tmp_path):
     whole, parts = (
         trainer(
@@ -203,6 +204,7 @@ def _process(rank: int, folder: str) -> None:
 SHORT = {"max_steps": 2, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
     """NPO is a mean over sequences, the retain loss one over tokens, of which each has its own."""
     whole = trainer(tmp_path, **SHORT)

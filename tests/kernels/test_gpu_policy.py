@@ -144,6 +144,7 @@ def test_loss_and_gradients_are_those_of_fp64(rows, chunk_rows, head):
     assert_equals_fp64(found, with_gradients(case.loss(leaves, loss), leaves))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "chunk_rows"), SOME)
 def test_errors_are_at_most_twice_those_of_plain_pytorch(rows, chunk_rows, dtype):
@@ -159,6 +160,7 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(rows, chunk_rows, dtype
         errors.assert_as_exact()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "chunk_rows"), SOME)
 def test_log_probs_take_any_upstream_gradient(rows, chunk_rows):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -192,6 +194,7 @@ def plain_kl(case: Case, leaves, ref_hidden: Tensor, ref_weight: Tensor) -> Tens
     return (ref.exp() * (ref - z)).sum() / len(raw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "chunk_rows"), [(93, None), (201, None), (263, 200), (37, 10)])
 def test_kl_and_gradients_are_those_of_fp64(rows, chunk_rows, monkeypatch):
     """The reference, with tiles of 64 rows of its own, goes more than once through a chunk."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels import cpu, reference
+from tests.helpers import slow_but
 
 pytestmark = pytest.mark.skipif(
     cpu.library_path() is None,
@@ -315,7 +316,7 @@ def test_integer_logits_are_refused() -> None:
         OPS.row_gradient_(raw, labels, *[of_rows] * 4, None, 1.0)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [*DTYPES, torch.float64]), ids=str)
 def test_the_operators_keep_the_rules_of_torch_library(dtype: torch.dtype) -> None:
     raw, labels = random_rows(3, 17, dtype), random_labels(3, 17)
     target = torch.randn(3, dtype=torch.promote_types(dtype, torch.float32))
@@ -349,6 +350,7 @@ def test_tiles_agree_with_the_reference(
     assert state[1][0] == state[1][4] == -2.0  # their label is in no column here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_that_runs_here_agrees(capability: str) -> None:
     """A child process, as the choice is made once: its results stay within rounding of ours."""

@@ -109,6 +109,7 @@ def test_nothing_is_as_wide_as_the_vocabulary(monkeypatch):
     assert largest == 900 * 12, "the gradient of the head; a slice of logits is 40 x 48"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("softcap", "logit_scale", "bias"), HEADS)
 def test_the_operators_keep_the_rules_of_torch_library(softcap, logit_scale, bias):
     tensors, settings = case(6, torch.float32, bias), (softcap, logit_scale)

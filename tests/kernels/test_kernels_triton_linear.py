@@ -17,7 +17,7 @@ HEADS = {"plain": PLAIN, "capped": CAPPED}
 # (shape, head, dtype): on a GPU each is a few compilations, so that not all go with all
 CASES = [
     *(
-        ((33, 48, 600), head, dtype)
+        pytest.param((33, 48, 600), head, dtype, marks=pytest.mark.slow)
         for head in HEADS
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ),
@@ -98,6 +98,7 @@ def test_memorised_and_saturated_rows_stay_finite_and_exact():
         assert_as_exact(one, other, want)
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_identical():
     tensors = case(17, 20, 131, torch.bfloat16)
     runs = [run(*tensors, None, 1.0) for _ in range(2)]
@@ -141,6 +142,7 @@ def test_rows_of_a_wider_buffer_need_no_copy():
     torch.testing.assert_close(got[:3], want[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 def test_the_operators_give_on_a_gpu_what_they_give_elsewhere(head):
     """As registered; fp64 and strided columns go to the reference."""

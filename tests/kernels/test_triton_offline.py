@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow  # compiles every kernel for every target
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 KERNELS = {
     "slice_sums", "label", "gradient", "row_kl", "join", "label_logits", "scale", "npo_head",

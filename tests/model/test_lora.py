@@ -150,6 +150,7 @@ def test_an_adapter_on_the_lm_head_is_refused():
         CausalLM(model)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_an_adapter_and_its_run_loads_like_any_other(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "base")
     data = write_jsonl(tmp_path / "facts.jsonl", FACTS)

@@ -22,6 +22,7 @@ from npo_fast import (
     segment_sum,
 )
 from npo_fast.ops import compiled as compiled_ops
+from tests.helpers import slow_but
 
 ROWS, D, V = 9, 6, 11
 CU = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -67,11 +68,13 @@ def run(function, x, loss, parameters):
     return value, log_probs, *torch.autograd.grad(value, parameters)
 
 
-@pytest.mark.parametrize("loss", [NPO(0.3), SimNPO(), DPO(), CEU(), Squared()], ids=repr)
+@pytest.mark.parametrize(
+    "loss", slow_but([NPO(0.3)], [NPO(0.3), SimNPO(), DPO(), CEU(), Squared()]), ids=repr
+)
 @pytest.mark.parametrize(
     "options", [{}, {"chunk_rows": 3, "softcap": 2.0, "reduction": "sum"}, {"chunk_rows": 0}]
 )
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", slow_but([False], [False, True]))
 def test_a_compiled_step_gives_the_numbers_of_eager(loss, options, frozen):
     body, head, labels = setting(frozen)
     function = step(body, head, labels, **options)
@@ -116,6 +119,7 @@ def test_linear_log_probs_is_part_of_the_graph(chunk_rows):
         torch.testing.assert_close(g, h)
 
 
+@pytest.mark.slow
 def test_another_beta_is_another_graph():
     function = step(*setting())
     compiled = torch.compile(function, backend="aot_eager")
@@ -132,6 +136,7 @@ def test_a_forward_pass_without_gradients_compiles_too():
         torch.testing.assert_close(compiled(x, NPO(0.1)), function(x, NPO(0.1)))
 
 
+@pytest.mark.slow
 def test_shapes_may_change_between_calls():
     head = torch.nn.Linear(D, V)
 
@@ -154,6 +159,7 @@ def test_autocast_in_the_graph_is_autocast_outside():
         torch.testing.assert_close(compiled(x, NPO(0.1)), function(x, NPO(0.1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
 def test_a_compiled_step_in_fp16_gives_the_gradients_of_eager(reduction):
     """Which are held at a multiple until the loss scale is known."""
@@ -207,6 +213,7 @@ def test_the_backward_hands_on_the_gradients_that_the_forward_made(whole_graph):
     assert gradients_alive(weight) <= before
 
 
+@pytest.mark.slow
 def test_gradients_that_nobody_asks_for_go_with_their_graph(whole_graph):
     _, compiled, (hidden, weight) = whole_graph
     before = gradients_alive(weight)

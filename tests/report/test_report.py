@@ -77,6 +77,7 @@ def test_a_run_with_everything_shows_every_part_and_misses_nothing(home, tmp_pat
         assert column in page.texts
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_its_ids_are_unique(home, tmp_path):
     html = report(home, tmp_path, "full", "bare")
     page = Page(html)
@@ -93,6 +94,7 @@ def test_the_page_is_self_contained_and_its_ids_are_unique(home, tmp_path):
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
 
 
+@pytest.mark.slow
 def test_axes_take_the_colour_of_the_page(home, tmp_path):
     html = report(home, tmp_path, "full")
     svg = html[html.index("<svg") : html.rindex("</svg>")]
@@ -102,6 +104,7 @@ def test_axes_take_the_colour_of_the_page(home, tmp_path):
     assert "prefers-color-scheme: dark" in html
 
 
+@pytest.mark.slow
 def test_text_from_outside_is_escaped(home, tmp_path):
     folder = tmp_path / "a<script>|b"
     folder.mkdir()
@@ -138,6 +141,7 @@ def test_the_command_that_trains_again_is_one_that_runs(home, tmp_path):
     assert main(words[1:]) == 0
 
 
+@pytest.mark.slow
 def test_the_markdown_table_holds_the_measures(home, tmp_path, capsys):
     capsys.readouterr()
     log = str(home / "log")
@@ -157,6 +161,7 @@ def test_the_markdown_table_holds_the_measures(home, tmp_path, capsys):
     assert shown["markdown"] == str(tmp_path / "report.md")
 
 
+@pytest.mark.slow
 def test_logs_of_other_items_are_reported_and_the_rest_is_shown(home, tmp_path):
     save_result(make_result(items=9), tmp_path / "other")
     output = tmp_path / "report.html"
@@ -167,6 +172,7 @@ def test_logs_of_other_items_are_reported_and_the_rest_is_shown(home, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_published_logs_without_answers_will_do(home, tmp_path):
     """Columns as objects keyed by index, no texts."""
     save_result(make_result(items=4, as_objects=True), tmp_path / "published")
@@ -176,6 +182,7 @@ def test_published_logs_without_answers_will_do(home, tmp_path):
     assert "Truth ratio on the forget set" in output.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(home, tmp_path):
     folder = tmp_path / "running"
     folder.mkdir()
