@@ -9,7 +9,7 @@ import difflib
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,30 +85,6 @@ class Measure:
         return ", ".join([*sources[:-2], " and ".join(sources[-2:])]) + with_columns
 
 
-@dataclass(frozen=True)
-class _SetMeasure:
-    """A measure of one log that is taken of several sets."""
-
-    name: str
-    label: str
-    compute: Callable[[Log], float]
-    columns: tuple[str, ...] = ()
-    directions: Mapping[str, int] = field(default_factory=lambda: {"forget": -1, "retain": 1})
-    in_report: bool = False
-
-    def of(self, part: str) -> Measure:
-        """The measure of the ``forget`` or the ``retain`` set."""
-        file = {"forget": FORGET, "retain": RETAIN}[part]
-        return Measure(
-            f"{part}.{self.name}",
-            f"{part} {self.label}",
-            lambda result, _: self.compute(result[file]),
-            {file: self.columns},
-            direction=self.directions.get(part, 0),
-            in_report=self.in_report,
-        )
-
-
 def kl_to_reference(log: Log) -> float:
     """Returns the mean over all answer tokens of ``KL(reference || model)``, in nats."""
     return float(np.average(column(log, "kl_to_reference"), weights=column(log, "num_token_gt")))
@@ -118,53 +94,74 @@ def _mean(name: str) -> Callable[[Log], float]:
     return lambda log: float(column(log, name).mean())
 
 
-def _utility_term(part: str, name: str, label: str) -> Measure:
-    label = f"{part} {label}"
-    key = f"{part.replace(' ', '_')}.{name}"
-    return Measure(key, label, lambda result, _: utility_terms(result)[label], _UTILITY)
+def _of_log(
+    part: str,  # "forget" or "retain"
+    name: str,
+    label: str,
+    formula: Callable[[Log], float],
+    *columns: str,
+    recorded: bool = True,
+    in_report: bool = False,
+) -> Measure:
+    """A measure of one log: less of it is forgotten, more of it is kept."""
+    file, direction = {"forget": (FORGET, -1), "retain": (RETAIN, 1)}[part]
+    return Measure(
+        f"{part}.{name}", f"{part} {label}", lambda result, _: formula(result[file]),
+        {file: columns}, direction=direction if recorded else 0, in_report=in_report,
+    )  # fmt: skip
+
+
+def _tofu(part: str) -> tuple[Measure, ...]:
+    return (
+        _of_log(part, "probability", "probability", lambda log: float(probability(log).mean()),
+                in_report=True),
+        _of_log(part, "rouge_l_recall", "ROUGE-L", _mean("rougeL_recall"), "rougeL_recall",
+                in_report=True),
+    )  # fmt: skip
+
+
+def _beyond_tofu(part: str) -> tuple[Measure, ...]:
+    return (
+        _of_log(part, "exact_memorization", "exact memorization", _mean("exact_memorization"),
+                "exact_memorization"),
+        _of_log(part, "extraction_strength", "extraction strength", _mean("extraction_strength"),
+                "extraction_strength"),
+        _of_log(part, "kl_to_reference", "KL to reference", kl_to_reference, "kl_to_reference",
+                recorded=False),
+    )  # fmt: skip
+
+
+def _utility_term(term: str) -> Measure:
+    return Measure(f"utility.{term}", term, lambda result, _: utility_terms(result)[term], _UTILITY)
 
 
 def _membership_auc(attack: str) -> Measure:
-    key, label = f"membership_auc.{attack}", f"membership AUC, {attack}"
     return Measure(
-        key, label, lambda result, _: membership_auc(result)[attack], {FORGET: (), HOLDOUT: ()}
-    )
+        f"membership_auc.{attack}", f"membership AUC, {attack}",
+        lambda result, _: membership_auc(result)[attack], {FORGET: (), HOLDOUT: ()},
+    )  # fmt: skip
 
 
 _UTILITY = dict.fromkeys(UTILITY_SETS.values(), (*TRUTH_RATIO_COLUMNS, "rougeL_recall"))
-_TOFU = (
-    _SetMeasure("probability", "probability", lambda log: float(probability(log).mean()),
-                in_report=True),
-    _SetMeasure("rouge_l_recall", "ROUGE-L", _mean("rougeL_recall"), ("rougeL_recall",),
-                in_report=True),
-)  # fmt: skip
-_BEYOND_TOFU = (
-    _SetMeasure("exact_memorization", "exact memorization", _mean("exact_memorization"),
-                ("exact_memorization",)),
-    _SetMeasure("extraction_strength", "extraction strength", _mean("extraction_strength"),
-                ("extraction_strength",)),
-    _SetMeasure("kl_to_reference", "KL to reference", kl_to_reference, ("kl_to_reference",),
-                directions={}),
-)  # fmt: skip
 MEASURES = {  # by key, in the order of ``summary``
     measure.key: measure
     for measure in (
         Measure("model_utility", "model utility", lambda result, _: model_utility(result),
                 _UTILITY, direction=1, in_report=True),
-        *(measure.of("retain") for measure in _TOFU),
+        *_tofu("retain"),
         Measure("retain.truth_ratio", "retain truth ratio",
                 lambda result, _: knowledge_ratio(result[RETAIN]),
                 {RETAIN: TRUTH_RATIO_COLUMNS}, direction=1),
-        *(_utility_term(part, name, label) for part in ("real authors", "world facts")
-          for name, label in (("probability", "probability"), ("rouge_l_recall", "ROUGE-L"),
-                              ("truth_ratio", "truth ratio"))),
-        *(measure.of("forget") for measure in _TOFU),
+        *(_utility_term(f"{part} {label}") for part in ("real authors", "world facts")
+          for label in ("probability", "ROUGE-L", "truth ratio")),
+        *_tofu("forget"),
         Measure("forget.truth_ratio", "forget truth ratio",
                 lambda result, _: forget_truth_ratio(result),
                 {FORGET: TRUTH_RATIO_COLUMNS}, direction=1),
-        Measure("forget_quality", "forget quality", forget_quality, {FORGET: TRUTH_RATIO_COLUMNS},
-                needs_retrained=True, direction=1, in_report=True),
-        *(measure.of(part) for part in ("forget", "retain") for measure in _BEYOND_TOFU),
+        Measure("forget_quality", "forget quality", forget_quality,
+                {FORGET: TRUTH_RATIO_COLUMNS}, needs_retrained=True, direction=1, in_report=True),
+        *_beyond_tofu("forget"),
+        *_beyond_tofu("retain"),
         *(_membership_auc(attack) for attack in ATTACKS),
     )
 }  # fmt: skip
