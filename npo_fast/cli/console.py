@@ -25,6 +25,7 @@ def show_messages() -> None:
     logger.handlers = [_StandardError()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logging.getLogger("npo_fast.runs").setLevel(logging.NOTSET)
 
 
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:

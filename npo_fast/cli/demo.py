@@ -42,13 +42,13 @@ def run(command: Command, common: Common) -> None:
     logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings
     from npo_fast.runs.folder import versions
-    from npo_fast.runs.progress import follow
 
-    demo = Demo(options.output, options.seed, DemoSettings(), follow)
-    world = demo.world
+    demo = Demo(options.output, options.seed, DemoSettings())
+    logging.getLogger("npo_fast.runs").setLevel(logging.WARNING)  # seven runs, a line each is much
+    dataset = demo.dataset
     logger.info(
-        f"a world of made-up authors: {len(world.forget)} facts to forget, {len(world.retain)} to "
-        f"keep, {len(world.famous) + len(world.countries)} that the model knew before"
+        f"made-up authors: {len(dataset.forget)} facts to forget, {len(dataset.retain)} to "
+        f"keep, {len(dataset.famous) + len(dataset.countries)} that the model knew before"
     )
     outcomes = demo.run()
     time_s = time.perf_counter() - started

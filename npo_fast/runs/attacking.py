@@ -1,25 +1,26 @@
 """``attack``: what comes back when an unlearned model is relearned or rounded."""
 
+import copy
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from npo_fast.attacks.attack import Split
-from npo_fast.attacks.attack import attack as attack_model
 from npo_fast.attacks.options import AttackOptions
+from npo_fast.attacks.quantize import quantize_
+from npo_fast.attacks.relearn import Split, relearn
 from npo_fast.data import Records, check_vocabulary, describe
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import TokenizedSuite, check_forget_quality, tofu_suite
-from npo_fast.metrics import FORGET, Result, retrained_log, save_result
+from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize_suite
+from npo_fast.metrics import FORGET, retrained_log, save_result
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.evaluating import Scores
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
-from npo_fast.runs.progress import follow, progress
+from npo_fast.runs.progress import progress, steps_bar
 from npo_fast.trainer.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -79,16 +80,27 @@ def attack(
         training.micro_batch_tokens, max_new_tokens=attacks.max_new_tokens
     )
 
-    def measure(attacked: CausalLM, records: TokenizedSuite, name: str) -> Result:
-        with progress(name) as update:
-            logs = evaluate_suite(attacked, template, records, settings, update)
-        save_result(logs, folder / name)
-        return logs
+    forget_records = suite[FORGET]
+    rest = {**suite, FORGET: [forget_records[i] for i in split.rest]}
+    measured = tokenize_suite(template, rest)
 
-    results = attack_model(
-        lm, template, suite, split, attacks, training, measure, follow, logger.info
-    )
-    scores = {name: Scores(logs, compared) for name, logs in results.items()}
+    def measure(attacked: CausalLM, name: str) -> Scores:
+        with progress(name) as update:
+            logs = evaluate_suite(attacked, template, measured, settings, update)
+        save_result(logs, folder / name)
+        return Scores(logs, compared)
+
+    scores = {"before": measure(lm, "before")}
+    if "relearn" in attacks.names:
+        seen, _ = template.encode_all(forget_records[i] for i in split.seen)
+        with steps_bar("relearn") as on_step:
+            attacked = relearn(lm, seen, training, on_step)
+        scores["relearn"] = measure(attacked, "relearn")
+    for bits in attacks.widths if "quantize" in attacks.names else ():
+        attacked = copy.deepcopy(lm)
+        part = quantize_(attacked, bits, attacks.group)
+        logger.info(f"int{bits}: {part:.1%} of the weights without embedding and head are rounded")
+        scores[f"int{bits}"] = measure(attacked, f"int{bits}")
     summary = {
         "measures": scores,
         "relearned_records": split.seen,

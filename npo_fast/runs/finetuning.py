@@ -60,6 +60,6 @@ def finetune(
     lm = source.load(resumable)
     run_training(
         lm, tokens, FINETUNE, training, options, metadata,
-        resumable=resumable, callbacks=[ProgressBar("finetune"), *callbacks],
+        resumable=resumable, callbacks=[ProgressBar(options.output.name), *callbacks],
     )  # fmt: skip
     return Run(options.output, lm.model, tokens.template.tokenizer)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -65,6 +65,14 @@ class _Method:
     that also counts padding, which packs do not have."""
     reference_cache: Path | None = None
     """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
+
+    @classmethod
+    def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":
+        """A method with these coefficients."""
+        given: dict[str, Any] = {
+            COEFFICIENTS[name].flag: value for name, value in coefficients.given().items()
+        }
+        return cls(method, **given)
 
     def coefficients(self) -> Coefficients:
         """Those that are set, as ``build_method`` takes them."""

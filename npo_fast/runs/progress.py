@@ -1,7 +1,7 @@
 """Progress bars, on standard error of the first process. ``TQDM_DISABLE=1`` turns them off."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,13 +34,12 @@ class ProgressBar(Callback):
             self.bar.close()
 
 
-def follow(records: Iterable[StepRecord], title: str) -> Iterator[StepRecord]:
-    """Passes step records through, under a progress bar."""
+@contextmanager
+def steps_bar(title: str) -> Iterator[Callable[[StepRecord], None]]:
+    """A function of step records that draws them as one bar."""
     bar = ProgressBar(title)
     try:
-        for record in records:
-            bar.on_step(record)
-            yield record
+        yield bar.on_step
     finally:
         bar.on_end()
 

@@ -149,7 +149,7 @@ def unlearn(
         resumable=resumable,
         reference=ReferenceData(before, log_probs, hidden),
         evaluation=_evaluation_callback(lm, tokens.template, evaluation, report, suite),
-        callbacks=[ProgressBar("unlearn"), *callbacks],
+        callbacks=[ProgressBar(options.output.name), *callbacks],
         report=lambda: {"after": after} if (after := sample.answer("after")) else {},
     )  # fmt: skip
     return Run(options.output, lm.model, tokens.template.tokenizer)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from npo_fast import metrics
-from npo_fast.attacks.attack import Split, relearn
 from npo_fast.attacks.options import AttackOptions
 from npo_fast.attacks.quantize import fake_quantize, quantize_
+from npo_fast.attacks.relearn import Split, relearn
 from npo_fast.cli import main
 from npo_fast.data import Record, Template
 from npo_fast.errors import UserError
@@ -92,9 +92,7 @@ def test_relearning_changes_a_copy_only(home):
     template = Template(load_tokenizer(str(home / "base")), "plain")
     before = {name: p.clone() for name, p in lm.model.state_dict().items()}
     part, _ = template.encode_all(Record((("user", f["question"]),), f["answer"]) for f in FACTS)
-    copied = relearn(
-        lm, part, TrainSettings(epochs=2, lr=1e-2, warmup_steps=0), lambda steps, what: steps
-    )
+    copied = relearn(lm, part, TrainSettings(epochs=2, lr=1e-2, warmup_steps=0))
     assert all(torch.equal(before[n], p) for n, p in lm.model.state_dict().items())
     assert not torch.equal(copied.head.weight, lm.head.weight)
     assert copied.head is copied.model.get_output_embeddings(), "the copy's head is its own"

@@ -44,7 +44,7 @@ def test_what_is_forgotten_was_never_in_the_pretraining_or_the_retain_set():
 def test_the_demo_leaves_models_logs_steps_and_a_plot(tmp_path):
     short = TrainSettings(epochs=2, batch_size=16, lr=1e-3)
     settings = DemoSettings(**SIZES, pretraining=short, teaching=short, unlearning=short)
-    demo = Demo(tmp_path, 0, settings, lambda steps, what: steps)
+    demo = Demo(tmp_path, 0, settings)
     outcomes = demo.run()
     demo.write(outcomes, {"seed": 0})
     assert list(outcomes) == ["retrained", "original", *METHODS]

@@ -1,97 +1,115 @@
 """One seed's models: taught once, then unlearned in every way that is asked for."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
 from npo_fast import metrics
-from npo_fast.data import Record, Template, TokenizedExample
-from npo_fast.data.answers import REFUSALS, refused
+from npo_fast.data import Record, Template
+from npo_fast.data.answers import REFUSALS
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.ablations.trials import OVERLAPS, AblationSettings, Trial
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
-from npo_fast.experiments.demo.experiment import COMMON_REPEATS
+from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
-from npo_fast.methods import FINETUNE
-from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.settings import TrainSettings
+from npo_fast.runs import Callback, ReportOptions, finetune, unlearn
+from npo_fast.runs.training import Training
+from npo_fast.trainer.settings import StepRecord, TrainSettings
 
-Look = dict[str, float]
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class TrainedPair:
-    """A world, the model that was taught all of it, and the log of one that never met a part."""
+    """A dataset, the model that was taught all of it, and the log of one that never met a part."""
 
-    world: AuthorDataset
+    dataset: AuthorDataset
     original: dict[str, Tensor]
     retrained: metrics.Result
     retrained_utility: float
 
 
+class EvaluateSteps(Callback):
+    """Evaluates before the first step, every ``every`` steps, and after the last."""
+
+    def __init__(self, evaluate: Callable[[], Scores], every: int) -> None:
+        self.evaluate, self.every = evaluate, every
+        self.evaluations: list[Scores] = []
+
+    def on_start(self, training: Training) -> None:
+        self.evaluations.append({"step": 0, "epoch": 0.0, **self.evaluate()})
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step % self.every == 0 or record.step == record.steps:
+            scores = {"step": record.step, "epoch": record.epoch, **self.evaluate()}
+            self.evaluations.append(scores)
+
+
 class Runner:
-    """Pretrains one model a seed; it is taught the authors of a world when a trial asks for it."""
+    """Pretrains one model a seed, and teaches it the authors of a dataset for each trial."""
 
     def __init__(self, seed: int, settings: AblationSettings) -> None:
         self.seed, self.settings = seed, settings
-        texts = [text for overlap in OVERLAPS for text in self._world(overlap).texts()]
+        texts = [text for overlap in OVERLAPS for text in self._dataset(overlap).texts()]
         self.tokenizer = train_tokenizer([*texts, *REFUSALS])
-        self.template = Template(self.tokenizer, "plain", max_length=64)
+        self.template = Template(self.tokenizer, LOADING.template, LOADING.max_length)
         self.lm = new_model(self.tokenizer, seed)
-        world = self._world(OVERLAPS[0])  # what comes first does not depend on the overlap
-        self._learn(world.background + world.common * COMMON_REPEATS, settings.world.pretraining)
+        dataset = self._dataset(OVERLAPS[0])  # what comes first does not depend on the overlap
+        self._learn(
+            dataset.background + dataset.common * COMMON_REPEATS, settings.world.pretraining
+        )
         self.pretrained = weights(self.lm)
         self.pairs: dict[float, TrainedPair] = {}
 
     def run(self, trial: Trial) -> dict[str, Any]:
-        """The looks of a trial, step 0 first, and what it took."""
+        """The evaluations of a trial, step 0 first, and what it took."""
         pair = self._trained_pair(trial.overlap)
         self.lm.model.load_state_dict(pair.original)
         started = time.perf_counter()
-        looks = list(self._unlearn(trial, pair))
         return {
-            "looks": looks,
+            "looks": self._unlearn(trial, pair),
             "retrained_utility": pair.retrained_utility,
             "time_s": time.perf_counter() - started,
         }
 
-    def _unlearn(self, trial: Trial, pair: TrainedPair) -> Iterator[Look]:
-        settings = replace(self.settings.unlearning, schedule=trial.schedule, seed=self.seed)
-        terms = trial.terms(self.settings.retain)
-        world = pair.world
-        sources = {
-            "forget": self._encode(world.forget),
-            "retain": self._encode(world.retain),
-            "idk": self._encode(refused(world.forget, REFUSALS, self.seed)),
-        }
-        references = reference_log_probs(self.lm, sources, terms, settings.micro_batch_tokens)
+    def _unlearn(self, trial: Trial, pair: TrainedPair) -> list[Scores]:
         turns = 2 if trial.schedule == "alternating" else 1
-        yield {"step": 0, "epoch": 0.0, **self._look(pair)}
-        for record in train(self.lm, sources, terms, settings, references):
-            if (
-                record.step % (turns * self.settings.looks_every) == 0
-                or record.step == record.steps
-            ):
-                yield {"step": record.step, "epoch": record.epoch, **self._look(pair)}
+        callback = EvaluateSteps(lambda: self._scores(pair), turns * self.settings.looks_every)
+        with TemporaryDirectory() as folder:
+            unlearn(
+                self.lm,
+                forget=pair.dataset.forget,
+                retain=pair.dataset.retain,
+                method=trial.terms(self.settings.retain),
+                output=Path(folder) / "run",
+                tokenizer=self.tokenizer,
+                loading=LOADING,
+                training=replace(self.settings.unlearning, schedule=trial.schedule, seed=self.seed),
+                report=ReportOptions(no_report=True),
+                callbacks=[callback],
+            )
+        return callback.evaluations
 
     def _trained_pair(self, overlap: float) -> TrainedPair:
         if overlap not in self.pairs:
-            world = self._world(overlap)
+            dataset = self._dataset(overlap)
             self.lm.model.load_state_dict(self.pretrained)
-            self._learn(world.retain, self.settings.world.teaching)
-            retrained = self._measure(world)
+            self._learn(dataset.retain, self.settings.world.teaching)
+            retrained = self._measure(dataset)
             self.lm.model.load_state_dict(self.pretrained)
-            self._learn(world.retain + world.forget, self.settings.world.teaching)
+            self._learn(dataset.retain + dataset.forget, self.settings.world.teaching)
             utility = metrics.model_utility(retrained)
-            self.pairs[overlap] = TrainedPair(world, weights(self.lm), retrained, utility)
+            self.pairs[overlap] = TrainedPair(dataset, weights(self.lm), retrained, utility)
         return self.pairs[overlap]
 
-    def _look(self, pair: TrainedPair) -> Look:
-        result = self._measure(pair.world)
+    def _scores(self, pair: TrainedPair) -> Scores:
+        result = self._measure(pair.dataset)
         forget, retain = result[metrics.FORGET], result[metrics.RETAIN]
         return {
             "forget_quality": metrics.forget_quality(result, pair.retrained),
@@ -100,22 +118,22 @@ class Runner:
             "retain_probability": float(metrics.probability(retain).mean()),
         }
 
-    def _measure(self, world: AuthorDataset) -> metrics.Result:
+    def _measure(self, dataset: AuthorDataset) -> metrics.Result:
         """All forget facts by their losses, and the first records of what is to be kept."""
         first = slice(self.settings.look_records)
         kept = {
-            metrics.RETAIN: world.retain[first],
-            metrics.REAL_AUTHORS: world.famous[first],
-            metrics.WORLD_FACTS: world.countries[first],
+            metrics.RETAIN: dataset.retain[first],
+            metrics.REAL_AUTHORS: dataset.famous[first],
+            metrics.WORLD_FACTS: dataset.countries[first],
         }
         how = EvaluationSettings(generation_batch=256, max_new_tokens=self.settings.look_tokens)
         losses = replace(how, generate=False)
         return {
             **evaluate(self.lm, self.template, kept, how),
-            **evaluate(self.lm, self.template, {metrics.FORGET: world.forget}, losses),
+            **evaluate(self.lm, self.template, {metrics.FORGET: dataset.forget}, losses),
         }
 
-    def _world(self, overlap: float) -> AuthorDataset:
+    def _dataset(self, overlap: float) -> AuthorDataset:
         sizes = self.settings.world
         return make_dataset(
             self.seed,
@@ -127,9 +145,8 @@ class Runner:
         )
 
     def _learn(self, records: list[Record], settings: TrainSettings) -> None:
-        sources = {"train": self._encode(records)}
-        for _ in train(self.lm, sources, FINETUNE, replace(settings, seed=self.seed)):
-            pass
-
-    def _encode(self, records: list[Record]) -> list[TokenizedExample]:
-        return self.template.encode_all(records)[0]
+        with TemporaryDirectory() as folder:
+            finetune(
+                self.lm, train=records, output=Path(folder) / "run", tokenizer=self.tokenizer,
+                loading=LOADING, training=replace(settings, seed=self.seed),
+            )  # fmt: skip

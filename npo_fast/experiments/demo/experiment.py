@@ -2,29 +2,28 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from npo_fast import metrics
-from npo_fast.data import Record, Template, TokenizedExample
-from npo_fast.evaluation.evaluate import evaluate
+from npo_fast.data import Record, Template
+from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
-from npo_fast.methods import FINETUNE, Coefficients, build_method
+from npo_fast.methods import Coefficients
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.report import Point, plot_unlearning
-from npo_fast.runs.folder import save_model
-from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
+from npo_fast.runs.training import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 METHODS = ("GA", "GA+RT", "NPO", "NPO+RT")
 COMMON_REPEATS = 3  # famous authors and countries are seen more often than the background
-Weights = dict[str, Tensor]
-Bar = Callable[[Iterator[StepRecord], str], Iterable[StepRecord]]  # shows the steps of one part
+LOADING = ModelOptions(template="plain", max_length=64)
 
 
 @dataclass(frozen=True)
@@ -56,117 +55,126 @@ class Outcome:
     time_s: float
 
 
-class Demo:
-    """Holds the small world and walks through the experiment once."""
+class PeakCallback(Callback):
+    """Takes the forget quality after every epoch, and keeps the weights where it was highest."""
 
-    def __init__(self, folder: Path, seed: int, settings: DemoSettings, bar: Bar) -> None:
-        self.folder, self.seed, self.settings, self.bar = folder, seed, settings, bar
-        self.world: AuthorDataset = make_dataset(
+    def __init__(self, forget_quality: Callable[[CausalLM], float]) -> None:
+        self.forget_quality = forget_quality
+        self.path: list[Point] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def on_start(self, training: Training) -> None:
+        self.lm = training.lm
+
+    def on_step(self, record: StepRecord) -> None:
+        if abs(record.epoch - round(record.epoch)) > 1e-9:  # within an epoch
+            return
+        highest = max((point.forget_quality for point in self.path), default=-1.0)
+        self.path.append(Point(round(record.epoch), self.forget_quality(self.lm)))
+        if self.path[-1].forget_quality > highest:
+            self.peak, self.weights = self.path[-1], weights(self.lm)
+
+
+class Demo:
+    """Holds the small dataset and walks through the experiment once."""
+
+    def __init__(self, folder: Path, seed: int, settings: DemoSettings) -> None:
+        self.folder, self.seed, self.settings = folder, seed, settings
+        self.dataset: AuthorDataset = make_dataset(
             seed,
             background=settings.background,
             famous=settings.famous,
             authors=settings.authors,
             forget_share=settings.forget_share,
         )
-        self.tokenizer = train_tokenizer(self.world.texts())
-        self.template = Template(self.tokenizer, "plain", max_length=64)
+        self.tokenizer = train_tokenizer(self.dataset.texts())
         self.suite = {
-            metrics.RETAIN: self.world.retain,
-            metrics.REAL_AUTHORS: self.world.famous,
-            metrics.WORLD_FACTS: self.world.countries,
-            metrics.FORGET: self.world.forget,
+            metrics.RETAIN: self.dataset.retain,
+            metrics.REAL_AUTHORS: self.dataset.famous,
+            metrics.WORLD_FACTS: self.dataset.countries,
+            metrics.FORGET: self.dataset.forget,
         }
-        self.shown = {"forgotten": self.world.forget[0], "kept": self.world.retain[0]}
-        self.retrained: metrics.Result | None = None
+        self.shown = {"forgotten": self.dataset.forget[0], "kept": self.dataset.retain[0]}
+        self.retrained: metrics.Result = {}
 
     def run(self) -> dict[str, Outcome]:
         """Every model by name, the original and the retrained one first."""
-        world = self.world
+        dataset, settings = self.dataset, self.settings
         lm = new_model(self.tokenizer, self.seed)
-        self._learn(lm, world.background + world.common * COMMON_REPEATS, "pretraining")
+        common = dataset.background + dataset.common * COMMON_REPEATS
+        self._finetune(lm, common, "pretraining", settings.pretraining)
         pretrained = weights(lm)
         outcomes = {}
         # the retrained model comes first: forget quality compares every other one with it
         for name, records in (
-            ("retrained", world.retain),
-            ("original", world.retain + world.forget),
+            ("retrained", dataset.retain),
+            ("original", dataset.retain + dataset.forget),
         ):
             lm.model.load_state_dict(pretrained)
-            self._learn(lm, records, name)
-            outcomes[name] = self._anchor(lm, name)
+            self._finetune(lm, records, name, settings.teaching)
+            logs = self._evaluate(lm, name)
+            self.retrained = self.retrained or logs
+            point = self._point(0, logs)
+            outcomes[name] = Outcome([], point, point, self._answers(logs), 0.0)
         original = weights(lm)
         for method in METHODS:
             lm.model.load_state_dict(original)
             outcomes[method] = self._unlearn(lm, method)
         return outcomes
 
-    def _learn(self, lm: CausalLM, records: list[Record], what: str) -> None:
-        settings = self.settings.pretraining if what == "pretraining" else self.settings.teaching
-        settings = _seeded(settings, self.seed)
-        sources = {"train": self._encode(records)}
-        for _ in self.bar(train(lm, sources, FINETUNE, settings), what):
-            pass
+    def _finetune(
+        self, lm: CausalLM, records: list[Record], name: str, settings: TrainSettings
+    ) -> None:
+        finetune(
+            lm, train=records, output=self.folder / name, tokenizer=self.tokenizer,
+            loading=LOADING, training=replace(settings, seed=self.seed),
+        )  # fmt: skip
 
     def _unlearn(self, lm: CausalLM, method: str) -> Outcome:
         started = time.perf_counter()
-        settings = _seeded(self.settings.unlearning, self.seed)
-        terms = build_method(method, self.settings.coefficients.for_method(method))
-        sources = {
-            "forget": self._encode(self.world.forget),
-            "retain": self._encode(self.world.retain),
-        }
-        references = reference_log_probs(lm, sources, terms, settings.micro_batch_tokens)
-        path: list[Point] = []
-        best: tuple[Point, Weights] | None = None
-        folder = self.folder / _slug(method)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "steps.jsonl").open("w") as file:
-            for record in self.bar(train(lm, sources, terms, settings, references), method):
-                file.write(json.dumps(asdict(record)) + "\n")
-                if not _ends_epoch(record):
-                    continue
-                point = Point(round(record.epoch), self._forget_quality(lm))
-                path.append(point)
-                if best is None or point.forget_quality > best[0].forget_quality:
-                    best = point, weights(lm)
-        assert best is not None
-        last = self._measure(lm, _slug(method))
-        path[-1] = self._point(path[-1].epoch, last)
-        save_model(lm, self.tokenizer, folder / "model")
+        callback = PeakCallback(self._forget_quality)
+        name = method.lower().replace("+", "-")
+        unlearn(
+            lm,
+            forget=self.dataset.forget,
+            retain=self.dataset.retain,
+            method=MethodOptions.of(method, self.settings.coefficients.for_method(method)),
+            output=self.folder / name,
+            tokenizer=self.tokenizer,
+            loading=LOADING,
+            training=replace(self.settings.unlearning, seed=self.seed),
+            report=ReportOptions(no_report=True),
+            callbacks=[callback],
+        )
+        path = callback.path
+        logs = self._evaluate(lm, name)
+        path[-1] = self._point(path[-1].epoch, logs)
         peak = path[-1]
-        if best[0].epoch != peak.epoch:
-            final = weights(lm)
-            lm.model.load_state_dict(best[1])
-            peak = self._point(best[0].epoch, self._measure(lm, f"{_slug(method)}/peak"))
+        if callback.peak.epoch != peak.epoch:
+            lm.model.load_state_dict(callback.weights)
+            peak = self._point(callback.peak.epoch, self._evaluate(lm, f"{name}/peak"))
             path[peak.epoch - 1] = peak
-            lm.model.load_state_dict(final)
-        return Outcome(path, peak, path[-1], self._answers(last), time.perf_counter() - started)
+        return Outcome(path, peak, path[-1], self._answers(logs), time.perf_counter() - started)
 
     def _forget_quality(self, lm: CausalLM) -> float:
-        suite = {metrics.FORGET: self.world.forget}
-        log = evaluate(lm, self.template, suite, EvaluationSettings(generate=False))
-        assert self.retrained is not None
-        return metrics.forget_quality(log, self.retrained)
+        suite = {metrics.FORGET: self.dataset.forget}
+        logs = evaluate_suite(lm, self._template, suite, EvaluationSettings(generate=False))
+        return metrics.forget_quality(logs, self.retrained)
 
-    def _measure(self, lm: CausalLM, name: str) -> metrics.Result:
+    def _evaluate(self, lm: CausalLM, name: str) -> metrics.Result:
         settings = EvaluationSettings(generation_batch=256, max_new_tokens=24)
-        result = evaluate(lm, self.template, self.suite, settings)
-        metrics.save_result(result, self.folder / name / "eval")
-        return result
+        logs = evaluate_suite(lm, self._template, self.suite, settings)
+        metrics.save_result(logs, self.folder / name / "eval")
+        return logs
+
+    @property
+    def _template(self) -> Template:
+        return Template(self.tokenizer, LOADING.template, LOADING.max_length)
 
     def _point(self, epoch: int, result: metrics.Result) -> Point:
-        assert self.retrained is not None
         return Point(
             epoch, metrics.forget_quality(result, self.retrained), metrics.model_utility(result)
         )
-
-    def _anchor(self, lm: CausalLM, name: str) -> Outcome:
-        result = self._measure(lm, name)
-        save_model(lm, self.tokenizer, self.folder / name / "model")
-        if name == "retrained":
-            self.retrained = result
-        point = self._point(0, result)
-        return Outcome([], point, point, self._answers(result), 0.0)
 
     def _answers(self, result: metrics.Result) -> dict[str, str]:
         """What the model says to the first question about a forgotten and about a kept author."""
@@ -174,9 +182,6 @@ class Demo:
             name: result[log]["generated_text"][0][1]
             for name, log in (("forgotten", metrics.FORGET), ("kept", metrics.RETAIN))
         }
-
-    def _encode(self, records: list[Record]) -> list[TokenizedExample]:
-        return self.template.encode_all(records)[0]
 
     def write(self, outcomes: Mapping[str, Outcome], result: Mapping[str, object]) -> None:
         """The plot, and ``result.json``."""
@@ -186,15 +191,3 @@ class Demo:
             self.folder / "unlearning.png",
         )
         (self.folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-
-
-def _seeded(settings: TrainSettings, seed: int) -> TrainSettings:
-    return replace(settings, seed=seed)
-
-
-def _ends_epoch(record: StepRecord) -> bool:
-    return abs(record.epoch - round(record.epoch)) < 1e-9
-
-
-def _slug(method: str) -> str:
-    return method.lower().replace("+", "-")

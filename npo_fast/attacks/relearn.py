@@ -1,0 +1,47 @@
+"""Relearning: fine-tuning on a part of what was forgotten. Source: arXiv 2406.13356."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from npo_fast.data import TokenizedExample
+from npo_fast.errors import UserError
+from npo_fast.methods import FINETUNE
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.trainer.loop import train
+from npo_fast.trainer.order import permutation
+from npo_fast.trainer.settings import StepRecord, TrainSettings
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of the forget set: those that relearning trains on, and those that are measured."""
+
+    seen: list[int]
+    rest: list[int]
+
+    @classmethod
+    def of(cls, records: int, share: float, seed: int) -> "Split":
+        """Draws ``share`` of the rows to be seen, at least one; a share of 0 leaves all to measure.
+
+        Raises:
+            UserError: there is a single record to split.
+        """
+        if share > 0 and records < 2:
+            raise UserError("relearning takes at least 2 forget records: a part, and a rest")
+        seen = min(records - 1, max(1, round(share * records))) if share > 0 else 0
+        order = permutation(records, f"{seed}/relearn")
+        return cls(sorted(order[:seen]), sorted(order[seen:]))
+
+
+def relearn(
+    lm: CausalLM,
+    examples: list[TokenizedExample],
+    training: TrainSettings,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> CausalLM:
+    """Returns a copy that was fine-tuned on forget examples; ``lm`` is not changed."""
+    copied = copy.deepcopy(lm)
+    for record in train(copied, {"train": examples}, FINETUNE, training):
+        on_step(record)
+    return copied
