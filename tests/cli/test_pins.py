@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 
 from npo_fast.cli import main
-from tests.helpers import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, slow_but, write_jsonl
 
 FILE = Path(__file__).parent / "pins.json"
 UNLEARN = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--epochs", "3", "--lr", "3e-3",
@@ -140,7 +140,7 @@ def _threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but(RUNS, ALL))
 def test_a_run_gives_the_bits_it_gave_before(name, home, tmp_path):
     pins = json.loads(FILE.read_text())
     if base_weights(home) != pytest.approx(pins["base_weights"], rel=1e-5):

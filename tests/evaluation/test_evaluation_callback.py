@@ -58,6 +58,7 @@ def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     assert not (tmp_path / "plain/evaluations.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_best_evaluation_becomes_the_final_model(home, tmp_path, capsys):
     """Retain probability under gradient ascent: it falls, so the first look is the best."""
     output = tmp_path / "run"

@@ -159,6 +159,7 @@ def _assert_loss_of_the_whole(found: list, dtype, loss, chunk_rows, skip_below) 
         torch.testing.assert_close(torch.cat([own[i] for own in found]), gradient, **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", PROCESSES)
 @pytest.mark.parametrize(("loss", "chunk_rows", "skip_below"), SLICED.values(), ids=SLICED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -175,6 +176,7 @@ def _as_on_gpus(mesh, cases: list) -> list:
     return [_loss_of_slices(mesh, *case) for case in cases]
 
 
+@pytest.mark.slow
 def test_slices_give_the_loss_of_the_whole_in_what_gpus_are_given(tmp_path):
     cases = [
         (dtype, *case) for dtype in (torch.float64, torch.bfloat16) for case in SLICED.values()
@@ -224,6 +226,7 @@ def _sure(mesh):
 SURE = 0.2
 
 
+@pytest.mark.slow
 def test_slices_keep_their_digits_where_the_model_is_sure(tmp_path):
     _, _, weight, _, labels = _problem(torch.float32)
     weight = weight.double().requires_grad_()
@@ -251,6 +254,7 @@ def _embed(mesh):
 IDS = [torch.tensor([0, 52, 5, 0]), torch.tensor([20]), torch.tensor([5, 27, 28]), torch.arange(9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", PROCESSES)
 def test_a_sliced_embedding_reads_and_learns_as_a_whole_one(tmp_path, count):
     found = on_ranks(count, tmp_path, _embed)
@@ -329,6 +333,7 @@ def _train_on_ranks(mesh, family: str, lora: bool, method: str, checkpointing: b
     return *_steps(lm, method, checkpointing), held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", PROCESSES)
 @pytest.mark.parametrize(
     ("family", "lora", "method", "checkpointing"),
@@ -375,6 +380,7 @@ def _log_probs_after_dividing(mesh):
         return before, lm.attention, lm.log_probs(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*it keeps")
 def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
     lm = lm_of("Doge", lora=False)
@@ -399,6 +405,7 @@ def _train_in_bf16(mesh):
     return losses, torch.load(folder / "state.pt")["parts"]["optimizer"]["state"]
 
 
+@pytest.mark.slow
 def test_bf16_weights_are_rounded_at_random_and_their_states_gathered(tmp_path):
     losses, states = _train_in_bf16(None)
     first, second = on_ranks(2, tmp_path, _train_in_bf16)
@@ -446,6 +453,7 @@ def children_of(process: int) -> list[int]:
     return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     assert main(arguments(home, tmp_path / "alone", "--epochs", "40")) == 0
 
@@ -469,6 +477,7 @@ def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     assert metadata_of(output)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tmp_path):
     assert main(arguments(home, tmp_path / "alone")) == 0
     output, log = tmp_path / "several", tmp_path / "several.log"

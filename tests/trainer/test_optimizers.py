@@ -317,6 +317,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
         run(lm_of(), dataclasses.replace(SETTINGS, optimizer="adamw-8bit"))
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_every_optimizer_and_checks_before_loading(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "base")
     data = write_jsonl(tmp_path / "facts.jsonl", FACTS)

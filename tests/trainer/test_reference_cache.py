@@ -201,6 +201,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

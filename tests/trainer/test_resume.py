@@ -134,6 +134,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(home, tmp_path):
     output = tmp_path / "run"
     for moment, (event, ending, nth, _) in MOMENTS.items():
@@ -150,6 +151,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(home, tmp_
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["best", "step-000008"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(home, tmp_path, number):
     output = tmp_path / "run"
@@ -163,6 +165,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(home,
     assert_same_run(output, home / "whole")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(home, tmp_path):
     at = ("open", "evaluations.jsonl", 2, (signal.SIGTERM, signal.SIGTERM))
     assert start(home, tmp_path / "run", at=at) == -signal.SIGTERM
@@ -183,6 +186,7 @@ def killed(unfinished, tmp_path):
     return shutil.copytree(unfinished, tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["state.pt", "model.safetensors"])
 def test_a_damaged_checkpoint_is_left_for_the_one_before(home, killed, file):
     damaged = killed / "checkpoints/step-000004" / file
@@ -193,6 +197,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(home, killed, file):
     assert_same_run(killed, home / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["state.pt", "model.safetensors", "steps.jsonl"])
 def test_checkpoints_that_are_all_damaged_are_not_thrown_away(home, killed, file, capsys):
     damaged = [killed / file] if file == "steps.jsonl" else [*killed.glob(f"checkpoints/*/{file}")]
@@ -205,6 +210,7 @@ def test_checkpoints_that_are_all_damaged_are_not_thrown_away(home, killed, file
     assert len(list((killed / "checkpoints").glob("step-*[0-9]"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [True, False])
 def test_lost_log_probs_of_the_reference_are_computed_again(home, killed, lost):
     references = killed / "references.pt"
@@ -230,6 +236,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_midway_is_reported(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"a": torch.zeros(9)}, Path("/dev/full"))
@@ -239,6 +246,7 @@ def test_a_disk_that_fills_up_midway_is_reported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_holds_the_model_is_refused(home, capsys):
     base = home / "base"
     before = sorted(path.name for path in base.iterdir())
@@ -247,6 +255,7 @@ def test_an_output_folder_that_holds_the_model_is_refused(home, capsys):
     assert sorted(path.name for path in base.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_settings_that_need_less_memory(home, tmp_path):
     output = tmp_path / "run"
     killed = ("os.rename", "step-000006.partial", 1, KILL)
@@ -256,6 +265,7 @@ def test_a_run_resumes_with_settings_that_need_less_memory(home, tmp_path):
     assert [step["micro_batch_tokens"] for step in steps_of(output)] == [40] * 4 + [20] * 6
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_or_data_is_not_resumed(home, killed, capsys):
     before = (killed / "steps.jsonl").read_bytes()
     shutil.copy(home / "retain.jsonl", killed.parent / "forget.jsonl")
@@ -273,6 +283,7 @@ def test_a_run_with_other_settings_or_data_is_not_resumed(home, killed, capsys):
     assert (killed / "steps.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_reference_that_was_replaced_is_noticed(home, killed, tmp_path, capsys):
     """KL compares with hidden states that are made again from the model as it was."""
     shutil.copytree(home / "base", tmp_path / "base")
@@ -287,6 +298,7 @@ def test_a_reference_that_was_replaced_is_noticed(home, killed, tmp_path, capsys
     assert "the reference's model differs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_overwrite_begins_anew_and_a_finished_run_is_refused(home, killed, capsys):
     assert main(arguments(home, killed, "--overwrite", "--epochs", "1")) == 0
     assert len(read_jsonl(killed / "steps.jsonl")) == 2
@@ -295,6 +307,7 @@ def test_overwrite_begins_anew_and_a_finished_run_is_refused(home, killed, capsy
     assert "holds another run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_to_one_run(home, killed, capsys):
     with (killed / "steps.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -458,6 +471,7 @@ def test_errors_other_than_out_of_memory_pass_through():
         next(steps_for(lm, TrainSettings(epochs=1, batch_size=7)))
 
 
+@pytest.mark.slow
 def test_a_new_process_reads_8_bit_states(tmp_path):
     weight = torch.nn.Parameter(torch.randn(64, 64))
     optimizer = build_optimizer([weight], "adamw-8bit", 1e-3, 0.0)
