@@ -62,11 +62,11 @@ def tofu_suite(
     """Returns records by the name of the log they fill.
 
     ``forget`` and ``retain`` are splits, files or rows as in training. Where a split
-    ``<name>_perturbed`` lies beside it (TOFU has them), that one is taken, since it carries the
+    ``<name>_perturbed`` exists beside it (TOFU has them), that one is taken, since it has the
     paraphrased and wrong answers that the truth ratio needs. TOFU has none for ``retain90`` or
-    ``forget50``: of its ``retainNN`` those records are measured that ``retain_perturbed`` holds,
-    of ``forgetNN`` those of ``forget10_perturbed``. With ``utility``, TOFU's real authors and world
-    facts join where the data has them. Of ``holdout`` only the right answers are of interest.
+    ``forget50``: of its ``retainNN`` the records of ``retain_perturbed`` are measured, of
+    ``forgetNN`` those of ``forget10_perturbed``. With ``utility``, TOFU's real authors and world
+    facts are added where the data has them. Of ``holdout`` only the right answers are kept.
 
     Raises:
         UserError: data cannot be read, or ``<name>_perturbed`` asks other questions.
