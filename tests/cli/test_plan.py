@@ -51,6 +51,7 @@ def test_the_peak_is_the_one_that_pytorchs_tracker_finds():
         (micro,) = pack(sequences, 64)
         terms = build_method("NPO")
         with FlashAttention():
+            micro = micro.to(lm.device)
             loss, _, _ = micro_batch_loss(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
         loss.backward()
 
