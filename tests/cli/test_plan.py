@@ -52,6 +52,7 @@ def test_the_peak_is_the_one_that_pytorchs_tracker_finds():
         micro = micro.to(lm.device)
         terms = build_method("NPO")
         with FlashAttention():
+            micro = micro.to(lm.device)
             loss, _, _ = micro_batch_loss(lm, micro, terms, {"NPO": 4}, {"forget": torch.zeros(4)})
         loss.backward()
 
