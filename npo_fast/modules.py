@@ -6,15 +6,19 @@ A target is *already shifted*: ``target[b, t]`` is the token that ``hidden[b, t]
 batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npo_fast.kernels.transform import TransformOptions
 from npo_fast.losses import DPO, GA, NLL, NPO, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
 from npo_fast.ops.checks import check_cu_seqlens
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FusedLinearSequenceLoss(nn.Module):
@@ -26,7 +30,7 @@ class FusedLinearSequenceLoss(nn.Module):
 
     Args:
         loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
-        softcap, logit_scale, reduction, chunk_rows: as in ``linear_sequence_loss``.
+        reduction, chunk_rows, softcap, logit_scale: as in ``linear_sequence_loss``.
         ignore_index: the target of a position without a label.
     """
 
@@ -34,16 +38,14 @@ class FusedLinearSequenceLoss(nn.Module):
         self,
         loss: SequenceLoss,
         *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         chunk_rows: int | None = None,
+        **transform: "Unpack[TransformOptions]",
     ) -> None:
         super().__init__()
         self.loss = loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
+        self.transform = transform
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.chunk_rows = chunk_rows
@@ -108,10 +110,9 @@ class FusedLinearSequenceLoss(nn.Module):
             self.loss,
             ref_log_probs=ref_log_probs,
             bias=bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
             reduction=self.reduction,
             chunk_rows=self.chunk_rows,
+            **self.transform,
         )
         return loss
 

@@ -34,6 +34,11 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which numbers of ``dtype`` are computed with: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @torch.compiler.assume_constant_result  # torch.compile cannot look for itself
 def cpu_multiplies_bf16() -> bool:
     """AMX, or AVX-512 BF16; NPO_FAST_CPU_BF16=0 or 1 decides otherwise."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from npo_fast.kernels.transform import HeadTransform, check_transform
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -11,7 +13,7 @@ def check_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
+    transform: HeadTransform,
     prefix: str = "",
 ) -> None:
     """``prefix`` stands before the names of the arguments in the messages."""
@@ -29,8 +31,7 @@ def check_head(
         raise ValueError(
             f"{op}: {prefix}bias must be ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: {prefix}softcap must be positive or None, got {softcap}")
+    check_transform(op, transform, prefix)
     for name, tensor in (("weight", weight), ("bias", bias)):
         _check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
 

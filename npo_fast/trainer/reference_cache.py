@@ -27,6 +27,7 @@ from torch import Tensor
 
 from npo_fast.data import TokenizedExample, data_fingerprint, pack
 from npo_fast.errors import UserError
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.losses import KL
 from npo_fast.methods import Positions, Term
 from npo_fast.model.causal_lm import CausalLM
@@ -56,8 +57,7 @@ class ReferenceCache:
         self.head_arguments = {
             "ref_weight": head["weight"],
             "ref_bias": head.get("bias"),
-            "ref_softcap": facts["softcap"],
-            "ref_logit_scale": facts["logit_scale"],
+            **{f"ref_{name}": facts[name] for name in HeadTransform._fields},
         }
         self._shards = {
             source: [
@@ -221,8 +221,7 @@ def _write(
     facts = {
         "format": FORMAT,
         "made_from": made_from,
-        "softcap": lm.softcap,
-        "logit_scale": lm.logit_scale,
+        **lm.transform._asdict(),
         "sources": shards,
         "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }

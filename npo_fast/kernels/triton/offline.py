@@ -55,7 +55,7 @@ TYPES = {
     "labels": "*i64",
     "cu_seqlens": "*i32",
 }  # fmt: skip
-ONE = ("row_stride", "ref_row_stride")  # in the layout of ``logits_room``
+ONE = ("row_stride", "ref_row_stride")  # in the layout of ``empty_logits``
 # sizes of the problem, as odd as they come: GPT-2 has 50257 tokens, a batch any number of rows
 NOT_DIVISIBLE = ("tiles_per_split", "rows", "row_count", "columns", "vocabulary", "slices")
 

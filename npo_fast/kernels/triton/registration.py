@@ -4,13 +4,15 @@ Triton is imported by the first call, not by ``import npo_fast``.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from npo_fast.kernels import reference
+from npo_fast.kernels.operators import OPERATORS, library
+from npo_fast.kernels.transform import takes_numbers
 
 KEY = "CUDA"
 
@@ -29,27 +31,31 @@ ANY_STRIDES = ("row_log_probs", "row_gradient_", "row_kl_", "scale_")
 
 
 def kernel(operator: str) -> Callable[..., Any]:
-    """Launches Triton for what it serves and the reference for the rest."""
-    plain, _ = reference.OPERATORS[operator]
-    module_name, launcher = LAUNCHERS[operator]
+    """Returns what serves ``operator``: Triton where it can, and the reference for the rest."""
+    plain, _ = OPERATORS[operator]
+
+    @cache
+    def launcher() -> Callable[..., Any]:
+        module_name, function = LAUNCHERS[operator]
+        module = import_module(f"npo_fast.kernels.triton.{module_name}")
+        return takes_numbers(getattr(module, function))
 
     def launch(*arguments: Any) -> Any:
         if not _triton_serves(arguments, operator in ANY_STRIDES):
             return plain(*arguments)
-        module = import_module(f"npo_fast.kernels.triton.{module_name}")
         with torch.cuda.device_of(arguments[0]):
-            return getattr(module, launcher)(*arguments)
+            return launcher()(*arguments)
 
     return launch
 
 
 def _triton_serves(arguments: tuple[Any, ...], any_strides: bool) -> bool:
     """fp64 (gradcheck) and operands whose rows are not contiguous are not worth a kernel."""
-    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     return tensors[0].dtype != torch.float64 and (
-        any_strides or all(one.stride(-1) == 1 for one in tensors if one.dim() == 2)
+        any_strides or all(tensor.stride(-1) == 1 for tensor in tensors if tensor.dim() == 2)
     )
 
 
 for _operator in LAUNCHERS:
-    reference.library.impl(_operator, kernel(_operator), KEY)
+    library.impl(_operator, kernel(_operator), KEY)

@@ -3,7 +3,7 @@
     peak[s, n], total[s, n]:  logsumexp over slice s of z_n is  peak + log(total)
     z_n = logit_scale * softcap * tanh(a_n / softcap)
 
-Logits lie column after column, as ``logits_room`` makes them: a program takes BLOCK_R neighbouring
+Logits lie column after column, as ``empty_logits`` makes them: a program takes BLOCK_R neighbouring
 rows of one column after another, so that loads are 16 bytes wide whatever the size of the
 vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total) of
 its own: nothing crosses lanes before the slice ends. The label may stay apart:
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, processors
 from npo_fast.kernels.triton.math import activate
 
@@ -150,8 +151,7 @@ def join(peaks, totals, row, rows, slices, BLOCK_R: tl.constexpr, BLOCK_S: tl.co
 def slice_sums(
     logits: Tensor,  # (N, C) raw logits of a slice of the vocabulary, or of all of it
     labels: Tensor | None,  # (N,) int64, counted from the first column: left out; may lie outside
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
     config: RowConfig,
 ) -> Sums:
     rows, columns = logits.shape
@@ -163,8 +163,8 @@ def slice_sums(
     slice_sums_kernel[(grid.row_blocks, grid.slices)](
         logits, None if labels is None else labels.contiguous(), peaks, totals,
         rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
-        softcap or 1.0, logit_scale,
-        HAS_LABELS=labels is not None, SOFTCAP=softcap is not None,
+        transform.softcap or 1.0, transform.logit_scale,
+        HAS_LABELS=labels is not None, SOFTCAP=transform.softcap is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return Sums(peaks, totals)
