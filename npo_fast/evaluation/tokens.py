@@ -7,7 +7,7 @@ from torch import Tensor
 
 from npo_fast.ops.head import Head
 
-SLAB_BYTES = 8 << 20  # of fp32 logits: what the moments are taken of at a time
+SLAB_BYTES = 8 << 20  # of fp32 logits: a few rows of a chunk, whose moments are taken at a time
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,16 @@
 
     z = logit_scale * softcap * tanh(a / softcap)      (softcap optional)
 
-This is the one place in Python that lists the settings. Operators take the fields as their own
-numbers, by ``schema``; every function above and below passes a ``HeadTransform`` on. ``csrc/
-transform.h`` has the same formula for the C++ kernels, ``triton/math.py`` for the Triton kernels.
+This is the one place in Python that lists the settings: operators take the fields as numbers, by
+``schema``, and every function above and below passes a ``HeadTransform`` on. A new setting needs
+three files:
+
+    npo_fast/kernels/transform.py    its field, option, formula and slope, argument of the schema
+    csrc/transform.h                 the same for the C++ kernels, which are then built anew
+    npo_fast/model/causal_lm.py      the name that configs of models have for it
+
+Triton kernels leave a setting that they do not know to the reference, until ``triton/math.py`` and
+the launchers have it.
 """
 
 import inspect
@@ -85,13 +92,13 @@ def takes_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Returns ``kernel`` as operators call it: with the fields in place of a ``HeadTransform``."""
     fields = len(HeadTransform._fields)
     parameters = inspect.signature(kernel).parameters.values()
-    places = [at for at, one in enumerate(parameters) if one.annotation is HeadTransform]
+    places = [i for i, p in enumerate(parameters) if p.annotation is HeadTransform]
 
     @wraps(kernel)
     def call(*operands: Any) -> Any:
         arguments = list(operands)
-        for at in places:
-            arguments[at : at + fields] = [HeadTransform(*arguments[at : at + fields])]
+        for i in places:
+            arguments[i : i + fields] = [HeadTransform(*arguments[i : i + fields])]
         return kernel(*arguments)
 
     return call

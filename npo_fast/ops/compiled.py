@@ -1,9 +1,9 @@
 """``linear_sequence_loss`` under ``torch.compile``: one opaque operator, and one for its backward.
 
 The forward operator computes the gradients and keeps them outside of the graph, under the address
-of an empty tensor that the graph hands to the backward operator. A graph that held them would have
-to make a second gradient of the head to scale the first. An operator takes numbers and tensors
-alone, so a loss goes in as its number in a table.
+of a small tensor that the graph passes to the backward operator. If they were values of the graph,
+scaling them would allocate a second gradient of the head. Operators take only numbers and tensors,
+so a loss is passed as its number in a table.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from npo_fast.ops.gradients import Gradients, gradient_scale, or_empty, scale_
 from npo_fast.ops.head import Head
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 
-# in between Dynamo cannot hand a frozen dataclass to a function: there the loss breaks the graph
+# in these versions Dynamo cannot pass a frozen dataclass to a function: the loss breaks the graph
 IN_GRAPH = not "2.11" <= torch.__version__[:4] < "2.13"
 
 _numbered: dict[SequenceLoss, int] = {}

@@ -15,7 +15,7 @@ from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
 
-UPCAST_BYTES = 16 << 20  # fp32 copy of a slice of a half-precision weight, on the CPU
+UPCAST_BYTES = 16 << 20  # of the fp32 copy of a slice of a half-precision weight, on the CPU
 
 
 class Softmax(NamedTuple):
@@ -138,14 +138,14 @@ class Head:
             out.addmm_(logits_gradient[:, columns], weight, beta=beta, alpha=alpha)
 
     def _target_logits(self, hidden: Tensor, labels: Tensor, padded: int) -> Tensor | None:
-        """Raw target logits from an fp32 dot, where the chunk itself is rounded to half."""
+        """Returns raw logits of the labels from an fp32 dot where logits are half precision."""
         if self.logits_dtype == self.opmath_dtype:
             return None
         target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
         return pad_rows(target, padded)
 
     def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in ``logits_dtype``: itself, or one converted slice of rows after another."""
+        """Yields the weight in ``logits_dtype``: itself, or converted slices of its rows."""
         vocabulary, width = self.weight.shape
         if self.weight.dtype == self.logits_dtype:
             yield slice(0, vocabulary), self.weight

@@ -39,7 +39,7 @@ def linear_kl(
     chunk_rows: int | None = None,
     **transforms: "Unpack[PairedTransformOptions]",
 ) -> Tensor:  # scalar
-    """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, never holding the logits.
+    """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, a chunk of logits at a time.
 
         z_n    = logit_scale * softcap(W h_n + b),       p_n     = softmax(z_n)
         zref_n = ref_logit_scale * ref_softcap(W_ref href_n + b_ref) - demotion * onehot(y_n)
@@ -151,7 +151,7 @@ def _kl_and_gradients(
     ref_bias: Tensor | None,
     labels: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
-    """The one pass: the scaled sum of KL over rows, and gradients of hidden, weight and bias."""
+    """Returns the scaled sum of KL over rows, and the gradients of hidden, weight and bias."""
     head = Head(weight, bias, config.transform)
     ref_head = Head(ref_weight, ref_bias, config.ref_transform)
     step = config.chunk_rows

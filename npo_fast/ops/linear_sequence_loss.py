@@ -81,7 +81,7 @@ def linear_sequence_loss(
         cu_seqlens: (S + 1,), int32 or int64: sequence i is rows ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]``. A GPU caller keeps it on the CPU: nothing is read back, where
             more rows than a chunk holds would cost one synchronisation. In a CUDA graph it must
-            be on the GPU, is not read, and more rows than a chunk cost one more forward GEMM.
+            be on the GPU; it is not read, and more rows than a chunk cost one more forward GEMM.
         loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
         ref_log_probs: log-probs under the reference model, one a sequence (or one a token).
         bias: (V,) or None.
@@ -91,15 +91,15 @@ def linear_sequence_loss(
             ``npo_fast.ops.cost``: all of them where they fit the memory that the weight's gradient
             takes later (N <= D), or are no larger than an fp32 gradient; 0 makes no logits in
             memory at all, for 8NDV flops.
-        memory_bytes: what may be held beyond inputs, outputs and a few numbers a row, by which a
-            way is chosen where ``chunk_rows`` is None; None allows an fp32 gradient of the head.
+        memory_bytes: the limit on memory beyond inputs, outputs and a few numbers a row, for the
+            choice where ``chunk_rows`` is None; None allows an fp32 gradient of the head.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
             bound. Costs a GPU caller one synchronisation a chunk.
-        skipped: filled with the share of rows left out and the bounds on the error.
-        vocabulary: on several processes, the slice of V that ``weight`` and ``bias`` hold the rows
-            of. All give the same other arguments and get the same values. ``hidden`` gets this
-            slice's part of its gradient: ``gather_rows`` adds up the parts.
+        skipped: filled with the fraction of rows left out and the bounds on the error.
+        vocabulary: on several processes, the slice of V whose rows ``weight`` and ``bias`` are. The
+            other arguments and the results are the same on all. ``hidden`` gets this slice's part
+            of its gradient: ``gather_rows`` adds up the parts.
         softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
         logit_scale: factor on the (capped) logits, by default 1.
 

@@ -104,6 +104,7 @@ class Group(NamedTuple):
 
     @property
     def row_count(self) -> int:
+        """Rows of all its sequences."""
         return self.rows.stop - self.rows.start
 
 
@@ -138,9 +139,8 @@ def loss_and_gradients(
 
     for group in _groups(config, inputs):
         g, chunks = None, [group.rows]
-        if (
-            group.row_count > config.chunk_rows
-        ):  # g needs all log-probs first: one more forward GEMM
+        if group.row_count > config.chunk_rows:
+            # a longer sequence needs all of its log-probs before g: one more GEMM 1
             chunks = split_rows(group.rows, config.chunk_rows)
             g = differentiate_loss(group, head.log_probs(hidden[group.rows], labels[group.rows]))
         for rows in chunks:

@@ -28,7 +28,10 @@ def row_log_probs(
     target_logits: Tensor | None,  # (R,) raw target logits that replace the rounded ones
     transform: HeadTransform,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (R,) each: fp32, or fp64 for fp64 logits
-    """log_probs, lse, and ``softmax(z) = exp(z - shift) * share``: more exact than by the lse."""
+    """Returns log_probs, lse, and shift and share with ``softmax(z) = exp(z - shift) * share``.
+
+    These are more exact than ``exp(z - lse)``.
+    """
     log_probs, lse, shift, share = (empty_per_row(logits) for _ in range(4))
     for rows in _slabs(logits):
         raw = logits[rows].to(lse.dtype)
@@ -54,6 +57,7 @@ def row_gradient_(
     g: Tensor,  # (R,) d loss / d log_prob
     transform: HeadTransform,
 ) -> None:
+    """Replaces raw logits by ``g * (onehot(y) - softmax(z)) * dz / da``."""
     opmath = opmath_dtype(logits.dtype)
     for rows in _slabs(logits):
         z, slope = transform.apply_with_slope(logits[rows].to(opmath))
@@ -75,7 +79,7 @@ def label_logits(
     labels: Tensor,  # (N,) int64 in [0, V)
     bias: Tensor | None,  # (V,)
 ) -> Tensor:  # (N,) fp32, or fp64 for fp64 inputs
-    """``w_{y_n} h_n + b_{y_n}``: the raw target logits, not rounded to half precision."""
+    """Returns ``w_{y_n} h_n + b_{y_n}``: the raw target logits, not rounded to half precision."""
     out = empty_per_row(hidden)
     for rows in _slabs(hidden):
         gathered = weight[labels[rows]].to(out.dtype)
@@ -92,7 +96,7 @@ def tile_log_probs_(
     others: Tensor,  # (R,) fp64 logsumexp of the columns so far without the label; -inf at first
     target: Tensor,  # (R,) fp64 z at the label, written by the slice that has it
 ) -> None:
-    """One slice of the vocabulary after another into the log-probs of whole rows.
+    """Adds one slice of the vocabulary to the sums of each row.
 
     The label stays apart for ``with_label``.
     """
@@ -112,7 +116,7 @@ def row_kl_(
     transform: HeadTransform,
     ref_transform: HeadTransform,
 ) -> Tensor:  # kl (R,): fp32, or fp64 for fp64 logits
-    """``KL_n = sum_v p_ref (log p_ref - log p)``, ``d KL_n / d a_n = (p - p_ref) * d z_n / d a_n``.
+    """Returns ``KL_n = sum_v p_ref (log p_ref - log p)``; logits <- ``(p - p_ref) * dz / da``.
 
     With ``x = log p - log p_ref`` the sum is taken over ``p_ref (exp(x) - 1 - x)``, which adds
     ``p - p_ref`` to each term: nothing in all, but no term is negative, and a model that is near

@@ -11,7 +11,7 @@ def npo_head(
     ref_log_probs: Tensor,  # (S,)
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # values (S,), sequence_log_probs (S,), g (N,)
-    """``l_i``, ``L_i = -(2 / beta) logsigmoid(-beta r_i)``, ``g_n = 2 sigmoid(beta r_i)``.
+    """Returns ``L_i = -(2 / beta) logsigmoid(-beta r_i)``, ``l_i``, ``g_n = 2 sigmoid(beta r_i)``.
 
     ``r_i = l_i - ref_i``; ``g_n`` is ``dL_i / dl_i`` at every token n of sequence i.
     """
@@ -28,7 +28,7 @@ def segment_sum(
     values: Tensor,  # (N,)
     cu_seqlens: Tensor,  # (S + 1,)
 ) -> Tensor:  # (S,)
-    """``out[i] = sum(values[cu_seqlens[i]:cu_seqlens[i + 1]])``; an empty sequence sums to 0.
+    """Returns ``sum(values[cu_seqlens[i]:cu_seqlens[i + 1]])`` for each i; 0 where it is empty.
 
     Summed in fp64: one number a row costs nothing, and beta times its error goes into every g.
     """

@@ -35,6 +35,7 @@ def linear_forward(
     bias: Tensor | None,  # (V,)
     transform: HeadTransform,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,) fp32, lse (N,) fp32
+    """Returns log-probs of the labels and the logsumexp of each row."""
     config, rows = row_config(), len(hidden)
     padded = padded_rows(rows, on_cpu=False)
     target = _padded(label_logits(hidden, weight, labels, bias), padded)
@@ -59,6 +60,7 @@ def linear_backward(
     transform: HeadTransform,
     needs: Sequence[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_hidden, d_weight, d_bias; empty: not wanted
+    """Returns the gradients of a loss with derivative ``g`` in the log-probs."""
     rows = len(hidden)
     padded = padded_rows(rows, on_cpu=False)
     shape = (padded, hidden.shape[1]) if needs[0] else (0,)

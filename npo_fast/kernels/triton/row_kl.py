@@ -84,12 +84,13 @@ def row_kl_kernel(
 
 
 def row_kl(
-    logits: Tensor,  # (N, V) raw logits, best column after column; d kl / d logits on return
+    logits: Tensor,  # (N, V) raw logits, as of ``empty_logits``; d kl / d logits on return
     ref_logits: Tensor,  # (N, V) raw logits of the reference
     transform: HeadTransform,
     ref_transform: HeadTransform,
     config: RowConfig | None = None,
 ) -> Tensor:  # kl (N,) fp32
+    """Launches the kernels; logits become the gradient of kl in them."""
     rows, columns = logits.shape
     if rows == 0:
         return logits.new_empty(0, dtype=torch.float32)

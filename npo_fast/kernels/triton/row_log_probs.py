@@ -77,12 +77,13 @@ def gradient_kernel(
 
 
 def row_log_probs(
-    logits: Tensor,  # (N, V) raw logits, best column after column
+    logits: Tensor,  # (N, V) raw logits, fastest in the layout of ``empty_logits``
     labels: Tensor,  # (N,) int64 in [0, V)
     target_logits: Tensor | None,  # (N,) raw target logits that replace the rounded ones
     transform: HeadTransform,
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log_probs, lse, shift, share: (N,) fp32
+    """Launches the sums of slices, then the label kernel."""
     if target_logits is None:
         target_logits = logits.gather(1, labels.unsqueeze(1)).squeeze(1).float()
     sums = slice_sums(logits, labels, transform, config or row_config())
@@ -94,6 +95,7 @@ def with_labels(
     target_logits: Tensor,  # (N,) fp32, raw
     transform: HeadTransform,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log_probs, lse, shift, share: (N,) fp32
+    """Launches the label kernel: joins the sums of all slices with the logit of the label."""
     slices, rows = sums.peaks.shape
     log_probs, lse, shift, share = (sums.peaks.new_empty(rows) for _ in range(4))
     if rows:
@@ -115,6 +117,7 @@ def row_gradient(
     transform: HeadTransform,
     config: RowConfig | None = None,
 ) -> None:
+    """Launches the gradient kernel: logits become the gradient of the loss in them."""
     config = config or row_config()
     grid = grid_of(logits, config)
     if not logits.numel():
