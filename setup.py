@@ -129,7 +129,7 @@ def main() -> None:
     kernels = Extension(
         "npo_fast.kernels._cpu",
         sources=["csrc/rows.cpp", "csrc/register.cpp"],
-        depends=["csrc/rows.h", "csrc/lanes.h"],
+        depends=["csrc/rows.h", "csrc/lanes.h", "csrc/transform.h"],
         language="c++",
         py_limited_api=True,  # no Python in it at all: torch.ops.load_library loads it
         optional=wish != "1",

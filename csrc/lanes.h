@@ -33,17 +33,17 @@ struct Half {
   uint16_t bits;
 };
 
-// The dtype in which a logit is computed with.
+// The opmath dtype: a logit is computed with in it.
 template <class T>
-struct WideOf {
+struct OpmathOf {
   using type = float;
 };
 template <>
-struct WideOf<double> {
+struct OpmathOf<double> {
   using type = double;
 };
 template <class T>
-using Wide = typename WideOf<T>::type;
+using Opmath = typename OpmathOf<T>::type;
 
 template <class To, class From>
 To bit_cast(From from) {
@@ -117,14 +117,14 @@ void store(double* to, Double value) { memcpy(to, &value, sizeof(value)); }
 
 // The last `count` elements of a row, fewer than a vector holds; the other lanes are 0.
 template <class T>
-Vector<Wide<T>> load_first(const T* from, int64_t count) {
-  T padded[lanes<Wide<T>>] = {};
+Vector<Opmath<T>> load_first(const T* from, int64_t count) {
+  T padded[lanes<Opmath<T>>] = {};
   memcpy(padded, from, count * sizeof(T));
   return load(padded);
 }
 template <class T>
-void store_first(T* to, Vector<Wide<T>> value, int64_t count) {
-  T padded[lanes<Wide<T>>];
+void store_first(T* to, Vector<Opmath<T>> value, int64_t count) {
+  T padded[lanes<Opmath<T>>];
   store(padded, value);
   memcpy(to, padded, count * sizeof(T));
 }

@@ -1,4 +1,4 @@
-// The operators of npo_fast/kernels/reference.py for the CPU, through PyTorch's stable C++ ABI:
+// The operators of npo_fast/kernels/operators.py for the CPU, through PyTorch's stable C++ ABI:
 // one build serves every PyTorch from TORCH_TARGET_VERSION on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -48,7 +48,7 @@ Dtype dtype_of(const char* op, const Tensor& logits) {
   }
 }
 
-ScalarType wide_of(Dtype dtype) {
+ScalarType opmath_of(Dtype dtype) {
   return dtype == Dtype::fp64 ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -66,18 +66,17 @@ Tensor dense_rows(const Tensor& logits) {
   return torch::stable::transpose(torch::stable::contiguous(columns), 0, 1);
 }
 
-Logits logits_of(const Tensor& logits, std::optional<double> softcap, double logit_scale) {
-  return {logits.data_ptr(), logits.stride(1), softcap.value_or(0), logit_scale};
+Logits logits_of(const Tensor& logits, const Transform& transform) {
+  return {logits.data_ptr(), logits.stride(1), transform};
 }
 
 template <class SomeRows>
-SomeRows rows_of(const char* op, const Tensor& logits, std::optional<double> softcap,
-                 double logit_scale) {
+SomeRows rows_of(const char* op, const Tensor& logits, const Transform& transform) {
   SomeRows rows{};
   rows.dtype = dtype_of(op, logits);
   rows.rows = logits.size(0);
   rows.columns = logits.size(1);
-  rows.logits = logits_of(logits, softcap, logit_scale);
+  rows.logits = logits_of(logits, transform);
   return rows;
 }
 
@@ -88,8 +87,7 @@ void parallel_for(int64_t count, int64_t grain, Body body, const void* context) 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_log_probs(Tensor logits, Tensor labels,
                                                          std::optional<Tensor> target_logits,
-                                                         std::optional<double> softcap,
-                                                         double logit_scale) {
+                                                         NPO_TRANSFORM_ARGUMENTS()) {
   const char* op = "row_log_probs";
   check_rows(op, logits, labels);
   const int64_t count = logits.size(0), vocabulary = logits.size(1);
@@ -97,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_log_probs(Tensor logits, Tensor l
                   op, ": target_logits must be (", count, ",), one a row of logits");
   const Tensor dense_labels = torch::stable::contiguous(labels);
   const Tensor chunk = dense_rows(logits);
-  auto rows = rows_of<WholeRows>(op, chunk, softcap, logit_scale);
+  auto rows = rows_of<WholeRows>(op, chunk, NPO_TRANSFORM());
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
   for (int64_t row = 0; row < count; ++row) {
     const int64_t label = rows.labels[row];
@@ -105,14 +103,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_log_probs(Tensor logits, Tensor l
                     " is outside the vocabulary [0, ", vocabulary, ")");
   }
 
-  const auto wide = wide_of(rows.dtype);
-  Tensor log_probs = torch::stable::new_empty(logits, {count}, wide);
-  Tensor lse = torch::stable::new_empty(logits, {count}, wide);
-  Tensor shift = torch::stable::new_empty(logits, {count}, wide);
-  Tensor share = torch::stable::new_empty(logits, {count}, wide);
+  const auto opmath = opmath_of(rows.dtype);
+  Tensor log_probs = torch::stable::new_empty(logits, {count}, opmath);
+  Tensor lse = torch::stable::new_empty(logits, {count}, opmath);
+  Tensor shift = torch::stable::new_empty(logits, {count}, opmath);
+  Tensor share = torch::stable::new_empty(logits, {count}, opmath);
   std::optional<Tensor> targets;
   if (target_logits) {
-    targets = torch::stable::contiguous(torch::stable::to(*target_logits, wide));
+    targets = torch::stable::contiguous(torch::stable::to(*target_logits, opmath));
     rows.target_logits = targets->data_ptr();
   }
   rows.log_probs = log_probs.data_ptr();
@@ -124,49 +122,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_log_probs(Tensor logits, Tensor l
 }
 
 void row_gradient_(Tensor logits, Tensor labels, Tensor log_probs, Tensor shift, Tensor share,
-                   Tensor g, std::optional<double> softcap, double logit_scale) {
+                   Tensor g, NPO_TRANSFORM_ARGUMENTS()) {
   const char* op = "row_gradient_";
   check_rows(op, logits, labels);
   const Tensor dense_labels = torch::stable::contiguous(labels);
   const Tensor chunk = dense_rows(logits);
-  auto rows = rows_of<GradientRows>(op, chunk, softcap, logit_scale);
-  const auto dense = [&](const Tensor& one) {
-    STD_TORCH_CHECK(one.dim() == 1 && one.size(0) == logits.size(0), op,
+  auto rows = rows_of<GradientRows>(op, chunk, NPO_TRANSFORM());
+  const auto dense = [&](const Tensor& values) {
+    STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == logits.size(0), op,
                     ": log_probs, shift, share and g must be (", logits.size(0),
                     ",), one a row of logits");
-    return torch::stable::contiguous(torch::stable::to(one, wide_of(rows.dtype)));
+    return torch::stable::contiguous(torch::stable::to(values, opmath_of(rows.dtype)));
   };
-  const Tensor of_rows[] = {dense(log_probs), dense(shift), dense(share), dense(g)};
+  const Tensor row_operands[] = {dense(log_probs), dense(shift), dense(share), dense(g)};
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
-  rows.log_probs = of_rows[0].data_ptr();
-  rows.shift = of_rows[1].data_ptr();
-  rows.share = of_rows[2].data_ptr();
-  rows.g = of_rows[3].data_ptr();
+  rows.log_probs = row_operands[0].data_ptr();
+  rows.shift = row_operands[1].data_ptr();
+  rows.share = row_operands[2].data_ptr();
+  rows.g = row_operands[3].data_ptr();
   kernels().row_gradient(rows, parallel_for);
   if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);
 }
 
-void tile_log_probs_(Tensor logits, Tensor labels, std::optional<double> softcap,
-                     double logit_scale, Tensor others, Tensor target) {
+void tile_log_probs_(Tensor logits, Tensor labels, NPO_TRANSFORM_ARGUMENTS(), Tensor others,
+                     Tensor target) {
   const char* op = "tile_log_probs_";
   check_rows(op, logits, labels);
   const int64_t count = logits.size(0);
-  for (const Tensor& one : {others, target}) {
-    STD_TORCH_CHECK(one.scalar_type() == ScalarType::Double && one.dim() == 1 &&
-                        one.size(0) == count && (count <= 1 || one.stride(0) == 1),
+  for (const Tensor& sums : {others, target}) {
+    STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.dim() == 1 &&
+                        sums.size(0) == count && (count <= 1 || sums.stride(0) == 1),
                     op, ": others and target must be contiguous (", count, ",) float64");
   }
   const Tensor dense_labels = torch::stable::contiguous(labels);
   const Tensor tile = dense_rows(logits);
-  auto rows = rows_of<TileRows>(op, tile, softcap, logit_scale);
+  auto rows = rows_of<TileRows>(op, tile, NPO_TRANSFORM());
   rows.labels = static_cast<const int64_t*>(dense_labels.data_ptr());
   rows.others = static_cast<double*>(others.data_ptr());
   rows.target = static_cast<double*>(target.data_ptr());
   kernels().tile_log_probs(rows, parallel_for);
 }
 
-Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, double logit_scale,
-               std::optional<double> ref_softcap, double ref_logit_scale) {
+Tensor row_kl_(Tensor logits, Tensor ref_logits, NPO_TRANSFORM_ARGUMENTS(),
+               NPO_TRANSFORM_ARGUMENTS(ref_)) {
   const char* op = "row_kl_";
   STD_TORCH_CHECK(logits.dim() == 2 && ref_logits.dim() == 2 &&
                       logits.size(0) == ref_logits.size(0) && logits.size(1) == ref_logits.size(1),
@@ -176,9 +174,9 @@ Tensor row_kl_(Tensor logits, Tensor ref_logits, std::optional<double> softcap, 
   const int64_t count = logits.size(0);
   Tensor chunk = dense_rows(logits);
   const Tensor ref_chunk = dense_rows(ref_logits);
-  auto rows = rows_of<KlRows>(op, chunk, softcap, logit_scale);
-  rows.ref_logits = logits_of(ref_chunk, ref_softcap, ref_logit_scale);
-  Tensor kl = torch::stable::new_empty(logits, {count}, wide_of(rows.dtype));
+  auto rows = rows_of<KlRows>(op, chunk, NPO_TRANSFORM());
+  rows.ref_logits = logits_of(ref_chunk, NPO_TRANSFORM(ref_));
+  Tensor kl = torch::stable::new_empty(logits, {count}, opmath_of(rows.dtype));
   rows.kl = kl.data_ptr();
   kernels().row_kl(rows, parallel_for);
   if (rows.logits.data != logits.data_ptr()) torch::stable::copy_(logits, chunk);

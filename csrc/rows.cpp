@@ -3,9 +3,9 @@
 // a_n        <- g_n * (onehot(y_n) - softmax(z_n)) * d z_n / d a_n
 //
 // A chunk lies column after column, so the lanes of a vector are rows: each keeps a max and a sum
-// of its own, and nothing is added up across a vector. Tiles of SLICE columns by STRIP rows go to
-// any thread; what they leave behind is joined in the order of the columns, so the result does not
-// depend on how many threads there are.
+// of its own, and nothing is added up across a vector. Tiles of TILE_COLUMNS by TILE_ROWS go to any
+// thread; their sums are joined in the order of the columns, so the result does not depend on how
+// many threads there are.
 //
 // Two passes over the chunk: an online max and sum, then the gradient. Exponentials are computed
 // twice because a second one costs less than a third trip through memory. The label is kept apart
@@ -24,29 +24,10 @@
 namespace npo_fast {
 namespace {
 
-constexpr int64_t SLICE = 256;  // columns summed in the dtype of z, before fp64 takes over
-constexpr int64_t STRIP = 512;  // rows whose running max and sum stay in L1, beside ...
-constexpr int64_t DEPTH = 8;    // ... this many columns of z, which share one change of the max
+constexpr int64_t TILE_COLUMNS = 256;  // summed in the dtype of z, before fp64 takes over
+constexpr int64_t TILE_ROWS = 512;     // whose running max and sum stay in L1, beside ...
+constexpr int64_t DEPTH = 8;           // ... this many columns of z, which share one max
 constexpr int64_t GRAIN = 1 << 15;  // logits below which a second thread costs more than it saves
-
-template <class F>
-struct Activated {
-  Vector<F> z, slope;  // slope = d z / d a
-};
-
-// a -> z; where the slope is not read, the compiler drops it
-template <class F, bool capped>
-struct Activation {
-  F softcap, scale;
-
-  explicit Activation(const Logits& of) : softcap(F(of.softcap)), scale(F(of.logit_scale)) {}
-
-  Activated<F> operator()(Vector<F> raw) const {
-    if (!capped) return {raw * scale, broadcast(scale)};
-    const auto t = tanh(raw / softcap);
-    return {t.value * softcap * scale, t.slope * scale};
-  }
-};
 
 double higher(double a, double b) { return a > b ? a : b; }
 double lower(double a, double b) { return a > b ? b : a; }
@@ -75,30 +56,32 @@ void for_each(ParallelFor parallel_for, int64_t count, int64_t logits_each, cons
   parallel_for(count, GRAIN / (logits_each + 1) + 1, body, &each);
 }
 
-// The part of a chunk that one thread goes through at a time.
+// The part of the logits that one thread goes through at a time: some rows of a slice.
 struct Tile {
   int64_t slice;  // counted from 0
   int64_t row, rows, column, columns;
 };
 
 template <class Each>
-void for_tiles(ParallelFor parallel_for, const Rows& of, const Each& each) {
-  const int64_t strips = parts(of.rows, STRIP), slices = parts(of.columns, SLICE);
-  const int64_t logits = least(of.rows, STRIP) * least(of.columns, SLICE);
-  for_each(parallel_for, strips * slices, logits, [&](int64_t index) {
-    const int64_t slice = index / strips, row = index % strips * STRIP, column = slice * SLICE;
-    each(Tile{slice, row, least(STRIP, of.rows - row), column, least(SLICE, of.columns - column)});
+void for_tiles(ParallelFor parallel_for, const Rows& all, const Each& each) {
+  const int64_t row_tiles = parts(all.rows, TILE_ROWS), slices = parts(all.columns, TILE_COLUMNS);
+  const int64_t logits = least(all.rows, TILE_ROWS) * least(all.columns, TILE_COLUMNS);
+  for_each(parallel_for, row_tiles * slices, logits, [&](int64_t index) {
+    const int64_t slice = index / row_tiles, column = slice * TILE_COLUMNS;
+    const int64_t row = index % row_tiles * TILE_ROWS;
+    const int64_t rows = least(TILE_ROWS, all.rows - row);
+    each(Tile{slice, row, rows, column, least(TILE_COLUMNS, all.columns - column)});
   });
 }
 
 template <class T>
-Vector<Wide<T>> load_up_to(const T* from, int64_t count) {
-  return count < lanes<Wide<T>> ? load_first(from, count) : load(from);
+Vector<Opmath<T>> load_up_to(const T* from, int64_t count) {
+  return count < lanes<Opmath<T>> ? load_first(from, count) : load(from);
 }
 
 template <class T>
-void store_up_to(T* to, Vector<Wide<T>> value, int64_t count) {
-  count < lanes<Wide<T>> ? store_first(to, value, count) : store(to, value);
+void store_up_to(T* to, Vector<Opmath<T>> value, int64_t count) {
+  count < lanes<Opmath<T>> ? store_first(to, value, count) : store(to, value);
 }
 
 // Columns lie apart: the hardware does not see the next one coming. Harmless beyond the end.
@@ -125,16 +108,16 @@ struct LogSumExp {
 // Of each row and slice, the largest z and the sum of exp(z - max); labels are left out.
 template <class T, bool capped>
 class SliceSums {
-  using F = Wide<T>;
+  using F = Opmath<T>;
 
  public:
-  SliceSums(ParallelFor parallel_for, const Rows& of, const Logits& logits, const int64_t* labels)
-      : rows_(of.rows),
-        slices_(parts(of.columns, SLICE)),
+  SliceSums(ParallelFor parallel_for, const Rows& all, const Logits& logits, const int64_t* labels)
+      : rows_(all.rows),
+        slices_(parts(all.columns, TILE_COLUMNS)),
         max_(rows_ * slices_),
         sum_(rows_ * slices_) {
-    const Activation<F, capped> activation(logits);
-    for_tiles(parallel_for, of,
+    const Activation<F, capped> activation(logits.transform);
+    for_tiles(parallel_for, all,
               [&](const Tile& tile) { add(tile, logits, activation, labels); });
   }
 
@@ -154,10 +137,10 @@ class SliceSums {
   // inf - inf.
   void add(const Tile& tile, const Logits& logits, const Activation<F, capped>& activation,
            const int64_t* labels) {
-    alignas(64) F z[DEPTH][STRIP];
-    alignas(64) F max[STRIP], sum[STRIP];
-    for (int64_t row = 0; row < STRIP; ++row) max[row] = -INFINITY, sum[row] = 0;
-    int64_t labelled[STRIP], count = 0;  // rows whose label lies in the slice
+    alignas(64) F z[DEPTH][TILE_ROWS];
+    alignas(64) F max[TILE_ROWS], sum[TILE_ROWS];
+    for (int64_t row = 0; row < TILE_ROWS; ++row) max[row] = -INFINITY, sum[row] = 0;
+    int64_t labelled[TILE_ROWS], count = 0;  // rows whose label lies in the slice
     for (int64_t row = 0; labels && row < tile.rows; ++row) {
       const int64_t column = labels[tile.row + row] - tile.column;
       if (column >= 0 && column < tile.columns) labelled[count++] = row;
@@ -173,9 +156,9 @@ class SliceSums {
                                      : broadcast(F(-INFINITY)));
         }
       }
-      for (int64_t one = 0; one < count; ++one) {
-        const int64_t k = labels[tile.row + labelled[one]] - tile.column - first;
-        if (k >= 0 && k < depth) z[k][labelled[one]] = -INFINITY;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = labels[tile.row + labelled[i]] - tile.column - first;
+        if (k >= 0 && k < depth) z[k][labelled[i]] = -INFINITY;
       }
       const T* next = static_cast<const T*>(logits.data) +
                       (tile.column + first + DEPTH) * logits.stride + tile.row;
@@ -207,8 +190,8 @@ class SliceSums {
 
 template <class T, bool capped>
 void row_log_probs(const WholeRows& rows, ParallelFor parallel_for) {
-  using F = Wide<T>;
-  const Activation<F, capped> activation(rows.logits);
+  using F = Opmath<T>;
+  const Activation<F, capped> activation(rows.logits.transform);
   const T* logits = static_cast<const T*>(rows.logits.data);
   const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, rows.labels);
   for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
@@ -230,8 +213,8 @@ void row_log_probs(const WholeRows& rows, ParallelFor parallel_for) {
 
 template <class T, bool capped>
 void row_gradient(const GradientRows& rows, ParallelFor parallel_for) {
-  using F = Wide<T>;
-  const Activation<F, capped> activation(rows.logits);
+  using F = Opmath<T>;
+  const Activation<F, capped> activation(rows.logits.transform);
   T* logits = static_cast<T*>(rows.logits.data);
   const int64_t stride = rows.logits.stride;
   const F *log_probs = static_cast<const F*>(rows.log_probs), *g = static_cast<const F*>(rows.g);
@@ -242,8 +225,8 @@ void row_gradient(const GradientRows& rows, ParallelFor parallel_for) {
     factor[row] = -share[row] * g[row];
   }
   for_tiles(parallel_for, rows, [&](const Tile& tile) {
-    alignas(64) F at_label[STRIP];  // before the logits are overwritten
-    int64_t labelled[STRIP], count = 0;
+    alignas(64) F at_label[TILE_ROWS];  // before the logits are overwritten
+    int64_t labelled[TILE_ROWS], count = 0;
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t label = rows.labels[tile.row + row];
       if (label < tile.column || label >= tile.column + tile.columns) continue;
@@ -263,17 +246,17 @@ void row_gradient(const GradientRows& rows, ParallelFor parallel_for) {
         store_up_to(to + at, p * slope, tile.rows - at);
       }
     }
-    for (int64_t one = 0; one < count; ++one) {
-      const int64_t row = labelled[one];
-      store_first(logits + rows.labels[row] * stride + row, broadcast(at_label[one]), 1);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = labelled[i];
+      store_first(logits + rows.labels[row] * stride + row, broadcast(at_label[i]), 1);
     }
   });
 }
 
 template <class T, bool capped>
 void tile_log_probs(const TileRows& rows, ParallelFor parallel_for) {
-  using F = Wide<T>;
-  const Activation<F, capped> activation(rows.logits);
+  using F = Opmath<T>;
+  const Activation<F, capped> activation(rows.logits.transform);
   const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, rows.labels);
   for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
     const int64_t label = rows.labels[row];
@@ -296,9 +279,9 @@ struct KlTerm {
 
 template <class T, bool capped, bool ref_capped>
 void row_kl(const KlRows& rows, ParallelFor parallel_for) {
-  using F = Wide<T>;
-  const Activation<F, capped> activation(rows.logits);
-  const Activation<F, ref_capped> ref_activation(rows.ref_logits);
+  using F = Opmath<T>;
+  const Activation<F, capped> activation(rows.logits.transform);
+  const Activation<F, ref_capped> ref_activation(rows.ref_logits.transform);
   const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, nullptr);
   const SliceSums<T, ref_capped> ref_sums(parallel_for, rows, rows.ref_logits, nullptr);
 
@@ -325,10 +308,10 @@ void row_kl(const KlRows& rows, ParallelFor parallel_for) {
     const Vector<F> value = near ? tail : difference - p_ref * x;
     return {p_ref == 0 ? p : value, difference * slope};  // 0 * log 0 = 0
   };
-  const int64_t slices = parts(rows.columns, SLICE);
-  const Scratch<F> of_slice(rows.rows * slices);
+  const int64_t slices = parts(rows.columns, TILE_COLUMNS);
+  const Scratch<F> slice_kl(rows.rows * slices);
   for_tiles(parallel_for, rows, [&](const Tile& tile) {
-    alignas(64) F kl[STRIP] = {};
+    alignas(64) F kl[TILE_ROWS] = {};
     for (int64_t first = 0; first < tile.columns; first += DEPTH) {
       const int64_t column = tile.column + first, depth = least(DEPTH, tile.columns - first);
       T* to = static_cast<T*>(rows.logits.data) + column * rows.logits.stride + tile.row;
@@ -338,20 +321,20 @@ void row_kl(const KlRows& rows, ParallelFor parallel_for) {
         const int64_t left = tile.rows - at;
         Vector<F> sum{};
         for (int64_t k = 0; k < depth; ++k) {
-          const KlTerm<F> one = term(load_up_to(to + k * rows.logits.stride + at, left),
+          const KlTerm<F> kl_term = term(load_up_to(to + k * rows.logits.stride + at, left),
                                      load_up_to(ref + k * rows.ref_logits.stride + at, left),
                                      tile.row + at);
-          sum += one.value;
-          store_up_to(to + k * rows.logits.stride + at, one.gradient, left);
+          sum += kl_term.value;
+          store_up_to(to + k * rows.logits.stride + at, kl_term.gradient, left);
         }
         store(kl + at, load(kl + at) + sum);
       }
     }
-    memcpy(of_slice.at(tile.slice * rows.rows + tile.row), kl, tile.rows * sizeof(F));
+    memcpy(slice_kl.at(tile.slice * rows.rows + tile.row), kl, tile.rows * sizeof(F));
   });
   for_each(parallel_for, rows.rows, slices, [&](int64_t row) {
     double kl = 0;
-    for (int64_t slice = 0; slice < slices; ++slice) kl += of_slice[slice * rows.rows + row];
+    for (int64_t slice = 0; slice < slices; ++slice) kl += slice_kl[slice * rows.rows + row];
     static_cast<F*>(rows.kl)[row] = F(kl);
   });
 }
@@ -359,7 +342,7 @@ void row_kl(const KlRows& rows, ParallelFor parallel_for) {
 // kernel(whether there is a softcap), known to the compiler
 template <class Kernel>
 void by_softcap(const Logits& logits, Kernel kernel) {
-  logits.softcap != 0 ? kernel(std::true_type{}) : kernel(std::false_type{});
+  logits.transform.capped() ? kernel(std::true_type{}) : kernel(std::false_type{});
 }
 
 // kernel(a zero of the dtype, whether there is a softcap)

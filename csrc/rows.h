@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "transform.h"
+
 namespace npo_fast {
 
 enum class Dtype { fp32, bf16, fp16, fp64 };
@@ -11,8 +13,7 @@ enum class Dtype { fp32, bf16, fp16, fp64 };
 struct Logits {
   void* data;      // (C, R): R contiguous elements a column
   int64_t stride;  // elements from one column to the next
-  double softcap;  // 0: none
-  double logit_scale;
+  Transform transform;
 };
 
 struct Rows {

@@ -1,4 +1,4 @@
-"""The fused losses as ``nn.Module``s with the call of other fused linear preference losses.
+"""The fused losses as ``nn.Module``s, called as other fused linear preference losses are.
 
     loss = FusedLinearNPOLoss(beta=0.1)(lin_weight, hidden, target, bias, ref_log_probs)
 
@@ -6,27 +6,31 @@ A target is *already shifted*: ``target[b, t]`` is the token that ``hidden[b, t]
 batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npo_fast.kernels.transform import TransformOptions
 from npo_fast.losses import DPO, GA, NLL, NPO, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
 from npo_fast.ops.checks import check_cu_seqlens
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FusedLinearSequenceLoss(nn.Module):
     """``reduce_i L(log-probs of sequence i)`` for any ``SequenceLoss``, from hidden states.
 
-    The rows that carry no label leave before the head sees them: prompts and padding cost nothing.
-    Selecting them makes a GPU report its row count, one synchronisation a call; a batch of more
-    than one chunk has a second, for the boundaries of its sequences.
+    Rows without a label are dropped before the head: prompts and padding cost nothing. Selecting
+    rows costs a GPU one synchronisation a call; a batch of more than one chunk has a second, for
+    the boundaries of its sequences.
 
     Args:
         loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
-        softcap, logit_scale, reduction, chunk_rows: as in ``linear_sequence_loss``.
+        reduction, chunk_rows, softcap, logit_scale: as in ``linear_sequence_loss``.
         ignore_index: the target of a position without a label.
     """
 
@@ -34,16 +38,14 @@ class FusedLinearSequenceLoss(nn.Module):
         self,
         loss: SequenceLoss,
         *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         chunk_rows: int | None = None,
+        **transform: "Unpack[TransformOptions]",
     ) -> None:
         super().__init__()
         self.loss = loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
+        self.transform = transform
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.chunk_rows = chunk_rows
@@ -58,7 +60,7 @@ class FusedLinearSequenceLoss(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,  # (S + 1,)
     ) -> Tensor:  # scalar
-        """The loss; differentiable in ``hidden``, ``lin_weight`` and ``bias``.
+        """Returns the loss, differentiable in ``hidden``, ``lin_weight`` and ``bias``.
 
         Args:
             lin_weight: the LM head, in the dtype of ``hidden``; frozen, its GEMM is not done.
@@ -66,7 +68,7 @@ class FusedLinearSequenceLoss(nn.Module):
             target: shifted labels with ``ignore_index`` where there is none. A sequence without
                 any label has log-prob 0: no gradient, and its constant in the mean.
             ref_log_probs: log-prob of each sequence's labels under the reference model, where the
-                loss compares with one; of each label, in the shape of ``target``, for TNPO.
+                loss needs it; of each label, in the shape of ``target``, for TNPO.
             cu_seqlens: for flat input: sequence i is rows ``cu_seqlens[i]`` to
                 ``cu_seqlens[i + 1]`` of ``hidden``, rows without a label included.
 
@@ -108,10 +110,9 @@ class FusedLinearSequenceLoss(nn.Module):
             self.loss,
             ref_log_probs=ref_log_probs,
             bias=bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
             reduction=self.reduction,
             chunk_rows=self.chunk_rows,
+            **self.transform,
         )
         return loss
 
@@ -120,14 +121,14 @@ class FusedLinearSequenceLoss(nn.Module):
 
 
 class FusedLinearNPOLoss(FusedLinearSequenceLoss):
-    """``mean_i -(2 / beta) * logsigmoid(-beta * (l_i - ref_i))``; needs ``ref_log_probs``."""
+    """NPO: ``mean_i -(2 / beta) * logsigmoid(-beta * (l_i - ref_i))``; needs ``ref_log_probs``."""
 
     def __init__(self, beta: float = 0.1, **options: Any) -> None:
         super().__init__(NPO(beta), **options)
 
 
 class FusedLinearDPOLoss(FusedLinearSequenceLoss):
-    """``mean_pairs -(2 / beta) * logsigmoid(beta * (r_2i - r_2i+1))``, ``r_i = l_i - ref_i``.
+    """DPO: ``mean_pairs -(2 / beta) * logsigmoid(beta * (r_2i - r_2i+1))``, ``r_i = l_i - ref_i``.
 
     Preferred answers and those to forget alternate; needs ``ref_log_probs``.
     """
@@ -137,21 +138,21 @@ class FusedLinearDPOLoss(FusedLinearSequenceLoss):
 
 
 class FusedLinearSimNPOLoss(FusedLinearSequenceLoss):
-    """``mean_i -(2 / beta) * logsigmoid(beta * (-l_i / |y_i| - delta))``"""
+    """SimNPO: ``mean_i -(2 / beta) * logsigmoid(beta * (-l_i / |y_i| - delta))``."""
 
     def __init__(self, beta: float = 2.5, delta: float = 0.0, **options: Any) -> None:
         super().__init__(SimNPO(beta, delta), **options)
 
 
 class FusedLinearGALoss(FusedLinearSequenceLoss):
-    """``mean_i l_i``; with ``reduction="token_mean"`` the negated cross-entropy."""
+    """GA: ``mean_i l_i``; with ``reduction="token_mean"`` the negated cross-entropy."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(GA(), **options)
 
 
 class FusedLinearNLLLoss(FusedLinearSequenceLoss):
-    """``mean_i -l_i``; with ``reduction="token_mean"`` the cross-entropy of Hugging Face."""
+    """NLL: ``mean_i -l_i``; with ``reduction="token_mean"`` the cross-entropy of Hugging Face."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(NLL(), **options)

@@ -15,6 +15,7 @@ from torch import Tensor
 from gpu_parts.measure import Call, Prepared, free_memory, interleaved, summary
 from gpu_parts.record import Record
 from npo_fast.bench.timing import Times
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton import config as configs
 
 # rows, vocabulary, elements from column to column
@@ -32,6 +33,7 @@ FEW_ROW_TILES = ((64, 32, 4), (128, 16, 4), (128, 64, 4), (128, 32, 8), (256, 32
 TINY_ROW_TILES = ((16, 32, 4),)
 PROGRAMS, TINY_PROGRAMS = (4, 8), ()
 LINEAR_SIZE, TINY_LINEAR_SIZE = (4096, 4096, 128256), (16, 32, 48)  # rows, width, vocabulary
+PLAIN = HeadTransform()
 TOLERANCE = 2e-2
 CHECKED_ROWS = 16
 ROUNDS = 10
@@ -63,17 +65,17 @@ def _rows(
     kl = (ref_log_p.exp() * (ref_log_p - log_p)).sum(-1)
 
     def launch_log_probs(config: Any) -> Tensor:
-        return row_log_probs(logits, labels, target, None, 1.0, config=config)[0]
+        return row_log_probs(logits, labels, target, PLAIN, config=config)[0]
 
     def launch_kl(config: Any) -> Tensor:
-        return row_kl(logits, ref, None, 1.0, None, 1.0, config=config)
+        return row_kl(logits, ref, PLAIN, PLAIN, config=config)
 
-    of_rows = row_log_probs(fresh, labels, target, None, 1.0)
+    of_rows = row_log_probs(fresh, labels, target, PLAIN)
     g = torch.rand_like(target)
     at_labels = -torch.expm1(log_probs) * g[:CHECKED_ROWS]
 
     def launch_gradient(config: Any) -> Tensor:
-        row_gradient(logits, labels, of_rows[0], *of_rows[2:], g, None, 1.0, config=config)
+        row_gradient(logits, labels, of_rows[0], *of_rows[2:], g, PLAIN, config=config)
         return logits[:CHECKED_ROWS].gather(1, labels[:CHECKED_ROWS, None]).squeeze(1)
 
     # how often logits are read or written
@@ -134,15 +136,15 @@ def _linear(record: Record, device: torch.device, tiny: bool) -> None:
     rest = (hidden, weight, labels, None)
     logits = hidden[:CHECKED_ROWS].float() @ weight.float().T
     log_probs = logits.log_softmax(-1).gather(1, labels[:CHECKED_ROWS, None]).squeeze(1)
-    found = linear_forward(*rest, None, 1.0)
+    found = linear_forward(*rest, PLAIN)
     g = torch.full_like(found[0], 1 / rows)
     p = logits.softmax(-1)
     p[torch.arange(len(p), device=device), labels[: len(p)]] -= 1
     d_hidden = -(p @ weight.float()) / rows
     needs = [True, True, True]
     calls = {
-        "forward": (lambda: linear_forward(*rest, None, 1.0)[0], log_probs, 1),
-        "backward": (lambda: linear_backward(g, *rest, *found, None, 1.0, needs)[0], d_hidden, 3),
+        "forward": (lambda: linear_forward(*rest, PLAIN)[0], log_probs, 1),
+        "backward": (lambda: linear_backward(g, *rest, *found, PLAIN, needs)[0], d_hidden, 3),
     }
     for name, (launch, right, products) in calls.items():
         attempt = partial(_timed, lambda: None, launch, right, tiny)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from npo_fast.kernels.layout import empty_logits
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import h100_floor_ms
 from npo_fast.kernels.triton.offline import Record
 from npo_fast.kernels.triton.variants import HALF, D, N, V
 
 SEQUENCES = 64
 ROW_KERNELS = (("slice_sums", "plain, labels"), ("gradient", "plain"), ("npo_head", "plain"))
+PLAIN = HeadTransform()  # neither a softcap nor a scale
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def measure(device: torch.device) -> list[Measurement]:
     labels = torch.randint(V, (N,), device=device)
     cu_seqlens = torch.arange(0, N + 1, N // SEQUENCES, device=device, dtype=torch.int32)
     ref = torch.zeros(SEQUENCES, device=device)
-    log_probs, lse = linear_forward(hidden, weight, labels, None, None, 1.0)
+    log_probs, lse = linear_forward(hidden, weight, labels, None, PLAIN)
     g, target = torch.full_like(log_probs, 1.0 / SEQUENCES), torch.zeros_like(log_probs)
     ones = torch.ones_like(lse)
     needs = (True, True, True)
@@ -69,19 +71,19 @@ def measure(device: torch.device) -> list[Measurement]:
             lambda: torch.mm(hidden, weight.T, out=logits), gemm, operands + logits_bytes,
         ),
         "row_log_probs": (
-            lambda: row_log_probs(logits, labels, target, None, 1.0), 0.0, logits_bytes,
+            lambda: row_log_probs(logits, labels, target, PLAIN), 0.0, logits_bytes,
         ),
         "row_gradient": (
-            lambda: row_gradient(logits, labels, log_probs, lse, ones, g, None, 1.0),
+            lambda: row_gradient(logits, labels, log_probs, lse, ones, g, PLAIN),
             0.0, 2 * logits_bytes,
         ),
         "npo_head": (lambda: npo_head(log_probs, cu_seqlens, ref, 0.1), 0.0, 8.0 * N),
         "linear_forward": (
-            lambda: linear_forward(hidden, weight, labels, None, None, 1.0), gemm, operands,
+            lambda: linear_forward(hidden, weight, labels, None, PLAIN), gemm, operands,
         ),
         "linear_backward": (
             lambda: linear_backward(
-                g, hidden, weight, labels, None, log_probs, lse, None, 1.0, needs
+                g, hidden, weight, labels, None, log_probs, lse, PLAIN, needs
             ),
             3 * gemm, 2 * operands,
         ),

@@ -1,13 +1,13 @@
-"""Row kernels behind ``torch.library`` operators.
+"""Kernels behind ``torch.library`` operators.
 
-``reference`` declares the operators and serves every device with plain PyTorch; it is the
-specification. A faster kernel registers itself for its device and nothing above changes.
+``operators`` declares the operators, and ``reference`` serves every device with plain PyTorch: it
+is the specification. A faster kernel registers itself for its device, and nothing above changes.
 """
 
 from importlib.util import find_spec
 
 from npo_fast.kernels import cpu
-from npo_fast.kernels.reference import OPERATORS
+from npo_fast.kernels.operators import OPERATORS
 
 __all__ = ["OPERATORS"]
 

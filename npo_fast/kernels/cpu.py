@@ -1,7 +1,7 @@
-"""The C++ kernels of csrc for the CPU: loading them registers them over the reference.
+"""The C++ kernels of csrc for the CPU: loading the library registers them over the reference.
 
-An absent library leaves the reference in charge; a library that is there and does not load is an
-error, never a silent fallback.
+Without a library the reference serves the CPU. A library that does not load is an error, never a
+silent fallback.
 """
 
 from pathlib import Path
@@ -10,11 +10,12 @@ import torch
 
 
 def library_path() -> Path | None:
-    """The library built from csrc, beside this file; None where there is none."""
+    """Returns the library built from csrc, beside this file, or None."""
     return next(iter(sorted(Path(__file__).parent.glob("_cpu*.so"))), None)
 
 
 def load() -> None:
+    """Loads the library; raises ImportError where it exists and does not load."""
     path = library_path()
     if path is None:
         return

@@ -1,7 +1,7 @@
-"""Memory of a CPU in huge pages, where Linux gives them to those who ask.
+"""Huge pages for large tensors on the CPU, where Linux grants them on request.
 
-A gradient of the head is new memory at every call. The kernel maps it in page by page as it is
-first written: 0.35 ms a MiB in pages of 4 KiB, a third of that in pages of 2 MiB.
+The gradient of the head is new memory at every call. Linux maps it page by page as it is first
+written: 0.35 ms a MiB in pages of 4 KiB, a third of that in pages of 2 MiB.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ MADV_HUGEPAGE = 14
 
 
 def in_huge_pages(memory: Tensor) -> Tensor:
-    """The same tensor, uninitialised; a hint, which the system may leave unheeded."""
-    real = type(memory) is Tensor and memory.is_cpu  # a fake one has no address
+    """Asks for huge pages for an uninitialised tensor and returns it; Linux may ignore this."""
+    real = type(memory) is Tensor and memory.is_cpu  # a fake tensor has no address
     if real and memory.nbytes >= LEAST_BYTES and (advise := _madvise()) is not None:
         first = -(-memory.data_ptr() // PAGE) * PAGE
         last = (memory.data_ptr() + memory.nbytes) // PAGE * PAGE

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-STRIP_BYTES = 32 << 20  # of a product that has to be made before it is added
+STRIP_BYTES = 32 << 20  # of a product that is stored before it is added
 
 
 def add_product_(
@@ -15,33 +15,34 @@ def add_product_(
     beta: int,  # 0: out is written, and never read
     alpha: float = 1.0,
 ) -> None:
-    """``out = alpha * a @ b + beta * out``; the product's sums are fp32 whatever the operands.
+    """Computes ``out = alpha * a @ b + beta * out``, in place, with sums in fp32.
 
-    8 bytes of ``out`` an element where the library adds in place. Where it does not, the product
-    is made a strip at a time; in the dtype of the operands where it knows no other, as on CPUs.
+    Moves 8 bytes an element of ``out`` where the library adds in place. Elsewhere the product is
+    stored a strip of rows at a time before it is added: in fp32, or in the dtype of the operands
+    where PyTorch has no fp32 product of them, as on CPUs.
     """
     if out.dtype == a.dtype:
         out.addmm_(a, b, beta=beta, alpha=alpha)
         return
-    way = wide_product(a.device, a.dtype)
-    if way == "addmm" and beta:
+    kind = opmath_product(a.device, a.dtype)
+    if kind == "addmm" and beta:
         torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
         return
     step = max(1, STRIP_BYTES // max(1, out.shape[1] * out.itemsize))
-    for to, rows in zip(out.split(step), a.split(step), strict=True):
-        product = torch.mm(rows, b) if way == "none" else torch.mm(rows, b, out_dtype=out.dtype)
+    for target, rows in zip(out.split(step), a.split(step), strict=True):
+        product = torch.mm(rows, b) if kind == "none" else torch.mm(rows, b, out_dtype=out.dtype)
         if beta:
-            to.add_(product, alpha=alpha)
+            target.add_(product, alpha=alpha)
         else:
-            torch.mul(product, alpha, out=to)
+            torch.mul(product, alpha, out=target)
         del product  # before the next one is made
 
 
 @cache
-def wide_product(device: torch.device, dtype: torch.dtype) -> str:
-    """What this PyTorch can do there: "addmm" in place, "mm" alone, or "none", with fp32 results.
+def opmath_product(device: torch.device, dtype: torch.dtype) -> str:
+    """Returns which product this PyTorch has with fp32 results: "addmm", "mm" or "none".
 
-    Found out by trying: which one takes ``out_dtype`` has changed from version to version.
+    Each is tried: support of ``out_dtype`` has changed from version to version.
     """
     a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.ones(16, 16, device=device)

@@ -2,9 +2,9 @@
 
 With ``l_n`` the log-prob of a token, ``l_i`` that of sequence i (their sum), ``r_i = l_i -
 l_i(reference)`` and ``|y_i|`` its length, a loss is a frozen dataclass that maps token log-probs
-to ``L_i``. Its derivative in the token log-probs is all that the fused backward pass needs, so a
-new loss is the few lines of its formula. Minimising a forget loss lowers ``l_i``. ``KL`` alone
-looks at all of the vocabulary.
+to ``L_i``. The fused backward pass needs only its derivative in the token log-probs, so a new loss
+is the few lines of its formula. Minimising a forget loss lowers ``l_i``. ``KL`` alone depends on
+the whole distribution.
 """
 
 from npo_fast.losses.kl import KL

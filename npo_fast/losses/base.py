@@ -1,4 +1,4 @@
-"""What the losses share: a formula written once gives its values and its derivative."""
+"""Base classes of the losses: a formula written once gives the values and their derivative."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,7 +12,11 @@ from npo_fast.ops import Reference, segment_sum
 
 
 class OfSequence(ABC):
-    """A loss of the log-probs ``l_i`` of whole sequences, stated with its slope ``dL / dl_i``."""
+    """Base of losses of sequence log-probs ``l_i``: a subclass gives L and its slope ``dL / dl_i``.
+
+    Instances are called with token log-probs (n,), ``cu_seqlens`` (s + 1,) and the reference's
+    log-probs, and return (s / group,) values. They follow ``npo_fast.ops.SequenceLoss``.
+    """
 
     reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
@@ -24,7 +28,7 @@ class OfSequence(ABC):
         tokens: Tensor,  # (s,) their lengths
         ref: Tensor | None,  # (s,) their log-probs under the reference
     ) -> tuple[Tensor, Tensor]:  # (s / group,) values, (s,) slopes
-        ...
+        """Returns the loss values and their derivative in ``log_prob``."""
 
     def __call__(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -34,6 +38,7 @@ class OfSequence(ABC):
     def value_and_weight(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns values (s / group,), sequence log-probs (s,) and the derivative (n,)."""
         values, log_prob, slope, tokens = self._evaluate(log_probs, cu_seqlens, ref_log_probs)
         return values, log_prob, slope.repeat_interleave(tokens, output_size=len(log_probs))
 
@@ -48,7 +53,10 @@ class OfSequence(ABC):
 
 
 class OfTokens(ABC):
-    """``L_i = sum_n w_n l_n`` over the tokens of sequence i; no gradient flows through ``w``."""
+    """Base of losses ``L_i = sum_n w_n l_n`` over the tokens of a sequence: a subclass gives w.
+
+    No gradient flows through ``w``. Instances follow ``npo_fast.ops.SequenceLoss``.
+    """
 
     reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
@@ -59,7 +67,7 @@ class OfTokens(ABC):
         log_probs: Tensor,  # (n,) without gradient
         ref_log_probs: Tensor | None,  # (n,) of the tokens under the reference
     ) -> Tensor:  # (n,)
-        ...
+        """Returns the weight of each token."""
 
     def __call__(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -70,6 +78,7 @@ class OfTokens(ABC):
     def value_and_weight(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns values (s,), sequence log-probs (s,) and the derivative (n,)."""
         weight = self._weight(log_probs, ref_log_probs)
         values = segment_sum(weight * log_probs, cu_seqlens)
         return values, segment_sum(log_probs, cu_seqlens), weight
@@ -83,11 +92,12 @@ def log_sigmoid_penalty(
     x: Tensor,  # beta * (a log-ratio)
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """``-(2 / beta) * logsigmoid(-x)`` and its derivative in ``x / beta``, ``2 * sigmoid(x)``."""
+    """Returns ``-(2 / beta) * logsigmoid(-x)`` and its derivative in x / beta, 2 sigmoid(x)."""
     return -(2 / beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x)
 
 
 def check_positive(loss: object, *fields: str) -> None:
+    """Raises ValueError unless each field is positive and finite."""
     for field in fields:
         value = getattr(loss, field)
         if not 0 < value < torch.inf:
@@ -97,6 +107,7 @@ def check_positive(loss: object, *fields: str) -> None:
 
 
 def check_finite(loss: object, fields: Sequence[str], least: float = -torch.inf) -> None:
+    """Raises ValueError unless each field is finite and at least ``least``."""
     for field in fields:
         value = getattr(loss, field)
         if not (least <= value < torch.inf and value > -torch.inf):

@@ -1,4 +1,4 @@
-"""Losses that compare whole distributions with a reference's, not log-probs of labels."""
+"""Losses that compare the distribution over the vocabulary with a reference's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from npo_fast.ops.linear_kl import linear_kl
 class KL:
     """Divergence from the reference, summed over rows: ``KL(reference || model)``.
 
-    With ``demotion`` the reference's logit of each label is lowered by so many nats: self-
-    distillation towards a reference that likes its labels less (UNDIAL, arXiv 2402.10052; its
-    cross-entropy differs from this by a constant).
+    ``demotion`` lowers the reference's logit of each label by so many nats: self-distillation
+    towards a reference with less probable labels (UNDIAL, arXiv 2402.10052; its cross-entropy
+    differs from this by a constant).
     """
 
     demotion: float = 0.0
@@ -29,11 +29,12 @@ class KL:
     def __call__(
         self,
         hidden: Tensor,  # (n, D)
-        head: Mapping[str, Any],  # weight, bias, softcap, logit_scale
+        head: Mapping[str, Any],  # weight, bias and the fields of HeadTransform
         ref_hidden: Tensor,  # (n, D')
         ref_head: Mapping[str, Any],  # the same of the reference, as ref_weight, …
         labels: Tensor | None = None,  # (n,), to demote
     ) -> Tensor:  # scalar
+        """Returns the sum of divergences; differentiable in ``hidden`` and the head's tensors."""
         return linear_kl(
             hidden, ref_hidden=ref_hidden, labels=labels, demotion=self.demotion,
             reduction="sum", **head, **ref_head,

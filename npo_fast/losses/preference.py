@@ -1,4 +1,4 @@
-"""Losses that set the forget answers against other answers to the same questions."""
+"""Losses that compare the forget answers with other answers to the same questions."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from npo_fast.ops import Reference
 class DPO(OfSequence):
     """Direct preference optimisation: ``L = -(2 / beta) * logsigmoid(beta * (r_w - r_l))``.
 
-    Sequences come in pairs: 2i is the preferred answer w (a refusal; the user's alternate in
+    Sequences come in pairs: 2i is the preferred answer w (a refusal, or an alternative answer in
     AltPO), 2i + 1 the answer l to forget. One value a pair: "mean" is over pairs.
 
     Source: arXiv 2404.05868, eq. 2, with the factor 2 that it gives NPO; AltPO: arXiv 2409.13474.
@@ -41,9 +41,9 @@ class KTO(OfSequence):
     """Kahneman-Tversky optimisation: ``L_i = 1 - (2 / beta) * logsigmoid(z - beta * r_i)``.
 
     ``z`` is the mean of r over refusals to the batch's questions, without gradient: a number that
-    the caller takes in one forward pass, so that the forget sequences need no partner beside them
-    and may come in micro-batches. Where it must stay a tensor, add ``z / beta`` to
-    ``ref_log_probs`` instead: that is the same loss.
+    the caller computes in one forward pass, so that the forget sequences may come in micro-batches.
+    Where it must stay a tensor, add ``z / beta`` to ``ref_log_probs`` instead: that is the same
+    loss.
 
     Source: arXiv 2402.01306 in the form of arXiv 2404.05868.
     """

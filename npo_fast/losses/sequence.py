@@ -1,4 +1,4 @@
-"""Losses of one sequence at a time."""
+"""Losses whose value for a sequence depends on that sequence alone."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,8 +41,8 @@ class NLL(OfSequence):
 class NPO(OfSequence):
     """Negative preference optimisation: ``L_i = -(2 / beta) * logsigmoid(-beta * r_i)``.
 
-    ``dL_i / dl_i = 2 * sigmoid(beta * r_i)``: 1 at the start, tending to 0 as the sequence is
-    forgotten, which is what keeps the model from collapsing. Source: arXiv 2404.05868, eq. 3.
+    ``dL_i / dl_i = 2 * sigmoid(beta * r_i)`` is 1 at the start and tends to 0 as the sequence is
+    forgotten; this keeps the model from collapsing. Source: arXiv 2404.05868, eq. 3.
     """
 
     beta: float = 0.1
@@ -60,7 +60,7 @@ class NPO(OfSequence):
     def value_and_weight(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One launch on a GPU."""
+        """Returns the same as the base class, in one launch on a GPU."""
         return torch.ops.npo_fast.npo_head(log_probs, cu_seqlens, ref_log_probs, self.beta)
 
 
@@ -95,7 +95,7 @@ def npo_loss(
     ref_log_probs: Tensor,  # (S,)
     beta: float = 0.1,
 ) -> Tensor:
-    """Mean NPO loss of S sequences: ``mean_i -(2 / beta) * logsigmoid(-beta * (l_i - ref_i))``.
+    """Returns the mean NPO loss: ``mean_i -(2 / beta) * logsigmoid(-beta * (l_i - ref_i))``.
 
     ``linear_sequence_loss`` with ``NPO(beta)``; see there for shapes, dtypes and errors.
     """

@@ -16,7 +16,7 @@ from npo_fast.ops import Reference
 
 @dataclass(frozen=True)
 class TNPO(OfTokens):
-    """NPO a token: ``w = 2 p^beta / (p^beta + p_ref^beta)``.
+    """NPO on tokens: ``w = 2 p^beta / (p^beta + p_ref^beta)``.
 
     Needs the reference's log-prob of every token. Source: arXiv 2502.19301.
     """
@@ -34,7 +34,7 @@ class TNPO(OfTokens):
 
 @dataclass(frozen=True)
 class WGA(OfTokens):
-    """Weighted gradient ascent: ``w = p^beta``, so that forgotten tokens stop counting.
+    """Weighted gradient ascent: ``w = p^beta``, so that forgotten tokens have no weight.
 
     Source: arXiv 2502.19301.
     """
@@ -64,19 +64,18 @@ class SatImp(OfTokens):
 
 @dataclass(frozen=True)
 class CEU(OfTokens):
-    """CE-U: ``w = p / (1 - p)``: the gradient of the cross-entropy with the model's own
-    distribution from which the label is struck out.
+    """CE-U: ``w = p / (1 - p)``.
 
+    This is the gradient of the cross-entropy with the model's own distribution without the label.
     The gradient in the logits stays bounded, ``w * (1 - p) = p``, while w itself grows without
-    limit as p -> 1. There ``1 - p`` is what rounding left of it, and 0 makes an infinite weight on
-    a zero gradient, so it counts as at least 8 units of rounding (1e-6 in fp32): a surer token
-    keeps that weight. Source: arXiv 2503.01224.
+    limit as p -> 1. ``1 - p`` may round to 0 there, an infinite weight on a zero gradient, so it is
+    clamped to 8 units of rounding (1e-6 in fp32). Source: arXiv 2503.01224.
     """
 
     def weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
-        least = 8 * torch.finfo(log_probs.dtype).eps
-        return torch.exp(log_probs) / _one_minus_p(log_probs).clamp(min=least)
+        smallest = 8 * torch.finfo(log_probs.dtype).eps
+        return torch.exp(log_probs) / _one_minus_p(log_probs).clamp(min=smallest)
 
 
 def _one_minus_p(log_probs: Tensor) -> Tensor:
-    return -torch.expm1(log_probs)  # 1 - exp(l) would cancel at a sure token
+    return -torch.expm1(log_probs)  # 1 - exp(l) would cancel near p = 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.choice import Demands, attentions, demands_of, machine_of, varlen_obstacle
 from npo_fast.model.hf_attention import (
@@ -23,7 +24,7 @@ from npo_fast.model.probe import run_probe
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import linear_log_probs
-from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, head_of
+from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, local_head
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # RecurrentGemma has its own name
 
@@ -57,11 +58,7 @@ class CausalLM:
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
         text_config = model.config.get_text_config()
-        self.softcap = next(
-            (v for n in SOFTCAPS if (v := getattr(text_config, n, None)) is not None), None
-        )
-        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
-        self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
+        self.transform = _transform(text_config)
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
         self.native_attention = native_attention(model)
@@ -104,7 +101,7 @@ class CausalLM:
 
     @property
     def head_arguments(self) -> dict[str, Any]:
-        """``weight``, ``bias``, ``softcap`` and ``logit_scale`` as the operators take them.
+        """``weight``, ``bias`` and the fields of ``transform`` as the operators take them.
 
         Where processes share the model: this one's slice of them, which ``vocabulary`` describes.
         """
@@ -116,15 +113,16 @@ class CausalLM:
         return {
             "weight": weight,
             "bias": bias,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
+            **self.transform._asdict(),
             **sliced,
         }
 
     @property
     def linear_head(self) -> Head:
         """``head_arguments`` as one object, for code that makes logits a chunk at a time."""
-        return head_of(**self.head_arguments)
+        arguments = self.head_arguments
+        weight, bias = arguments["weight"], arguments["bias"]
+        return local_head(weight, bias, self.transform, self.vocabulary_slice)
 
     @property
     def world_size(self) -> int:
@@ -278,3 +276,11 @@ def _decoder(model: Any) -> Any:
     if decoder is None:
         raise UserError(f"{type(base).__name__} has no decoder that npo_fast could find")
     return decoder
+
+
+def _transform(text_config: Any) -> HeadTransform:
+    """Returns what the model does to its logits, by the names that configs have for it."""
+    softcap = next((v for n in SOFTCAPS if (v := getattr(text_config, n, None)) is not None), None)
+    logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+    logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
+    return HeadTransform(softcap, logit_scale)

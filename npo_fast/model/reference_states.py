@@ -29,6 +29,7 @@ from torch import Tensor
 
 from npo_fast.data import TokenizedExample, data_fingerprint, pack
 from npo_fast.errors import UserError
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_folder
 from npo_fast.ops.head import Head
@@ -53,9 +54,8 @@ class ReferenceStates:
         self.made_from: Mapping[str, Any] = index["made_from"]
         self.device = device
         tensors = load_file(folder / HEAD, device=str(device))
-        self.head = Head(
-            tensors["weight"], tensors.get("bias"), index["softcap"], index["logit_scale"]
-        )
+        transform = HeadTransform(*(index[name] for name in HeadTransform._fields))
+        self.head = Head(tensors["weight"], tensors.get("bias"), transform)
         self._shards = {
             source: [
                 (
@@ -74,8 +74,9 @@ class ReferenceStates:
     @property
     def head_arguments(self) -> dict[str, Any]:
         """The head as ``linear_kl`` takes it: ``ref_weight``, ``ref_bias`` and so on."""
-        names = ("weight", "bias", "softcap", "logit_scale")
-        return {f"ref_{name}": getattr(self.head, name) for name in names}
+        head = self.head
+        arguments = {"weight": head.weight, "bias": head.bias, **head.transform._asdict()}
+        return {f"ref_{name}": value for name, value in arguments.items()}
 
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
@@ -213,8 +214,7 @@ def _write(
     index = {
         "format": FORMAT,
         "made_from": made_from,
-        "softcap": lm.softcap,
-        "logit_scale": lm.logit_scale,
+        **lm.transform._asdict(),
         "sources": shards,
         "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }

@@ -1,4 +1,4 @@
-"""Linear layer and loss in one: from hidden states and the LM head, never holding the logits."""
+"""Fused linear layer and loss: from hidden states and the LM head, without all logits in memory."""
 
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.ops.linear_kl import linear_kl

@@ -1,7 +1,9 @@
-"""What the public operators refuse, with the offending shape or value in the message."""
+"""Checks of the public operators: ValueErrors that name the offending shape or value."""
 
 import torch
 from torch import Tensor
+
+from npo_fast.kernels.transform import HeadTransform, check_transform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -11,10 +13,13 @@ def check_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
+    transform: HeadTransform,
     prefix: str = "",
 ) -> None:
-    """``prefix`` stands before the names of the arguments in the messages."""
+    """Raises ValueError unless shapes, dtypes, devices and transform of a head fit together.
+
+    ``prefix`` stands before the names of the arguments in the messages.
+    """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {prefix}hidden must be (N, D) and {prefix}weight (V, D) with the same D, "
@@ -29,13 +34,13 @@ def check_head(
         raise ValueError(
             f"{op}: {prefix}bias must be ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: {prefix}softcap must be positive or None, got {softcap}")
+    check_transform(op, transform, prefix)
     for name, tensor in (("weight", weight), ("bias", bias)):
         _check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
 
 
 def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
+    """Raises ValueError unless labels are (N,) int64 or int32 on the device of ``hidden``."""
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"{op}: labels must be ({hidden.shape[0]},), one a row of hidden, "
@@ -55,10 +60,13 @@ def _check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor 
 
 
 def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
-    """Looks at values, so ``torch.compile`` meets it inside an operator only."""
+    """Raises ValueError where a label is outside [0, vocabulary).
+
+    It reads values, so compiled graphs call it inside an operator only. On a GPU the device raises.
+    """
     inside = ((labels >= 0) & (labels < vocabulary)).all()
     if labels.device.type == "cuda":
-        # no host synchronisation: the device raises when it gets there
+        # no host synchronisation: the device raises when it evaluates this
         torch._assert_async(inside, f"{op}: a label is outside [0, {vocabulary})")
         return
     if labels.device.type == "cpu" and not bool(inside):
@@ -70,11 +78,12 @@ def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded: no tensor can be read, and host values are frozen."""
+    """Whether a CUDA graph is being captured: no tensor can be read, host values are frozen."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
+    """Raises ValueError unless offsets are (S + 1,) integers that rise from 0 to ``rows``."""
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"{op}: cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -84,7 +93,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.devic
             f"{op}: hidden is on {device} but cu_seqlens on {cu_seqlens.device}; "
             f"move it to {device} or the CPU"
         )
-    if torch.compiler.is_compiling():  # a graph looks at values when it runs
+    if torch.compiler.is_compiling():  # a graph reads values when it runs
         return
     if cu_seqlens.is_cpu and capturing(device):
         raise ValueError(
@@ -109,6 +118,7 @@ def check_ref_log_probs(
     rows: int,
     device: torch.device,
 ) -> None:
+    """Raises ValueError where the loss needs a reference that is missing or of another shape."""
     reference = getattr(loss, "reference", None)
     name = type(loss).__name__
     if reference is None:
@@ -125,6 +135,6 @@ def check_ref_log_probs(
         raise ValueError(f"{op}: hidden is on {device} but ref_log_probs on {ref_log_probs.device}")
 
 
-def _preview(values: Tensor, most: int = 8) -> str:
-    shown = ", ".join(str(int(v)) for v in values[:most])
-    return f"[{shown}{', …' if len(values) > most else ''}]"
+def _preview(values: Tensor, length: int = 8) -> str:
+    shown = ", ".join(str(int(v)) for v in values[:length])
+    return f"[{shown}{', …' if len(values) > length else ''}]"

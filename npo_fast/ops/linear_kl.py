@@ -2,21 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npo_fast.kernels.layout import opmath_dtype
+from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
 from npo_fast.ops import cost
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import Gradients, Head, HeadGradients, Needs, held_factor, pad_rows, scale_
-from npo_fast.ops.linear_log_probs import blocks
+from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale, scale_
+from npo_fast.ops.graph_break import breaks_graph
+from npo_fast.ops.head import Head, pad_rows
+from npo_fast.ops.linear_log_probs import split_rows
 
-SLAB_LOGITS = 1 << 20  # capped at a time
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+SLAB_LOGITS = 1 << 20  # of a chunk that is capped, a few columns at a time
 
 
+@breaks_graph()  # labels are checked and chunks made on the host
 def linear_kl(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -25,16 +33,13 @@ def linear_kl(
     *,
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,)
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ref_softcap: float | None = None,
-    ref_logit_scale: float = 1.0,
     labels: Tensor | None = None,  # (N,)
     demotion: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
     chunk_rows: int | None = None,
+    **transforms: "Unpack[PairedTransformOptions]",
 ) -> Tensor:  # scalar
-    """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, never holding the logits.
+    """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, a chunk of logits at a time.
 
         z_n    = logit_scale * softcap(W h_n + b),       p_n     = softmax(z_n)
         zref_n = ref_logit_scale * ref_softcap(W_ref href_n + b_ref) - demotion * onehot(y_n)
@@ -51,13 +56,13 @@ def linear_kl(
         ref_hidden: the same rows under the reference, (N, D'), in the dtype of ``hidden``.
         ref_weight: the reference's head, (V, D'), in the same dtype.
         bias, ref_bias: (V,) or None.
-        softcap, ref_softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
-        logit_scale, ref_logit_scale: factors on the (capped) logits.
         labels: the tokens to demote, (N,), int64 or int32, in [0, V); None demotes nothing.
         demotion: nats that the reference's logit of each label is lowered by, 0 or more.
         reduction: "mean" over rows, or "sum".
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``, and what 96 MiB hold of the reference's.
+        softcap, ref_softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
+        logit_scale, ref_logit_scale: factors on the (capped) logits, by default 1.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The
@@ -70,18 +75,13 @@ def linear_kl(
     Source: KL on retain data as in NPO (arXiv 2404.05868, section 2); UNDIAL, arXiv 2402.10052.
     """
     op = "linear_kl"
-    if torch.compiler.is_compiling():
-        return _between_graphs(
-            hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, softcap=softcap,
-            logit_scale=logit_scale, ref_softcap=ref_softcap, ref_logit_scale=ref_logit_scale,
-            labels=labels, demotion=demotion, reduction=reduction, chunk_rows=chunk_rows,
-        )  # fmt: skip
+    transform, ref_transform = paired_transforms(**transforms)
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = autocast_inputs(ref_hidden, ref_weight, ref_bias)
-    check_head(op, hidden, weight, bias, softcap)
-    check_head(op, ref_hidden, ref_weight, ref_bias, ref_softcap, prefix="ref_")
+    check_head(op, hidden, weight, bias, transform)
+    check_head(op, ref_hidden, ref_weight, ref_bias, ref_transform, prefix="ref_")
     _check_pair(op, hidden, weight, ref_hidden, ref_weight)
     if labels is not None:
         check_labels(op, hidden, labels)
@@ -100,36 +100,33 @@ def linear_kl(
     if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    of_head, of_ref = (softcap, logit_scale), (ref_softcap, ref_logit_scale)
-    plan = _Plan(of_head, of_ref, demotion, scale, chunk_rows)
+    config = _KLConfig(transform, ref_transform, demotion, scale, chunk_rows)
     with no_autocast(hidden):
-        return _LinearKL.apply(plan, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels)
+        return _LinearKL.apply(
+            config, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
+        )
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What one call decides before it meets a tensor."""
+class _KLConfig:
+    """What one call of ``linear_kl`` is given beside tensors."""
 
-    of_head: tuple[float | None, float]  # softcap, logit_scale
-    of_ref: tuple[float | None, float]
+    transform: HeadTransform
+    ref_transform: HeadTransform
     demotion: float
-    scale: float  # what the sum over rows is multiplied by
+    scale: float  # factor on the sum over rows
     chunk_rows: int | None
 
-    def held(self, dtype: torch.dtype) -> float:
-        return held_factor(dtype, round(1 / self.scale))
-
-
-# labels are checked and chunks made on the host, where torch.compile cannot follow
-_between_graphs = torch.compiler.disable(linear_kl)
+    def gradient_scale(self, dtype: torch.dtype) -> float:
+        return gradient_scale(dtype, round(1 / self.scale))
 
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *tensors: Any) -> Tensor:
-        ctx.plan = plan
+    def forward(ctx: Any, config: _KLConfig, *tensors: Any) -> Tensor:
+        ctx.config = config
         ctx.save_for_backward(*tensors)
-        value, ctx.gradients = _kl_and_gradients(plan, ctx.needs_input_grad[1:4], *tensors)
+        value, ctx.gradients = _kl_and_gradients(config, ctx.needs_input_grad[1:4], *tensors)
         return value
 
     @staticmethod
@@ -138,13 +135,13 @@ class _LinearKL(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
             needs = ctx.needs_input_grad[1:4]
-            _, gradients = _kl_and_gradients(ctx.plan, needs, *ctx.saved_tensors)
-        held = ctx.plan.held(ctx.saved_tensors[1].dtype)
-        return None, *scale_(gradients, upstream, held), None, None, None, None
+            _, gradients = _kl_and_gradients(ctx.config, needs, *ctx.saved_tensors)
+        scale = ctx.config.gradient_scale(ctx.saved_tensors[1].dtype)
+        return None, *scale_(gradients, upstream, scale), None, None, None, None
 
 
 def _kl_and_gradients(
-    plan: _Plan,
+    config: _KLConfig,
     needs: Needs,
     hidden: Tensor,
     weight: Tensor,
@@ -154,22 +151,25 @@ def _kl_and_gradients(
     ref_bias: Tensor | None,
     labels: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
-    """The one pass: the scaled sum of KL over rows, and gradients of hidden, weight and bias."""
-    head, ref_head = Head(weight, bias, *plan.of_head), Head(ref_weight, ref_bias, *plan.of_ref)
-    step = plan.chunk_rows
+    """Returns the scaled sum of KL over rows, and the gradients of hidden, weight and bias."""
+    head = Head(weight, bias, config.transform)
+    ref_head = Head(ref_weight, ref_bias, config.ref_transform)
+    step = config.chunk_rows
     if step is None and needs[1]:
         problem = replace(head.problem(len(hidden), True), makes_logits=True)
         step = problem.choose().chunk_rows
     step = step or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
     gradients = HeadGradients(head, hidden, needs, step)
+    alpha = config.scale * config.gradient_scale(weight.dtype)
     total = hidden.new_zeros((), dtype=torch.float64)
-    for rows, kl, _ in divergences(
-        head, hidden, ref_head, ref_hidden, step, labels, plan.demotion, gradients.logits
+    for rows, kl, logits in divergences(  # GEMM 1 of either head; logits <- d kl / d logits
+        head, hidden, ref_head, ref_hidden, step, labels, config.demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
-        if any(needs):
-            gradients.add_products(rows, hidden[rows], plan.scale * plan.held(weight.dtype))
-    return (total * plan.scale).to(head.opmath_dtype), gradients.finish()
+        logits[len(kl) :] = 0  # of the rows that pad the chunk
+        gradients.set_hidden(rows, logits, alpha)  # GEMM 2
+        gradients.add_weight(logits, hidden[rows], alpha)  # GEMM 3
+    return (total * config.scale).to(head.opmath_dtype), gradients.finish()
 
 
 def divergences(
@@ -182,10 +182,12 @@ def divergences(
     demotion: float = 0.0,
     buffer: Tensor | None = None,  # (R, V) for the logits of a chunk
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, their KL (R,) and its gradient in the raw logits (R, V), which the next ones reuse.
+    """Yields rows, their KL (R,) and its gradient in the raw logits (padded R, V).
+
+    The next chunk reuses the memory of the gradient.
 
     The reference's logits are made for fewer rows at a time where a chunk has many: rows do not
-    depend on each other, and only the model's gradient is wanted whole.
+    depend on each other, and only the model's gradient is wanted for all of them.
     """
     ref_step = ref_head.chunk_rows()
     step = chunk_rows or min(head.chunk_rows(cost.CHUNK_BYTES // 2), ref_step)
@@ -193,38 +195,38 @@ def divergences(
     if buffer is None:
         buffer = head.buffer(min(step, len(hidden)))
     ref_buffer = ref_head.buffer(min(ref_step, len(hidden)))
-    for rows in blocks(slice(0, len(hidden)), step):
+    for rows in split_rows(slice(0, len(hidden)), step):
         logits = head.logits(hidden[rows], buffer)
-        parts = []
-        for part in blocks(rows, ref_step):
+        kls = []
+        for part in split_rows(rows, ref_step):
             ref_logits = ref_head.logits(ref_hidden[part], ref_buffer)
-            of_ref = ref_head.softcap, ref_head.logit_scale
+            ref_transform = ref_head.transform
             if labels is not None and demotion:
-                demoted = pad_rows(labels[part], len(ref_logits))
-                of_ref = _demote_(ref_logits, demoted, demotion, *of_ref)
-            of_model = head.softcap, head.logit_scale
-            own = logits[part.start - rows.start :][: len(ref_logits)]
-            kl = torch.ops.npo_fast.row_kl_(own, ref_logits, *of_model, *of_ref)
-            parts.append(kl[: part.stop - part.start])
-        yield rows, torch.cat(parts), logits
+                part_labels = pad_rows(labels[part], len(ref_logits))
+                ref_transform = _demote_(ref_logits, part_labels, demotion, ref_transform)
+            part_logits = logits[part.start - rows.start :][: len(ref_logits)]
+            kl = torch.ops.npo_fast.row_kl_(
+                part_logits, ref_logits, *head.transform, *ref_transform
+            )
+            kls.append(kl[: part.stop - part.start])
+        yield rows, torch.cat(kls), logits
 
 
 def _demote_(
     logits: Tensor,  # (R, V) raw
     labels: Tensor,  # (R,)
     demotion: float,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[float | None, float]:
-    """Lowers ``z`` at the labels, in place; returns the softcap and scale still to be applied."""
-    if softcap is not None:  # a capped logit minus the demotion may lie below the cap
-        opmath = torch.promote_types(logits.dtype, torch.float32)
-        for column in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
-            column.copy_(torch.tanh(column.to(opmath) / softcap) * (softcap * logit_scale))
-        softcap, logit_scale = None, 1.0
-    lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / logit_scale
+    transform: HeadTransform,
+) -> HeadTransform:
+    """Lowers ``z`` at the labels, in place; returns the transform still to be applied."""
+    if not transform.is_scale:  # a capped logit minus the demotion may lie below the cap
+        opmath = opmath_dtype(logits.dtype)
+        for slab in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
+            slab.copy_(transform.apply(slab.to(opmath)))
+        transform = HeadTransform()
+    lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / transform.logit_scale
     logits.scatter_(1, labels.unsqueeze(1), lowered)
-    return softcap, logit_scale
+    return transform
 
 
 def _check_pair(

@@ -1,15 +1,20 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from npo_fast.kernels.layout import empty_gradients
+from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.head import Head, HeadGradients, or_empty
+from npo_fast.ops.gradients import HeadGradients, or_empty
+from npo_fast.ops.head import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def linear_log_probs(
@@ -18,9 +23,8 @@ def linear_log_probs(
     labels: Tensor,  # (N,)
     *,
     bias: Tensor | None = None,  # (V,)
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     chunk_rows: int | None = None,
+    **transform: "Unpack[TransformOptions]",
 ) -> Tensor:  # (N,)
     """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
 
@@ -33,12 +37,12 @@ def linear_log_probs(
         weight: the head, (V, D), in the dtype of ``hidden``.
         labels: the token each row predicts, (N,), int64 or int32, in [0, V): already shifted.
         bias: (V,) or None.
-        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
-        logit_scale: factor on the (capped) logits.
         chunk_rows: rows whose logits are alive at a time in the backward pass; None takes the
             fastest way of ``npo_fast.ops.cost``, which is all of them where they fit the memory
             that the weight's gradient takes later; 0 makes none. The forward pass never has more
             than a tile of 32 MiB.
+        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
+        logit_scale: factor on the (capped) logits, by default 1.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -46,18 +50,20 @@ def linear_log_probs(
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
+    op = "linear_log_probs"
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head("linear_log_probs", hidden, weight, bias, softcap)
-    check_labels("linear_log_probs", hidden, labels)
-    step = resolve_chunk_rows("linear_log_probs", Head(weight, bias), len(hidden), chunk_rows)
-    log_probs, _ = _forward(hidden, weight, bias, labels.long(), softcap, logit_scale, step)
+    head_transform = HeadTransform(**transform)
+    check_head(op, hidden, weight, bias, head_transform)
+    check_labels(op, hidden, labels)
+    step = resolve_chunk_rows(op, Head(weight, bias), len(hidden), chunk_rows)
+    log_probs, _ = _forward(hidden, weight, bias, labels.long(), step, *head_transform)
     return log_probs
 
 
 def resolve_chunk_rows(
     op: str, head: Head, count: int, chunk_rows: int | None, memory_bytes: int | None = None
 ) -> int:
-    """Rows a chunk, of ``count``; 0 for the operators that make no logits."""
+    """Returns the rows of a chunk for ``count`` rows; 0: operators that make no logits."""
     if chunk_rows is None:
         return head.problem(count, head.weight.requires_grad).choose(memory_bytes).chunk_rows
     if chunk_rows < 0:
@@ -67,8 +73,8 @@ def resolve_chunk_rows(
     return chunk_rows
 
 
-def blocks(rows: slice, step: int) -> list[slice]:
-    """``rows`` cut into slices of at most ``step``, as few and as equal as can be.
+def split_rows(rows: slice, step: int) -> list[slice]:
+    """Cuts ``rows`` into slices of at most ``step``, as few and as equal as can be.
 
     Where ``step`` is a multiple of 64 all but the last are: what a GPU likes rows to begin at.
     """
@@ -77,36 +83,49 @@ def blocks(rows: slice, step: int) -> list[slice]:
         return []
     pieces = -(-count // step)
     unit = 64 if step % 64 == 0 else 1
-    each = -(-count // (pieces * unit)) * unit
-    firsts = range(rows.start, rows.stop, each)
-    return [slice(first, min(first + each, rows.stop)) for first in firsts]
+    size = -(-count // (pieces * unit)) * unit
+    firsts = range(rows.start, rows.stop, size)
+    return [slice(first, min(first + size, rows.stop)) for first in firsts]
 
 
-@torch.library.custom_op("npo_fast::log_probs_of_rows", mutates_args=())
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+
+
+@torch.library.custom_op(
+    "npo_fast::log_probs_of_rows",
+    mutates_args=(),
+    schema=f"({_HEAD}, int chunk_rows, {schema()}) -> (Tensor, Tensor)",
+)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    softcap: float | None,
-    logit_scale: float,
     chunk_rows: int,
+    *transform: Any,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
     check_label_values("linear_log_probs", labels, len(weight))
     with no_autocast(hidden):
         log_probs, lse = torch.ops.npo_fast.linear_log_probs(
-            hidden, weight, labels, bias, softcap, logit_scale
+            hidden, weight, labels, bias, *transform
         )
     return log_probs, lse if chunk_rows == 0 else lse.new_empty(0)
 
 
 @_forward.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Any, labels: Any, chunk_rows: int, *_: Any
+) -> tuple[Tensor, Tensor]:
     log_probs = hidden.new_empty(hidden.shape[:1], dtype=Head(weight).opmath_dtype)
-    return log_probs, log_probs.new_empty(0 if rest[-1] else hidden.shape[0])
+    return log_probs, log_probs.new_empty(0 if chunk_rows else hidden.shape[0])
 
 
-@torch.library.custom_op("npo_fast::log_probs_of_rows_backward", mutates_args=())
+@torch.library.custom_op(
+    "npo_fast::log_probs_of_rows_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, {_HEAD}, Tensor log_probs, Tensor lse, bool[] needs, int chunk_rows, "
+    f"{schema()}) -> (Tensor, Tensor, Tensor)",
+)
 def _backward(
     g: Tensor,
     hidden: Tensor,
@@ -115,44 +134,47 @@ def _backward(
     labels: Tensor,
     log_probs: Tensor,
     lse: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_rows: int,
     needs: Sequence[bool],
+    chunk_rows: int,
+    *transform: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
     with no_autocast(hidden):
         if chunk_rows == 0:
             return torch.ops.npo_fast.linear_log_probs_backward(
-                g, hidden, weight, labels, bias, log_probs, lse, softcap, logit_scale, needs
+                g, hidden, weight, labels, bias, log_probs, lse, *transform, needs
             )
-        head = Head(weight, bias, softcap, logit_scale)
+        head = Head(weight, bias, HeadTransform(*transform))
         gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]), chunk_rows)
-        for rows in blocks(slice(0, len(hidden)), chunk_rows):
-            logits = head.logits(hidden[rows], gradients.logits)
+        for rows in split_rows(slice(0, len(hidden)), chunk_rows):
+            logits = head.logits(hidden[rows], gradients.logits)  # GEMM 1
             softmax = head.softmax(logits, hidden[rows], labels[rows])
-            gradients.add(rows, hidden[rows], logits, softmax, g[rows])
+            head.differentiate_(logits, softmax, g[rows])
+            gradients.set_hidden(rows, logits)  # GEMM 2
+            gradients.add_weight(logits, hidden[rows])  # GEMM 3
     return or_empty(gradients.finish(), hidden, weight, bias)
 
 
 @_backward.register_fake
 def _(
-    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, bias, rest[-1])
+    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Any, log_probs: Any,
+    lse: Any, needs: Sequence[bool], *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return empty_gradients(hidden, weight, bias, needs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, softcap, logit_scale, chunk_rows = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.settings = softcap, logit_scale, chunk_rows
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.settings = inputs[4:]  # chunk_rows and the transform
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward(g, *ctx.saved_tensors, *ctx.settings, needs)
-    wanted = (one if needed else None for one, needed in zip(gradients, needs, strict=True))
-    return *wanted, None, None, None, None
+    gradients = _backward(g, *ctx.saved_tensors, needs, *ctx.settings)
+    wanted = (
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+    return *wanted, None, *[None] * len(ctx.settings)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

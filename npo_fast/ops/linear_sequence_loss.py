@@ -1,12 +1,13 @@
 """Any loss of sequence log-probabilities with all its gradients, in one pass over the head."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npo_fast.kernels.transform import HeadTransform, TransformOptions
 from npo_fast.ops import compiled
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import (
@@ -16,15 +17,36 @@ from npo_fast.ops.checks import (
     check_labels,
     check_ref_log_probs,
 )
-from npo_fast.ops.head import scale_
+from npo_fast.ops.gradients import scale_
+from npo_fast.ops.graph_break import breaks_graph
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
-from npo_fast.ops.one_pass import Inputs, Plan, SequenceLoss, loss_alone, loss_and_gradients
+from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
-from npo_fast.ops.vocab_parallel import VocabularySlice, head_of
+from npo_fast.ops.vocab_parallel import VocabularySlice, local_head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Reduction = Literal["mean", "token_mean", "sum"]
 
 
+def _fits_a_graph(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    loss: SequenceLoss,
+    *,
+    skip_below: float = 0.0,
+    vocabulary: VocabularySlice | None = None,
+    **_: Any,
+) -> bool:
+    """Elsewhere the loss is differentiated, or rows are chosen, on the host."""
+    in_graph = compiled.IN_GRAPH and hasattr(loss, "value_and_weight")
+    return in_graph and skip_below == 0 and vocabulary is None
+
+
+@breaks_graph(unless=_fits_a_graph)
 def linear_sequence_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -34,14 +56,13 @@ def linear_sequence_loss(
     *,
     ref_log_probs: Tensor | None = None,  # (S,), or (N,) where the loss wants one a token
     bias: Tensor | None = None,  # (V,)
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
     memory_bytes: int | None = None,
     skip_below: float = 0.0,
     skipped: Skipped | None = None,
     vocabulary: VocabularySlice | None = None,
+    **transform: "Unpack[TransformOptions]",
 ) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     """Loss of whole sequences straight from hidden states and the LM head.
 
@@ -60,27 +81,27 @@ def linear_sequence_loss(
         cu_seqlens: (S + 1,), int32 or int64: sequence i is rows ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]``. A GPU caller keeps it on the CPU: nothing is read back, where
             more rows than a chunk holds would cost one synchronisation. In a CUDA graph it must
-            be on the GPU, is not read, and more rows than a chunk cost one more forward GEMM.
+            be on the GPU; it is not read, and more rows than a chunk cost one more forward GEMM.
         loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
         ref_log_probs: log-probs under the reference model, one a sequence (or one a token).
         bias: (V,) or None.
-        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None.
-        logit_scale: factor on the (capped) logits.
         reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
             (their sum / number of tokens), "sum".
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``: all of them where they fit the memory that the weight's gradient
             takes later (N <= D), or are no larger than an fp32 gradient; 0 makes no logits in
             memory at all, for 8NDV flops.
-        memory_bytes: what may be held beyond inputs, outputs and a few numbers a row, by which a
-            way is chosen where ``chunk_rows`` is None; None allows an fp32 gradient of the head.
+        memory_bytes: the limit on memory beyond inputs, outputs and a few numbers a row, for the
+            choice where ``chunk_rows`` is None; None allows an fp32 gradient of the head.
         skip_below: rows whose gradient is bounded by less than this fraction of the largest bound
             in their chunk are left out of the backward GEMMs; 0 is exact. ``Skipped`` has the
             bound. Costs a GPU caller one synchronisation a chunk.
-        skipped: filled with the share of rows left out and the bounds on the error.
-        vocabulary: on several processes, the slice of V that ``weight`` and ``bias`` hold the rows
-            of. All give the same other arguments and get the same values. ``hidden`` gets this
-            slice's part of its gradient: ``gather_rows`` adds up the parts.
+        skipped: filled with the fraction of rows left out and the bounds on the error.
+        vocabulary: on several processes, the slice of V whose rows ``weight`` and ``bias`` are. The
+            other arguments and the results are the same on all. ``hidden`` gets this slice's part
+            of its gradient: ``gather_rows`` adds up the parts.
+        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
+        logit_scale: factor on the (capped) logits, by default 1.
 
     Returns:
         The scalar loss, differentiable once in hidden, weight and bias, and the detached
@@ -97,18 +118,9 @@ def linear_sequence_loss(
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
-    op = "linear_sequence_loss"
-    in_graph = compiled.IN_GRAPH and hasattr(loss, "value_and_weight")
-    in_graph = in_graph and skip_below == 0 and vocabulary is None
-    if torch.compiler.is_compiling() and not in_graph:
-        return _between_graphs(
-            hidden, weight, labels, cu_seqlens, loss, ref_log_probs=ref_log_probs, bias=bias,
-            softcap=softcap, logit_scale=logit_scale, reduction=reduction, chunk_rows=chunk_rows,
-            memory_bytes=memory_bytes, skip_below=skip_below, skipped=skipped,
-            vocabulary=vocabulary,
-        )  # fmt: skip
+    op, head_transform = "linear_sequence_loss", HeadTransform(**transform)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(op, hidden, weight, bias, softcap)
+    check_head(op, hidden, weight, bias, head_transform)
     check_labels(op, hidden, labels)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     sequences = len(cu_seqlens) - 1
@@ -128,7 +140,7 @@ def linear_sequence_loss(
     count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
     if vocabulary is not None:
         _check_slice(op, vocabulary, weight, chunk_rows)
-    head = head_of(weight, bias, vocabulary=vocabulary)
+    head = local_head(weight, bias, head_transform, vocabulary)
     step = resolve_chunk_rows(op, head, len(hidden), chunk_rows, memory_bytes)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
@@ -142,17 +154,13 @@ def linear_sequence_loss(
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     number = compiled.loss_number(loss) if torch.compiler.is_compiling() else -1
-    plan = Plan(loss, softcap, logit_scale, max(count, 1), step, skip_below, skipped, vocabulary)
+    config = LossConfig(loss, head_transform, max(count, 1), step, skip_below, skipped, vocabulary)
     inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
     if torch.compiler.is_compiling():
-        return compiled.sequence_loss(number, plan, inputs)
+        return compiled.sequence_loss(number, config, inputs)
     check_label_values(op, labels, vocabulary.vocabulary if vocabulary else len(weight))
     with no_autocast(hidden):
-        return _LinearSequenceLoss.apply(plan, *inputs)
-
-
-# the loss is differentiated, or rows are chosen, on the host, where torch.compile cannot follow
-_between_graphs = torch.compiler.disable(linear_sequence_loss)
+        return _LinearSequenceLoss.apply(config, *inputs)
 
 
 def _check_slice(
@@ -160,8 +168,8 @@ def _check_slice(
 ) -> None:
     if len(weight) != vocabulary.rows or not vocabulary.rows:
         raise ValueError(
-            f"{op}: rank {vocabulary.rank} of {vocabulary.world_size} has {vocabulary.rows} rows of "
-            f"a vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
+            f"{op}: rank {vocabulary.rank} of {vocabulary.world_size} has {vocabulary.rows} rows "
+            f"of a vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
         )
     if chunk_rows == 0:
         raise ValueError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")
@@ -169,15 +177,14 @@ def _check_slice(
 
 class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.gradients, needs = plan, None, ctx.needs_input_grad[1:4]
+    def forward(ctx: Any, config: LossConfig, *tensors: Any) -> tuple[Tensor, Tensor]:
+        ctx.config, ctx.gradients, needs = config, None, ctx.needs_input_grad[1:4]
         ctx.save_for_backward(*tensors)
+        inputs = Inputs(*tensors)
         if any(needs):
-            value, sequence_log_probs, ctx.gradients = loss_and_gradients(
-                plan, needs, Inputs(*tensors)
-            )
+            value, sequence_log_probs, ctx.gradients = loss_and_gradients(config, needs, inputs)
         else:
-            value, sequence_log_probs = loss_alone(plan, Inputs(*tensors))
+            value, sequence_log_probs = loss_alone(config, inputs)
         ctx.mark_non_differentiable(sequence_log_probs)
         return value, sequence_log_probs
 
@@ -186,7 +193,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # another backward through a retained graph starts anew
-            plan, needs = replace(ctx.plan, skipped=None), ctx.needs_input_grad[1:4]
-            _, _, gradients = loss_and_gradients(plan, needs, Inputs(*ctx.saved_tensors))
-        held = ctx.plan.held(ctx.saved_tensors[1].dtype)
-        return None, *scale_(gradients, upstream, held), None, None, None
+            config, needs = replace(ctx.config, skipped=None), ctx.needs_input_grad[1:4]
+            _, _, gradients = loss_and_gradients(config, needs, Inputs(*ctx.saved_tensors))
+        scale = ctx.config.gradient_scale(ctx.saved_tensors[1].dtype)
+        return None, *scale_(gradients, upstream, scale), None, None, None

@@ -8,8 +8,15 @@
         d_hidden[chunk] = logits @ weight                          # GEMM 2
         d_weight       += logits.T @ hidden[chunk]                 # GEMM 3
 
-A chunk is all rows wherever ``cost`` allows. ``chunk_rows=0`` holds no logits at all: forward
-operator, loss and g, backward operator.
+A chunk is all rows wherever ``cost`` allows. ``chunk_rows=0`` makes no logits at all: forward
+operator, loss and g, backward operator. The parts of a problem have one name each in this package:
+
+    chunk   the rows whose logits are in memory at a time: whole sequences, or a part of one that
+            is longer
+    slice   neighbouring tokens of the vocabulary: columns of logits, rows of the head's weight
+    tile    some rows times a slice: a rectangle of logits (a block of a GPU's program is a tile)
+    strip   the slice of the weight's gradient that one GEMM writes
+    slab    the part of a chunk that plain PyTorch code takes at a time, so that it stays in cache
 """
 
 from collections.abc import Iterator
@@ -20,11 +27,13 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels.reference import segment_sum
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.head import Gradients, HeadGradients, Needs, held_factor
-from npo_fast.ops.linear_log_probs import blocks
-from npo_fast.ops.skipping import Skipped
-from npo_fast.ops.vocab_parallel import VocabularySlice, head_of
+from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale
+from npo_fast.ops.head import Head
+from npo_fast.ops.linear_log_probs import split_rows
+from npo_fast.ops.skipping import Skipped, without_small_rows
+from npo_fast.ops.vocab_parallel import VocabularySlice, local_head
 
 Reference = Literal["sequence", "token"] | None
 
@@ -39,7 +48,7 @@ class SequenceLoss(Protocol):
 
     A loss may also have ``value_and_weight``, with the arguments of ``__call__``, that returns its
     values, the log-probs of the sequences (s,) and its derivative (n,) at once; without it
-    autograd differentiates ``__call__``. Who overrides one overrides both.
+    autograd differentiates ``__call__``. A class that overrides one overrides both.
     """
 
     reference: ClassVar[Reference]
@@ -65,79 +74,106 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one call decides before it meets a tensor."""
+class LossConfig:
+    """What one call of ``linear_sequence_loss`` is given beside tensors."""
 
     loss: SequenceLoss
-    softcap: float | None
-    logit_scale: float
-    count: int  # what the sum over sequences is divided by
+    transform: HeadTransform
+    count: int  # the sum over sequences is divided by it
     chunk_rows: int  # 0: no logits at all
     skip_below: float = 0.0
     skipped: Skipped | None = None
     vocabulary: VocabularySlice | None = None  # weight and bias are those of a slice
 
-    def held(self, dtype: torch.dtype) -> float:
-        return held_factor(dtype, self.count)
+    def head(self, inputs: Inputs) -> Head:
+        """Returns the head of ``inputs``."""
+        return local_head(inputs.weight, inputs.bias, self.transform, self.vocabulary)
+
+    def gradient_scale(self, dtype: torch.dtype) -> float:
+        """Returns the factor on all gradients until the upstream one is known."""
+        return gradient_scale(dtype, self.count)
 
 
-def loss_alone(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
-    head = head_of(inputs.weight, inputs.bias, plan.softcap, plan.logit_scale, plan.vocabulary)
-    log_probs = head.log_probs(inputs.hidden, inputs.labels)
-    offsets = _beside(inputs.cu_seqlens, inputs.hidden.device)
-    value = plan.loss(log_probs, offsets, inputs.ref_log_probs).sum() / plan.count
+class Group(NamedTuple):
+    """Whole sequences whose loss is evaluated at once: what fits a chunk, or a longer one."""
+
+    rows: slice
+    sequences: slice
+    cu_seqlens: Tensor  # (s + 1,) counted from the first row, on the device of the rows
+    ref_log_probs: Tensor | None  # (s,), (n,) or None
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all its sequences."""
+        return self.rows.stop - self.rows.start
+
+
+def loss_alone(config: LossConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+    """Returns the loss and the log-probs of the sequences, and makes no gradient."""
+    log_probs = config.head(inputs).log_probs(inputs.hidden, inputs.labels)
+    offsets = _copy_to(inputs.hidden.device, inputs.cu_seqlens)
+    value = config.loss(log_probs, offsets, inputs.ref_log_probs).sum() / config.count
     return value, segment_sum(log_probs, offsets)
 
 
 def loss_and_gradients(
-    plan: Plan, needs: Needs, inputs: Inputs
-) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,)
-    if plan.chunk_rows == 0:
-        return _without_logits(plan, needs, inputs)
-    hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
-    head = head_of(weight, bias, plan.softcap, plan.logit_scale, plan.vocabulary)
-    step, scale = plan.chunk_rows, 1 / plan.count
-    # in fp16 the gradient of the logits is formed as large as it can be
-    g_scale, alpha = scale, 1.0
-    if weight.dtype == torch.float16:
-        g_scale, alpha = 1.0, scale * plan.held(weight.dtype)
-    gradients = HeadGradients(head, hidden, needs, step, plan.skip_below, plan.skipped)
+    config: LossConfig, needs: Needs, inputs: Inputs
+) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,), gradients times config.gradient_scale
+    """Returns the loss, the log-probs of the sequences, and the gradients that ``needs`` names."""
+    if config.chunk_rows == 0:
+        return _loss_and_gradients_without_logits(config, needs, inputs)
+    hidden, labels, head = inputs.hidden, inputs.labels, config.head(inputs)
+    gradients = HeadGradients(head, hidden, needs, config.chunk_rows)
     total = hidden.new_zeros((), dtype=head.opmath_dtype)
-    sequence_log_probs = total.new_empty(len(cu_seqlens) - 1)
-    for rows, sequences, offsets in _chunks(plan, cu_seqlens, hidden):
-        one_pass = rows.stop - rows.start <= step
-        if one_pass:
-            logits = head.logits(hidden[rows], gradients.logits)
-            softmax = head.softmax(logits, hidden[rows], labels[rows])
-            log_probs = softmax.log_probs[: rows.stop - rows.start]
-        else:  # the weight g needs the whole group: its log-probs first, its gradient after
-            log_probs = head.log_probs(hidden[rows], labels[rows])
-        ref = _part(ref_log_probs, plan.loss, rows, sequences)
-        value, sequence_log_probs[sequences], g = _evaluate(plan.loss, log_probs, offsets, ref)
-        total += value
-        g = g * g_scale
-        if one_pass:
-            gradients.add(rows, hidden[rows], logits, softmax, g, alpha)
-            continue
-        for block in blocks(rows, step):
-            logits = head.logits(hidden[block], gradients.logits)
-            at = slice(block.start - rows.start, block.stop - rows.start)
-            softmax = head.softmax(logits, hidden[block], labels[block])
-            gradients.add(block, hidden[block], logits, softmax, g[at], alpha)
+    sequence_log_probs = total.new_empty(len(inputs.cu_seqlens) - 1)
+    scale = 1 / config.count
+    # in fp16 the scale comes after the GEMMs: the gradient of the logits is as large as it can be
+    g_scale, alpha = scale, 1.0
+    if head.weight.dtype == torch.float16:
+        g_scale, alpha = 1.0, scale * config.gradient_scale(torch.float16)
+
+    def differentiate_loss(group: Group, log_probs: Tensor) -> Tensor:  # (n,) -> g (n,)
+        value, sequence_log_probs[group.sequences], g = _value_and_g(config.loss, log_probs, group)
+        total.add_(value)
+        return g * g_scale
+
+    for group in _groups(config, inputs):
+        g, chunks = None, [group.rows]
+        if group.row_count > config.chunk_rows:
+            # a longer sequence needs all of its log-probs before g: one more GEMM 1
+            chunks = split_rows(group.rows, config.chunk_rows)
+            g = differentiate_loss(group, head.log_probs(hidden[group.rows], labels[group.rows]))
+        for rows in chunks:
+            h, count = hidden[rows], rows.stop - rows.start
+            logits = head.logits(h, gradients.logits)  # GEMM 1: h @ weight.T
+            softmax = head.softmax(logits, h, labels[rows])  # row log-probs
+            if g is None:
+                g = differentiate_loss(group, softmax.log_probs[:count])
+            g_rows, kept = g[rows.start - group.rows.start :][:count], None
+            if config.skip_below > 0:
+                logits, h, softmax, g_rows, kept = without_small_rows(
+                    head, logits, h, softmax, g_rows, alpha, config.skip_below, config.skipped
+                )
+            head.differentiate_(logits, softmax, g_rows)  # in place: logits <- d loss / d logits
+            gradients.set_hidden(rows, logits, alpha, kept)  # GEMM 2: logits @ weight
+            gradients.add_weight(logits, h, alpha)  # GEMM 3: logits.T @ h, and the bias's sum
     return total * scale, sequence_log_probs, gradients.finish()
 
 
-def _without_logits(
-    plan: Plan, needs: Needs, inputs: Inputs
+def _loss_and_gradients_without_logits(
+    config: LossConfig, needs: Needs, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,)
     hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
-    settings, scale = (plan.softcap, plan.logit_scale), 1 / plan.count
-    log_probs, lse = torch.ops.npo_fast.linear_log_probs(hidden, weight, labels, bias, *settings)
-    offsets = _beside(cu_seqlens, hidden.device)
-    value, sequence_log_probs, g = _evaluate(plan.loss, log_probs, offsets, ref_log_probs)
+    log_probs, lse = torch.ops.npo_fast.linear_log_probs(
+        hidden, weight, labels, bias, *config.transform
+    )
+    offsets = _copy_to(hidden.device, cu_seqlens)
+    everything = Group(slice(0, len(hidden)), slice(0, len(cu_seqlens) - 1), offsets, ref_log_probs)
+    value, sequence_log_probs, g = _value_and_g(config.loss, log_probs, everything)
+    scale = 1 / config.count
     gradients = torch.ops.npo_fast.linear_log_probs_backward(
-        g * (scale * plan.held(weight.dtype)), hidden, weight, labels, bias, log_probs, lse,
-        *settings, needs,
+        g * (scale * config.gradient_scale(weight.dtype)),
+        hidden, weight, labels, bias, log_probs, lse, *config.transform, needs,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (
         gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
@@ -145,52 +181,50 @@ def _without_logits(
     return value * scale, sequence_log_probs, (d_hidden, d_weight, d_bias)
 
 
-def _chunks(
-    plan: Plan, cu_seqlens: Tensor, hidden: Tensor
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Whole groups of sequences, as many as fit a chunk: (rows, sequences, offsets)."""
-    rows, sequences, step = len(hidden), len(cu_seqlens) - 1, plan.chunk_rows
-    group = plan.loss.group or max(sequences, 1)
-    beside = _beside(cu_seqlens, hidden.device)
+def _groups(config: LossConfig, inputs: Inputs) -> Iterator[Group]:
+    """As many sequences at a time as fit a chunk, and none of ``loss.group`` without the others."""
+    cu_seqlens, device, ref = inputs.cu_seqlens, inputs.hidden.device, inputs.ref_log_probs
+    rows, sequences, most_rows = len(inputs.hidden), len(cu_seqlens) - 1, config.chunk_rows
+    step = config.loss.group or max(sequences, 1)
+    offsets = _copy_to(device, cu_seqlens)
     # one chunk, or a CUDA graph that cannot look where sequences end: nothing to read from a GPU
-    if rows <= step or group >= sequences or capturing(hidden.device):
-        yield slice(0, rows), slice(0, sequences), beside
+    if rows <= most_rows or step >= sequences or capturing(device):
+        yield Group(slice(0, rows), slice(0, sequences), offsets, ref)
         return
     bounds = cu_seqlens.tolist()
     first = 0
     while first < sequences:
-        last = first + group
-        while last < sequences and bounds[last + group] - bounds[first] <= step:
-            last += group
-        offsets = beside[first : last + 1] - bounds[first]
-        yield slice(bounds[first], bounds[last]), slice(first, last), offsets
+        last = first + step
+        while last < sequences and bounds[last + step] - bounds[first] <= most_rows:
+            last += step
+        group_rows, group_sequences = slice(bounds[first], bounds[last]), slice(first, last)
+        ref_part = group_sequences if config.loss.reference == "sequence" else group_rows
+        yield Group(
+            group_rows,
+            group_sequences,
+            offsets[first : last + 1] - bounds[first],
+            None if ref is None else ref[ref_part],
+        )
         first = last
 
 
-def _beside(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """On the device of the rows; from the host through pinned memory, so that nothing waits."""
+def _copy_to(device: torch.device, cu_seqlens: Tensor) -> Tensor:
+    """From the host through pinned memory, so that nothing waits."""
     if cu_seqlens.device.type == "cpu" and device.type == "cuda":
         cu_seqlens = cu_seqlens.pin_memory()
     return cu_seqlens.to(device, non_blocking=True)
 
 
-def _part(
-    ref_log_probs: Tensor | None, loss: SequenceLoss, rows: slice, sequences: slice
-) -> Tensor | None:
-    if ref_log_probs is None:
-        return None
-    return ref_log_probs[sequences if loss.reference == "sequence" else rows]
-
-
-def _evaluate(
-    loss: SequenceLoss, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
+def _value_and_g(
+    loss: SequenceLoss, log_probs: Tensor, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:  # summed loss, (s,) log-probs, (n,) g = d loss / d log_probs
-    in_one = getattr(loss, "value_and_weight", None)
-    if in_one is not None:
-        values, sequence_log_probs, g = in_one(log_probs, cu_seqlens, ref_log_probs)
+    arguments = group.cu_seqlens, group.ref_log_probs
+    value_and_weight = getattr(loss, "value_and_weight", None)
+    if value_and_weight is not None:
+        values, sequence_log_probs, g = value_and_weight(log_probs, *arguments)
         return values.sum(), sequence_log_probs, g
     with torch.enable_grad():
         log_probs = log_probs.detach().requires_grad_()
-        value = loss(log_probs, cu_seqlens, ref_log_probs).sum()
+        value = loss(log_probs, *arguments).sum()
         (g,) = torch.autograd.grad(value, log_probs)
-    return value.detach(), segment_sum(log_probs.detach(), cu_seqlens), g
+    return value.detach(), segment_sum(log_probs.detach(), group.cu_seqlens), g

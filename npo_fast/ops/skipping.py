@@ -1,9 +1,9 @@
 """Rows whose gradient no longer matters: tokens the model is sure of, sequences it has forgotten.
 
-With ``z`` scaled by s, the gradient of row n in its raw logits is ``g_n * s * (onehot - p)`` times
-slopes of at most 1, so its L1 norm is at most
+The gradient of row n in its raw logits is ``g_n * (onehot - p)`` times the slopes of the head's
+transform, which are at most s. So its L1 norm is at most
 
-    bound_n = 2 * |s| * |g_n| * (1 - p_n)
+    bound_n = 2 * s * |g_n| * (1 - p_n)
 
 which is known right after the row kernel. Rows below a fraction of the largest bound of their chunk
 leave before the two GEMMs of the backward pass.
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SLAB_BYTES = 4 << 20  # of a chunk that is compacted
+from npo_fast.ops.head import Head, Softmax
+
+SLAB_BYTES = 4 << 20  # of the chunk, a few columns at a time, while it is compacted
 
 
 @dataclass
@@ -33,35 +35,61 @@ class Skipped:
 
     @property
     def share(self) -> float:
-        """Rows that were skipped, of all."""
+        """The fraction of rows that were skipped."""
         return self.skipped_rows / self.rows if self.rows else 0.0
+
+
+def without_small_rows(
+    head: Head,
+    logits: Tensor,  # (padded R, V) raw
+    hidden: Tensor,  # (R, D)
+    softmax: Softmax,
+    g: Tensor,  # (R,) d loss / d log_prob, to be multiplied by alpha
+    alpha: float,
+    fraction: float,  # of the largest bound
+    skipped: Skipped | None,
+) -> tuple[Tensor, Tensor, Softmax, Tensor, Tensor | None]:
+    """Returns logits, hidden, softmax and g of the rows that are kept, and their numbers (K,).
+
+    The logits move to the front of the chunk, in place. The numbers are None, and all else is as it
+    was, where every row is kept. Reads one number a row: on a GPU it waits for the row kernel.
+    """
+    kept = rows_that_matter(
+        hidden, softmax.log_probs[: len(g)], g, head.transform.largest_slope * abs(alpha),
+        fraction, skipped,
+    )  # fmt: skip
+    if kept is None:
+        return logits, hidden, softmax, g, None
+    compact_(logits, kept)
+    padded = head.padded(len(kept))
+    return logits[:padded], hidden[kept], softmax.select(kept, padded), g[kept], kept
 
 
 def rows_that_matter(
     hidden: Tensor,  # (R, D)
     log_probs: Tensor,  # (R,)
     g: Tensor,  # (R,) d loss / d log_prob
-    logit_scale: float,
-    skip_below: float,
-    skipped: Skipped | None,
-) -> Tensor | None:  # ascending row numbers, or None where every row matters
-    """Reads one number a row back to the host: on a GPU it waits for the row kernel."""
+    slope: float,  # the largest
+    fraction: float,  # of the largest bound
+    skipped: Skipped | None,  # gets what is left out added
+) -> Tensor | None:  # ascending row numbers
+    """Returns the rows whose bound is at least ``fraction`` of the largest; None: every row."""
     if not len(g):
         return None
-    bound = 2 * abs(logit_scale) * g.abs() * -torch.expm1(log_probs)
-    out = bound < skip_below * bound.max()  # NaN compares false and stays
+    bound = 2 * slope * g.abs() * -torch.expm1(log_probs)
+    small = bound < fraction * bound.max()  # NaN compares false and stays
     if skipped is not None:
         skipped.rows += len(bound)
-        skipped.skipped_rows += int(out.sum())
-        skipped.logits_error += float(bound[out].sum())
-        skipped.weight_error += float((bound[out] * hidden[out].norm(dim=1).to(bound)).sum())
-    return (~out).nonzero().squeeze(1) if bool(out.any()) else None
+        skipped.skipped_rows += int(small.sum())
+        skipped.logits_error += float(bound[small].sum())
+        skipped.weight_error += float((bound[small] * hidden[small].norm(dim=1).to(bound)).sum())
+    return (~small).nonzero().squeeze(1) if bool(small.any()) else None
 
 
 def compact_(chunk: Tensor, rows: Tensor) -> Tensor:  # (R, V), (K,) -> (K, V), a view of chunk
     """Moves ``rows`` (ascending) to the front of the chunk, a slab of columns at a time."""
-    kept = chunk[: len(rows)]
+    front = chunk[: len(rows)]
     step = max(1, SLAB_BYTES // (max(1, len(rows)) * chunk.itemsize))
-    for to, of in zip(kept.split(step, dim=1), chunk.split(step, dim=1), strict=True):
-        to.copy_(of.index_select(0, rows))
-    return kept
+    for target, source in zip(front.split(step, dim=1), chunk.split(step, dim=1), strict=True):
+        target.copy_(source.index_select(0, rows))
+    return front

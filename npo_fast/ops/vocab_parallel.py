@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_fast.distributed import all_reduce_max
+from npo_fast.kernels.layout import opmath_dtype
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.head import Head, Softmax, pad_rows
 
@@ -39,27 +41,32 @@ class VocabularySlice:
 
     @property
     def world_size(self) -> int:
+        """Ranks that share the vocabulary."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
+        """The position of this process in ``group``."""
         return dist.get_rank(self.group)
 
     @property
     def most_rows(self) -> int:
+        """Rows of the largest slice."""
         return -(-self.vocabulary // self.world_size)
 
     @property
     def first(self) -> int:
+        """The token that the first row of this slice belongs to."""
         return self.rank * self.most_rows
 
     @property
     def rows(self) -> int:
+        """Rows of this slice."""
         return max(0, min(self.vocabulary - self.first, self.most_rows))
 
-    def own(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels counted from ``first`` and kept inside, and which of them the slice has."""
-        local = labels - self.first
+    def localize(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ids counted from ``first``, clamped to the slice, and which of them it has."""
+        local = ids - self.first
         return local.clamp(0, self.rows - 1), (local >= 0) & (local < self.rows)
 
 
@@ -75,31 +82,33 @@ class SlicedHead(Head):
         return self.vocabulary
 
     def problem(self, rows: int, trains_head: bool) -> Problem:
-        """That of the largest slice, so that all ranks take the same chunks."""
+        """Returns the sizes of the largest slice, so that all ranks take the same chunks."""
         largest = super().problem(rows, trains_head)
         # the operators without logits do not know of slices
         return replace(largest, vocabulary=self._slice.most_rows, makes_logits=True)
 
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
-        column, mine = self._slice.own(labels)
-        found, lse = torch.ops.npo_fast.linear_log_probs(
-            hidden, self.weight, column, self.bias, self.softcap, self.logit_scale
+        """Returns log-probs over the whole vocabulary, equal on all ranks."""
+        column, mine = self._slice.localize(labels)
+        log_probs, lse = torch.ops.npo_fast.linear_log_probs(
+            hidden, self.weight, column, self.bias, *self.transform
         )
-        return self._combine(found, lse, mine)[0]
+        return self._combine(log_probs, lse, mine)[0]
 
     def softmax(
         self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> Softmax:  # (padded R, V) raw logits of (R, D); over the whole vocabulary
+    ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
+        """Runs the row kernel on this slice, and normalises over the whole vocabulary."""
         padded = len(logits)
-        target = self._target_logits(hidden, self._slice.own(labels)[0], padded)
-        column, mine = self._slice.own(pad_rows(labels, padded))
-        found, own_lse, shift, share = torch.ops.npo_fast.row_log_probs(
-            logits, column, target, self.softcap, self.logit_scale
+        target = self._target_logits(hidden, self._slice.localize(labels)[0], padded)
+        column, mine = self._slice.localize(pad_rows(labels, padded))
+        log_probs, local_lse, shift, share = torch.ops.npo_fast.row_log_probs(
+            logits, column, target, *self.transform
         )
-        log_probs, lse = self._combine(found, own_lse, mine)
+        log_probs, lse = self._combine(log_probs, local_lse, mine)
         outside = column.new_full((), -1)
         return Softmax(
-            log_probs, torch.where(mine, column, outside), shift, share * torch.exp(own_lse - lse)
+            log_probs, torch.where(mine, column, outside), shift, share * torch.exp(local_lse - lse)
         )
 
     def _combine(
@@ -109,25 +118,25 @@ class SlicedHead(Head):
         mine: Tensor,  # (R,) whether the slice has the label
     ) -> tuple[Tensor, Tensor]:  # log_probs and lse over the whole vocabulary
         without_label = lse + torch.log(-torch.expm1(log_probs.clamp(max=0.0)))
-        own = torch.stack(
+        local = torch.stack(
             [torch.where(mine, without_label, lse), torch.where(mine, log_probs + lse, 0.0)]
         )
-        of_all = _all_gather(own, len(own), self._slice.group)
-        others, z = of_all[:, 0].logsumexp(dim=0), of_all[:, 1].sum(dim=0)
+        gathered = _all_gather(local, len(local), self._slice.group)
+        others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
         log_probs = -torch.nn.functional.softplus(others - z)
         return log_probs, z - log_probs
 
 
-def head_of(
+def local_head(
     weight: Tensor,  # (V, D), or the rows of a slice
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocabulary: VocabularySlice | None = None,
+    bias: Tensor | None,
+    transform: HeadTransform,
+    vocabulary: VocabularySlice | None,
 ) -> Head:
-    """The head, or what this rank has of it."""
-    arguments = (weight, bias, softcap, logit_scale)
-    return Head(*arguments) if vocabulary is None else SlicedHead(*arguments, vocabulary)
+    """Returns the head, or this rank's slice of it."""
+    if vocabulary is None:
+        return Head(weight, bias, transform)
+    return SlicedHead(weight, bias, transform, vocabulary)
 
 
 def gather_rows(
@@ -135,7 +144,7 @@ def gather_rows(
     counts: Sequence[int],
     group: dist.ProcessGroup,
 ) -> Tensor:  # (sum(counts), D)
-    """The rows of all ranks, one rank's after another's; gradients are summed over ranks."""
+    """Returns the rows of all ranks, in the order of ranks; gradients are summed over ranks."""
     return _GatherRows.apply(rows, tuple(counts), group)
 
 
@@ -145,18 +154,18 @@ class _GatherRows(torch.autograd.Function):
         ctx: Any, rows: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        of_all = _all_gather(rows, max(counts), group)
-        return torch.cat([each[:count] for each, count in zip(of_all, counts, strict=True)])
+        gathered = _all_gather(rows, max(counts), group)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         counts, group = ctx.counts, ctx.group
-        opmath = torch.promote_types(upstream.dtype, torch.float32)
-        of_all = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=opmath)
-        for each, part in zip(of_all, upstream.split(list(counts)), strict=True):
-            each[: len(part)] = part
-        own = _reduce_scatter(of_all, group)[: counts[dist.get_rank(group)]]
-        return own.to(upstream.dtype), None, None
+        opmath = opmath_dtype(upstream.dtype)
+        padded = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=opmath)
+        for target, part in zip(padded, upstream.split(list(counts)), strict=True):
+            target[: len(part)] = part
+        local = _reduce_scatter(padded, group)[: counts[dist.get_rank(group)]]
+        return local.to(upstream.dtype), None, None
 
 
 def vocab_parallel_embedding(
@@ -165,7 +174,7 @@ def vocab_parallel_embedding(
     vocabulary: VocabularySlice,
     padding_id: int | None = None,
 ) -> Tensor:  # (T, D)
-    """``weight[ids]`` with the whole weight; the row of ``padding_id`` gets no gradient."""
+    """Returns ``weight[ids]`` of the whole weight; the row of ``padding_id`` gets no gradient."""
     return _Embedding.apply(weight, ids, vocabulary, padding_id)
 
 
@@ -175,13 +184,13 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, weight: Tensor, ids: Tensor, vocabulary: VocabularySlice, padding_id: int | None
     ) -> Tensor:
         group = vocabulary.group
-        ctx.all_reduce_max = all_reduce_max(len(ids), ids.device, group)
-        of_all = _all_gather(ids, ctx.all_reduce_max, group)
-        row, mine = vocabulary.own(of_all)
-        # what fills up the shorter ranks is id 0, of which nothing is kept and nothing comes back
+        ctx.length = all_reduce_max(len(ids), ids.device, group)
+        all_ids = _all_gather(ids, ctx.length, group)
+        row, mine = vocabulary.localize(all_ids)
+        # ranks with fewer ids are padded with id 0, whose rows are cut off and have no gradient
         embedded = weight[row] * mine.unsqueeze(-1).to(weight.dtype)
         if padding_id is not None:
-            mine &= of_all != padding_id
+            mine &= all_ids != padding_id
         ctx.save_for_backward(row, mine)
         ctx.group, ctx.rows = group, len(weight)
         return _reduce_scatter(embedded, group)[: len(ids)]
@@ -189,25 +198,27 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         row, mine = ctx.saved_tensors
-        of_all = _all_gather(upstream, ctx.all_reduce_max, ctx.group) * mine.unsqueeze(-1)
-        gradient = torch.ops.aten.embedding_dense_backward(of_all, row, ctx.rows, -1, False)
+        gathered = _all_gather(upstream, ctx.length, ctx.group) * mine.unsqueeze(-1)
+        gradient = torch.ops.aten.embedding_dense_backward(gathered, row, ctx.rows, -1, False)
         return gradient, None, None, None
 
 
-def _all_gather(own: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:  # (ranks, length, …)
-    """Zeros stand after the rows of ranks that have fewer than ``length``."""
+def _all_gather(
+    local: Tensor, length: int, group: dist.ProcessGroup
+) -> Tensor:  # (n, …) -> (ranks, length, …)
+    """Pads the rows of ranks that have fewer than ``length`` with zeros."""
     world_size = dist.get_world_size(group)
-    filled = own.new_zeros(length, *own.shape[1:])
-    filled[: len(own)] = own
-    of_all = own.new_empty(world_size * length, *own.shape[1:])
-    if of_all.numel():
-        _ALL_GATHER(of_all, filled, group=group)
-    return of_all.unflatten(0, (world_size, length))
+    padded = local.new_zeros(length, *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = local.new_empty(world_size * length, *local.shape[1:])
+    if gathered.numel():
+        _ALL_GATHER(gathered, padded, group=group)
+    return gathered.unflatten(0, (world_size, length))
 
 
-def _reduce_scatter(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(ranks, n, …) -> (n, …): the sum over ranks of what they have for this one."""
-    own = torch.empty_like(of_all[0])
-    if own.numel():
-        _REDUCE_SCATTER(own, of_all.contiguous().flatten(0, 1), group=group)
-    return own
+def _reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:  # (ranks, n, …) -> (n, …)
+    """Returns the sum over ranks of their parts for this rank."""
+    local = torch.empty_like(parts[0])
+    if local.numel():
+        _REDUCE_SCATTER(local, parts.contiguous().flatten(0, 1), group=group)
+    return local

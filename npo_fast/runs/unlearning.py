@@ -22,7 +22,7 @@ from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite
+from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
 from npo_fast.methods import Term, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.model.causal_lm import CausalLM
@@ -217,7 +217,10 @@ def _evaluation_callback(
         return None
     records, retrained = suite
     settings = EvaluationSettings(max_new_tokens=report.max_new_tokens)
-    return EvaluationCallback(options, lambda: evaluate(lm, template, records, settings), retrained)
+    tokenized = tokenize_suite(template, records)
+    return EvaluationCallback(
+        options, lambda: evaluate(lm, template, tokenized, settings), retrained
+    )
 
 
 class _Sample:

@@ -12,6 +12,7 @@ from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tokenize_suite
 from npo_fast.evaluation.tokens import token_scores
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.metrics.memorization import (
     exact_memorization,
     extraction_strength,
@@ -96,7 +97,7 @@ def test_token_scores_are_those_of_the_full_logits(family):
 
 
 def test_chunks_change_memory_and_not_the_scores(monkeypatch):
-    head = Head(torch.randn(97, 16), bias=torch.randn(97), softcap=4.0, logit_scale=0.5)
+    head = Head(torch.randn(97, 16), bias=torch.randn(97), transform=HeadTransform(4.0, 0.5))
     hidden, labels = torch.randn(23, 16) * 3, torch.randint(97, (23,))
     whole = token_scores(head, hidden, labels)
     monkeypatch.setattr("npo_fast.ops.cost.CHUNK_BYTES", 97 * 4 * 5)

@@ -17,6 +17,7 @@ from torch import Tensor
 from npo_fast import NLL, NPO, SimNPO, linear_kl, linear_log_probs, linear_sequence_loss
 from npo_fast.data import TokenizedExample, pack
 from npo_fast.kernels import layout, reference
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.methods import build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops.compiled import IN_GRAPH
@@ -456,14 +457,15 @@ def test_row_kernels_as_shipped_are_as_exact_as_pytorch(dtype, softcap):
     target = logits.float().gather(1, labels[:, None]).squeeze(1) + 0.01
     ref_logits, g = logits.roll(1, 0), torch.randn(rows, device=DEVICE)
 
-    def log_probs_and_gradient(kernel, gradient_kernel, logits, wide=torch.float32):
-        settings = softcap, 0.5
-        log_probs, lse, *softmax = kernel(logits, labels, target.to(wide), *settings)
-        gradient_kernel(logits, labels, log_probs, *softmax, g.to(wide), *settings)
+    def log_probs_and_gradient(kernel, gradient_kernel, logits, opmath=torch.float32):
+        transform = HeadTransform(softcap, 0.5)
+        log_probs, lse, *softmax = kernel(logits, labels, target.to(opmath), transform)
+        gradient_kernel(logits, labels, log_probs, *softmax, g.to(opmath), transform)
         return log_probs, lse, logits
 
     def kl_and_gradient(kernel, logits):
-        kl = kernel(logits, ref_logits.to(logits.dtype), softcap, 0.5, None, 1.0)
+        transforms = HeadTransform(softcap, 0.5), HeadTransform()
+        kl = kernel(logits, ref_logits.to(logits.dtype), *transforms)
         return kl, logits
 
     plain_kernels = reference.row_log_probs, reference.row_gradient_

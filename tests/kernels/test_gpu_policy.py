@@ -13,7 +13,8 @@ from npo_fast import NPO, SimNPO, Skipped, linear_kl, linear_log_probs, linear_s
 from npo_fast.kernels import layout, products
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
-from npo_fast.ops.head import Head, HeadGradients
+from npo_fast.ops.gradients import HeadGradients
+from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from tests.helpers import assert_as_exact, assert_near
 

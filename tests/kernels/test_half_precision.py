@@ -9,6 +9,7 @@ from torch import Tensor
 from npo_fast import NLL, NPO, linear_kl, linear_log_probs, linear_sequence_loss
 from npo_fast.kernels import layout
 from npo_fast.ops import head
+from npo_fast.ops.gradients import gradient_scale
 from tests.helpers import assert_as_exact, slow_but
 
 WIDTH, VOCABULARY = 64, 517
@@ -235,7 +236,7 @@ def test_gradients_of_kl_over_many_tokens_do_not_underflow():
 
 @pytest.mark.usefixtures("_policy")
 @pytest.mark.parametrize("rows", [6, 100, 700])
-def test_what_gradients_are_held_at_does_not_change_them(rows, monkeypatch):
+def test_the_factor_that_gradients_carry_does_not_change_them(rows, monkeypatch):
     """A power of two rounds nothing but what is below the normal numbers of fp16."""
     tensors, labels = fp16_case(rows), torch.randint(64, (rows,))
     ref = {f"ref_{name}": t.detach() for name, t in fp16_case(rows).items()}
@@ -247,24 +248,22 @@ def test_what_gradients_are_held_at_does_not_change_them(rows, monkeypatch):
         )
         return [*gradients(value, tensors), *gradients(linear_kl(**tensors, **ref), tensors)]
 
-    held = both()
+    scaled = both()
     for name in ("one_pass", "linear_kl"):
         module = import_module(f"npo_fast.ops.{name}")
-        monkeypatch.setattr(module, "held_factor", lambda dtype, count: 1.0)
-    for got, want in zip(held, both(), strict=True):
+        monkeypatch.setattr(module, "gradient_scale", lambda dtype, count: 1.0)
+    for got, want in zip(scaled, both(), strict=True):
         torch.testing.assert_close(got.float(), want.float(), rtol=2**-10, atol=2 * subnormal)
 
 
 def test_the_factor_is_a_power_of_two_that_fits():
     for count in range(1, 3000):
-        factor = head.held_factor(torch.float16, count)
+        factor = gradient_scale(torch.float16, count)
         assert 1 <= factor <= min(count, 256)
         assert factor.hex().startswith("0x1.0000000000000p")
         assert factor == 256 or factor > count / 2
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert head.held_factor(dtype, 1000) == 1.0, (
-            "of the range of fp32, where nothing underflows"
-        )
+        assert gradient_scale(dtype, 1000) == 1.0, "of the range of fp32, where nothing underflows"
 
 
 @pytest.mark.usefixtures("_policy")

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from npo_fast.kernels import cpu, reference
+from npo_fast.kernels import OPERATORS, cpu
 from tests.helpers import slow_but
 
 pytestmark = pytest.mark.skipif(
@@ -23,6 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (5, 7), (3, 127), (4, 1000), (2, 49157))
 SETTINGS = ((None, 1.0), (30.0, 1.0), (None, 0.5), (2.0, -1.5))  # softcap, logit_scale
 
+# the operators' plain PyTorch kernels, with the same arguments
+REFERENCE = SimpleNamespace(**{name: kernel for name, (kernel, _) in OPERATORS.items()})
 Result = tuple[Tensor, Tensor, Tensor]  # log_probs, lse, gradient
 
 
@@ -344,7 +347,7 @@ def test_tiles_agree_with_the_reference(
     raw, labels = random_rows(6, 300, dtype), torch.tensor([-1, 0, 150, 299, 300, 7])
     state = [torch.full((6,), -2.0, dtype=torch.float64) for _ in range(4)]
     OPS.tile_log_probs_(raw, labels, *setting, *state[:2])
-    reference.tile_log_probs_(raw, labels, *setting, *state[2:])
+    REFERENCE.tile_log_probs_(raw, labels, *setting, *state[2:])
     for ours, theirs in zip(state[:2], state[2:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert state[1][0] == state[1][4] == -2.0  # their label is in no column here
@@ -377,7 +380,7 @@ def test_every_instruction_set_that_runs_here_agrees(capability: str) -> None:
     for dtype in (*DTYPES, torch.float64):
         raw = random_rows(4, 1003, dtype)
         labels = torch.arange(4) * 300
-        log_probs, lse = both_(raw, labels, None, 30.0, 1.5, ops=reference)
+        log_probs, lse = both_(raw, labels, None, 30.0, 1.5, ops=REFERENCE)
         total += sum(float(x.double().sum()) for x in (log_probs, lse, raw.abs()))
     torch.testing.assert_close(float(capped.stdout), total, rtol=1e-4, atol=0)
 

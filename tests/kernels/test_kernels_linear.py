@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npo_fast.kernels import reference
+from npo_fast.kernels import OPERATORS
+from npo_fast.kernels.reference import linear
 
 ops = torch.ops.npo_fast
 HEADS = [(None, 1.0, False), (4.0, 0.7, True)]
@@ -14,8 +15,8 @@ EVERYTHING = [True, True, True]
 @pytest.fixture(autouse=True)
 def _narrow_tiles(monkeypatch):
     """Several slices of the vocabulary, the last one not full; outputs start as NaN."""
-    monkeypatch.setattr(reference, "TILE_BYTES", 1)
-    monkeypatch.setattr(reference, "LEAST_COLUMNS", 48)
+    monkeypatch.setattr(linear, "TILE_BYTES", 1)
+    monkeypatch.setattr(linear, "LEAST_COLUMNS", 48)
 
 
 def case(rows, dtype=torch.float64, bias=True, width=12, vocabulary=131):
@@ -104,8 +105,8 @@ def test_nothing_is_as_wide_as_the_vocabulary(monkeypatch):
 
     arguments = (*tensors, None, 1.0)
     with Watch():
-        found = reference.linear_log_probs(*arguments)
-        reference.linear_log_probs_backward(g, *tensors, *found, None, 1.0, EVERYTHING)
+        found = OPERATORS["linear_log_probs"][0](*arguments)
+        OPERATORS["linear_log_probs_backward"][0](g, *tensors, *found, None, 1.0, EVERYTHING)
     assert largest == 900 * 12, "the gradient of the head; a slice of logits is 40 x 48"
 
 

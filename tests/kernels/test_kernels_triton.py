@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from npo_fast import NPO, segment_sum
-from npo_fast.kernels import reference
+from npo_fast.kernels import OPERATORS, reference
 from npo_fast.kernels.layout import empty_logits
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import ROW
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.npo_head import npo_head
@@ -56,8 +57,9 @@ def rows_case(rows, vocabulary, dtype=torch.float32, spread=5.0, seed=0):
 
 def plain_rows(logits, labels, target, g, softcap, logit_scale):
     """Log-probs, logsumexp and, in the place of the logits, the gradient: PyTorch's."""
-    log_probs, lse, *softmax = reference.row_log_probs(logits, labels, target, softcap, logit_scale)
-    reference.row_gradient_(logits, labels, log_probs, *softmax, g, softcap, logit_scale)
+    transform = HeadTransform(softcap, logit_scale)
+    log_probs, lse, *softmax = reference.row_log_probs(logits, labels, target, transform)
+    reference.row_gradient_(logits, labels, log_probs, *softmax, g, transform)
     return log_probs, lse, logits
 
 
@@ -67,7 +69,7 @@ def exact_rows(logits, labels, target, g, softcap, logit_scale):
 
 
 def kernel_rows(logits, labels, target, g, softcap, logit_scale, config):
-    settings = softcap, logit_scale, config
+    settings = HeadTransform(softcap, logit_scale), config
     log_probs, lse, *softmax = row_log_probs(logits, labels, target, *settings)
     row_gradient(logits, labels, log_probs, *softmax, g, *settings)
     return log_probs, lse, logits
@@ -239,7 +241,7 @@ def test_two_runs_are_bit_identical():
 
 
 # a slice of the vocabulary is for CPUs: on a GPU linear_log_probs is one kernel
-@pytest.mark.parametrize("op", sorted({*reference.OPERATORS} - {"tile_log_probs_"}))
+@pytest.mark.parametrize("op", sorted({*OPERATORS} - {"tile_log_probs_"}))
 def test_operators_have_a_gpu_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{op}", "CUDA")
 

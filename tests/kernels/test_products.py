@@ -8,7 +8,7 @@ from torch import Tensor
 
 from npo_fast.kernels import products, reference
 from npo_fast.kernels.pages import LEAST_BYTES, in_huge_pages
-from npo_fast.kernels.products import add_product_, wide_product
+from npo_fast.kernels.products import add_product_, opmath_product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = ("none", "mm", "addmm")
@@ -25,23 +25,23 @@ def take(monkeypatch: pytest.MonkeyPatch, way: str, dtype: torch.dtype) -> list[
     """Takes ``way``, in PyTorch's own products where they know it. Returns the calls."""
     called: list[str] = []
     mm, addmm = torch.mm, torch.addmm
-    known = WAYS.index(wide_product(DEVICE, dtype)) >= WAYS.index(way)
+    known = WAYS.index(opmath_product(DEVICE, dtype)) >= WAYS.index(way)
 
-    def wide_mm(a, b, *, out_dtype=None):
+    def fp32_mm(a, b, *, out_dtype=None):
         called.append("mm" if out_dtype is None else "wide mm")
         if out_dtype is None:
             return mm(a, b)
         return mm(a, b, out_dtype=out_dtype) if known else mm(a.to(out_dtype), b.to(out_dtype))
 
-    def wide_addmm(beside, a, b, *, out_dtype, alpha, out):
+    def fp32_addmm(beside, a, b, *, out_dtype, alpha, out):
         called.append("wide addmm")
         if known:
             return addmm(beside, a, b, out_dtype=out_dtype, alpha=alpha, out=out)
         return out.copy_(addmm(beside, a.to(out_dtype), b.to(out_dtype), alpha=alpha))
 
-    monkeypatch.setattr(products, "wide_product", lambda device, dtype: way)
-    monkeypatch.setattr(torch, "mm", wide_mm)
-    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(products, "opmath_product", lambda device, dtype: way)
+    monkeypatch.setattr(torch, "mm", fp32_mm)
+    monkeypatch.setattr(torch, "addmm", fp32_addmm)
     return called
 
 
@@ -79,7 +79,7 @@ def test_sums_in_the_dtype_of_the_operands_are_one_product(dtype, beta, monkeypa
     exact = 0.5 * (a.double() @ b.double()) + beta * out.double()
     if beta == 0:
         out.fill_(torch.nan)
-    monkeypatch.setattr(products, "wide_product", None)
+    monkeypatch.setattr(products, "opmath_product", None)
     add_product_(out, a, b, beta, 0.5)
     error = float((out.double() - exact).norm() / exact.norm())
     assert error < 2 * torch.finfo(dtype).eps
@@ -96,7 +96,7 @@ def test_only_one_strip_of_a_product_is_alive_beside_the_sum(monkeypatch):
         living.append(weakref.ref(product))
         return product
 
-    monkeypatch.setattr(products, "wide_product", lambda device, dtype: "none")
+    monkeypatch.setattr(products, "opmath_product", lambda device, dtype: "none")
     monkeypatch.setattr(torch, "mm", watched)
     add_product_(*operands(torch.bfloat16), 1)
     assert len(alive) == M
@@ -119,7 +119,7 @@ def test_what_pytorch_can_do_is_found_out_by_trying(refused, way, error, monkeyp
 
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, product(name))
-    assert wide_product.__wrapped__(torch.device("cpu"), torch.bfloat16) == way
+    assert opmath_product.__wrapped__(torch.device("cpu"), torch.bfloat16) == way
 
 
 def test_no_other_error_is_taken_for_an_answer(monkeypatch):
@@ -128,7 +128,7 @@ def test_no_other_error_is_taken_for_an_answer(monkeypatch):
 
     monkeypatch.setattr(torch, "addmm", out_of_order)
     with pytest.raises(ValueError):  # noqa: PT011
-        wide_product.__wrapped__(torch.device("cpu"), torch.bfloat16)
+        opmath_product.__wrapped__(torch.device("cpu"), torch.bfloat16)
 
 
 # --- scaling --------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_the_operator_keeps_the_rules_of_torch_library():
     labels = torch.randint(0, V, (ROWS,))
     torch.library.opcheck(
         torch.ops.npo_fast.linear_sequence_loss.default,
-        (*arguments, labels, CU, REF, loss_number(NPO(0.3)), None, 1.0, 2, 4, [True, True, True]),
+        (*arguments, labels, CU, REF, loss_number(NPO(0.3)), 2, 4, [True, True, True], None, 1.0),
     )
 
 
@@ -287,5 +287,5 @@ def test_the_operators_of_linear_log_probs_keep_the_rules(chunk_rows):
     arguments = [t.requires_grad_() for t in (hidden, weight, bias)]
     labels = torch.randint(0, V, (ROWS,))
     torch.library.opcheck(
-        torch.ops.npo_fast.log_probs_of_rows.default, (*arguments, labels, 2.0, 1.0, chunk_rows)
+        torch.ops.npo_fast.log_probs_of_rows.default, (*arguments, labels, chunk_rows, 2.0, 1.0)
     )

@@ -11,8 +11,9 @@ from npo_fast.kernels import products
 from npo_fast.kernels.layout import column_stride
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
-from npo_fast.ops.head import Head, HeadGradients, strips
-from npo_fast.ops.linear_log_probs import blocks, resolve_chunk_rows
+from npo_fast.ops.gradients import HeadGradients, strips
+from npo_fast.ops.head import Head
+from npo_fast.ops.linear_log_probs import resolve_chunk_rows, split_rows
 from npo_fast.planner.tracker import Tracker
 
 MIB = 1 << 20
@@ -196,12 +197,12 @@ def test_logits_end_where_the_memory_of_the_gradient_ends(rows, dtype):
     assert gradients.strips == strips(len(weight), 1024, logits.stride(1), ahead)
 
 
-def test_blocks_cover_all_rows_in_order_and_none_is_too_long():
+def test_split_rows_covers_all_rows_in_order_and_no_part_is_too_long():
     draw = random.Random(0)
     for _ in range(2000):
         first, count = draw.randint(0, 500), draw.randint(0, 3000)
         step = draw.choice([1, 7, 64, 128, 192, 1000, 4096, draw.randint(1, 4000)])
-        cut = blocks(slice(first, first + count), step)
+        cut = split_rows(slice(first, first + count), step)
         at = first
         for block in cut:
             assert block.start == at < block.stop <= at + step

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_fast import linear_kl
-from npo_fast.kernels import reference
+from npo_fast.kernels import OPERATORS
+from npo_fast.kernels.transform import HeadTransform
 from tests.helpers import assert_as_exact, free_error, slow_but
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs
@@ -33,13 +34,15 @@ def triton_op(logits, ref_logits, *setting):
 
     config = replace(ROW["sm_80"], block_rows=4, block_columns=256, programs=4)
     there, ref_there = logits.to(DEVICE), ref_logits.to(DEVICE)
-    kl = row_kl(there, ref_there, *setting, config=config)
+    kl = row_kl(
+        there, ref_there, HeadTransform(*setting[:2]), HeadTransform(*setting[2:]), config=config
+    )
     logits.copy_(there)
     ref_logits.copy_(ref_there)
     return kl.to(logits.device)
 
 
-KERNELS = {"torch": reference.row_kl_, "operator": OP, "triton": triton_op}
+KERNELS = {"torch": OPERATORS["row_kl_"][0], "operator": OP, "triton": triton_op}
 
 
 def activate(raw: Tensor, softcap: float | None, logit_scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is known of each target, and every tuned number of the Triton kernels: the one place.
+"""Every tuned number of the Triton kernels, by target.
 
 Fixed, so that two runs on one GPU model agree. ``offline`` compiles all of them and the tests hold
 them to no spills and to the shared memory of the target.
@@ -36,16 +36,17 @@ ROW = MappingProxyType(dict.fromkeys(TARGETS, _NVIDIA_ROW) | {"gfx942": _AMD_ROW
 
 
 def h100_floor_ms(flops: float, moved_bytes: float) -> float:
-    """The larger of the time to compute and the time to move the bytes."""
+    """Returns the larger of the time to compute and the time to move the bytes, on an H100."""
     return 1e3 * max(flops / H100_FLOPS, moved_bytes / H100_BYTES_PER_S)
 
 
 def row_config() -> RowConfig:
+    """Returns the configuration for the present GPU."""
     return ROW[current_target()]
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors or compute units; one where the interpreter runs."""
+    """Returns the streaming multiprocessors or compute units; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -53,7 +54,7 @@ def processors(device: torch.device) -> int:
 
 @cache
 def current_target() -> str:
-    """The entry of ``TARGETS`` whose configurations fit the present GPU."""
+    """Returns the entry of ``TARGETS`` whose configurations fit the present GPU."""
     import triton
 
     if triton.knobs.runtime.interpret:

@@ -39,6 +39,7 @@ def label_logits(
     labels: Tensor,  # (N,) in [0, V)
     bias: Tensor | None,  # (V,)
 ) -> Tensor:  # (N,) fp32
+    """Launches the kernel: returns the raw logits of the labels."""
     out = hidden.new_empty(len(hidden), dtype=torch.float32)
     if len(out):
         label_logits_kernel[(len(out),)](

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from npo_fast.kernels.layout import empty_logits, padded_rows
 from npo_fast.kernels.products import add_product_
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import row_config
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.row_log_probs import row_gradient, with_labels
@@ -32,19 +33,19 @@ def linear_forward(
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,) in [0, V)
     bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,) fp32, lse (N,) fp32
+    """Returns log-probs of the labels and the logsumexp of each row."""
     config, rows = row_config(), len(hidden)
     padded = padded_rows(rows, on_cpu=False)
     target = _padded(label_logits(hidden, weight, labels, bias), padded)
     labels = _padded(labels, padded)
     sums = [
-        slice_sums(logits, labels - columns.start, softcap, logit_scale, config)
+        slice_sums(logits, labels - columns.start, transform, config)
         for columns, logits in _slices(hidden, weight, bias)
     ]
     joined = Sums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
-    log_probs, lse, _, _ = with_labels(joined, target, softcap, logit_scale)
+    log_probs, lse, _, _ = with_labels(joined, target, transform)
     return log_probs[:rows].clone(), lse[:rows].clone()
 
 
@@ -56,10 +57,10 @@ def linear_backward(
     bias: Tensor | None,  # (V,)
     log_probs: Tensor,  # (N,) of the forward pass
     lse: Tensor,  # (N,) of the forward pass
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
     needs: Sequence[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_hidden, d_weight, d_bias; empty: not wanted
+    """Returns the gradients of a loss with derivative ``g`` in the log-probs."""
     rows = len(hidden)
     padded = padded_rows(rows, on_cpu=False)
     shape = (padded, hidden.shape[1]) if needs[0] else (0,)
@@ -68,10 +69,10 @@ def linear_backward(
     wants_bias = bias is not None and needs[2]
     d_bias = (hidden if bias is None else bias).new_empty(len(weight) if wants_bias else 0)
     operand = _padded(hidden, padded)
-    labels, log_probs, lse, g = (_padded(one, padded) for one in (labels, log_probs, lse, g))
+    labels, log_probs, lse, g = (_padded(t, padded) for t in (labels, log_probs, lse, g))
     share = torch.ones_like(lse)
     for columns, logits in _slices(hidden, weight, bias):
-        row_gradient(logits, labels - columns.start, log_probs, lse, share, g, softcap, logit_scale)
+        row_gradient(logits, labels - columns.start, log_probs, lse, share, g, transform)
         logits[rows:] = 0  # 0 times exp(bias) is no number where the bias is large
         if needs[0]:
             add_product_(d_hidden, logits, weight[columns], beta=int(columns.start > 0))
@@ -88,10 +89,10 @@ def _slices(
     rows, vocabulary = padded_rows(len(hidden), on_cpu=False), len(weight)
     hidden = _padded(hidden, rows)
     step = max(LEAST_COLUMNS, SLICE_BYTES // (max(rows, 1) * hidden.itemsize))
-    room = empty_logits(rows, min(step, vocabulary), weight, hidden.dtype)
+    buffer = empty_logits(rows, min(step, vocabulary), weight, hidden.dtype)
     for first in range(0, vocabulary, step):
         columns = slice(first, min(first + step, vocabulary))
-        logits = room[:, : columns.stop - first]
+        logits = buffer[:, : columns.stop - first]
         if bias is None:
             torch.mm(hidden, weight[columns].t(), out=logits)
         else:

@@ -1,4 +1,4 @@
-"""Device functions that Triton lacks, accurate relative to their result, also in the interpreter.
+"""Device functions that Triton lacks, accurate relative to their result, in the interpreter too.
 
 libdevice has them for a GPU, but the interpreter cannot call it.
 """
@@ -24,6 +24,7 @@ TAIL_C4 = tl.constexpr(0.0013814467)
 
 @triton.jit
 def tanh(x):
+    """Returns tanh(x), accurate relative to itself."""
     square = x * x
     series = TANH_C4 + square * TANH_C5
     series = TANH_C3 + square * series
@@ -36,13 +37,15 @@ def tanh(x):
 
 
 @triton.jit
-def one_minus_exp(x):  # -expm1(x) for x <= 0: the 1 - p of a log-probability, exact where p is ~1
+def one_minus_exp(x):
+    """Returns ``-expm1(x)`` for x <= 0: 1 - p of a log-prob, without cancellation near p = 1."""
     half = tanh(0.5 * x)
     return -2.0 * half / (1.0 - half)
 
 
 @triton.jit
-def exp_tail(x):  # exp(x) - 1 - x for |x| <= log(2) / 2: never negative, exact relative to itself
+def exp_tail(x):
+    """Returns ``exp(x) - 1 - x`` for |x| <= log(2) / 2, never negative, accurate relative to it."""
     series = TAIL_C3 + x * TAIL_C4
     series = TAIL_C2 + x * series
     series = TAIL_C1 + x * series
@@ -50,12 +53,15 @@ def exp_tail(x):  # exp(x) - 1 - x for |x| <= log(2) / 2: never negative, exact 
 
 
 @triton.jit
-def softplus(x):  # log(1 + exp(x))
+def softplus(x):
+    """Returns ``log(1 + exp(x))``."""
     small = tl.exp(-tl.abs(x))
-    opmath = 1.0 + small
-    # what 1 + small rounds away is put back by the ratio
+    rounded = 1.0 + small
+    # the ratio corrects the rounding of 1 + small
     log1p = tl.where(
-        opmath == 1.0, small, tl.log(opmath) * (small / tl.where(opmath == 1.0, 1.0, opmath - 1.0))
+        rounded == 1.0,
+        small,
+        tl.log(rounded) * (small / tl.where(rounded == 1.0, 1.0, rounded - 1.0)),
     )
     return tl.maximum(x, 0.0) + log1p
 

@@ -51,6 +51,7 @@ def npo_head(
     ref_log_probs: Tensor,  # (S,)
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # values (S,), sequence_log_probs (S,), g (N,): fp32
+    """Launches the kernel; ``linear_sequence_loss`` takes g as the derivative in the log-probs."""
     assert log_probs.dtype == torch.float32, log_probs.dtype
     sequences = len(cu_seqlens) - 1
     values = log_probs.new_empty(sequences)

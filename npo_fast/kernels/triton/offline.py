@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads what came out.
+"""Compiles the Triton kernels without a GPU, and inspects the machine code.
 
-``inspect()`` gives one ``Record`` a kernel, configuration and target: registers, spills, shared
-memory and 16-byte loads, counted in the machine code by the tools that
-come with Triton; and the time below which no H100 can be. ``python -m`` this module prints JSON.
+``inspect()`` yields one ``Record`` a kernel, configuration and target: registers, spills, shared
+memory and 16-byte loads, counted by the tools that come with Triton, and a lower bound of the time
+on an H100. ``python -m`` this module prints JSON.
 """
 
 import json
@@ -23,6 +23,8 @@ from npo_fast.kernels.triton.variants import Variant, variants
 
 @dataclass(frozen=True)
 class Target:
+    """A GPU to compile for, its shared memory, and what its 16-byte loads look like."""
+
     gpu: GPUTarget
     shared_limit_bytes: int
     wide_load: str  # 16 bytes a lane, or a bulk copy
@@ -55,7 +57,7 @@ TYPES = {
     "labels": "*i64",
     "cu_seqlens": "*i32",
 }  # fmt: skip
-ONE = ("row_stride", "ref_row_stride")  # in the layout of ``logits_room``
+UNIT_STRIDES = ("row_stride", "ref_row_stride")  # in the layout of ``empty_logits``
 # sizes of the problem, as odd as they come: GPT-2 has 50257 tokens, a batch any number of rows
 NOT_DIVISIBLE = ("tiles_per_split", "rows", "row_count", "columns", "vocabulary", "slices")
 
@@ -87,20 +89,20 @@ def inspect(targets: Iterable[str] = TARGETS) -> Iterator[Record]:
 
 
 def table(records: Iterable[Record]) -> list[dict[str, str | int | float]]:
-    """Rows for people: one a record, with units in the column names."""
+    """Returns one row a record, with units in the column names."""
     return [
         {
-            "kernel": f"{one.kernel} ({one.variant}, {one.dtype})",
-            "target": one.target,
-            "config": one.config,
-            "registers": one.registers,
-            "spill_bytes": one.spill_bytes,
-            "shared_kib": round(one.shared_bytes / 1024, 1),
-            "shared_limit_kib": one.shared_limit_bytes // 1024,
-            "loads_16_bytes": one.wide_loads,
-            "h100_floor_ms": "" if one.h100_floor_ms is None else round(one.h100_floor_ms, 3),
+            "kernel": f"{record.kernel} ({record.variant}, {record.dtype})",
+            "target": record.target,
+            "config": record.config,
+            "registers": record.registers,
+            "spill_bytes": record.spill_bytes,
+            "shared_kib": round(record.shared_bytes / 1024, 1),
+            "shared_limit_kib": record.shared_limit_bytes // 1024,
+            "loads_16_bytes": record.wide_loads,
+            "h100_floor_ms": "" if record.h100_floor_ms is None else round(record.h100_floor_ms, 3),
         }
-        for one in records
+        for record in records
     ]
 
 
@@ -133,7 +135,7 @@ def _source(variant: Variant) -> ASTSource:
     """The kernel with the argument types and alignment of a launch at ordinary sizes."""
     hip = TARGETS_OFFLINE[variant.target].gpu.backend == "hip"
     names = variant.function.arg_names
-    constants = {**variant.constants, **{name: 1 for name in ONE if name in names}}
+    constants = {**variant.constants, **{name: 1 for name in UNIT_STRIDES if name in names}}
     signature, attributes = {}, {}
     for at, name in enumerate(names):
         if name in constants:
@@ -156,18 +158,18 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
         path.write_bytes(cubin)
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
         code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1]), int(found[2]), code
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    return int(match[1]), int(match[2]), code
 
 
 def _read_amdgcn(assembly: str) -> tuple[int, int, str]:
     """Vector registers, bytes of private memory with spilled registers, and the assembly."""
 
     def metadata(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        assert found is not None, key
-        return int(found[1])
+        match = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        assert match is not None, key
+        return int(match[1])
 
     spilled = 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count"))
     return metadata("vgpr_count"), metadata("private_segment_fixed_size") + spilled, assembly

@@ -4,6 +4,7 @@ Triton is imported by the first call, not by ``import npo_fast``.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels import reference
+from npo_fast.kernels.operators import library
+from npo_fast.kernels.transform import HeadTransform, takes_numbers
 
 KEY = "CUDA"
 
@@ -29,10 +32,12 @@ ANY_STRIDES = ("row_log_probs", "row_gradient_", "row_kl_", "scale_")
 
 
 def kernel(operator: str) -> Callable[..., Any]:
-    """Launches Triton for what it serves and the reference for the rest."""
-    plain, _ = reference.OPERATORS[operator]
+    """Returns what serves ``operator``: Triton where it can, and the reference for the rest."""
+    plain = getattr(reference, operator)
     module_name, launcher = LAUNCHERS[operator]
 
+    @takes_numbers
+    @wraps(plain)
     def launch(*arguments: Any) -> Any:
         if not _triton_serves(arguments, operator in ANY_STRIDES):
             return plain(*arguments)
@@ -44,12 +49,18 @@ def kernel(operator: str) -> Callable[..., Any]:
 
 
 def _triton_serves(arguments: tuple[Any, ...], any_strides: bool) -> bool:
-    """fp64 (gradcheck) and operands whose rows are not contiguous are not worth a kernel."""
-    tensors = [one for one in arguments if isinstance(one, Tensor)]
-    return tensors[0].dtype != torch.float64 and (
-        any_strides or all(one.stride(-1) == 1 for one in tensors if one.dim() == 2)
+    """Whether it is worth a kernel, and ``math.activate`` knows all settings of the transform.
+
+    fp64 (gradcheck) and operands whose rows are not contiguous are not worth one.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    transforms = [argument for argument in arguments if isinstance(argument, HeadTransform)]
+    return (
+        tensors[0].dtype != torch.float64
+        and (any_strides or all(t.stride(-1) == 1 for t in tensors if t.dim() == 2))
+        and all(HeadTransform(t.softcap, t.logit_scale) == t for t in transforms)
     )
 
 
 for _operator in LAUNCHERS:
-    reference.library.impl(_operator, kernel(_operator), KEY)
+    library.impl(_operator, kernel(_operator), KEY)

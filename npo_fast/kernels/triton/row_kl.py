@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, row_config
 from npo_fast.kernels.triton.math import activate, exp_tail
 from npo_fast.kernels.triton.slices import grid_of, join, reachable_rows, slice_sums
@@ -83,39 +84,39 @@ def row_kl_kernel(
 
 
 def row_kl(
-    logits: Tensor,  # (N, V) raw logits, best column after column; d kl / d logits on return
+    logits: Tensor,  # (N, V) raw logits, as of ``empty_logits``; d kl / d logits on return
     ref_logits: Tensor,  # (N, V) raw logits of the reference
-    softcap: float | None,
-    logit_scale: float,
-    ref_softcap: float | None,
-    ref_logit_scale: float,
+    transform: HeadTransform,
+    ref_transform: HeadTransform,
     config: RowConfig | None = None,
 ) -> Tensor:  # kl (N,) fp32
+    """Launches the kernels; logits become the gradient of kl in them."""
     rows, columns = logits.shape
     if rows == 0:
         return logits.new_empty(0, dtype=torch.float32)
     config = config or row_config()
-    of_rows = [
-        *_whole(logits, softcap, logit_scale, config),
-        *_whole(ref_logits, ref_softcap, ref_logit_scale, config),
-    ]
+    row_sums = (
+        *_row_sums(logits, transform, config),
+        *_row_sums(ref_logits, ref_transform, config),
+    )
     grid = grid_of(logits, config)
     kls = logits.new_empty(grid.slices, rows, dtype=torch.float32)
     row_kl_kernel[(grid.row_blocks, grid.slices)](
-        logits, ref_logits, *of_rows, kls,
+        logits, ref_logits, *row_sums, kls,
         rows, min(reachable_rows(logits), reachable_rows(ref_logits)), columns,
         *logits.stride(), *ref_logits.stride(), grid.slice_columns,
-        softcap or 1.0, logit_scale, ref_softcap or 1.0, ref_logit_scale,
-        SOFTCAP=softcap is not None, REF_SOFTCAP=ref_softcap is not None,
+        transform.softcap or 1.0, transform.logit_scale,
+        ref_transform.softcap or 1.0, ref_transform.logit_scale,
+        SOFTCAP=transform.softcap is not None, REF_SOFTCAP=ref_transform.softcap is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.kl_block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return kls.sum(dim=0)
 
 
-def _whole(
-    logits: Tensor, softcap: float | None, logit_scale: float, config: RowConfig
+def _row_sums(
+    logits: Tensor, transform: HeadTransform, config: RowConfig
 ) -> tuple[Tensor, Tensor]:  # peak (N,), total (N,)
-    sums = slice_sums(logits, None, softcap, logit_scale, config)
+    sums = slice_sums(logits, None, transform, config)
     slices, rows = sums.peaks.shape
     peak, total = torch.empty_like(sums.peaks[0]), torch.empty_like(sums.peaks[0])
     join_kernel[(triton.cdiv(rows, ROWS),)](

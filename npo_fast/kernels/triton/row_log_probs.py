@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, row_config
 from npo_fast.kernels.triton.math import activate, one_minus_exp, softplus
 from npo_fast.kernels.triton.slices import Sums, grid_of, join, reachable_rows, slice_sums
@@ -76,32 +77,32 @@ def gradient_kernel(
 
 
 def row_log_probs(
-    logits: Tensor,  # (N, V) raw logits, best column after column
+    logits: Tensor,  # (N, V) raw logits, fastest in the layout of ``empty_logits``
     labels: Tensor,  # (N,) int64 in [0, V)
     target_logits: Tensor | None,  # (N,) raw target logits that replace the rounded ones
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log_probs, lse, shift, share: (N,) fp32
+    """Launches the sums of slices, then the label kernel."""
     if target_logits is None:
         target_logits = logits.gather(1, labels.unsqueeze(1)).squeeze(1).float()
-    sums = slice_sums(logits, labels, softcap, logit_scale, config or row_config())
-    return with_labels(sums, target_logits, softcap, logit_scale)
+    sums = slice_sums(logits, labels, transform, config or row_config())
+    return with_labels(sums, target_logits, transform)
 
 
 def with_labels(
     sums: Sums,  # of the columns that are not the label
     target_logits: Tensor,  # (N,) fp32, raw
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log_probs, lse, shift, share: (N,) fp32
+    """Launches the label kernel: joins the sums of all slices with the logit of the label."""
     slices, rows = sums.peaks.shape
     log_probs, lse, shift, share = (sums.peaks.new_empty(rows) for _ in range(4))
     if rows:
         label_kernel[(triton.cdiv(rows, ROWS),)](
             *sums, target_logits.contiguous(), log_probs, lse, shift, share,
-            rows, slices, softcap or 1.0, logit_scale,
-            SOFTCAP=softcap is not None, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4,
+            rows, slices, transform.softcap or 1.0, transform.logit_scale,
+            SOFTCAP=transform.softcap is not None, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4,
         )  # fmt: skip
     return log_probs, lse, shift, share
 
@@ -113,19 +114,19 @@ def row_gradient(
     shift: Tensor,  # (N,) fp32
     share: Tensor,  # (N,) fp32: softmax is exp(z - shift) * share
     g: Tensor,  # (N,) d loss / d log_prob
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
     config: RowConfig | None = None,
 ) -> None:
+    """Launches the gradient kernel: logits become the gradient of the loss in them."""
     config = config or row_config()
     grid = grid_of(logits, config)
     if not logits.numel():
         return
-    of_rows = (one.contiguous() for one in (labels, log_probs, shift, share, g))
+    row_operands = (t.contiguous() for t in (labels, log_probs, shift, share, g))
     gradient_kernel[(grid.row_blocks, grid.slices)](
-        logits, *of_rows,
+        logits, *row_operands,
         len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), grid.slice_columns,
-        softcap or 1.0, logit_scale,
-        SOFTCAP=softcap is not None,
+        transform.softcap or 1.0, transform.logit_scale,
+        SOFTCAP=transform.softcap is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip

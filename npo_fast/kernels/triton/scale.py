@@ -32,6 +32,7 @@ def scale(
     values: Tensor,  # contiguous, any shape
     factor: Tensor,  # () on the device of values
 ) -> None:
+    """Launches the kernel: ``values *= factor``."""
     count = values.numel()
     if count:
         programs = min(triton.cdiv(count, BLOCK), PROGRAMS * processors(values.device))

@@ -3,10 +3,10 @@
     peak[s, n], total[s, n]:  logsumexp over slice s of z_n is  peak + log(total)
     z_n = logit_scale * softcap * tanh(a_n / softcap)
 
-Logits lie column after column, as ``logits_room`` makes them: a program takes BLOCK_R neighbouring
+Logits lie column after column, as ``empty_logits`` makes them: a program takes BLOCK_R neighbouring
 rows of one column after another, so that loads are 16 bytes wide whatever the size of the
-vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total) of
-its own: nothing crosses lanes before the slice ends. The label may stay apart:
+vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total):
+nothing crosses lanes before the slice ends. The label may stay apart:
 ``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
 """
 
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, processors
 from npo_fast.kernels.triton.math import activate
 
@@ -26,14 +27,14 @@ ALIGNED = 16  # rows: what Triton takes for divisible, and more than 16 bytes
 
 
 class Sums(NamedTuple):
-    """Of each slice and row."""
+    """Sums of each slice and row: ``logsumexp = peaks + log(totals)``."""
 
     peaks: Tensor  # (S, N) fp32
     totals: Tensor  # (S, N) fp32, of exp(z - peak)
 
 
 class Grid(NamedTuple):
-    """Who takes which part of (N, C) logits: a block of rows and a slice of the columns."""
+    """The launch grid over (N, C) logits: a program takes a block of rows times a slice."""
 
     row_blocks: int
     slices: int
@@ -41,7 +42,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(logits: Tensor, config: RowConfig) -> Grid:  # (N, C)
-    """Enough slices to fill the GPU, each of whole blocks of columns."""
+    """Returns enough slices to fill the GPU, each a multiple of a block's columns."""
     rows, columns = logits.shape
     row_blocks = max(1, triton.cdiv(rows, config.block_rows))
     blocks = triton.cdiv(columns, config.block_columns)
@@ -51,10 +52,10 @@ def grid_of(logits: Tensor, config: RowConfig) -> Grid:  # (N, C)
 
 
 def reachable_rows(logits: Tensor) -> int:  # (N, C)
-    """Rows that a program may read in every column: N, up to the next aligned number.
+    """Returns the rows that a program may read in every column: N, rounded up where it can be.
 
-    A mask that ends at any N would make every load a few bytes wide. What lies between the columns
-    may be read, and is written back as it was.
+    A mask that ends at any N would make every load a few bytes long. The padding between columns
+    is read, and written back unchanged.
     """
     rows, columns = logits.shape
     aligned = triton.cdiv(rows, ALIGNED) * ALIGNED
@@ -130,7 +131,7 @@ def slice_sums_kernel(
 
 @triton.jit
 def join(peaks, totals, row, rows, slices, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """``(peak, total)`` of whole rows from those of their slices, in a fixed order."""
+    """Returns ``(peak, total)`` of rows from those of their slices, in a fixed order."""
     inside = (row < rows)[None, :]
     peak = tl.full((BLOCK_S, BLOCK_R), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
@@ -150,10 +151,10 @@ def join(peaks, totals, row, rows, slices, BLOCK_R: tl.constexpr, BLOCK_S: tl.co
 def slice_sums(
     logits: Tensor,  # (N, C) raw logits of a slice of the vocabulary, or of all of it
     labels: Tensor | None,  # (N,) int64, counted from the first column: left out; may lie outside
-    softcap: float | None,
-    logit_scale: float,
+    transform: HeadTransform,
     config: RowConfig,
 ) -> Sums:
+    """Launches the kernel: logsumexp of each row over each slice."""
     rows, columns = logits.shape
     grid = grid_of(logits, config)
     peaks = logits.new_empty(grid.slices, rows, dtype=torch.float32)
@@ -163,8 +164,8 @@ def slice_sums(
     slice_sums_kernel[(grid.row_blocks, grid.slices)](
         logits, None if labels is None else labels.contiguous(), peaks, totals,
         rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
-        softcap or 1.0, logit_scale,
-        HAS_LABELS=labels is not None, SOFTCAP=softcap is not None,
+        transform.softcap or 1.0, transform.logit_scale,
+        HAS_LABELS=labels is not None, SOFTCAP=transform.softcap is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return Sums(peaks, totals)

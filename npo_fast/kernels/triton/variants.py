@@ -1,7 +1,6 @@
-"""Every kernel that is shipped, as it is compiled for a target: what ``offline`` looks at.
+"""Every shipped kernel as it is compiled for a target: the list that ``offline`` inspects.
 
-Bytes are those of one step over ``PROBLEM``, each counted where a kernel has to move it between
-memory and the chip.
+Bytes are those that a kernel moves between memory and the chip in one step over ``PROBLEM``.
 """
 
 from collections.abc import Iterator
@@ -31,17 +30,19 @@ class Variant:
 
     @property
     def kernel(self) -> str:
+        """The name of the kernel."""
         return self.function.__name__.removesuffix("_kernel")
 
     @property
     def config(self) -> str:
+        """Block sizes and launch options, as text."""
         blocks = [n for key, n in self.constants.items() if key.startswith("BLOCK")]
         launch = " ".join(f"{key.removeprefix('num_')} {n}" for key, n in self.options.items())
         return f"{'x'.join(map(str, blocks))}, {launch}"
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """All of a target."""
+    """Yields all variants for ``target``."""
     row = config.ROW[target]
     blocks = {"BLOCK_R": row.block_rows, "BLOCK_C": row.block_columns}
     kl_blocks = {**blocks, "BLOCK_C": row.kl_block_columns}

@@ -1,0 +1,104 @@
+"""What a head does to its raw logits ``a = W h + b`` before the softmax, as one value.
+
+    z = logit_scale * softcap * tanh(a / softcap)      (softcap optional)
+
+This is the one place in Python that lists the settings: operators take the fields as numbers, by
+``schema``, and every function above and below passes a ``HeadTransform`` on. A new setting needs
+three files:
+
+    npo_fast/kernels/transform.py    its field, option, formula and slope, argument of the schema
+    csrc/transform.h                 the same for the C++ kernels, which are then built anew
+    npo_fast/model/causal_lm.py      the name that configs of models have for it
+
+Triton kernels leave a setting that they do not know to the reference, until ``triton/math.py`` and
+the launchers have it.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypedDict
+
+from torch import Tensor
+
+
+class HeadTransform(NamedTuple):
+    """The elementwise function from raw logits ``a`` to the logits ``z`` of the softmax."""
+
+    softcap: float | None = None  # c of ``c * tanh(a / c)`` (Gemma 2)
+    logit_scale: float = 1.0  # factor on the (capped) logits (Cohere, Granite)
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Returns z, a new tensor in the dtype of ``raw``."""
+        if self.softcap is not None:
+            raw = (raw / self.softcap).tanh_() * self.softcap
+        return raw * self.logit_scale
+
+    def apply_with_slope(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns z and the slope with ``dz / da = logit_scale * slope``; None stands for 1."""
+        if self.softcap is None:
+            return raw * self.logit_scale, None
+        tanh = (raw / self.softcap).tanh_()
+        return tanh * self.softcap * self.logit_scale, 1 - tanh.square()
+
+    @property
+    def largest_slope(self) -> float:
+        """An upper bound of ``|dz / da|``."""
+        return abs(self.logit_scale)
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether z is a multiple of the raw logits, ``logit_scale * a``."""
+        return self == HeadTransform(logit_scale=self.logit_scale)
+
+
+class TransformOptions(TypedDict, total=False):
+    """The fields of ``HeadTransform`` as keyword arguments of the public functions."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+class PairedTransformOptions(TransformOptions, total=False):
+    """The same for two heads: those of the reference begin with ``ref_``."""
+
+    ref_softcap: float | None
+    ref_logit_scale: float
+
+
+def paired_transforms(**options: Any) -> tuple[HeadTransform, HeadTransform]:
+    """Returns the transforms of a model and its reference from ``PairedTransformOptions``."""
+    ref = {name: value for name, value in options.items() if name.startswith("ref_")}
+    model = {name: value for name, value in options.items() if name not in ref}
+    ref = {name.removeprefix("ref_"): value for name, value in ref.items()}
+    return HeadTransform(**model), HeadTransform(**ref)
+
+
+def schema(prefix: str = "") -> str:
+    """Returns the fields as arguments of a ``torch.library`` schema."""
+    return f"float? {prefix}softcap, float {prefix}logit_scale"
+
+
+def check_transform(op: str, transform: HeadTransform, prefix: str = "") -> None:
+    """Raises ValueError where a field has a value that makes no sense.
+
+    ``op`` and ``prefix`` (of the argument's name) appear in the message.
+    """
+    if transform.softcap is not None and not transform.softcap > 0:
+        raise ValueError(f"{op}: {prefix}softcap must be positive or None, got {transform.softcap}")
+
+
+def takes_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``kernel`` as operators call it: with the fields in place of a ``HeadTransform``."""
+    fields = len(HeadTransform._fields)
+    parameters = inspect.signature(kernel).parameters.values()
+    places = [i for i, p in enumerate(parameters) if p.annotation is HeadTransform]
+
+    @wraps(kernel)
+    def call(*operands: Any) -> Any:
+        arguments = list(operands)
+        for i in places:
+            arguments[i : i + fields] = [HeadTransform(*arguments[i : i + fields])]
+        return kernel(*arguments)
+
+    return call
