@@ -72,7 +72,7 @@ from npo_fast.methods import FINETUNE, Coefficients, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.model.probe import run_probe
-from npo_fast.report.figures import MEANINGFUL
+from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import batch_keys, steps_per_epoch
 from npo_fast.trainer.settings import StepRecord, TrainSettings

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from npo_fast.errors import UserError
-from npo_fast.report.html import MARK
-from npo_fast.report.page import Report
-from npo_fast.report.runs import load_runs
+from npo_fast.reports.html import MARK
+from npo_fast.reports.page import Report
+from npo_fast.reports.runs import load_runs
 from npo_fast.runs.evaluating import Logs, logs_of
 from npo_fast.runs.run import Run
 

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from npo_fast.report.runs import RunRecord, load_run
+from npo_fast.reports.runs import RunRecord, load_run
 from npo_fast.runs import hub
 
 

@@ -13,7 +13,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"experiments"},
     {"bench", "integrations"},
     {"runs"},
-    {"attacks", "planner", "report"},
+    {"attacks", "planner", "reports"},
     {"trainer", "evaluation"},
     {"methods", "modules"},
     {"model"},

@@ -182,7 +182,7 @@ MISTAKES = {
     "one-sided turns": (["--schedule", "alternating", "--method", "NPO"], "a method with +RT"),
     "bad template": (["--template", "chat"], "no chat template"),
     "no room for answers": (["--max-length", "4"], "raise --max-length"),
-    "bad dtype in YAML": (["--config", "bad.yaml"], "lr is 'fast', expected float"),
+    "bad value in YAML": (["--config", "bad.yaml"], "bad.yaml says --lr fast"),
     "unknown key in YAML": (["--config", "typo.yaml"], "unknown setting 'metod'; did you mean"),
     "no YAML": (["--config", "none.yaml"], "no settings file 'none.yaml'"),
 }

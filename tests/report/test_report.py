@@ -8,8 +8,8 @@ import pytest
 
 from npo_fast.cli import main
 from npo_fast.metrics import save_result
-from npo_fast.report.page import npo_weight
-from npo_fast.report.runs import load_run
+from npo_fast.reports.page import npo_weight
+from npo_fast.reports.runs import load_run
 from tests.helpers import FACTS, Page, make_result, metadata_of, save_tiny_model, write_jsonl
 
 EVIL = "<script>alert('x')</script>"

@@ -20,7 +20,7 @@ from npo_fast.experiments.ablations.trials import (
     OVERLAPS,
     Trial,
 )
-from npo_fast.report.figures import MEANINGFUL
+from npo_fast.reports.figures import MEANINGFUL
 
 NEVER = float("inf")
 

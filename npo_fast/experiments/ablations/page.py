@@ -26,10 +26,10 @@ from npo_fast.experiments.ablations.trials import (
     OVERLAPS,
     Trial,
 )
-from npo_fast.report.figures import MEANINGFUL
-from npo_fast.report.html import Figure, render
-from npo_fast.report.seed_plots import SeedCurve, SeedPoint, seed_curves, seed_points
-from npo_fast.report.svg import SMALLEST
+from npo_fast.reports.figures import MEANINGFUL
+from npo_fast.reports.html import Figure, render
+from npo_fast.reports.seed_plots import SeedCurve, SeedPoint, seed_curves, seed_points
+from npo_fast.reports.svg import SMALLEST
 
 TITLE = "Ablations of unlearning on a small made-up data set"
 UTILITY, QUALITY = "model utility, share of the start", "forget quality (KS p-value)"

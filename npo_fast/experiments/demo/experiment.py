@@ -16,7 +16,7 @@ from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import Coefficients
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.report import Point, plot_unlearning
+from npo_fast.reports import Point, plot_unlearning
 from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
 from npo_fast.runs.training import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings

@@ -30,7 +30,7 @@ def render(template: str, **values: Any) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("npo_fast.report"),
+        loader=PackageLoader("npo_fast.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

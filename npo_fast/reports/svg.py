@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from npo_fast.report.figures import MEANINGFUL, Point
+from npo_fast.reports.figures import MEANINGFUL, Point
 
 SMALLEST = 1e-50  # p-values below are drawn here, for the logarithmic axis
 INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones

@@ -7,7 +7,7 @@ from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import Result
 from npo_fast.metrics.measures import REPORTED, score
-from npo_fast.report.runs import RunRecord
+from npo_fast.reports.runs import RunRecord
 
 _SETTINGS = {  # label -> path in the settings
     "lr": ("training", "lr"),

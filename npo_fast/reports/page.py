@@ -10,10 +10,10 @@ from npo_fast import tables
 from npo_fast.errors import UserError
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.measures import REPORTED, measures, score
-from npo_fast.report import svg, table
-from npo_fast.report.figures import MEANINGFUL, Point
-from npo_fast.report.html import MARK, Figure, render
-from npo_fast.report.runs import RunRecord, logged_answers
+from npo_fast.reports import svg, table
+from npo_fast.reports.figures import MEANINGFUL, Point
+from npo_fast.reports.html import MARK, Figure, render
+from npo_fast.reports.runs import RunRecord, logged_answers
 
 DEFAULT_BETA = 0.1  # of NPO, where a run names none
 

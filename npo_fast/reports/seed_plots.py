@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from npo_fast.report.svg import INK, figure, line_style, logarithmic
+from npo_fast.reports.svg import INK, figure, line_style, logarithmic
 
 
 @dataclass(frozen=True)
