@@ -23,24 +23,28 @@ from npo_fast.ops import (
 
 if TYPE_CHECKING:
     from npo_fast.runs import (
+        AttackOptions,
         Callback,
         EvaluationOptions,
+        EvaluationSettings,
         MethodOptions,
         ModelOptions,
         ReportOptions,
         Run,
         RunOptions,
         Scores,
+        TrainSettings,
         attack,
         evaluate,
         finetune,
         report,
         unlearn,
-    )  # fmt: skip
+    )
 
 _FRONT_DOOR = {  # loaded when they are asked for: transformers takes seconds to import
-    "Callback", "EvaluationOptions", "MethodOptions", "ModelOptions", "ReportOptions", "Run",
-    "RunOptions", "Scores", "attack", "evaluate", "finetune", "report", "unlearn",
+    "AttackOptions", "Callback", "EvaluationOptions", "EvaluationSettings", "MethodOptions",
+    "ModelOptions", "ReportOptions", "Run", "RunOptions", "Scores", "TrainSettings", "attack",
+    "evaluate", "finetune", "report", "unlearn",
 }  # fmt: skip
 
 
@@ -61,8 +65,10 @@ __all__ = [
     "NPO",
     "TNPO",
     "WGA",
+    "AttackOptions",
     "Callback",
     "EvaluationOptions",
+    "EvaluationSettings",
     "FusedLinearDPOLoss",
     "FusedLinearGALoss",
     "FusedLinearNLLLoss",
@@ -79,6 +85,7 @@ __all__ = [
     "SequenceLoss",
     "SimNPO",
     "Skipped",
+    "TrainSettings",
     "__version__",
     "attack",
     "evaluate",

@@ -1,0 +1,285 @@
+"""The library's front door: the functions behind every subcommand, and what they return."""
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import npo_fast
+from npo_fast.cli import main
+from npo_fast.errors import UserError
+from npo_fast.methods import NPO, Term
+from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.runs.options import EvaluationOptions, MethodOptions, ReportOptions, RunOptions
+from npo_fast.trainer.settings import TrainSettings
+from tests.helpers import FACTS, read_jsonl, save_tiny_model, write_jsonl
+
+FORGET, RETAIN = FACTS[6:], FACTS[:6]
+TRAINING = TrainSettings(epochs=3, lr=3e-3, batch_size=2)
+QUIET = ReportOptions(no_report=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("home") / "base")
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory) -> npo_fast.Run:
+    output = tmp_path_factory.mktemp("runs") / "npo"
+    return npo_fast.unlearn(
+        str(base), forget=FORGET, retain=RETAIN, output=output, training=TRAINING,
+        report=ReportOptions(report_records=2, max_new_tokens=4),
+    )  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model/model.safetensors")
+
+
+def losses(run: npo_fast.Run) -> list[float]:
+    return [record["loss"] for record in run.records]
+
+
+def assert_same_weights(ours: dict, theirs: dict) -> None:
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_unlearn_gives_what_the_command_gives(base, run, tmp_path):
+    """In ten lines of Python, and as one command."""
+    forget = write_jsonl(tmp_path / "forget.jsonl", FORGET)
+    retain = write_jsonl(tmp_path / "retain.jsonl", RETAIN)
+    assert main(["unlearn", "--model", str(base), "--forget", str(forget), "--retain", str(retain),
+                 "--output", str(tmp_path / "run"), "--epochs", "3", "--lr", "3e-3",
+                 "--batch-size", "2", "--no-report"]) == 0  # fmt: skip
+    assert [line["loss"] for line in read_jsonl(tmp_path / "run/steps.jsonl")] == losses(run)
+    assert_same_weights(weights(tmp_path / "run"), weights(run.folder))
+
+
+def test_rows_files_and_datasets_are_the_same_data(base, run, tmp_path):
+    rows = npo_fast.unlearn(
+        str(base), forget=datasets.Dataset.from_list(FORGET),
+        retain=write_jsonl(tmp_path / "retain.jsonl", RETAIN), output=tmp_path / "run",
+        training=TRAINING, report=QUIET,
+    )  # fmt: skip
+    assert rows.metadata["data"] == run.metadata["data"]
+    assert losses(rows) == losses(run)
+    with pytest.raises(UserError, match='forget, record 2: the key "answer" is missing'):
+        npo_fast.unlearn(str(base), forget=[FACTS[0], {"question": "Who?"}], method="NPO",
+                         output=tmp_path / "no")  # fmt: skip
+    with pytest.raises(UserError, match="forget holds no record"):
+        npo_fast.unlearn(str(base), forget=[], method="NPO", output=tmp_path / "no")
+
+
+def test_a_run_loads_again_from_its_folder(run):
+    again = npo_fast.Run(run.folder)
+    assert again.records == run.records
+    assert again.settings["training"]["lr"] == 3e-3
+    assert again.scores["forget"]["probability"] == run.scores["forget"]["probability"]
+    assert_same_weights(again.model.state_dict(), run.model.state_dict())
+    assert again.tokenizer.eos_token == run.tokenizer.eos_token
+    with pytest.raises(UserError, match="is not a run folder"):
+        npo_fast.Run(run.folder.parent)
+
+
+def test_a_model_in_memory_is_trained_in_place(base, run, tmp_path):
+    model = load_model(str(base)).model
+    trained = npo_fast.unlearn(
+        model, forget=FORGET, retain=RETAIN, output=tmp_path / "run", training=TRAINING,
+        tokenizer=load_tokenizer(str(base)), report=QUIET,
+    )  # fmt: skip
+    assert losses(trained) == losses(run)
+    assert_same_weights(model.state_dict(), weights(run.folder))
+
+
+def test_terms_of_ones_own_are_a_method(base, run, tmp_path):
+    terms = (Term("mine", "forget", NPO(0.1), "mean"),)
+    mine = npo_fast.unlearn(str(base), forget=FORGET, method=terms, output=tmp_path / "mine",
+                            training=TRAINING, report=QUIET)  # fmt: skip
+    theirs = npo_fast.unlearn(str(base), forget=FORGET, method=MethodOptions("NPO", beta=0.1),
+                              output=tmp_path / "npo", training=TRAINING,
+                              report=QUIET)  # fmt: skip
+    assert losses(mine) == losses(theirs)
+    assert mine.settings["method"]["method"] == "mine"
+
+
+class Listener(npo_fast.Callback):
+    def __init__(self) -> None:
+        self.steps, self.evaluations, self.checkpoints, self.ended = [], [], [], 0
+
+    def on_step(self, record):
+        self.steps.append(record.step)
+        if record.step == 4:
+            self.should_stop = "heard enough"
+
+    def on_evaluation(self, scores):
+        self.evaluations.append(scores["step"])
+
+    def on_checkpoint(self, path):
+        self.checkpoints.append(path.name)
+
+    def on_end(self):
+        self.ended += 1
+
+
+def test_a_callback_hears_of_everything_and_can_stop_the_run(base, tmp_path):
+    listener = Listener()
+    run = npo_fast.unlearn(
+        str(base), forget=FORGET, retain=RETAIN, output=tmp_path / "run", training=TRAINING,
+        report=ReportOptions(no_report=True, max_new_tokens=2), run=RunOptions(save_every=3),
+        evaluation=EvaluationOptions(eval_every=2, eval_records=1), callbacks=[listener],
+    )  # fmt: skip
+    assert listener.steps == [1, 2, 3, 4] == [record["step"] for record in run.records]
+    assert listener.evaluations == [0, 2, 4] == [each["step"] for each in run.evaluations]
+    assert listener.checkpoints == ["step-000003"]
+    assert listener.ended == 1
+    assert run.metadata["status"] == "finished"
+    assert run.metadata["final"]["step"] == 4
+    assert (run.folder / "model/model.safetensors").exists()
+
+
+def test_a_callback_that_fails_leaves_a_run_that_goes_on(base, run, tmp_path):
+    class Failing(Listener):
+        def on_step(self, record):
+            if record.step == 4:
+                raise RuntimeError("mine")
+
+    failing = Failing()
+    settings = {
+        "forget": FORGET, "retain": RETAIN, "output": tmp_path / "run", "training": TRAINING,
+        "report": QUIET, "run": RunOptions(save_every=3),
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="mine"):
+        npo_fast.unlearn(str(base), **settings, callbacks=[failing])
+    assert failing.ended == 1
+    resumed = npo_fast.unlearn(str(base), **settings)
+    assert resumed.metadata["resumed"][0]["step"] == 3
+    assert losses(resumed) == losses(run)
+
+
+def test_evaluate_attack_and_report_take_runs(run, base, tmp_path):
+    settings = npo_fast.EvaluationSettings(max_new_tokens=2)
+    scores = npo_fast.evaluate(run, forget=FORGET, retain=RETAIN, evaluation=settings,
+                               output=tmp_path / "eval")  # fmt: skip
+    assert scores == npo_fast.evaluate(log=tmp_path / "eval")
+    assert len(scores.logs["eval_log_forget.json"]["avg_gt_loss"]) == 4
+    attacked = npo_fast.attack(run, forget=FORGET, output=tmp_path / "attack", training=TRAINING)
+    assert list(attacked) == ["before", "relearn", "int8", "int4"]
+    report = npo_fast.report([run, run.folder.parent / "npo/../npo"][:1],
+                             output=tmp_path / "page.html")  # fmt: skip
+    assert report.rows[0]["method"] == "NPO+RT"
+    assert (tmp_path / "page.md").exists()
+
+
+def test_a_dry_run_loads_no_weight_and_writes_nothing(base, tmp_path):
+    planned = npo_fast.unlearn(
+        str(base), forget=FORGET, retain=RETAIN, output=tmp_path / "run", training=TRAINING,
+        run=RunOptions(dry_run=True),
+    )  # fmt: skip
+    assert planned.metadata["steps"] == 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_model_card_says_how_and_tells_no_record(run):
+    card = (run.folder / "model/README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "forget 4 records with NPO+RT" in card
+    assert run.metadata["data"]["forget"]["sha256"] in card
+    assert "| forget | probability |" in card
+    assert not any(fact["answer"] in card or fact["question"] in card for fact in FACTS)
+    assert str(run.folder.parent) not in card
+
+
+def test_every_step_reaches_the_tracker(base, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    run = npo_fast.unlearn(
+        str(base), forget=FORGET, retain=RETAIN, output=tmp_path / "run", training=TRAINING,
+        report=ReportOptions(no_report=True, max_new_tokens=2),
+        evaluation=EvaluationOptions(eval_every=3, eval_records=1),
+        run=RunOptions(track="tensorboard"),
+    )  # fmt: skip
+    events = event_accumulator.EventAccumulator(str(run.folder / "tensorboard/run"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("terms/NPO")}
+    assert logged == pytest.approx({r["step"]: r["terms"]["NPO"] for r in run.records})
+    evaluated = [event.step for event in events.Scalars("evaluation/forget/probability")]
+    assert evaluated == [0, 3, 6]
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("npo_fast.runs.callbacks.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--track wandb needs accelerate: pip install accelerate"):
+        npo_fast.unlearn(str(base), forget=FORGET, method="NPO", output=tmp_path / "run",
+                         run=RunOptions(track="wandb"))  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server that takes what huggingface_hub uploads; returns the files by path."""
+    files: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path.endswith("/create"):
+                answer = {"url": f"{address}/me/model"}
+            elif "/preupload/" in self.path:
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False}
+                                    for path in paths]}  # fmt: skip
+            else:
+                for line in body.splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        files[entry["value"]["path"]] = entry["value"]["content"]
+                answer = {"commitUrl": f"{address}/me/model/commit/1", "commitOid": "1",
+                          "success": True}  # fmt: skip
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    yield files
+    server.shutdown()
+
+
+def test_push_to_hub_uploads_the_model_with_its_card(run, hub):
+    assert run.push_to_hub("me/model", token="hf_none").endswith("/me/model")
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub)
+
+
+def test_a_push_that_cannot_work_is_refused_before_the_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot push to 'me/model'"):
+        npo_fast.unlearn(str(base), forget=FORGET, method="NPO", output=tmp_path / "run",
+                         run=RunOptions(push_to_hub="me/model"))  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_library_logs_and_does_not_print(base, tmp_path, caplog, capsys):
+    logging.getLogger("npo_fast").propagate = True
+    with caplog.at_level(logging.INFO, logger="npo_fast"):
+        npo_fast.finetune(str(base), train=FACTS, output=tmp_path / "run", training=TRAINING)
+    assert "model saved in" in caplog.text
+    assert capsys.readouterr().out == ""
