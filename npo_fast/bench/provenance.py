@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import npo_fast
-from npo_fast.runs.folder import versions
+from npo_fast.versions import versions
 
 PEERS = ("trl", "cut-cross-entropy", "liger-kernel")
 

@@ -41,7 +41,7 @@ def run(command: Command, common: Common) -> None:
     started = time.perf_counter()
     logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings
-    from npo_fast.runs.folder import versions
+    from npo_fast.versions import versions
 
     demo = Demo(options.output, options.seed, DemoSettings())
     logging.getLogger("npo_fast.runs").setLevel(logging.WARNING)  # seven runs, a line each is much

@@ -178,13 +178,14 @@ class TrackerCallback(Callback):
     def on_start(self, training: "Training") -> None:
         if not training.is_main_process:
             return
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState()  # the trackers ask it which process they run in
         folder, kind = training.folder.folder, LOGGER_TYPE_TO_CLASS[self.name]
-        arguments: tuple[Any, ...] = (folder.name,)
+        arguments = [folder.name]
         if kind.requires_logging_directory:
-            arguments = (folder.name, str(folder / self.name))
-        kind.main_process_only = False  # only the main process gets here
+            arguments.append(str(folder / self.name))
         self.tracker = kind(*arguments)
         self.tracker.start()
         self.tracker.store_init_configuration(_flat(training.folder.metadata["settings"]))

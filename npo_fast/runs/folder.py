@@ -14,20 +14,17 @@ With LoRA each of these models is the adapter alone.
 import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from npo_fast import __version__
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import read_weights, write_weights
@@ -37,6 +34,7 @@ from npo_fast.model.save import recover, save_folder, sync
 from npo_fast.model.sharding import gather_state_dict
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
+from npo_fast.versions import versions
 
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
@@ -332,21 +330,6 @@ def save_model(
             more(where)
 
     save_folder(folder, write)
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a number."""
-    found = {"npo_fast": __version__, "python": platform.python_version()}
-    for package in (
-        "torch", "transformers", "triton", "safetensors", "numpy", "scipy", "torchao", "peft",
-        "bitsandbytes",
-    ):  # fmt: skip
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
 
 
 def _now() -> str:

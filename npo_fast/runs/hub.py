@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from npo_fast import tables
 from npo_fast._version import __version__
@@ -70,9 +69,9 @@ def create_repository(repo: str, private: bool = False, token: str | None = None
     """
     try:
         return str(HfApi(token=token).create_repo(repo, private=private, exist_ok=True))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub, or of its HTTP library, which has changed twice
         raise UserError(
-            f"cannot push to {repo!r}: {error}. Log in with `hf auth login`, and name a repository "
+            f"cannot push to {repo!r}: {error} Log in with `hf auth login`, and name a repository "
             "that you may write to, such as me/my-model"
         ) from error
 
@@ -83,9 +82,9 @@ def upload(folder: Path, repo: str, private: bool = False, token: str | None = N
     api = HfApi(token=token)
     try:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from npo_fast")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
-            f"cannot upload {folder} to {repo!r}: {error}. The model stays in {folder}: "
+            f"cannot upload to {repo!r}: {error} The model stays in {folder}; "
             f"npo_fast.Run({str(folder.parent)!r}).push_to_hub({repo!r}) tries again"
         ) from error
     return address

@@ -27,7 +27,7 @@ from npo_fast.runs.callbacks import (
     EvaluationCallback,
     TrackerCallback,
 )
-from npo_fast.runs.folder import NullRun, RunFolder, versions, wait_for_all
+from npo_fast.runs.folder import NullRun, RunFolder, wait_for_all
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.resume import ResumableRun, resumable_run
 from npo_fast.runs.tokens import TokenizedData
@@ -36,6 +36,7 @@ from npo_fast.trainer.loop import check_settings, train
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References
+from npo_fast.versions import versions
 
 logger = logging.getLogger(__name__)
 

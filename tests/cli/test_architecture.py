@@ -21,7 +21,8 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"ops"},
     {"kernels"},
     {"distributed"},
-    {"errors", "_version", "tables"},
+    {"versions", "tables"},
+    {"errors", "_version"},
 ]
 
 

@@ -229,7 +229,13 @@ def hub(monkeypatch):
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            body = b""
+            if "Content-Length" in self.headers:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+            else:  # in chunks, each after a line with its size
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
             if self.path.endswith("/create"):
                 answer = {"url": f"{address}/me/model"}
             elif "/preupload/" in self.path:
