@@ -155,6 +155,7 @@ def test_truncated_answers_are_reported(home):
 # --- what is refused ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reference_with_another_vocabulary_is_refused(home, tmp_path, capsys):
     forget = ("--forget", str(home / "forget.jsonl"))
     reference = tmp_path / "reference"
