@@ -197,6 +197,7 @@ def test_kl_holds_a_chunk_of_the_references_logits_more():
     assert found == pytest.approx(held + 2 * ref_rows * vocabulary + others, rel=0.03)
 
 
+@pytest.mark.slow
 def test_ranks_share_all_but_activations_and_gathered_layers():
     one, four = footprint(config(), SMALL), footprint(config(), SMALL, ranks=4)
     model = empty_model(config(), "fp32")

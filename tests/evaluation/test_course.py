@@ -39,6 +39,7 @@ def unlearn(home, output, *more):
                  *more])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     assert unlearn(home, tmp_path / "plain") == 0
     assert unlearn(home, tmp_path / "watched", "--eval-every", "3", "--eval-records", "3",
@@ -76,6 +77,7 @@ def test_the_best_evaluation_becomes_the_final_model(home, tmp_path, capsys):
     assert not all(torch.equal(final[name], last[name]) for name in final)
 
 
+@pytest.mark.slow
 def test_a_condition_ends_the_run_early(home, tmp_path):
     output = tmp_path / "run"
     assert (

@@ -125,6 +125,7 @@ def test_outside_training_the_model_has_its_own_attention(tmp_path):
     assert model.config._attn_implementation == native
 
 
+@pytest.mark.slow
 def test_bf16_autocast_starts_at_the_reference(tmp_path):
     one = trainer(tmp_path, "NPO", bf16=True, max_steps=1)
     one.train()
