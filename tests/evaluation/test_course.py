@@ -128,6 +128,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         WatchOptions(**{"eval_every": 1, **options})
 
 
+@pytest.mark.slow
 def test_a_measure_that_the_data_does_not_allow_is_refused_before_the_run(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "a", "--eval-every", "2", "--keep-best", "forget_quality") == 2
     assert "forget_quality takes --retrained" in capsys.readouterr().err
@@ -138,6 +139,7 @@ def test_a_measure_that_the_data_does_not_allow_is_refused_before_the_run(home, 
     assert "has 9 forget items and --forget 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_conditions_and_selections_read_as_written(home):
     look = {"forget": {"probability": 0.5}}
     assert Condition.parse("forget.probability>=0.5").holds(look)
