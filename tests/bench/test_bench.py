@@ -112,6 +112,7 @@ def test_inputs_are_what_their_kind_says():
     assert (sequences - forgotten.ref_log_probs).max() < -200
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_an_allocation():
     needs_high_water_mark()
     size = 256 << 20

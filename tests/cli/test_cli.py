@@ -116,6 +116,7 @@ def test_every_method_runs_by_name_and_twice_the_same(home, tmp_path, method):
     assert read <= set(facts["data"]), "each source that it reads has its fingerprint"
 
 
+@pytest.mark.slow
 def test_refusals_and_alternates_come_from_the_files_that_are_named(home, tmp_path):
     refusals = tmp_path / "idk.txt"
     refusals.write_text("Who knows?\n")
@@ -216,6 +217,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(home, tmp_path, capsys, monk
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_save_keeps_the_earlier_model(home, tmp_path, capsys):
     """As on a full disk: the limit on the size of a file stops the writing half way."""
     assert unlearn(home, tmp_path / "run", "--no-report") == 0

@@ -89,6 +89,7 @@ def test_the_chunk_of_logits_and_the_gradient_of_the_head_are_seen():
     assert footprint(wide, SMALL).bytes["head"] >= head + logits
 
 
+@pytest.mark.slow
 def test_checkpointing_halves_activations_of_a_deep_model():
     deep = config(num_hidden_layers=12)
     plan = replace(SMALL, micro_batch_tokens=512)
@@ -99,6 +100,7 @@ def test_checkpointing_halves_activations_of_a_deep_model():
     assert short.peak < 0.5 * whole.peak
 
 
+@pytest.mark.slow
 def test_step_in_backward_never_holds_all_gradients():
     deep = config(num_hidden_layers=12)
     plan = replace(SMALL, micro_batch_tokens=8, sequence_length=4)
@@ -120,6 +122,7 @@ def test_adapters_alone_have_gradients_and_states():
     assert found.bytes["optimizer"] == 8 * found.trained
 
 
+@pytest.mark.slow
 def test_4bit_layers_take_4_127_bits_a_weight():
     sizes = {"hidden_size": 1024, "intermediate_size": 4096}
     plan = replace(SMALL, dtype="bf16", lora_rank=1)
@@ -146,6 +149,7 @@ def test_every_method_can_be_planned(method):
     assert (found.bytes["reference"] > 0) == uses_kl, "the reference's head and hidden states"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["GPTNeoX", "Gemma2", "Mistral", "Phi", "GPT2", "Cohere"])
 def test_other_architectures_can_be_planned(family):
     assert footprint(config(family), replace(SMALL, gradient_checkpointing=True)).peak > 0
@@ -195,6 +199,7 @@ def test_kl_holds_a_chunk_of_the_references_logits_more():
     assert found == pytest.approx(held + 2 * ref_rows * vocabulary + others, rel=0.03)
 
 
+@pytest.mark.slow
 def test_ranks_share_all_but_activations_and_gathered_layers():
     one, four = footprint(config(), SMALL), footprint(config(), SMALL, ranks=4)
     model = empty_model(config(), "fp32")
@@ -340,6 +345,7 @@ def test_mistakes_name_the_value_and_the_cure(folder, capsys, arguments, message
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_configuration_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert main(["plan", "--model", str(tmp_path)]) == 2

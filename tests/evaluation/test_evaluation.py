@@ -169,6 +169,7 @@ def test_cut_answers_get_a_warning(home):
 # --- what is refused ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reference_with_another_vocabulary_is_refused(home, tmp_path, capsys):
     forget = ("--forget", str(home / "forget.jsonl"))
     reference = tmp_path / "reference"

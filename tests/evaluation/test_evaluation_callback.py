@@ -41,6 +41,7 @@ def unlearn(home, output, *more):
                  *more])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_evaluations_are_written_and_leave_the_training_alone(home, tmp_path):
     assert unlearn(home, tmp_path / "plain") == 0
     assert unlearn(home, tmp_path / "watched", "--eval-every", "3", "--eval-records", "3",
@@ -78,6 +79,7 @@ def test_the_best_evaluation_becomes_the_final_model(home, tmp_path, capsys):
     assert not all(torch.equal(final[name], last[name]) for name in final)
 
 
+@pytest.mark.slow
 def test_a_condition_ends_the_run_early(home, tmp_path):
     output = tmp_path / "run"
     assert (
@@ -130,6 +132,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         EvaluationOptions(**{"eval_every": 1, **options})
 
 
+@pytest.mark.slow
 def test_a_measure_that_the_data_does_not_allow_is_refused_before_the_run(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "a", "--eval-every", "2", "--keep-best", "forget_quality") == 2
     assert "forget_quality takes --retrained" in capsys.readouterr().err
@@ -140,6 +143,7 @@ def test_a_measure_that_the_data_does_not_allow_is_refused_before_the_run(home, 
     assert "has 9 forget items and --forget 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_conditions_and_selections_read_as_written(home):
     look = {"forget": {"probability": 0.5}}
     assert Condition.parse("forget.probability>=0.5").holds(look)

@@ -177,6 +177,7 @@ def test_a_setting_that_came_later_counts_as_usual(tmp_path, monkeypatch):
         run_seed(0, [], other, file, {}, print)
 
 
+@pytest.mark.slow
 def test_committed_results_make_a_page_whatever_the_defaults_are_now():
     page = Page(AblationPage(load_seeds(COMMITTED)).html())
     assert page.tags.count("svg") > 0

@@ -171,6 +171,7 @@ def curves(forget, retain, steps=(0, 500, 1000, 1500, 2000)):
     return experiment.Curves(1.0, list(steps), [Method(n, 1, ()) for n in forget], *columns)
 
 
+@pytest.mark.slow
 def test_a_claim_holds_only_where_the_numbers_say_so(tiny, laws):
     rising, settled = [0.02, 0.1, 0.2, 0.4, 0.8], [0.02, 0.03, 0.04, 0.04, 0.04]
     falling = [1.7, 0.1, 0.004, 0.004, 0.004]

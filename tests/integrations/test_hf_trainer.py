@@ -98,6 +98,7 @@ def test_gradient_accumulation_is_the_whole_batch_for_a_mean_over_sequences(tmp_
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_a_plain_model_and_training_resumes_from_it(tmp_path):
     one = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     one.train()
@@ -114,6 +115,7 @@ def test_a_checkpoint_is_a_plain_model_and_training_resumes_from_it(tmp_path):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.slow
 def test_outside_training_the_model_has_its_own_attention(tmp_path):
     model = small_lm().model
     native = "sdpa"
@@ -123,6 +125,7 @@ def test_outside_training_the_model_has_its_own_attention(tmp_path):
     assert model.config._attn_implementation == native
 
 
+@pytest.mark.slow
 def test_bf16_autocast_starts_at_the_reference(tmp_path):
     one = trainer(tmp_path, "NPO", bf16=True, max_steps=1)
     one.train()
@@ -149,6 +152,7 @@ def test_a_retain_set_smaller_than_the_forget_set_repeats():
     assert sorted(seen[:3]) == sorted(seen[3:6]) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_trainer_draws_new_partners_every_epoch(tmp_path):
     one = trainer(tmp_path, retain=20, num_train_epochs=3)
     data = one.train_dataset

@@ -246,6 +246,7 @@ def test_operators_have_a_gpu_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{op}", "CUDA")
 
 
+@pytest.mark.slow
 def test_the_npo_head_operator_keeps_the_rules_of_torch_library():
     log_probs, ref = torch.randn(6), torch.randn(2)
     torch.library.opcheck(

@@ -165,6 +165,7 @@ def test_a_factor_of_one_is_no_pass_over_the_values():
     assert "aten::mul_" in called
 
 
+@pytest.mark.slow
 def test_scaling_keeps_the_rules_of_torch_library():
     torch.library.opcheck(torch.ops.npo_fast.scale_.default, (torch.randn(3, 4), torch.tensor(2.0)))
 

@@ -95,6 +95,7 @@ def compiling_nothing() -> Iterator[None]:
         torch.compiler.set_stance("default")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @torch.no_grad()  # PyTorch has no backward of FlexAttention on a CPU
 def test_flex_attention_masks_a_pack_as_we_do() -> None:

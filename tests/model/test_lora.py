@@ -109,6 +109,7 @@ def test_what_is_written_is_an_adapter_that_loads_merged_and_continues(base, tmp
     torch.testing.assert_close(log_probs(again), log_probs(second), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_4_bit_weights_comes_back_on_4_bit_weights(base, tmp_path):
     lm = load_model(str(base), device="cpu", quantize="4bit", lora_rank=4)
     run(lm)

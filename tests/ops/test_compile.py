@@ -72,7 +72,8 @@ def run(function, x, loss, parameters):
     "loss", slow_but([NPO(0.3)], [NPO(0.3), SimNPO(), DPO(), CEU(), Squared()]), ids=repr
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"chunk_rows": 3, "softcap": 2.0, "reduction": "sum"}, {"chunk_rows": 0}]
+    "options",
+    slow_but([{}], [{}, {"chunk_rows": 3, "softcap": 2.0, "reduction": "sum"}, {"chunk_rows": 0}]),
 )
 @pytest.mark.parametrize("frozen", slow_but([False], [False, True]))
 def test_a_compiled_step_gives_the_numbers_of_eager(loss, options, frozen):
@@ -87,6 +88,7 @@ def test_a_compiled_step_gives_the_numbers_of_eager(loss, options, frozen):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "breaks"), [(NPO(0.1), 0), (GA(), 0), (KTO(), 0), (WGA(), 0), (Squared(), 1)], ids=repr
 )
@@ -95,6 +97,7 @@ def test_only_a_loss_that_autograd_differentiates_breaks_the_graph(loss, breaks)
     assert report.graph_break_count == breaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_rows", [None, 0, 4])
 def test_linear_log_probs_is_part_of_the_graph(chunk_rows):
     body, head, labels = setting()
@@ -128,6 +131,7 @@ def test_another_beta_is_another_graph():
         torch.testing.assert_close(compiled(x, loss), function(x, loss))
 
 
+@pytest.mark.slow
 def test_a_forward_pass_without_gradients_compiles_too():
     function = step(*setting())
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
@@ -151,6 +155,7 @@ def test_shapes_may_change_between_calls():
         torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
+@pytest.mark.slow
 def test_autocast_in_the_graph_is_autocast_outside():
     function = step(*setting())
     x = torch.randn(ROWS, 8)
@@ -201,6 +206,7 @@ def gradients_alive(weight: torch.Tensor) -> set[int]:
     return alive - {weight.data_ptr()}
 
 
+@pytest.mark.slow
 def test_the_backward_hands_on_the_gradients_that_the_forward_made(whole_graph):
     """A second gradient of the head would be as large as the head."""
     _, compiled, (_, weight) = whole_graph
@@ -228,6 +234,7 @@ def test_gradients_that_nobody_asks_for_go_with_their_graph(whole_graph):
     assert gradients_alive(weight) <= before
 
 
+@pytest.mark.slow
 def test_graphs_that_are_alive_together_do_not_mix_their_gradients(whole_graph):
     function, compiled, leaves = whole_graph
     values, expected = [], []
@@ -242,6 +249,7 @@ def test_graphs_that_are_alive_together_do_not_mix_their_gradients(whole_graph):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_second_backward_through_a_retained_graph_starts_anew(whole_graph):
     function, compiled, leaves = whole_graph
     expected = torch.autograd.grad(function(), leaves)
@@ -252,6 +260,7 @@ def test_a_second_backward_through_a_retained_graph_starts_anew(whole_graph):
             torch.testing.assert_close(one, factor * other)
 
 
+@pytest.mark.slow
 def test_a_label_outside_the_vocabulary_is_refused_when_the_graph_runs():
     body, head, labels = setting()
     labels[2] = V
@@ -260,6 +269,7 @@ def test_a_label_outside_the_vocabulary_is_refused_when_the_graph_runs():
         compiled(torch.randn(ROWS, 8), NPO(0.1))
 
 
+@pytest.mark.slow
 def test_the_module_compiles_with_a_break_where_it_drops_rows():
     module, weight = FusedLinearNPOLoss(), torch.randn(V, D)
     hidden, target = torch.randn(2, 5, D), torch.randint(0, V, (2, 5))
@@ -281,6 +291,7 @@ def test_the_operator_keeps_the_rules_of_torch_library():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_rows", [0, 4])
 def test_the_operators_of_linear_log_probs_keep_the_rules(chunk_rows):
     hidden, weight, bias = (torch.randn(*shape) for shape in ((ROWS, D), (V, D), (V,)))

@@ -98,7 +98,7 @@ def test_fp64_rows_stay_fp64(kernel, setting):
     torch.testing.assert_close((kl, raw), exact, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", slow_but(["torch", "operator"], KERNELS))
 @pytest.mark.parametrize("distance", slow_but([1e-3], [1e-1, 1e-2, 1e-3, 1e-4]))
 def test_a_small_divergence_keeps_its_digits(kernel, distance):
     """Plain PyTorch in fp32 finds anything from -1e-7 to 1e-7 where the truth is 1e-9."""
@@ -112,7 +112,7 @@ def test_a_small_divergence_keeps_its_digits(kernel, distance):
     assert error <= bound
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", slow_but(["torch", "operator"], KERNELS))
 def test_equal_logits_diverge_by_exactly_nothing(kernel):
     for dtype in (torch.float32, *HALF):
         raw, ref = rows((4, 1003), dtype, 0.0)
@@ -369,6 +369,7 @@ def test_two_chunks_of_logits_are_alive_and_no_more(monkeypatch):
     assert sizes.count(20 * 500) == 2
 
 
+@pytest.mark.slow
 def test_a_graph_of_torch_compile_breaks_around_it_and_agrees():
     tensors = case(dtype=torch.float32)
     compiled = torch.compile(lambda **t: 2 * linear_kl(**t), backend="eager")

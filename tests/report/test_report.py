@@ -59,6 +59,7 @@ def table_of(markdown):
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_shows_every_part_and_misses_nothing(home, tmp_path):
     page = Page(report(home, tmp_path, "full"))
     for title in ("Runs", "Forgetting and what it costs", "Truth ratios", "Over the steps",

@@ -92,6 +92,7 @@ def test_a_record_has_log_probs_where_every_term_is_a_kl():
     assert record.log_probs["forget"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_kl_on_retain_data_keeps_the_model_nearer_to_what_it_was():
     settings = TrainSettings(epochs=8, batch_size=7, lr=3e-3)
     start, retain = small_lm(), sources()["retain"]
@@ -101,6 +102,7 @@ def test_kl_on_retain_data_keeps_the_model_nearer_to_what_it_was():
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
 
 
+@pytest.mark.slow
 def test_negative_kl_drives_the_forget_distribution_away():
     settings = TrainSettings(epochs=8, batch_size=7, lr=1e-3)
     start, forget = small_lm(), sources()["forget"]
@@ -143,6 +145,7 @@ def unlearn(home, output, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_kl_and_reuses_a_cache(home, tmp_path, capsys):
     cache = tmp_path / "reference"
     options = ("--method", "NPO+KL", "--kl-coefficient", "2", "--reference-cache", str(cache))

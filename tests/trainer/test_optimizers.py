@@ -16,7 +16,15 @@ from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer, keep_states_on_cpu, step_one_at_a_time
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from tests.helpers import FACTS, calm_model, save_tiny_model, sources, tiny_model, write_jsonl
+from tests.helpers import (
+    FACTS,
+    calm_model,
+    save_tiny_model,
+    slow_but,
+    sources,
+    tiny_model,
+    write_jsonl,
+)
 
 SETTINGS = TrainSettings(epochs=2, batch_size=4, lr=1e-3, micro_batch_tokens=400)
 IN_BACKWARD = dataclasses.replace(SETTINGS, step_in_backward=True)
@@ -105,7 +113,7 @@ def test_training_in_bf16_gains_by_rounding_at_random():
     assert share(gained) > 1.5 * share(lost)
 
 
-@pytest.mark.parametrize("method", ["NPO+RT", "DPO+KL", "KTO+RT", "IDK+RT"])
+@pytest.mark.parametrize("method", slow_but(["NPO+RT"], ["NPO+RT", "DPO+KL", "KTO+RT", "IDK+RT"]))
 def test_a_step_in_backward_is_the_ordinary_step_clipped_by_the_same_norm(method):
     """Several streams, pairs, KL, a baseline: all in one pass through the model."""
     settings = dataclasses.replace(SETTINGS, max_grad_norm=0.5)
@@ -258,6 +266,7 @@ def test_states_that_are_read_stay_in_cpu_memory(name):
     assert content["state"], "what was read stays as it was"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_tokens", [30, 400])
 def test_recomputed_activations_give_the_same_gradients(micro_batch_tokens):
     settings = dataclasses.replace(SETTINGS, micro_batch_tokens=micro_batch_tokens)
@@ -281,6 +290,7 @@ def test_recomputed_activations_give_the_same_gradients(micro_batch_tokens):
     assert passes[0] > 1.4 * without[0], "the backward ran the layer again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_norm", [0.5, math.inf])
 def test_recomputed_activations_and_a_step_in_backward_go_together(max_norm):
     settings = dataclasses.replace(SETTINGS, batch_size=7, max_grad_norm=max_norm)
