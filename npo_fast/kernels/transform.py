@@ -6,7 +6,7 @@ This is the one place in Python that lists the settings: operators take the fiel
 ``schema``, and every function above and below passes a ``HeadTransform`` on. A new setting needs
 three files:
 
-    npo_fast/kernels/transform.py    its field, option, formula and slope, argument of the schema
+    npo_fast/kernels/transform.py    its field, option, formula, slope and bound, schema argument
     csrc/transform.h                 the same for the C++ kernels, which are then built anew
     npo_fast/model/causal_lm.py      the name that configs of models have for it
 

@@ -125,11 +125,12 @@ def test_gradient_of_a_nearly_sure_token_keeps_its_relative_precision():
 def test_a_slice_without_the_label_gets_the_gradient_of_its_columns():
     logits, labels, target, g = rows_case(6, 131)
     whole = logits.clone()
-    log_probs, _, *softmax = row_log_probs(logits, labels, target, 5.0, 0.5, SPLIT)
-    row_gradient(whole, labels, log_probs, *softmax, g, 5.0, 0.5, SPLIT)
+    settings = HeadTransform(5.0, 0.5), SPLIT
+    log_probs, _, *softmax = row_log_probs(logits, labels, target, *settings)
+    row_gradient(whole, labels, log_probs, *softmax, g, *settings)
     for columns in (slice(0, 70), slice(70, 131)):
         part = logits[:, columns]
-        row_gradient(part, labels - columns.start, log_probs, *softmax, g, 5.0, 0.5, SPLIT)
+        row_gradient(part, labels - columns.start, log_probs, *softmax, g, *settings)
         torch.testing.assert_close(part, whole[:, columns])
 
 

@@ -4,7 +4,7 @@
     z_n = logit_scale * softcap * tanh(a_n / softcap)
 
 Logits lie column after column, as ``empty_logits`` makes them: a program takes BLOCK_R neighbouring
-rows of one column after another, so that loads are 16 bytes wide whatever the size of the
+rows of one column after another, so that loads have 16 bytes whatever the size of the
 vocabulary, and any number of programs can share a row. Every lane keeps a running (peak, total):
 nothing crosses lanes before the slice ends. The label may stay apart:
 ``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
