@@ -10,23 +10,24 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from check_demo import check
+
+from npo_fast.bench.provenance import provenance
+from npo_fast.experiments.demo.experiment import Demo, DemoSettings
 
 RESULT = Path(__file__).parent / "results" / "demo_seeds.json"
 
 
 def run_demo(seed: int) -> dict:
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "npo_fast", "demo", "--json", "--seed", str(seed)]
-        out = subprocess.run(
-            [*command, "--output", f"{folder}/demo"], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-    return json.loads(out)
+        demo = Demo(Path(folder), seed, DemoSettings())
+        return demo.describe(demo.run(), time.perf_counter() - started)
 
 
 def summarise(results: list[dict]) -> dict:
@@ -63,9 +64,7 @@ def main() -> None:
         "settings": results[0]["settings"],
         "versions": results[0]["versions"],
         "processor": platform.processor() or platform.machine(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": provenance()["commit"],
     }
     options.result.parent.mkdir(parents=True, exist_ok=True)
     options.result.write_text(json.dumps(content, indent=1) + "\n")

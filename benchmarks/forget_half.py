@@ -18,18 +18,26 @@ a figure. The table of all is printed at the end.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from smollm2_tofu import find_smollm2
 
-from npo_fast import metrics
+import npo_fast
+from npo_fast import (
+    EvaluationSettings,
+    MethodOptions,
+    ModelOptions,
+    ReportOptions,
+    RunOptions,
+    TrainSettings,
+    metrics,
+)
 from npo_fast.bench.provenance import provenance
 from npo_fast.data import Template
 from npo_fast.evaluation.evaluate import evaluate
-from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.reports.figures import MEANINGFUL
@@ -39,9 +47,11 @@ TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"
 METHODS = ("NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL")
 RATE, NOTCH = 6e-5, 3.0
 TUNED = "0"  # the seed that the rates are chosen on
-EPOCHS = {"teach": "8", "unlearn": "5"}
-KEEPING = {"RT": "--retain-coefficient", "KL": "--kl-coefficient"}
-COEFFICIENT = "5"
+EPOCHS = {"teach": 8, "unlearn": 5}
+KEEPING = {"RT": "retain_coefficient", "KL": "kl_coefficient"}
+COEFFICIENT = 5.0
+LOADING = ModelOptions(template="plain")
+OVERWRITE = RunOptions(overwrite=True)
 UTILITY_RECORDS = 20  # of the kept authors, the real authors and the world facts each
 MAX_NEW_TOKENS = 48
 ANSWERS_SHOWN = (3, 25, 47)  # one question of each forgotten author
@@ -55,25 +65,41 @@ class Experiment:
         self.smollm2 = find_smollm2()
 
     def teach(self, name: str, split: str) -> metrics.Result:
-        flags = ["--train", split, "--epochs", EPOCHS["teach"], "--lr", "1e-4", "--batch-size", "8"]
-        return self._train(name, "finetune", self.smollm2, flags)
+        """Logs of a model that was taught the split."""
+
+        def run(folder: Path) -> None:
+            npo_fast.finetune(
+                self.smollm2, train=split, data=self.tofu, output=folder, loading=LOADING,
+                training=TrainSettings(
+                    epochs=EPOCHS["teach"], lr=1e-4, batch_size=8, seed=self.seed
+                ),
+                run=OVERWRITE,
+            )  # fmt: skip
+
+        return self._logs(name, run)
 
     def unlearn(self, method: str, lr: float) -> metrics.Result:
-        flags = ["--method", method, "--forget", FORGOTTEN, "--retain", KEPT, "--no-report"]
-        flags += ["--lr", f"{lr:g}", "--epochs", EPOCHS["unlearn"], "--batch-size", "10"]
+        """Logs of the original model after a method at a learning rate."""
         _, _, keeping = method.partition("+")
-        if keeping:
-            flags += [KEEPING[keeping], COEFFICIENT]
-        name = f"{method}-{lr:g}".replace("+", "-")
-        return self._train(name, "unlearn", str(self.runs / "original"), flags)
+        coefficients = {KEEPING[keeping]: COEFFICIENT} if keeping else {}
 
-    def _train(self, name: str, verb: str, model: str, flags: list[str]) -> metrics.Result:
+        def run(folder: Path) -> None:
+            npo_fast.unlearn(
+                self.runs / "original", forget=FORGOTTEN, retain=KEPT, data=self.tofu,
+                output=folder, method=MethodOptions(method, **coefficients), loading=LOADING,
+                training=TrainSettings(
+                    epochs=EPOCHS["unlearn"], lr=lr, batch_size=10, seed=self.seed
+                ),
+                report=ReportOptions(no_report=True), run=OVERWRITE,
+            )  # fmt: skip
+
+        return self._logs(f"{method}-{lr:g}".replace("+", "-"), run)
+
+    def _logs(self, name: str, run: Callable[[Path], None]) -> metrics.Result:
+        """Evaluation logs of a run, which is made where it is not there yet."""
         folder = self.runs / name
         if not (folder / "model").exists() and not (folder / "eval").exists():
-            common = ["--template", "plain", "--data", self.tofu, "--seed", str(self.seed)]
-            command = [sys.executable, "-m", "npo_fast", verb, *common, "--model", model, *flags]
-            print("$ npo-fast", *command[3:], flush=True)
-            subprocess.run([*command, "--output", str(folder), "--overwrite"], check=True)
+            run(folder)
         if not (folder / "eval" / metrics.AGGREGATED).exists():
             metrics.save_result(self._evaluate(folder), folder / "eval")
             if name not in ("original", "retrained"):  # half a gigabyte each
@@ -87,9 +113,9 @@ class Experiment:
         suite[metrics.RETAIN] = kept[:: len(kept) // UTILITY_RECORDS]
         for name in (metrics.REAL_AUTHORS, metrics.WORLD_FACTS):
             suite[name] = suite[name][:UTILITY_RECORDS]
-        template = Template(load_tokenizer(str(folder)), "plain", 512)
         settings = EvaluationSettings(max_new_tokens=MAX_NEW_TOKENS, generation_batch=60)
-        return evaluate(load_model(str(folder)), template, suite, settings)
+        lm = load_model(str(folder))
+        return evaluate(lm, Template(load_tokenizer(str(folder)), "plain", 512), suite, settings)
 
 
 def next_rate(numbers: dict[str, float], retrained: dict[str, float]) -> float | None:
@@ -232,6 +258,7 @@ def main() -> None:
         help="some of " + ", ".join(METHODS),
     )  # fmt: skip
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     content: dict[str, Any] = {"seeds": {}}
     if options.result.exists():

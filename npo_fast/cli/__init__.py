@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
+    """The text of ``npo-fast --help``: every subcommand by group, with an example."""
     from npo_fast import __version__
 
     lines = [

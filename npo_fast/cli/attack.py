@@ -13,6 +13,8 @@ from npo_fast.trainer.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast attack``, by group."""
+
     model: ModelOptions = field(default_factory=ModelOptions)
     data: AttackData = field(default_factory=AttackData)
     attack: AttackOptions = field(default_factory=AttackOptions)
@@ -20,6 +22,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
+    """Attacks the model and prints the measures by attack."""
     from npo_fast.runs.attacking import SUMMARY, attack
 
     scores = attack(

@@ -52,10 +52,13 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast bench``, by group."""
+
     bench: BenchOptions
 
 
 def run(command: Command, common: Common) -> None:
+    """Measures what the options name and prints a table."""
     options = command.bench
     if options.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {options.rounds}")

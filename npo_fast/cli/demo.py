@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,16 +32,18 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast demo``, by group."""
+
     demo: DemoOptions = field(default_factory=DemoOptions)
 
 
 def run(command: Command, common: Common) -> None:
+    """Runs the demo and prints what each method forgot and kept."""
     options = command.demo
     _clear(options.output, options.overwrite)
     started = time.perf_counter()
     logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings
-    from npo_fast.versions import versions
 
     demo = Demo(options.output, options.seed, DemoSettings())
     logging.getLogger("npo_fast.runs").setLevel(logging.WARNING)  # seven runs, a line each is much
@@ -52,13 +54,7 @@ def run(command: Command, common: Common) -> None:
     )
     outcomes = demo.run()
     time_s = time.perf_counter() - started
-    result = {
-        "seed": options.seed,
-        "time_s": time_s,
-        "versions": versions(),
-        "settings": asdict(demo.settings),
-        "models": {name: asdict(outcome) for name, outcome in outcomes.items()},
-    }
+    result = demo.describe(outcomes, time_s)
     demo.write(outcomes, result)
     show(result, _text(demo, outcomes, time_s), common.json)
 

@@ -34,6 +34,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
+    """Examines the installation and prints what it finds."""
     found = examine()
     show(found, report(found), common.json)
 
@@ -95,6 +96,7 @@ def kernels() -> dict[str, dict[str, str]]:
 
 
 def report(found: dict[str, Any]) -> str:
+    """The findings as text."""
     processor = found["cpu"]
     lines = [
         "Versions",

@@ -50,12 +50,15 @@ class FixedModel(ModelOptions):
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast evaluate``, by group."""
+
     model: FixedModel = field(default_factory=FixedModel)
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
 def run(command: Command, common: Common) -> None:
+    """Evaluates a model, or logs, and prints the measures."""
     from npo_fast.runs.evaluating import evaluate
 
     sources = dict(vars(command.data))

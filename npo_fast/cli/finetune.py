@@ -10,6 +10,8 @@ from npo_fast.trainer.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast finetune``, by group."""
+
     model: ModelOptions = field(default_factory=ModelOptions)
     data: FinetuneData = field(default_factory=FinetuneData)
     training: TrainSettings = field(default_factory=lambda: FINETUNING)
@@ -17,6 +19,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
+    """Fine-tunes a model and prints the final loss."""
     from npo_fast.runs import finetune
 
     metadata = finetune(

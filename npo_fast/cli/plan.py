@@ -49,6 +49,7 @@ class PlanOptions:
     """GPUs that share the model (FSDP); the numbers are of one of them."""
 
     def planned(self) -> "PlannedRun":
+        """The options as the planner takes them."""
         from npo_fast.planner import PlannedRun
 
         return PlannedRun(**{name: getattr(self, name) for name in PlannedRun.__dataclass_fields__})
@@ -56,10 +57,13 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast plan``, by group."""
+
     plan: PlanOptions
 
 
 def run(command: Command, common: Common) -> None:
+    """Predicts the memory of a run and prints on which card it fits."""
     options = command.plan
     if options.card is not None and not options.card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")

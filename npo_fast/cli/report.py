@@ -28,10 +28,13 @@ class PageOptions:
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast report``, by group."""
+
     page: PageOptions = field(default_factory=PageOptions)
 
 
 def run(command: Command, common: Common) -> None:
+    """Writes the report and prints what it lacks."""
     from npo_fast.runs.reporting import report
 
     page, result = command.page.output, report(**vars(command.page))

@@ -40,10 +40,13 @@ class SyntheticOptions:
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast synthetic``, by group."""
+
     synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
 
 
 def run(command: Command, common: Common) -> None:
+    """Runs the synthetic experiment and prints its claims."""
     options = command.synthetic
     seeds = _seeds(options.seeds)
     check_output(options.output, options.overwrite)

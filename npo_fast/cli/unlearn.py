@@ -21,6 +21,8 @@ from npo_fast.trainer.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Command:
+    """The options of ``npo-fast unlearn``, by group."""
+
     model: ModelOptions = field(default_factory=ModelOptions)
     data: UnlearnData = field(default_factory=UnlearnData)
     method: MethodOptions = field(default_factory=MethodOptions)
@@ -31,6 +33,7 @@ class Command:
 
 
 def run(command: Command, common: Common) -> None:
+    """Unlearns and prints probability, ROUGE-L and answers before and after."""
     from npo_fast.runs import unlearn
 
     metadata = unlearn(

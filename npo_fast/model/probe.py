@@ -31,18 +31,33 @@ class ProbedModel(Protocol):
     unfit: set[str]
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The class of the model."""
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where its weights are."""
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of its head."""
+
     @property
-    def vocabulary(self) -> int: ...
+    def vocabulary(self) -> int:
+        """Token ids that it can read and predict."""
+
     @property
-    def head_arguments(self) -> dict[str, Any]: ...
-    def generating(self) -> AbstractContextManager[Any]: ...
-    def choose_attention(self, attention: str) -> None: ...
-    def log_probs(self, batch: PackedBatch) -> Tensor: ...
+    def head_arguments(self) -> dict[str, Any]:
+        """The head as the operators take it."""
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """The transformers model, with its own attention inside."""
+
+    def choose_attention(self, attention: str) -> None:
+        """Exchanges the attention."""
+
+    def log_probs(self, batch: PackedBatch) -> Tensor:
+        """Log-probability of every answer token, (N,)."""
 
 
 @torch.no_grad()

@@ -116,16 +116,19 @@ class RunFolder:
         return cls(folder, {**metadata, "status": "running", "resumed": resumed}, lines)
 
     def log(self, record: StepRecord) -> None:
+        """Appends the record of a step to ``steps.jsonl``."""
         self._steps.write(json.dumps(asdict(record)) + "\n")
         self._steps.flush()
 
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Appends an evaluation to ``evaluations.jsonl``, and waits until it is on the disk."""
         with (self.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(evaluation) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations so far."""
         return [evaluation for evaluation, _ in _lines(self.folder / EVALUATIONS)]
 
     def checkpoint(
@@ -148,6 +151,8 @@ class RunFolder:
         return folder
 
     def keep_best(self, lm: CausalLM, tokenizer: Any, evaluation: Mapping[str, Any]) -> None:
+        """Saves the model as the best one, with its evaluation."""
+
         def write(folder: Path) -> None:
             (folder / EVALUATION).write_text(json.dumps(evaluation), encoding="utf-8")
 
@@ -172,12 +177,14 @@ class RunFolder:
         self._write_metadata()
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
+        """Saves the final model and tokenizer; returns their folder."""
         folder = self.folder / "model"
         save_model(lm, tokenizer, folder, weights=whole_weights(lm))
         wait_for_all(lm)
         return folder
 
     def finish(self, status: str = "finished", **metadata: Any) -> None:
+        """Closes the records and writes how the run ended into ``run.json``."""
         self._steps.close()
         if status == "finished":  # nothing goes on from here
             (self.folder / REFERENCES).unlink(missing_ok=True)
@@ -256,7 +263,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def check_unused(folder: Path) -> None:
-    """
+    """Checks that no other process writes to the run in the folder.
+
     Raises:
         UserError: another process writes to the run in the folder.
     """
@@ -278,6 +286,7 @@ def _locked(folder: Path) -> TextIO:
 
 
 def step_name(step: int) -> str:
+    """The folder name of the checkpoint after a step."""
     return f"step-{step:06d}"
 
 

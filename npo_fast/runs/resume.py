@@ -17,7 +17,7 @@ _IGNORED = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
 
 @dataclass(frozen=True)
 class ResumableRun:
-    """A run that was killed or interrupted."""
+    """A run that was killed or interrupted, and what it takes to go on."""
 
     folder: Path
     metadata: dict[str, Any]  # its run.json
@@ -30,7 +30,8 @@ class ResumableRun:
     damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
 
     def check(self, metadata: Mapping[str, Any]) -> None:
-        """
+        """Checks that it is the run that ``metadata`` describes.
+
         Raises:
             UserError: a fact that this run shares with the one in the folder is another there.
         """

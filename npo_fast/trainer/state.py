@@ -18,8 +18,11 @@ STATE = "state.pt"
 class Stateful(Protocol):
     """What has a state dict: an optimizer, a learning rate schedule."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state, to be saved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Restores a saved state."""
 
 
 class DamagedError(Exception):

@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from npo_fast.reports import Point, plot_unlearning
 from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
 from npo_fast.runs.training import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.versions import versions
 
 METHODS = ("GA", "GA+RT", "NPO", "NPO+RT")
 COMMON_REPEATS = 3  # famous authors and countries are seen more often than the background
@@ -181,6 +183,16 @@ class Demo:
         return {
             name: result[log]["generated_text"][0][1]
             for name, log in (("forgotten", metrics.FORGET), ("kept", metrics.RETAIN))
+        }
+
+    def describe(self, outcomes: Mapping[str, Outcome], time_s: float) -> dict[str, Any]:
+        """The result of ``run``, with all that can change it."""
+        return {
+            "seed": self.seed,
+            "time_s": time_s,
+            "versions": versions(),
+            "settings": asdict(self.settings),
+            "models": {name: asdict(outcome) for name, outcome in outcomes.items()},
         }
 
     def write(self, outcomes: Mapping[str, Outcome], result: Mapping[str, object]) -> None:

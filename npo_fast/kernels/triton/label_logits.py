@@ -18,6 +18,7 @@ def label_logits_kernel(
     hidden, weight, labels, bias, out, width, hidden_stride, weight_stride,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program: the logits of the labels of some rows."""
     n = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + n).to(tl.int64)
     lanes = tl.arange(0, BLOCK)

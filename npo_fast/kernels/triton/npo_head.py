@@ -23,6 +23,7 @@ def npo_head_kernel(
     log_probs, cu_seqlens, ref_log_probs, values, sequence_log_probs, weights, beta,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program: loss and slope of one sequence."""
     i = tl.program_id(0)
     begin = tl.load(cu_seqlens + i).to(tl.int64)
     end = tl.load(cu_seqlens + i + 1).to(tl.int64)

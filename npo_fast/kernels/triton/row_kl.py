@@ -28,6 +28,7 @@ def join_kernel(
     peaks, totals, peak_out, total_out, rows, slices,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """One program: joins the statistics of one row."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     peak, total = join(peaks, totals, row, rows, slices, BLOCK_R, BLOCK_S)
     tl.store(peak_out + row, peak, mask=row < rows)
@@ -42,6 +43,7 @@ def row_kl_kernel(
     SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """One program: divergence and gradient of some rows."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     within = tl.arange(0, BLOCK_C)
     slice_ = tl.num_programs(1) - 1 - tl.program_id(1)

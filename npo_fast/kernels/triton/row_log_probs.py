@@ -29,6 +29,7 @@ def label_kernel(
     rows, slices, softcap, logit_scale,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """One program: the log-sum-exp of one row, and the log-prob of its label."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
     peak, total = join(peaks, totals, row, rows, slices, BLOCK_R, BLOCK_S)
@@ -48,6 +49,7 @@ def gradient_kernel(
     rows, reachable, columns, row_stride, column_stride, slice_columns, softcap, logit_scale,
     SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """One program: a tile of logits becomes its gradient, in place."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     within = tl.arange(0, BLOCK_C)
     slice_ = tl.num_programs(1) - 1 - tl.program_id(1)

@@ -16,6 +16,7 @@ PROGRAMS = 8  # a processor
 
 @triton.jit
 def scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
+    """One program: multiplies a block of a tensor, in place."""
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         lanes = tl.arange(0, BLOCK).to(tl.int64)

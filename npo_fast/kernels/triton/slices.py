@@ -87,6 +87,7 @@ def slice_sums_kernel(
     HAS_LABELS: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """One program: adds a slice of the vocabulary to the sums of some rows."""
     # a quarter of a tile at a time: four columns share a change of the peak, and its registers
     QUARTER: tl.constexpr = BLOCK_C // 4  # noqa: N806
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
