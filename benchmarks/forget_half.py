@@ -17,6 +17,7 @@ a figure. The table of all is printed at the end.
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 from collections.abc import Callable

@@ -53,7 +53,7 @@ SUBCOMMANDS = {
     ),
     "finetune": Subcommand(
         "Train",
-        "Teach a model a data set (for a model to unlearn from, or a retrained yardstick)",
+        "Teach a model a data set (for a model to unlearn from, or a retrained baseline)",
         "npo-fast finetune --model my-model --train facts.jsonl --output runs/taught",
         on_ranks=True,
     ),
