@@ -9,15 +9,15 @@ from npo_fast._version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can change a number."""
-    found = {"npo_fast": __version__, "python": platform.python_version()}
+    """Version of each package that can change a number, and the device."""
+    numbers = {"npo_fast": __version__, "python": platform.python_version()}
     for package in (
         "torch", "transformers", "triton", "safetensors", "numpy", "scipy", "torchao", "peft",
         "bitsandbytes",
     ):  # fmt: skip
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
+    numbers["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return numbers

@@ -89,16 +89,18 @@ def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
     for name, why in missing.items():
         logger.info(f"{name} is left out: {why}")
     origin = provenance()  # now: a commit made meanwhile is not what runs
-    results = [bench(one, candidates, kinds, options.rounds, device, logger.info) for one in shapes]
+    results = [
+        bench(shape, candidates, kinds, options.rounds, device, logger.info) for shape in shapes
+    ]
     record = {
         "what": "loss",
         "provenance": origin,
         "rounds": options.rounds,
         "missing_peers": missing,
-        "ours_refused": any(one.ours_refused for one in results),
-        "results": [one.record() for one in results],
+        "ours_refused": any(result.ours_refused for result in results),
+        "results": [result.record() for result in results],
     }
-    return record, "\n\n".join(_loss_text(one) for one in results)
+    return record, "\n\n".join(_loss_text(result) for result in results)
 
 
 def _loss_text(result: "Result") -> str:
@@ -144,16 +146,16 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
     scaling.plot(points, file)
     logger.info(f"plot: {file}")
     cells = (
-        [one.axis, str(one.rows), str(one.vocabulary), one.peer, _number(one.train_ms),
-         _number(one.train_peak_mib)]
-        for one in points
+        [point.axis, str(point.rows), str(point.vocabulary), point.peer, _number(point.train_ms),
+         _number(point.train_peak_mib)]
+        for point in points
     )  # fmt: skip
     text = tables.plain(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
     record = {
         "what": "scaling",
         "provenance": origin,
         "rounds": options.rounds,
-        "points": [asdict(one) for one in points],
+        "points": [asdict(point) for point in points],
     }
     return record, text
 
@@ -170,7 +172,7 @@ def _kernels() -> tuple[dict[str, Any], str]:
     device = _device()
     if device.type == "cuda":
         logger.info("timing the kernels")
-        measured = [asdict(one) for one in kernels.measure(device)]
+        measured = [asdict(timing) for timing in kernels.measure(device)]
         return {**record, "measured": measured}, _dict_table(measured)
     if triton.knobs.runtime.interpret:
         raise UserError("bench kernels compiles kernels: unset TRITON_INTERPRET")
@@ -188,13 +190,13 @@ def _kernels() -> tuple[dict[str, Any], str]:
               for name, ms in predicted.items()),
         ]
     )  # fmt: skip
-    kernel_records = [asdict(one) for one in records]
+    kernel_records = [asdict(record) for record in records]
     return {**record, "kernels": kernel_records, "h100_floors": predicted}, text
 
 
 def _dict_table(rows: Iterable[Mapping[str, object]]) -> str:
-    found = list(rows)
-    return tables.plain(([str(cell) for cell in row.values()] for row in found), found[0])
+    records = list(rows)
+    return tables.plain(([str(cell) for cell in row.values()] for row in records), records[0])
 
 
 def _device() -> "torch.device":

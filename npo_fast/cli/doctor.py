@@ -35,8 +35,8 @@ class Command:
 
 def run(command: Command, common: Common) -> None:
     """Examines the installation and prints what it finds."""
-    found = examine()
-    show(found, report(found), common.json)
+    findings = examine()
+    show(findings, report(findings), common.json)
 
 
 def examine() -> dict[str, Any]:
@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
         missing.pop("flash-attn", None)
     return {
         "versions": {"npo_fast": npo_fast.__version__, **{p: _version(p) for p in PACKAGES}},
-        "optional": {name: found for name in OPTIONAL if (found := _version(name)) is not None},
+        "optional": {name: v for name in OPTIONAL if (v := _version(name)) is not None},
         "devices": devices,
         "cpu": {
             "threads": torch.get_num_threads(),
@@ -95,37 +95,40 @@ def kernels() -> dict[str, dict[str, str]]:
     }
 
 
-def report(found: dict[str, Any]) -> str:
+def report(findings: dict[str, Any]) -> str:
     """The findings as text."""
-    processor = found["cpu"]
+    processor = findings["cpu"]
     lines = [
         "Versions",
-        *(f"  {name:<14}{value or 'not installed'}" for name, value in found["versions"].items()),
-        *(f"  {name:<14}{value}" for name, value in found["optional"].items()),
+        *(
+            f"  {name:<14}{value or 'not installed'}"
+            for name, value in findings["versions"].items()
+        ),
+        *(f"  {name:<14}{value}" for name, value in findings["optional"].items()),
         "",
         "Devices",
-        *(f"  {device}" for device in found["devices"]),
+        *(f"  {device}" for device in findings["devices"]),
         "  {threads} threads on {cores} cores, {instructions}".format(**processor),
-        f"  compiler: {found['compiler'] or 'none'}",
+        f"  compiler: {findings['compiler'] or 'none'}",
         "",
         "Attention (of a bf16 model, heads of 128)",
-        *(f"  {device:<14}{name}" for device, name in found["attention"].items()),
+        *(f"  {device:<14}{name}" for device, name in findings["attention"].items()),
         "",
         "Kernels",
         tables.plain(
-            ([f"  {name}", on["cpu"], on["cuda"]] for name, on in found["kernels"].items()),
+            ([f"  {name}", on["cpu"], on["cuda"]] for name, on in findings["kernels"].items()),
             ("  operator", "cpu", "cuda"),
         ),
     ]
-    if found["cpu_library"] is None:
+    if findings["cpu_library"] is None:
         lines += [
             "",
             "C++ kernels are not built. With PyTorch and a C++ compiler installed:",
             "  pip install --force-reinstall --no-deps npo-fast   (in a checkout: .)",
         ]
-    if found["missing"]:
+    if findings["missing"]:
         lines += ["", "Not installed (only needed for what stands beside it)"]
-        lines += [f"  {n:<14}{m['for']}: {m['get']}" for n, m in found["missing"].items()]
+        lines += [f"  {n:<14}{m['for']}: {m['get']}" for n, m in findings["missing"].items()]
     return "\n".join(lines)
 
 

@@ -81,62 +81,68 @@ def run(command: Command, common: Common) -> None:
         logger.info(" ".join(["a step without data", *flags(planned, plan)]))
         return footprint(config, plan, options.ranks)
 
-    found = measure(planned)
+    measured = measure(planned)
     cards = CARDS_GB if options.card is None else (options.card,)
     advice = [advise(planned, card, measure, options.ranks) for card in sorted(cards, reverse=True)]
     show(
-        _facts(options, config, found, advice),
-        _text(options, config, found, advice),
+        _metadata(options, config, measured, advice),
+        _text(options, config, measured, advice),
         common.json,
     )
 
 
-def _facts(
-    options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]
+def _metadata(
+    options: PlanOptions, config: Any, measured: "Footprint", advice: list["Advice"]
 ) -> dict[str, Any]:
     from npo_fast.planner import flags
 
     return {
         "settings": vars(replace(options, model=config.model_type)),
-        "parameters": found.parameters,
-        "trained": found.trained,
-        "bytes": found.bytes,
-        "peak_bytes": found.peak,
-        "allowance_bytes": found.allowance,
-        "needed_bytes": found.needed,
+        "parameters": measured.parameters,
+        "trained": measured.trained,
+        "bytes": measured.bytes,
+        "peak_bytes": measured.peak,
+        "allowance_bytes": measured.allowance,
+        "needed_bytes": measured.needed,
         "cards": [
             {
-                "card_gb": one.card_gb,
-                "fits": one.fits and not one.switches,
-                "fits_with": flags(options.planned(), one.planned) if one.fits else None,
-                "needed_bytes": one.footprint.needed,
+                "card_gb": card.card_gb,
+                "fits": card.fits and not card.switches,
+                "fits_with": flags(options.planned(), card.planned) if card.fits else None,
+                "needed_bytes": card.footprint.needed,
             }
-            for one in reversed(advice)
+            for card in reversed(advice)
         ],
     }
 
 
-def _text(options: PlanOptions, config: Any, found: "Footprint", advice: list["Advice"]) -> str:
+def _text(options: PlanOptions, config: Any, measured: "Footprint", advice: list["Advice"]) -> str:
     from npo_fast.planner.memory import FRAGMENTATION, KINDS
 
     planned = options.planned()
     share = "" if options.ranks == 1 else f", one of {options.ranks} GPUs"
-    trained = "" if found.trained == found.parameters else f", {_count(found.trained)} trained"
+    trained = (
+        "" if measured.trained == measured.parameters else f", {_count(measured.trained)} trained"
+    )
     lines = [
-        f"{config.model_type}, {_count(found.parameters)} parameters{trained}: {options.method} "
+        f"{config.model_type}, {_count(measured.parameters)} parameters{trained}: {options.method} "
         f"with {options.optimizer}, {options.dtype}, {options.micro_batch_tokens} tokens a pass"
         f"{share}",
         "",
         "At its peak a step holds" + " " * 6 + "GiB",
-        *(_row(title, found.bytes[kind]) for kind, title in KINDS.items() if found.bytes[kind]),
-        _row("sum", found.peak),
-        _row("CUDA context, gaps", found.allowance),
-        _row("needed", found.needed),
+        *(
+            _row(title, measured.bytes[kind])
+            for kind, title in KINDS.items()
+            if measured.bytes[kind]
+        ),
+        _row("sum", measured.peak),
+        _row("CUDA context, gaps", measured.allowance),
+        _row("needed", measured.needed),
         "",
         tables.plain(
             (
-                [f"{one.card_gb:g} GB", _gib(one.footprint.needed), _verdict(planned, one)]
-                for one in reversed(advice)
+                [f"{card.card_gb:g} GB", _gib(card.footprint.needed), _verdict(planned, card)]
+                for card in reversed(advice)
             ),
             ("card", "GiB", "fits"),
         ),
@@ -159,12 +165,12 @@ def _row(title: str, size: int) -> str:
     return f"  {title:<22}{_gib(size):>9}"
 
 
-def _verdict(planned: "PlannedRun", one: "Advice") -> str:
+def _verdict(planned: "PlannedRun", card: "Advice") -> str:
     from npo_fast.planner import flags
 
-    if not one.fits:
-        return "no, even with all of these" if one.switches else "no"
-    change = " ".join(flags(planned, one.planned))
+    if not card.fits:
+        return "no, even with all of these" if card.switches else "no"
+    change = " ".join(flags(planned, card.planned))
     return f"with {change}" if change else "yes"
 
 
@@ -172,7 +178,7 @@ def _costs(planned: "PlannedRun", advice: list["Advice"]) -> list[str]:
     """Each switch that is advised, once."""
     from npo_fast.planner import flags
 
-    advised = dict.fromkeys(switch for one in advice for switch in one.switches)
+    advised = dict.fromkeys(switch for card in advice for switch in card.switches)
     rows = [(" ".join(flags(planned, s.change(planned))), s.cost) for s in advised]
     return ["", *(f"  {flag:<34}{cost}" for flag, cost in rows)] if rows else []
 

@@ -58,25 +58,25 @@ def run(command: Command, common: Common) -> None:
     origin = provenance()
 
     steps = experiment.QUICK if options.quick else experiment.Steps()
-    found = experiment.run(seeds, steps, logger.info)
+    outcome = experiment.run(seeds, steps, logger.info)
     laws = theory.run(seeds, QUICK_THEOREM_STEPS if options.quick else THEOREM_STEPS, logger.info)
-    checked = claims.check(found, laws)
+    checked = claims.check(outcome, laws)
     result = {
         "seeds": seeds,
         "quick": options.quick,
         "time_s": time.perf_counter() - started,
         "provenance": origin,
         "steps": asdict(steps),
-        "claims": [asdict(one) for one in checked],
+        "claims": [asdict(claim) for claim in checked],
         "theorem": [{k: v for k, v in asdict(x).items() if k not in _CURVE} for x in laws.laws],
-        "exponents": [asdict(one) for one in laws.exponents],
-        "limit": [asdict(one) for one in laws.limits],
+        "exponents": [asdict(law) for law in laws.exponents],
+        "limit": [asdict(law) for law in laws.limits],
     }
     options.output.mkdir(parents=True, exist_ok=True)
     text = claims.markdown(checked)
-    _write(options.output / CURVES, _curves(found))
+    _write(options.output / CURVES, _curves(outcome))
     (options.output / CLAIMS).write_text(text, encoding="utf-8")
-    files = figures.draw(found, laws, options.output)
+    files = figures.draw(outcome, laws, options.output)
     _write(options.output / RESULT, result)
     show(result, _text(result, text, files), common.json)
 
@@ -103,7 +103,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds an experiment; name another --output or add --overwrite")
 
 
-def _curves(found: "Experiment") -> dict[str, Any]:
+def _curves(outcome: "Experiment") -> dict[str, Any]:
     """Distances as [method][distance][seed][step], to five digits."""
     return {
         name: {
@@ -118,7 +118,7 @@ def _curves(found: "Experiment") -> dict[str, Any]:
                 for method in curves.methods
             },
         }
-        for name, curves in vars(found).items()
+        for name, curves in vars(outcome).items()
     }
 
 
@@ -142,7 +142,7 @@ def _text(result: Mapping[str, Any], claims: str, files: list[Path]) -> str:
           "" if x["c"] is None else f"{x['c']:.3g}", f"{x['r2']:.5f}"] for x in result["theorem"]),
         ("loss", "n_f", "eta", "coefficient", "C", "R^2"),
     )  # fmt: skip
-    holding = sum(one["holds"] for one in result["claims"])
+    holding = sum(claim["holds"] for claim in result["claims"])
     return "\n".join([
         claims, laws, "", limit, "",
         f"{holding} of {len(result['claims'])} claims hold; {result['time_s']:.0f} s; figures, "

@@ -292,8 +292,8 @@ def step_name(step: int) -> str:
 
 def step_of(folder: Path, step: int) -> tuple[dict[str, Any], int] | None:
     """The record of a step, and the byte of ``steps.jsonl`` where it ends."""
-    found = (line for line in _lines(folder / STEPS) if line[0]["step"] == step)
-    return next(found, None)
+    matching = (line for line in _lines(folder / STEPS) if line[0]["step"] == step)
+    return next(matching, None)
 
 
 def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -36,10 +36,10 @@ class ResumableRun:
             UserError: a fact that this run shares with the one in the folder is another there.
         """
         here = json.loads(json.dumps(metadata, default=str))
-        if found := list(_differences(self.metadata, here)):
+        if differences := list(_differences(self.metadata, here)):
             raise UserError(
                 f"the output {self.folder} holds an unfinished run that differs: "
-                f"{'; '.join(found)}. Start it as it was to go on, add --overwrite to begin anew, "
+                f"{'; '.join(differences)}. Start it as it was to go on, add --overwrite to begin anew, "
                 "or name another --output"
             )
 
@@ -82,8 +82,8 @@ def resumable_run(folder: Path) -> ResumableRun | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
