@@ -39,8 +39,8 @@ class ResumableRun:
         if differences := list(_differences(self.metadata, here)):
             raise UserError(
                 f"the output {self.folder} holds an unfinished run that differs: "
-                f"{'; '.join(differences)}. Start it as it was to go on, add --overwrite to begin anew, "
-                "or name another --output"
+                f"{'; '.join(differences)}. Start it as it was to go on, add --overwrite to begin "
+                "anew, or name another --output"
             )
 
 
