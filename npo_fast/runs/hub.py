@@ -9,12 +9,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from npo_fast import tables
 from npo_fast._version import __version__
 from npo_fast.errors import UserError
+from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.model.adapters import ADAPTER_CONFIG
 
 CARD = "README.md"
 
 
-def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
+def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
     """Writes the model card: what the model is, how it was made, and how to load it.
 
     It holds the number of records and their SHA-256, and none of their text.
@@ -22,6 +23,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
     Args:
         folder: of the saved model.
         metadata: of the run, as in ``run.json``.
+        scores: of the last evaluation, or the best; empty where there was none.
     """
     settings, name = metadata["settings"], metadata["settings"]["model"]["model"]
     on_hub = not Path(name).exists() and name.count("/") == 1
@@ -54,7 +56,11 @@ def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
             [item for group in groups for item in group.items() if item[1] is not None],
             ("setting", "value"),
         ),
-        measures=_measures(metadata),
+        sample=_sample(metadata),
+        evaluation=_evaluation(scores),
+        step=scores.get("step"),
+        eval_records=settings.get("watch", {}).get("eval_records"),
+        report_records=settings.get("report", {}).get("report_records"),
         adapter=adapter,
         repository=settings["run"].get("push_to_hub") or "PATH_OR_REPOSITORY",
     )
@@ -90,14 +96,20 @@ def upload(folder: Path, repo: str, private: bool = False, token: str | None = N
     return address
 
 
-def _measures(metadata: Mapping[str, Any]) -> str:
-    """The short report before and after, and the best evaluation, as a table."""
+def _sample(metadata: Mapping[str, Any]) -> str:
+    """The report before and after, as a table."""
     before, after = metadata.get("before", {}), metadata.get("after", {})
-    keys = {"probability": "probability", "rouge_l_recall": "ROUGE-L"}
     rows = [
         (name, label, before[name][key], after[name][key])
         for name in after
         if name in before
-        for key, label in keys.items()
+        for key, label in (("probability", "probability"), ("rouge_l_recall", "ROUGE-L"))
     ]
     return tables.markdown(rows, ("set", "measure", "before", "after")) if rows else ""
+
+
+def _evaluation(scores: Mapping[str, Any]) -> str:
+    """The measures of an evaluation, as a table."""
+    values = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
+    rows = [row for row in values if row[1] is not None]
+    return tables.markdown(rows, ("measure", "value")) if rows else ""

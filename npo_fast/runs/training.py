@@ -166,8 +166,10 @@ def run_training(
                 )
         results = report()
     folder.finish("finished", **results)
+    wait_for_all(lm)  # the others read what the first process has written
     if is_main_process():
-        hub.write_card(folder.folder / "model", folder.metadata)
+        scores = folder.metadata.get("best") or [{}, *folder.evaluations()][-1]
+        hub.write_card(folder.folder / "model", folder.metadata, scores)
         if options.push_to_hub is not None:
             hub.upload(folder.folder / "model", options.push_to_hub)
     return folder.metadata

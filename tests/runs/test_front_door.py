@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import npo_fast
+from npo_fast import tables
 from npo_fast.cli import main
 from npo_fast.errors import UserError
 from npo_fast.methods import NPO, Term
@@ -141,6 +142,9 @@ def test_a_callback_hears_of_everything_and_can_stop_the_run(base, tmp_path):
     assert listener.ended == 1
     assert run.metadata["status"] == "finished"
     assert run.metadata["final"]["step"] == 4
+    card = (run.folder / "model/README.md").read_text()
+    probability = run.evaluations[-1]["forget"]["probability"]
+    assert f"| forget probability | {tables.number(probability)} |" in card
     assert (run.folder / "model/model.safetensors").exists()
 
 
