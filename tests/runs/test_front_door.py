@@ -63,6 +63,7 @@ def test_unlearn_gives_what_the_command_gives(base, run, tmp_path):
     assert_same_weights(weights(tmp_path / "run"), weights(run.folder))
 
 
+@pytest.mark.slow
 def test_rows_files_and_datasets_are_the_same_data(base, run, tmp_path):
     rows = npo_fast.unlearn(
         str(base), forget=datasets.Dataset.from_list(FORGET),
@@ -89,6 +90,7 @@ def test_a_run_loads_again_from_its_folder(run):
         npo_fast.Run(run.folder.parent)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_trained_in_place(base, run, tmp_path):
     model = load_model(str(base)).model
     trained = npo_fast.unlearn(
@@ -99,6 +101,7 @@ def test_a_model_in_memory_is_trained_in_place(base, run, tmp_path):
     assert_same_weights(model.state_dict(), weights(run.folder))
 
 
+@pytest.mark.slow
 def test_terms_of_ones_own_are_a_method(base, run, tmp_path):
     terms = (Term("mine", "forget", NPO(0.1), "mean"),)
     mine = npo_fast.unlearn(str(base), forget=FORGET, method=terms, output=tmp_path / "mine",
@@ -167,6 +170,7 @@ def test_a_callback_that_fails_leaves_a_run_that_goes_on(base, run, tmp_path):
     assert losses(resumed) == losses(run)
 
 
+@pytest.mark.slow
 def test_evaluate_attack_and_report_take_runs(run, base, tmp_path):
     settings = npo_fast.EvaluationSettings(max_new_tokens=2)
     scores = npo_fast.evaluate(run, forget=FORGET, retain=RETAIN, evaluation=settings,
