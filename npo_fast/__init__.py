@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from npo_fast._version import __version__
+from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
 from npo_fast.losses import CEU, DPO, GA, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO, npo_loss
 from npo_fast.modules import (
     FusedLinearDPOLoss,
@@ -56,6 +57,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'npo_fast' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FRONT_DOOR})
+
+
 __all__ = [
     "CEU",
     "DPO",
@@ -75,8 +80,11 @@ __all__ = [
     "FusedLinearNPOLoss",
     "FusedLinearSequenceLoss",
     "FusedLinearSimNPOLoss",
+    "Interrupted",
     "MethodOptions",
     "ModelOptions",
+    "NonFiniteError",
+    "OutOfMemory",
     "ReportOptions",
     "Run",
     "RunOptions",
@@ -86,6 +94,7 @@ __all__ = [
     "SimNPO",
     "Skipped",
     "TrainSettings",
+    "UserError",
     "__version__",
     "attack",
     "evaluate",

@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import sys
+import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
@@ -37,7 +38,7 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         frozen=True,
     )
     path = _config_path(arguments)
-    from_file = [] if path is None else _arguments_of(path, _flat_fields(command))
+    from_file = [] if path is None else _arguments_of(path, _settings(whole))
     try:
         parsed: Any = tyro.cli(
             whole,
@@ -66,12 +67,14 @@ def _config_path(arguments: list[str]) -> Path | None:
     return None
 
 
-def _arguments_of(path: Path, known: list[str]) -> list[str]:
+def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
     """The settings of a YAML file as arguments, in the order of the file."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
         raise UserError(f"no settings file {str(path)!r}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read settings from {str(path)!r}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -83,21 +86,39 @@ def _arguments_of(path: Path, known: list[str]) -> list[str]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{path}: unknown setting {name!r}{hint} Known: {', '.join(known)}")
-        if value is True:
-            arguments.append(f"--{name.replace('_', '-')}")
-        elif value is not None and value is not False:  # else the default
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
+        hint, default = known[name]
+        kinds, flag = typing.get_args(hint) or (hint,), f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) != (hint is bool) or (
+            value is None and None.__class__ not in kinds
+        ):
+            expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise UserError(f"{path}: {name} is {value!r}, expected {expected}")
+        if isinstance(value, bool):
+            if value != default:
+                arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            whole = isinstance(value, float) and value.is_integer() and float not in kinds
+            arguments.append(f"{flag}={int(value) if whole else value}")
     return arguments
 
 
-def _flat_fields(command: Any) -> list[str]:
-    """Names of the settings in a dataclass and in the dataclasses within."""
-    names: list[str] = []
+def _settings(command: Any) -> dict[str, tuple[Any, Any]]:
+    """Type and default of every setting in a dataclass and in the dataclasses within, by name.
+
+    Positional arguments are not among them.
+    """
+    settings: dict[str, tuple[Any, Any]] = {}
+    hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
-        inner = field.default_factory if field.default_factory is not dataclasses.MISSING else None
-        group = inner() if inner is not None else None
-        if dataclasses.is_dataclass(group):
-            names += _flat_fields(group)
-        else:
-            names.append(field.name)
-    return names
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            group = field.default_factory() if callable(field.default_factory) else None
+            settings |= {
+                name: (kind, getattr(group, name, default))
+                for name, (kind, default) in _settings(hint).items()
+            }
+        elif typing.get_origin(hint) is not Annotated:
+            settings[field.name] = hint, field.default
+        elif not any("Positional" in str(mark) for mark in hint.__metadata__):
+            settings[field.name] = typing.get_args(hint)[0], field.default
+    return settings

@@ -2,7 +2,7 @@
 
 from npo_fast.data.answers import alternated, load_refusals, refused
 from npo_fast.data.packing import PackedBatch, concatenate, micro_batches, pack
-from npo_fast.data.records import Record, Records, describe, load_records
+from npo_fast.data.records import Record, Records, as_rows, describe, load_records
 from npo_fast.data.template import Template, TokenizedExample, check_vocabulary, data_fingerprint
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Template",
     "TokenizedExample",
     "alternated",
+    "as_rows",
     "check_vocabulary",
     "concatenate",
     "data_fingerprint",

@@ -75,6 +75,19 @@ def load_records(source: Records, data: str | None = None, role: str = "data") -
     return records
 
 
+def as_rows(source: Records) -> str | Path | list[Any]:
+    """A name as it is; rows as a list, so that a generator can be read twice.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(source, (str, Path)):
+        return source
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+        raise UserError(f"expected a file, a split or rows, got {type(source).__name__}")
+    return list(source)
+
+
 def describe(source: Records | None) -> str:
     """The name of a source, for ``run.json`` and messages; rows in memory have none."""
     return "" if source is None else str(source) if isinstance(source, (str, Path)) else "(rows)"

@@ -114,16 +114,18 @@ def load_result(path: str | Path) -> dict[str, Log]:
     return content
 
 
-def retrained_log(path: Path, items: int, examples: Iterable[int]) -> dict[str, Log]:
+def retrained_log(retrained: Path | Result, items: int, examples: Iterable[int]) -> dict[str, Log]:
     """Reads the forget log of a retrained model and selects ``examples`` of its ``items``.
 
     Raises:
         UserError: the log was not made on ``items`` forget records.
     """
-    log = load_result(path).get(FORGET, {})
+    result = load_result(retrained) if isinstance(retrained, Path) else retrained
+    log = result.get(FORGET, {})
+    name = retrained if isinstance(retrained, Path) else "the retrained log"
     if (logged := len(log.get("avg_gt_loss", ()))) != items:
         raise UserError(
-            f"{path} has {logged} forget items and --forget {items}: "
+            f"{name} has {logged} forget items and --forget {items}: "
             "evaluate the retrained model on the same records"
         )
     return {FORGET: select(log, examples)}

@@ -86,7 +86,7 @@ class CausalLM:
     @property
     def adapted(self) -> bool:
         """Whether a peft adapter lies over the weights."""
-        return hasattr(self.model, "peft_config")
+        return hasattr(self.model, "get_base_model")
 
     @property
     def quantized(self) -> bool:
@@ -270,7 +270,7 @@ class CausalLM:
 def _decoder(model: Any) -> Any:
     """What makes the hidden states; ``get_decoder`` of some returns the whole model."""
     decoder = model.get_decoder()
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if decoder is base:
         decoder = getattr(base, "model", None)
     if decoder is None:

@@ -67,4 +67,4 @@ def _cu_seqlens_arguments(batch: PackedBatch) -> dict[str, Any]:
 
 def class_name(model: Any) -> str:
     """The class of the model, under an adapter too."""
-    return type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__

@@ -17,7 +17,7 @@ from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize_suite
 from npo_fast.metrics import FORGET, retrained_log, save_result
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.runs.evaluating import Scores
+from npo_fast.runs.evaluating import Logs, Scores, logs_of
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.runs.progress import progress, steps_bar
@@ -34,7 +34,7 @@ def attack(
     forget: Records = "",
     retain: Records | None = None,
     data: str | None = None,
-    retrained: str | Path | None = None,
+    retrained: Logs | None = None,
     output: str | Path = "runs/attack",
     overwrite: bool = False,
     tokenizer: Any = None,
@@ -60,7 +60,7 @@ def attack(
         UserError: something in the input is wrong; the message names the value and the cure.
     """
     folder = Path(output)
-    if isinstance(forget, str) and not forget:
+    if forget is None or (isinstance(forget, str) and not forget):
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
     if (folder / SUMMARY).exists() and not overwrite:
         raise UserError(f"{folder} holds an attack; name another --output or add --overwrite")
@@ -70,7 +70,7 @@ def attack(
     compared = None
     if retrained is not None:
         check_forget_quality(suite)
-        compared = retrained_log(Path(retrained), len(suite[FORGET]), split.rest)
+        compared = retrained_log(logs_of(retrained), len(suite[FORGET]), split.rest)
     source = ModelSource(model, loading, tokenizer)
     template = source.template()
     lm = source.load()
@@ -108,12 +108,20 @@ def attack(
         "settings": {
             "model": asdict(source.options),
             "data": asdict(
-                AttackData(describe(forget), None if retain is None else describe(retain), data)
+                AttackData(
+                    describe(forget),
+                    None if retain is None else describe(retain),
+                    data,
+                    retrained if isinstance(retrained, Path) else None,
+                    folder,
+                    overwrite,
+                )
             ),
             "attack": asdict(attacks),
             "training": asdict(training),
         },
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, default=str), encoding="utf-8")
+    source.release(lm)
     logger.info(f"logs saved in {folder}")
     return scores

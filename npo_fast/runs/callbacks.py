@@ -98,9 +98,13 @@ class EvaluationCallback(Callback):
         self.training = training
 
     def on_step(self, record: StepRecord) -> None:
-        if record.step % self.options.eval_every and record.step != record.steps:
-            return
+        self.pending: StepRecord | None = record
+        if record.step % self.options.eval_every == 0 or record.step == record.steps:
+            self._evaluate(record)
+
+    def _evaluate(self, record: StepRecord) -> None:
         assert self.training is not None
+        self.pending = None
         scores = self._scores(record.step, record.epoch)
         self.training.folder.log_evaluation(scores)
         if self.is_best(scores):
@@ -112,6 +116,8 @@ class EvaluationCallback(Callback):
 
     def on_trained(self) -> None:
         assert self.training is not None
+        if self.pending is not None:  # stopped between two evaluations
+            self._evaluate(self.pending)
         if self.best:
             best = {"measure": self.options.keep_best, **self.best}
             self.training.final_metadata["best"] = best

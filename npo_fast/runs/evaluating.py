@@ -67,6 +67,8 @@ def evaluate(
         UserError: something in the input is wrong; the message names the value and the cure.
     """
     folder = None if output is None else Path(output)
+    if folder is not None and folder.is_file():
+        raise UserError(f"the output {folder} is a file; name a folder")
     if folder is not None and (folder / AGGREGATED).exists() and not overwrite:
         raise UserError(f"{folder} holds logs; name another --output or add --overwrite")
     compared = None if retrained is None else logs_of(retrained)
@@ -74,7 +76,7 @@ def evaluate(
         logs = dict(logs_of(log))
         if compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
             raise UserError(
-                f"--retrained compares truth ratios of the forget set, and {log} has none: "
+                "--retrained compares truth ratios of the forget set, and the log has none: "
                 "leave it out"
             )
     else:
@@ -130,7 +132,9 @@ def _measure(
             f"{len(lm.head.weight)}: KL compares models with the same tokens"
         )
     with progress("evaluate") as update:
-        return evaluate_suite(lm, template, tokenized, settings, update, reference)
+        logs = evaluate_suite(lm, template, tokenized, settings, update, reference)
+    source.release(lm)
+    return logs
 
 
 def _check_tokens(

@@ -54,7 +54,7 @@ def finetune(
     )
     settings = {"model": source.options, "data": inputs, "training": training, "run": options}
     metadata = describe_run("finetune", settings, tokens)
-    resumable = find_resumable(options, metadata)
+    resumable = find_resumable(options, metadata, source.in_memory is not None)
     if options.dry_run:
         return Run.planned(options.output, metadata)
     lm = source.load(resumable)
@@ -62,4 +62,5 @@ def finetune(
         lm, tokens, FINETUNE, training, options, metadata,
         resumable=resumable, callbacks=[ProgressBar(options.output.name), *callbacks],
     )  # fmt: skip
+    source.release(lm)
     return Run(options.output, lm.model, tokens.template.tokenizer)

@@ -10,6 +10,7 @@ from npo_fast.distributed import all_reduce_max, init_process_group, local_devic
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.hf_attention import set_attention
 from npo_fast.model.load import default_dtype, load_model, load_tokenizer
 from npo_fast.runs.options import ModelOptions
 
@@ -37,6 +38,7 @@ class ModelSource:
         from npo_fast.runs.run import Run
 
         self.in_memory: Any = None
+        self.name = ""  # what the tokenizer, and an adapter's base, are found by
         if isinstance(model, Run):
             name = str(model.folder)
             if options.template == "auto":
@@ -48,7 +50,14 @@ class ModelSource:
         else:
             self.in_memory = model
             network = model.model if isinstance(model, CausalLM) else model
-            name = getattr(network, "name_or_path", "") or type(network).__name__
+            if not hasattr(network, "get_output_embeddings"):
+                raise UserError(
+                    "model must be a name, a folder, a run or a causal language model, "
+                    f"got {model!r}"
+                )
+            self.name = getattr(network, "name_or_path", "") or type(network).__name__
+            name = f"{self.name} (in memory)"
+        self.name = self.name or name
         self.options = replace(options, model=name)
         self._tokenizer = tokenizer
 
@@ -56,7 +65,7 @@ class ModelSource:
         """The template that turns records into tokens, with the model's tokenizer."""
         options = self.options
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(options.model)
+            self._tokenizer = load_tokenizer(self.name)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         return Template(self._tokenizer, options.template, options.max_length)
@@ -91,6 +100,12 @@ class ModelSource:
             f"{lm.device}{processes}, attention {lm.attention}"
         )
         return lm
+
+    def release(self, lm: CausalLM) -> None:
+        """Gives a transformers model its own attention back, and puts it in evaluation mode."""
+        if not isinstance(self.in_memory, CausalLM):
+            set_attention(lm.model, lm.native_attention)
+            lm.model.eval()
 
     def _load(self, device: str, dtype: str, attention: str) -> CausalLM:
         options = self.options
@@ -135,6 +150,6 @@ class ModelSource:
             network = model.model if isinstance(model, CausalLM) else model
             alpha = options.lora_alpha or 2 * options.lora_rank
             return CausalLM(
-                add_lora(network, options.model, options.lora_rank, alpha), options.attention
+                add_lora(network, self.name, options.lora_rank, alpha), options.attention
             )
         return model if isinstance(model, CausalLM) else CausalLM(model, options.attention)

@@ -11,6 +11,7 @@ from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, Coefficients
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.validation import check_types
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 FINETUNING = TrainSettings(epochs=5)
@@ -40,6 +41,9 @@ class ModelOptions:
     lora_alpha: int | None = None
     """The adapter's scale times its rank; else twice the rank."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def check_training(self) -> None:
         """Raises ``UserError`` for settings that cannot train, before any weight is loaded."""
         from npo_fast.model.adapters import check_libraries
@@ -65,6 +69,9 @@ class _Method:
     that also counts padding, which packs do not have."""
     reference_cache: Path | None = None
     """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":
@@ -104,6 +111,7 @@ class ReportOptions:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.report_records < 0:
             raise UserError(f"report_records must be 0 or more, got {self.report_records}")
         if self.max_new_tokens < 1:
@@ -128,6 +136,7 @@ class EvaluationOptions:
     """Condition that ends the run at an evaluation, such as 'forget_quality>0.05'."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("eval_every", "eval_records", "min_utility"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -164,6 +173,9 @@ class RunOptions:
     """Log every step and evaluation to this tracker too (its library must be installed)."""
     push_to_hub: str | None = None
     """Upload the final model with its card to this repository, such as me/my-model."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def check(self, model: ModelOptions) -> None:
         """Raises ``UserError`` where the run cannot go into the output folder."""

@@ -12,7 +12,7 @@ from npo_fast.runs.run import Run
 
 
 def report(
-    runs: Iterable[Run | str | Path],
+    runs: Run | str | Path | Iterable[Run | str | Path],
     *,
     original: Logs | None = None,
     retrained: Logs | None = None,
@@ -35,6 +35,8 @@ def report(
         UserError: a folder that is not a run's, or a file that is not a report and would be lost.
     """
     page = Path(output)
+    if isinstance(runs, (str, Path, Run)):
+        runs = [runs]
     folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
     if not folders:
         raise UserError("name one run folder or more: npo-fast report runs/npo runs/ga")

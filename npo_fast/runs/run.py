@@ -59,14 +59,19 @@ class Run:
     @property
     def scores(self) -> dict[str, Any]:
         """Measures of the final model: of ``eval/`` logs, the last evaluation, or the report."""
+        if (self.folder / "run.json").is_file():  # it may have been evaluated meanwhile
+            self._record = load_run(self.folder, self.folder.name)
         return self._record.measured({})[0]
 
     @cached_property
     def model(self) -> Any:
-        """The final model, a transformers one (with its LoRA adapter merged)."""
+        """The final model, a transformers one; a LoRA adapter is merged when it is loaded."""
+        from npo_fast.model.hf_attention import set_attention
         from npo_fast.model.load import load_model
 
-        return load_model(str(self.folder)).model
+        lm = load_model(str(self.folder))
+        set_attention(lm.model, lm.native_attention)
+        return lm.model
 
     @cached_property
     def tokenizer(self) -> Any:

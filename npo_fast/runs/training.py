@@ -15,6 +15,7 @@ from npo_fast.errors import (
     OutOfMemory,
     PartialUpdateError,
     PartialUpdateOutOfMemory,
+    UserError,
 )
 from npo_fast.methods import Term
 from npo_fast.model.adapters import merge_adapter, read_weights
@@ -72,12 +73,22 @@ class Training:
         for callback in self.callbacks:
             getattr(callback, hook)(*arguments)
 
+    def emit_end(self) -> None:
+        """Calls ``on_end`` of every callback; one that fails keeps none of the others from it."""
+        for callback in self.callbacks:
+            try:
+                callback.on_end()
+            except Exception:
+                logger.exception(f"{type(callback).__name__}.on_end failed")
+
     def stop_reason(self) -> str | None:
         """The first reason that a callback gives to end the training."""
-        return next((c.should_stop for c in self.callbacks if c.should_stop is not None), None)
+        return next((str(c.should_stop) for c in self.callbacks if c.should_stop), None)
 
 
-def find_resumable(options: RunOptions, metadata: Mapping[str, Any]) -> ResumableRun | None:
+def find_resumable(
+    options: RunOptions, metadata: Mapping[str, Any], in_memory: bool = False
+) -> ResumableRun | None:
     """The run in the output folder to go on with, if there is one.
 
     Raises:
@@ -89,6 +100,11 @@ def find_resumable(options: RunOptions, metadata: Mapping[str, Any]) -> Resumabl
     resumable.check(metadata)
     for damage in resumable.damaged:
         logger.info(f"ignored, for it is damaged: {damage}")
+    if resumable.weights is None and in_memory:
+        raise UserError(
+            f"the run in {options.output} ended without a checkpoint, and may have changed the "
+            "model in memory: load the model again, and add --overwrite to begin anew"
+        )
     if resumable.weights is None:
         logger.info(
             f"the run in {options.output} ended without a checkpoint: it starts again at step 0"
@@ -150,6 +166,8 @@ def run_training(
         *([] if evaluation is None else [evaluation]),
         CheckpointCallback(options.save_every, signal, hint), *trackers, *callbacks,
     ])  # fmt: skip
+    for callback in training.callbacks:
+        callback.should_stop = None  # it may have stopped an earlier run
     with _closed(training, hint):
         with signal:
             training.emit("on_start", training)
@@ -227,7 +245,7 @@ def _closed(training: Training, hint: str) -> Iterator[None]:
             wait_for_all(lm)
         raise
     finally:
-        training.emit("on_end")
+        training.emit_end()
 
 
 def _open_folder(

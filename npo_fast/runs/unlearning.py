@@ -13,6 +13,7 @@ from npo_fast.data import (
     Records,
     Template,
     alternated,
+    as_rows,
     describe,
     load_records,
     load_refusals,
@@ -23,7 +24,7 @@ from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
-from npo_fast.methods import Term, build_method
+from npo_fast.methods import METHODS, Term, build_method
 from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
@@ -57,7 +58,7 @@ def unlearn(
     method: str | MethodOptions | tuple[Term, ...] = "NPO+RT",
     output: str | Path | None = None,
     data: str | None = None,
-    idk: Path | None = None,
+    idk: str | Path | None = None,
     alternate: str | None = None,
     tokenizer: Any = None,
     loading: ModelOptions = ModelOptions(),
@@ -93,6 +94,10 @@ def unlearn(
         Interrupted: Ctrl-C or SIGTERM, after the step and with a checkpoint.
     """
     options = run if output is None else replace(run, output=Path(output))
+    source = ModelSource(model, loading, tokenizer)
+    forget, retain = as_rows(forget), None if retain is None else as_rows(retain)
+    if forget == "":
+        raise UserError("say what to forget with --forget (a file, or a split of --data)")
     method, terms = _resolve(method)
     wanted = {source for term in terms for source in term.reads}
     if retain is None and "retain" in wanted:
@@ -100,23 +105,24 @@ def unlearn(
     for answers, value in (("idk", idk), ("alternate", alternate)):
         if value is not None and answers not in wanted:
             raise UserError(f"{method.method} reads no such answers; leave out --{answers}")
-    source = ModelSource(model, loading, tokenizer)
     source.options.check_training()
     options.check(source.options)
     suite = _evaluation_suite(evaluation, data, forget, retain)
-    if isinstance(forget, str) and not forget:
-        raise UserError("say what to forget with --forget (a file, or a split of --data)")
     records = {"forget": load_records(forget, data, "forget")}
     if retain is not None:
         records["retain"] = load_records(retain, data, "retain")
     answers_too = dict(records)
     if "idk" in wanted:
-        refusals = load_refusals(idk, data)
+        refusals = load_refusals(None if idk is None else Path(idk), data)
         answers_too["idk"] = refused(records["forget"], refusals, training.seed)
     if "alternate" in wanted:
         answers_too["alternate"] = alternated(records["forget"], training.seed, alternate, data)
     inputs = UnlearnData(
-        describe(forget), None if retain is None else describe(retain), data, idk, alternate
+        describe(forget),
+        None if retain is None else describe(retain),
+        data,
+        None if idk is None else Path(idk),
+        alternate,
     )
     names = {"idk": "refusals", "alternate": "alternate answers"}
     names |= {name: str(value) for name, value in vars(inputs).items() if value}
@@ -126,7 +132,9 @@ def unlearn(
         "report": report, "watch": evaluation, "run": options,
     }  # fmt: skip
     metadata = describe_run("unlearn", settings, tokens)
-    resumable = find_resumable(options, metadata)
+    if method.method not in METHODS:
+        metadata["terms"] = [repr(term) for term in terms]  # so that other ones do not resume
+    resumable = find_resumable(options, metadata, source.in_memory is not None)
     if options.dry_run:
         return Run.planned(options.output, metadata)
 
@@ -152,6 +160,7 @@ def unlearn(
         callbacks=[ProgressBar(options.output.name), *callbacks],
         report=lambda: {"after": after} if (after := sample.answer("after")) else {},
     )  # fmt: skip
+    source.release(lm)
     return Run(options.output, lm.model, tokens.template.tokenizer)
 
 
@@ -159,8 +168,11 @@ def _resolve(
     method: str | MethodOptions | tuple[Term, ...],
 ) -> tuple[MethodOptions, tuple[Term, ...]]:
     """The options of a method and its terms."""
-    if isinstance(method, tuple):
+    if isinstance(method, (tuple, list)) and all(isinstance(term, Term) for term in method):
+        method = tuple(method)
         return MethodOptions(" + ".join(term.name for term in method)), method
+    if not isinstance(method, (str, MethodOptions)):
+        raise UserError(f"method must be a name, MethodOptions or terms, got {method!r}")
     options = MethodOptions(method) if isinstance(method, str) else method
     terms = build_method(options.method, options.coefficients(), options.kl_positions)
     if options.reference_cache is not None and all(t.loss.reference != "hidden" for t in terms):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from npo_fast.errors import UserError
 from npo_fast.methods import Schedule, Term
 from npo_fast.trainer.optimizers import Optimizer
+from npo_fast.validation import check_types
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TrainSettings:
     """Order of the data, draws of refusals, and dropout."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("epochs", "lr", "batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             if not 0 < value < math.inf:  # nor NaN

@@ -21,7 +21,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"ops"},
     {"kernels"},
     {"distributed"},
-    {"versions", "tables"},
+    {"versions", "tables", "validation"},
     {"errors", "_version"},
 ]
 
