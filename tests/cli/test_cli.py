@@ -183,7 +183,8 @@ MISTAKES = {
     "one-sided turns": (["--schedule", "alternating", "--method", "NPO"], "a method with +RT"),
     "bad template": (["--template", "chat"], "no chat template"),
     "no room for answers": (["--max-length", "4"], "raise --max-length"),
-    "bad value in YAML": (["--config", "bad.yaml"], "bad.yaml says --lr fast"),
+    "bad value in YAML": (["--config", "bad.yaml"], "bad.yaml says --lr=fast"),
+    "no number in YAML": (["--config", "null.yaml"], "epochs is None, expected int"),
     "unknown key in YAML": (["--config", "typo.yaml"], "unknown setting 'metod'; did you mean"),
     "no YAML": (["--config", "none.yaml"], "no settings file 'none.yaml'"),
 }
@@ -193,6 +194,7 @@ MISTAKES = {
 def test_a_mistake_ends_in_one_line_and_exit_code_2(home, tmp_path, capsys, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text("lr: fast\n")
+    Path("null.yaml").write_text("epochs: null\n")
     Path("typo.yaml").write_text("metod: GA\n")
     changed, message = MISTAKES[case]
     arguments = {

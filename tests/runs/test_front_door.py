@@ -113,6 +113,77 @@ def test_terms_of_ones_own_are_a_method(base, run, tmp_path):
     assert mine.settings["method"]["method"] == "mine"
 
 
+def test_other_terms_do_not_go_on_with_a_run(base, tmp_path):
+    def call(beta: float, callbacks=()):
+        return npo_fast.unlearn(
+            str(base), forget=FORGET, method=(Term("mine", "forget", NPO(beta), "mean"),),
+            output=tmp_path / "run", training=TRAINING, report=QUIET,
+            run=RunOptions(save_every=1), callbacks=callbacks,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="mine"):
+        call(0.1, [Failing()])
+    with pytest.raises(UserError, match="unfinished run that differs: terms is"):
+        call(0.9)
+    assert call(0.1).metadata["status"] == "finished"
+
+
+def test_a_model_comes_back_as_transformers_has_it(base, run):
+    """With its own attention: packs are not for ``generate``, nor are two rows at a time."""
+    model = load_model(str(base)).model
+    npo_fast.evaluate(model, forget=FORGET[:1], tokenizer=load_tokenizer(str(base)),
+                      evaluation=npo_fast.EvaluationSettings(max_new_tokens=1))  # fmt: skip
+    for each in (model, run.model, npo_fast.Run(run.folder).model):
+        assert each(torch.tensor([[3, 4, 5], [6, 7, 8]])).logits.shape[:2] == (2, 3)
+        assert not each.training
+
+
+def test_a_changed_model_in_memory_does_not_begin_again_unnoticed(base, tmp_path):
+    model = load_model(str(base)).model
+    settings = {"forget": FORGET, "method": "NPO", "output": tmp_path / "run", "report": QUIET,
+                "training": TRAINING, "tokenizer": load_tokenizer(str(base))}  # fmt: skip
+    with pytest.raises(RuntimeError, match="mine"):
+        npo_fast.unlearn(model, **settings, callbacks=[Failing()])
+    with pytest.raises(UserError, match="may have changed the model in memory"):
+        npo_fast.unlearn(model, **settings)
+
+
+def test_rows_may_come_from_a_generator(base, tmp_path):
+    run = npo_fast.unlearn(
+        str(base), forget=(row for row in FORGET), method="NPO", output=tmp_path / "run",
+        training=TRAINING, report=ReportOptions(no_report=True, max_new_tokens=1),
+        evaluation=EvaluationOptions(eval_every=6, eval_records=1),
+    )  # fmt: skip
+    assert run.metadata["data"]["forget"]["examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda: TrainSettings(optimizer="adam"), "optimizer must be 'adamw' or 'adamw-8bit' or"),
+        (lambda: TrainSettings(epochs=1.5), "epochs must be int, got 1.5"),
+        (lambda: TrainSettings(lr="1e-5"), "lr must be float, got '1e-5'"),
+        (lambda: npo_fast.ModelOptions(quantize="8bit"), "quantize must be 'none' or '4bit'"),
+        (lambda: MethodOptions(beta="x"), "beta must be float or None, got 'x'"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        options()
+
+
+class Failing(npo_fast.Callback):
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def on_step(self, record):
+        if record.step == 4 or record.steps < 4:
+            raise RuntimeError("mine")
+
+    def on_end(self):
+        self.ended += 1
+
+
 class Listener(npo_fast.Callback):
     def __init__(self) -> None:
         self.steps, self.evaluations, self.checkpoints, self.ended = [], [], [], 0
@@ -152,11 +223,6 @@ def test_a_callback_hears_of_everything_and_can_stop_the_run(base, tmp_path):
 
 
 def test_a_callback_that_fails_leaves_a_run_that_goes_on(base, run, tmp_path):
-    class Failing(Listener):
-        def on_step(self, record):
-            if record.step == 4:
-                raise RuntimeError("mine")
-
     failing = Failing()
     settings = {
         "forget": FORGET, "retain": RETAIN, "output": tmp_path / "run", "training": TRAINING,
