@@ -3,7 +3,7 @@
 A method is a tuple of ``Term``; the training loop knows nothing else about it. To add one: write
 its loss in ``npo_fast.losses`` if it is new, a maker of its term with the default of each
 coefficient, and a line of ``METHODS``; a coefficient that no other method has is one more line of
-``Coefficients``. Flags, help and report columns follow from these.
+``Coefficients``. Flags, help and the report follow.
 """
 
 import difflib

@@ -54,7 +54,7 @@ class ReferenceStates:
         self.made_from: Mapping[str, Any] = index["made_from"]
         self.device = device
         tensors = load_file(folder / HEAD, device=str(device))
-        transform = HeadTransform(*(index[name] for name in HeadTransform._fields))
+        transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
         self.head = Head(tensors["weight"], tensors.get("bias"), transform)
         self._shards = {
             source: [

@@ -8,7 +8,7 @@ import tyro
 
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
-from npo_fast.methods import COEFFICIENTS, Coefficients
+from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import check_types
@@ -62,8 +62,6 @@ class ModelOptions:
 @dataclass(frozen=True)
 class _Method:
     method: str = "NPO+RT"
-    """GA, NPO, DPO, KTO, SimNPO, TNPO, WGA, SatImp, CEU, AltPO, UNDIAL, each also with
-    +RT; IDK+RT; GA, NPO, DPO and KTO with +KL; GA+forgetKL."""
     kl_positions: Literal["answer", "all"] = "answer"
     """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
     that also counts padding, which packs do not have."""
@@ -92,8 +90,11 @@ else:
     MethodOptions = make_dataclass(
         "MethodOptions",
         [
-            (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
-            for each in COEFFICIENTS.values()
+            ("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT"),
+            *(
+                (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
+                for each in COEFFICIENTS.values()
+            ),
         ],
         bases=(_Method,),
         frozen=True,

@@ -88,6 +88,13 @@ def result_of(output: Path) -> dict[str, object]:
     return found
 
 
+def pinned_part(found: dict, pinned: dict) -> dict:
+    return {
+        name: pinned_part(found[name], value) if isinstance(value, dict) else found[name]
+        for name, value in pinned.items()
+    }
+
+
 def run(home: Path, output: Path, name: str) -> dict[str, object]:
     torch.set_num_threads(1)  # the order of a sum depends on their number
     if name == TWO_PROCESSES:
@@ -147,7 +154,12 @@ def test_a_run_gives_the_bits_it_gave_before(name, home, tmp_path):
         pytest.skip("transformers draws other random weights than those that were pinned")
     expected, found = pins["runs"][name], run(home, tmp_path / "run", name)
     if pins["machine"] == machine():
-        assert found == expected
+        assert found["records"] == expected["records"]
+        assert found["weights_sha256"] == expected["weights_sha256"]
+        for ours, theirs in zip(
+            found.get("evaluations", []), expected.get("evaluations", []), strict=True
+        ):
+            assert pinned_part(ours, theirs) == theirs  # a measure may be added
     for ours, theirs in zip(found["records"], expected["records"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["terms"] == pytest.approx(theirs["terms"], rel=1e-5)
