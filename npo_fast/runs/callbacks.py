@@ -6,21 +6,21 @@ callbacks; write your own by deriving from ``Callback``.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from npo_fast.distributed import all_reduce_max
+from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import Interrupted, UserError
 from npo_fast.metrics import Result
 from npo_fast.metrics.measures import Condition, find_measure, measures, value_of
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.runs.folder import RunFolder
 from npo_fast.runs.options import EvaluationOptions, Tracker
 from npo_fast.trainer.interrupt import StopSignal
-from npo_fast.trainer.settings import StepRecord
-
-if TYPE_CHECKING:
-    from npo_fast.runs.training import Training
+from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,41 @@ class Callback:
 
     def on_end(self) -> None:
         """Called when the run has ended, with an error too: close what is open."""
+
+
+@dataclass
+class Training:
+    """A run while it trains: what callbacks see."""
+
+    folder: RunFolder
+    lm: CausalLM
+    tokenizer: Any
+    settings: TrainSettings
+    state: TrainState
+    callbacks: list[Callback]
+    final_metadata: dict[str, Any] = field(default_factory=dict)  # for run.json, with the model
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes files; the others take part in the steps alone."""
+        return is_main_process()
+
+    def emit(self, hook: str, *arguments: Any) -> None:
+        """Calls the hook of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(*arguments)
+
+    def emit_end(self) -> None:
+        """Calls ``on_end`` of every callback; one that fails keeps none of the others from it."""
+        for callback in self.callbacks:
+            try:
+                callback.on_end()
+            except Exception:
+                logger.exception(f"{type(callback).__name__}.on_end failed")
+
+    def stop_reason(self) -> str | None:
+        """The first reason that a callback gives to end the training."""
+        return next((str(c.should_stop) for c in self.callbacks if c.should_stop), None)
 
 
 class EvaluationCallback(Callback):
@@ -94,7 +129,7 @@ class EvaluationCallback(Callback):
         """Restores the evaluations, and the best of them, of a resumed run."""
         self.first, self.best = evaluations[0], best
 
-    def on_start(self, training: "Training") -> None:
+    def on_start(self, training: Training) -> None:
         self.training = training
 
     def on_step(self, record: StepRecord) -> None:
@@ -144,7 +179,7 @@ class CheckpointCallback(Callback):
     def __init__(self, save_every: int, signal: StopSignal, resume_hint: str) -> None:
         self.save_every, self.signal, self.resume_hint = save_every, signal, resume_hint
 
-    def on_start(self, training: "Training") -> None:
+    def on_start(self, training: Training) -> None:
         self.training = training
 
     def on_step(self, record: StepRecord) -> None:
@@ -181,7 +216,7 @@ class TrackerCallback(Callback):
         self.name = name
         self.tracker: Any = None
 
-    def on_start(self, training: "Training") -> None:
+    def on_start(self, training: Training) -> None:
         if not training.is_main_process:
             return
         from accelerate import PartialState

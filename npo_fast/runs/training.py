@@ -27,6 +27,7 @@ from npo_fast.runs.callbacks import (
     CheckpointCallback,
     EvaluationCallback,
     TrackerCallback,
+    Training,
 )
 from npo_fast.runs.folder import NullRun, RunFolder, wait_for_all
 from npo_fast.runs.options import RunOptions
@@ -49,41 +50,6 @@ class ReferenceData:
     before: Mapping[str, Any] = field(default_factory=dict)  # of the report
     log_probs: References | None = None
     hidden: ReferenceStates | None = None
-
-
-@dataclass
-class Training:
-    """A run while it trains: what callbacks see."""
-
-    folder: RunFolder
-    lm: CausalLM
-    tokenizer: Any
-    settings: TrainSettings
-    state: TrainState
-    callbacks: list[Callback]
-    final_metadata: dict[str, Any] = field(default_factory=dict)  # for run.json, with the model
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this process writes files; the others take part in the steps alone."""
-        return is_main_process()
-
-    def emit(self, hook: str, *arguments: Any) -> None:
-        """Calls the hook of every callback."""
-        for callback in self.callbacks:
-            getattr(callback, hook)(*arguments)
-
-    def emit_end(self) -> None:
-        """Calls ``on_end`` of every callback; one that fails keeps none of the others from it."""
-        for callback in self.callbacks:
-            try:
-                callback.on_end()
-            except Exception:
-                logger.exception(f"{type(callback).__name__}.on_end failed")
-
-    def stop_reason(self) -> str | None:
-        """The first reason that a callback gives to end the training."""
-        return next((str(c.should_stop) for c in self.callbacks if c.should_stop), None)
 
 
 def find_resumable(

@@ -1,6 +1,7 @@
 """Imports point down: each package may use those below it and no other."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -83,3 +84,19 @@ def test_test_modules_share_code_through_the_helpers_alone():
         if not line.strip().startswith("from tests.helpers import")
     ]
     assert not wrong, wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Within functions and for type checkers neither; ``CycleError`` names the circle."""
+    files = {
+        ".".join(("npo_fast", *f.relative_to(ROOT).with_suffix("").parts)): f
+        for f in ROOT.rglob("*.py")
+    }
+    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    imports: dict[str, set[str]] = {}
+    for name, file in files.items():
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        named = [(n.module, f"{n.module}.{a.name}") for n in nodes for a in n.names if n.module]
+        found = {inner if inner in files else module for module, inner in named}
+        imports[name] = (found & files.keys()) - {name, "npo_fast"}
+    tuple(graphlib.TopologicalSorter(imports).static_order())

@@ -19,7 +19,7 @@ from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.runs import Callback, ReportOptions, finetune, unlearn
-from npo_fast.runs.training import Training
+from npo_fast.runs.callbacks import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Scores = dict[str, float]

@@ -19,7 +19,7 @@ from npo_fast.methods import Coefficients
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.reports import Point, plot_unlearning
 from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
-from npo_fast.runs.training import Training
+from npo_fast.runs.callbacks import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.versions import versions
 
