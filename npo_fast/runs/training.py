@@ -134,8 +134,8 @@ def run_training(
     ])  # fmt: skip
     for callback in training.callbacks:
         callback.should_stop = None  # it may have stopped an earlier run
-    with _closed(training, hint):
-        with signal:
+    try:
+        with signal, _closed(training, hint):  # signals wait until the folder says how it ended
             training.emit("on_start", training)
             if evaluation is not None and resumable is None:
                 training.emit("on_evaluation", evaluation.first)
@@ -148,7 +148,10 @@ def run_training(
                 raise Interrupted(
                     f"interrupted after the last step; {hint} makes the report", signal.number
                 )
-        results = report()
+        with _closed(training, hint):
+            results = report()
+    finally:
+        training.emit_end()
     folder.finish("finished", **results)
     wait_for_all(lm)  # the others read what the first process has written
     if is_main_process():
@@ -210,8 +213,6 @@ def _closed(training: Training, hint: str) -> Iterator[None]:
         if isinstance(error, Interrupted):
             wait_for_all(lm)
         raise
-    finally:
-        training.emit_end()
 
 
 def _open_folder(
