@@ -29,9 +29,6 @@ def run(command: Command, common: Common) -> None:
         command.model.model, **vars(command.data), loading=command.model, attacks=command.attack,
         training=command.training,
     )  # fmt: skip
-    rows = (
-        [measure, *(tables.number(each[measure]) for each in scores.values())]
-        for measure in scores["before"]
-    )
+    rows = ([name, *(each[name] for each in scores.values())] for name in scores["before"])
     summary = json.loads((command.data.output / SUMMARY).read_text(encoding="utf-8"))
     show(summary, tables.plain(rows, ("measure", *scores)), common.json)

@@ -71,8 +71,6 @@ def run(command: Command, common: Common) -> None:
             "metrics": scores,
             "examples": {name: len(log["avg_gt_loss"]) for name, log in scores.logs.items()},
         },
-        tables.plain(
-            ([name, tables.number(value)] for name, value in scores.items()), ("measure", "value")
-        ),
+        tables.plain(scores.items(), ("measure", "value")),
         common.json,
     )

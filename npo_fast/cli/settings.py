@@ -86,12 +86,11 @@ def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{path}: unknown setting {name!r}{hint} Known: {', '.join(known)}")
-        hint, default = known[name]
-        kinds, flag = typing.get_args(hint) or (hint,), f"--{name.replace('_', '-')}"
-        if isinstance(value, bool) != (hint is bool) or (
-            value is None and None.__class__ not in kinds
-        ):
-            expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        kind, default = known[name]
+        kinds, flag = typing.get_args(kind) or (kind,), f"--{name.replace('_', '-')}"
+        missing = value is None and type(None) not in kinds
+        if missing or isinstance(value, bool) != (kind is bool):
+            expected = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
             raise UserError(f"{path}: {name} is {value!r}, expected {expected}")
         if isinstance(value, bool):
             if value != default:

@@ -8,6 +8,7 @@ from npo_fast import tables
 from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.metrics.measures import value_of
+from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.options import (
     EvaluationOptions,
     MethodOptions,
@@ -70,12 +71,7 @@ def _text(metadata: Mapping[str, Any]) -> str:
     before, after = metadata.get("before", {}), metadata.get("after", {})
     if not after:
         return ""
-    rows = [
-        [name, label, tables.number(before[name][key]), tables.number(after[name][key])]
-        for name in before
-        for label, key in (("probability", "probability"), ("ROUGE-L", "rouge_l_recall"))
-    ]
-    lines = [tables.plain(rows, ("set", "measure", "before", "after"))]
+    lines = [tables.plain(sample_rows(metadata), SAMPLE_HEADER)]
     for name in before:
         old, new = before[name]["answers"][0], after[name]["answers"][0]
         lines += [

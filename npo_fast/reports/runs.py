@@ -190,3 +190,17 @@ def _parse(file: Path, text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+SAMPLE_HEADER = ("set", "measure", "before", "after")
+
+
+def sample_rows(metadata: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
+    """The short report of ``run.json``, before and after, as rows under ``SAMPLE_HEADER``."""
+    before, after = metadata.get("before", {}), metadata.get("after", {})
+    return [
+        (name, label, before[name][key], after[name][key])
+        for name in before
+        if name in after
+        for key, label in (("probability", "probability"), ("rouge_l_recall", "ROUGE-L"))
+    ]

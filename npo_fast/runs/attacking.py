@@ -73,34 +73,38 @@ def attack(
         compared = retrained_log(logs_of(retrained), len(suite[FORGET]), split.rest)
     source = ModelSource(model, loading, tokenizer)
     template = source.template()
-    lm = source.load()
-    check_vocabulary({"forget": template.encode_all(suite[FORGET])[0]}, lm.vocabulary)
-    logger.info(f"{len(split.seen)} forget records to relearn from, {len(split.rest)} to measure")
-    settings = EvaluationSettings(
-        training.micro_batch_tokens, max_new_tokens=attacks.max_new_tokens
-    )
+    with source.loaded() as lm:
+        check_vocabulary({"forget": template.encode_all(suite[FORGET])[0]}, lm.vocabulary)
+        logger.info(
+            f"{len(split.seen)} forget records to relearn from, {len(split.rest)} to measure"
+        )
+        settings = EvaluationSettings(
+            training.micro_batch_tokens, max_new_tokens=attacks.max_new_tokens
+        )
 
-    forget_records = suite[FORGET]
-    rest = {**suite, FORGET: [forget_records[i] for i in split.rest]}
-    measured = tokenize_suite(template, rest)
+        forget_records = suite[FORGET]
+        rest = {**suite, FORGET: [forget_records[i] for i in split.rest]}
+        measured = tokenize_suite(template, rest)
 
-    def measure(attacked: CausalLM, name: str) -> Scores:
-        with progress(name) as update:
-            logs = evaluate_suite(attacked, template, measured, settings, update)
-        save_result(logs, folder / name)
-        return Scores(logs, compared)
+        def measure(attacked: CausalLM, name: str) -> Scores:
+            with progress(name) as update:
+                logs = evaluate_suite(attacked, template, measured, settings, update)
+            save_result(logs, folder / name)
+            return Scores(logs, compared)
 
-    scores = {"before": measure(lm, "before")}
-    if "relearn" in attacks.names:
-        seen, _ = template.encode_all(forget_records[i] for i in split.seen)
-        with steps_bar("relearn") as on_step:
-            attacked = relearn(lm, seen, training, on_step)
-        scores["relearn"] = measure(attacked, "relearn")
-    for bits in attacks.widths if "quantize" in attacks.names else ():
-        attacked = copy.deepcopy(lm)
-        part = quantize_(attacked, bits, attacks.group)
-        logger.info(f"int{bits}: {part:.1%} of the weights without embedding and head are rounded")
-        scores[f"int{bits}"] = measure(attacked, f"int{bits}")
+        scores = {"before": measure(lm, "before")}
+        if "relearn" in attacks.names:
+            seen, _ = template.encode_all(forget_records[i] for i in split.seen)
+            with steps_bar("relearn") as on_step:
+                attacked = relearn(lm, seen, training, on_step)
+            scores["relearn"] = measure(attacked, "relearn")
+        for bits in attacks.widths if "quantize" in attacks.names else ():
+            attacked = copy.deepcopy(lm)
+            part = quantize_(attacked, bits, attacks.group)
+            logger.info(
+                f"int{bits}: {part:.1%} of the weights without embedding and head are rounded"
+            )
+            scores[f"int{bits}"] = measure(attacked, f"int{bits}")
     summary = {
         "measures": scores,
         "relearned_records": split.seen,
@@ -112,7 +116,7 @@ def attack(
                     describe(forget),
                     None if retain is None else describe(retain),
                     data,
-                    retrained if isinstance(retrained, Path) else None,
+                    Path(retrained) if isinstance(retrained, (str, Path)) else None,
                     folder,
                     overwrite,
                 )
@@ -122,6 +126,5 @@ def attack(
         },
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, default=str), encoding="utf-8")
-    source.release(lm)
     logger.info(f"logs saved in {folder}")
     return scores

@@ -106,6 +106,7 @@ class EvaluationCallback(Callback):
         self.condition = None if options.stop_when is None else Condition.parse(options.stop_when)
         self.first: dict[str, Any] = {}
         self.best: dict[str, Any] = {}  # empty until an evaluation after step 0 qualifies
+        self.pending: StepRecord | None = None  # the last step, where it was not evaluated
         self.training: Training | None = None
 
     def check(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class EvaluationCallback(Callback):
         self.training = training
 
     def on_step(self, record: StepRecord) -> None:
-        self.pending: StepRecord | None = record
+        self.pending = record
         if record.step % self.options.eval_every == 0 or record.step == record.steps:
             self._evaluate(record)
 

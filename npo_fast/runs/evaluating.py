@@ -124,17 +124,15 @@ def _measure(
             reference_lm, examples, None, "answer", settings.micro_batch_tokens
         )
         del reference_lm  # before the next one takes its memory
-    lm = source.load()
-    check_vocabulary(examples, lm.vocabulary)
-    if reference is not None and len(reference.head.weight) != len(lm.head.weight):
-        raise UserError(
-            f"--reference predicts {len(reference.head.weight)} tokens and the model "
-            f"{len(lm.head.weight)}: KL compares models with the same tokens"
-        )
-    with progress("evaluate") as update:
-        logs = evaluate_suite(lm, template, tokenized, settings, update, reference)
-    source.release(lm)
-    return logs
+    with source.loaded() as lm:
+        check_vocabulary(examples, lm.vocabulary)
+        if reference is not None and len(reference.head.weight) != len(lm.head.weight):
+            raise UserError(
+                f"--reference predicts {len(reference.head.weight)} tokens and the model "
+                f"{len(lm.head.weight)}: KL compares models with the same tokens"
+            )
+        with progress("evaluate") as update:
+            return evaluate_suite(lm, template, tokenized, settings, update, reference)
 
 
 def _check_tokens(

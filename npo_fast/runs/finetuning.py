@@ -14,7 +14,7 @@ from npo_fast.runs.options import FINETUNING, FinetuneData, ModelOptions, RunOpt
 from npo_fast.runs.progress import ProgressBar
 from npo_fast.runs.run import Run
 from npo_fast.runs.tokens import describe_run, tokenize_sources
-from npo_fast.runs.training import find_resumable, run_training
+from npo_fast.runs.training import check_fit, find_resumable, run_training
 from npo_fast.trainer.settings import TrainSettings
 
 
@@ -36,10 +36,8 @@ def finetune(
 
     Args:
         train: a file, a split of ``data``, rows or a ``datasets.Dataset``.
-        others: as for ``unlearn``.
 
-    Raises:
-        UserError, NonFiniteError, OutOfMemory, Interrupted: as ``unlearn``.
+    The other arguments and the errors are those of ``unlearn``.
     """
     if isinstance(train, str) and not train and data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
@@ -57,10 +55,10 @@ def finetune(
     resumable = find_resumable(options, metadata, source.in_memory is not None)
     if options.dry_run:
         return Run.planned(options.output, metadata)
-    lm = source.load(resumable)
-    run_training(
-        lm, tokens, FINETUNE, training, options, metadata,
-        resumable=resumable, callbacks=[ProgressBar(options.output.name), *callbacks],
-    )  # fmt: skip
-    source.release(lm)
+    with source.loaded(resumable) as lm:
+        check_fit(lm, tokens, FINETUNE, training)
+        run_training(
+            lm, tokens, FINETUNE, training, options, metadata,
+            resumable=resumable, callbacks=[ProgressBar(options.output.name), *callbacks],
+        )  # fmt: skip
     return Run(options.output, lm.model, tokens.template.tokenizer)

@@ -11,6 +11,7 @@ from npo_fast._version import __version__
 from npo_fast.errors import UserError
 from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.model.adapters import ADAPTER_CONFIG
+from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 
 CARD = "README.md"
 
@@ -37,6 +38,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         (source, each["examples"], each["answer_tokens"], each["sha256"])
         for source, each in metadata["data"].items()
     ]
+    sample = sample_rows(metadata)
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
@@ -56,7 +58,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
             [item for group in groups for item in group.items() if item[1] is not None],
             ("setting", "value"),
         ),
-        sample=_sample(metadata),
+        sample=tables.markdown(sample, SAMPLE_HEADER) if sample else "",
         evaluation=_evaluation(scores),
         step=scores.get("step"),
         eval_records=settings.get("watch", {}).get("eval_records"),
@@ -94,18 +96,6 @@ def upload(folder: Path, repo: str, private: bool = False, token: str | None = N
             f"npo_fast.Run({str(folder.parent)!r}).push_to_hub({repo!r}) tries again"
         ) from error
     return address
-
-
-def _sample(metadata: Mapping[str, Any]) -> str:
-    """The report before and after, as a table."""
-    before, after = metadata.get("before", {}), metadata.get("after", {})
-    rows = [
-        (name, label, before[name][key], after[name][key])
-        for name in after
-        if name in before
-        for key, label in (("probability", "probability"), ("rouge_l_recall", "ROUGE-L"))
-    ]
-    return tables.markdown(rows, ("set", "measure", "before", "after")) if rows else ""
 
 
 def _evaluation(scores: Mapping[str, Any]) -> str:

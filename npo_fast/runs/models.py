@@ -1,6 +1,8 @@
 """The model of a run: by name, from a folder, or an object in memory."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -70,6 +72,20 @@ class ModelSource:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         return Template(self._tokenizer, options.template, options.max_length)
 
+    @contextmanager
+    def loaded(self, resumable: "ResumableRun | None" = None) -> Iterator[CausalLM]:
+        """The model of ``load``, which has its own attention again afterwards, and evaluation mode.
+
+        A ``CausalLM`` that was passed stays as it is.
+        """
+        lm = self.load(resumable)
+        try:
+            yield lm
+        finally:
+            if not isinstance(self.in_memory, CausalLM):
+                set_attention(lm.model, lm.native_attention)
+                lm.model.eval()
+
     def load(self, resumable: "ResumableRun | None" = None) -> CausalLM:
         """The model before training; several processes shard it.
 
@@ -100,12 +116,6 @@ class ModelSource:
             f"{lm.device}{processes}, attention {lm.attention}"
         )
         return lm
-
-    def release(self, lm: CausalLM) -> None:
-        """Gives a transformers model its own attention back, and puts it in evaluation mode."""
-        if not isinstance(self.in_memory, CausalLM):
-            set_attention(lm.model, lm.native_attention)
-            lm.model.eval()
 
     def _load(self, device: str, dtype: str, attention: str) -> CausalLM:
         options = self.options

@@ -110,7 +110,7 @@ def run_training(
     callbacks: Iterable[Callback] = (),
     report: Callable[[], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """Trains in a run folder, or goes on with a run that did not end.
+    """Trains in a run folder, or goes on with a run that did not end; call ``check_fit`` before.
 
     Args:
         metadata: what ``run.json`` says of the run before it begins.
@@ -120,7 +120,6 @@ def run_training(
     Returns:
         What ``run.json`` says in the end.
     """
-    check_fit(lm, data, terms, settings)
     state = TrainState() if resumable is None else resumable.state
     hint = "the same command" + (" without --overwrite" if options.overwrite else "")
     trackers = [] if options.track is None else [TrackerCallback(options.track)]

@@ -138,29 +138,28 @@ def unlearn(
     if options.dry_run:
         return Run.planned(options.output, metadata)
 
-    lm = source.load(resumable)
-    check_fit(lm, tokens, terms, training)
-    sample = _Sample(lm, tokens.template, records, report)
-    if resumable is None:
-        before = sample.answer("before")
-        log_probs: References = reference_log_probs(
-            lm, tokens.sources, terms, training.micro_batch_tokens
+    with source.loaded(resumable) as lm:
+        check_fit(lm, tokens, terms, training)
+        sample = _Sample(lm, tokens.template, records, report)
+        if resumable is None:
+            before = sample.answer("before")
+            log_probs: References = reference_log_probs(
+                lm, tokens.sources, terms, training.micro_batch_tokens
+            )
+        else:
+            before = resumable.metadata.get("before", {})
+            log_probs = _resumed_log_probs(lm, resumable, tokens, terms, training)
+        hidden = reference_cache_for(
+            terms, lm, tokens.sources, training.micro_batch_tokens, method.reference_cache
         )
-    else:
-        before = resumable.metadata.get("before", {})
-        log_probs = _resumed_log_probs(lm, resumable, tokens, terms, training)
-    hidden = reference_cache_for(
-        terms, lm, tokens.sources, training.micro_batch_tokens, method.reference_cache
-    )
-    run_training(
-        lm, tokens, terms, training, options, metadata,
-        resumable=resumable,
-        reference=ReferenceData(before, log_probs, hidden),
-        evaluation=_evaluation_callback(lm, tokens.template, evaluation, report, suite),
-        callbacks=[ProgressBar(options.output.name), *callbacks],
-        report=lambda: {"after": after} if (after := sample.answer("after")) else {},
-    )  # fmt: skip
-    source.release(lm)
+        run_training(
+            lm, tokens, terms, training, options, metadata,
+            resumable=resumable,
+            reference=ReferenceData(before, log_probs, hidden),
+            evaluation=_evaluation_callback(lm, tokens.template, evaluation, report, suite),
+            callbacks=[ProgressBar(options.output.name), *callbacks],
+            report=lambda: {"after": after} if (after := sample.answer("after")) else {},
+        )  # fmt: skip
     return Run(options.output, lm.model, tokens.template.tokenizer)
 
 
