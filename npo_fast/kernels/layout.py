@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels.pages import in_huge_pages
+from npo_fast.tracing import constant_result
 
 ROW_MULTIPLE = 16
 
@@ -39,7 +40,7 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look for itself
+@constant_result
 def cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AMX or AVX-512 BF16; NPO_FAST_CPU_BF16=0 or 1 overrides it."""
     override = os.environ.get("NPO_FAST_CPU_BF16", "")

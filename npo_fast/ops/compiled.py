@@ -20,6 +20,7 @@ from npo_fast.ops.checks import check_cu_seqlens, check_label_values
 from npo_fast.ops.gradients import Gradients, gradient_scale, or_empty, scale_
 from npo_fast.ops.head import Head
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
+from npo_fast.tracing import constant_result
 
 # in these versions Dynamo cannot pass a frozen dataclass to a function: the loss breaks the graph
 IN_GRAPH = not "2.11" <= torch.__version__[:4] < "2.13"
@@ -28,7 +29,7 @@ _numbered: dict[SequenceLoss, int] = {}
 _kept: dict[int, Gradients] = {}  # by the address of their key, as long as that lives
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def loss_number(loss: SequenceLoss) -> int:
     """Returns the number of ``loss`` in the table; equal losses share one."""
     return _numbered.setdefault(loss, len(_numbered))

@@ -14,9 +14,9 @@ from npo_fast.ops import cost
 from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import check_head, check_label_values, check_labels
 from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale, scale_
-from npo_fast.ops.graph_break import breaks_graph
 from npo_fast.ops.head import Head, pad_rows
 from npo_fast.ops.linear_log_probs import split_rows
+from npo_fast.tracing import breaks_graph
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

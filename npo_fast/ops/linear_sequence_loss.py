@@ -18,11 +18,11 @@ from npo_fast.ops.checks import (
     check_ref_log_probs,
 )
 from npo_fast.ops.gradients import scale_
-from npo_fast.ops.graph_break import breaks_graph
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
 from npo_fast.ops.vocab_parallel import VocabularySlice, local_head
+from npo_fast.tracing import breaks_graph
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

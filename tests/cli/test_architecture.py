@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import npo_fast
@@ -23,7 +25,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"kernels"},
     {"distributed"},
     {"versions", "tables", "validation"},
-    {"errors", "_version"},
+    {"errors", "_version", "tracing"},
 ]
 
 
@@ -100,3 +102,10 @@ def test_no_modules_import_each_other_in_a_circle():
         found = {inner if inner in files else module for module, inner in named}
         imports[name] = (found & files.keys()) - {name, "npo_fast"}
     tuple(graphlib.TopologicalSorter(imports).static_order())
+
+
+def test_the_import_leaves_heavy_libraries_to_those_who_use_them():
+    heavy = ["torch._dynamo", "triton", "transformers", "datasets", "scipy", "matplotlib"]
+    code = f"import sys, npo_fast.cli; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,4 +1,8 @@
-"""Functions that ``torch.compile`` runs between two graphs."""
+"""How ``torch.compile`` treats functions of this package.
+
+``torch.compiler`` has decorators of the same meaning. They import the compiler where they decorate,
+two seconds of every ``import npo_fast``; these leave that to whoever compiles.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,6 +14,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def constant_result(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function whose result ``torch.compile`` takes as a constant when it traces."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def breaks_graph(
     unless: Callable[..., bool] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -19,7 +29,7 @@ def breaks_graph(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        outside: Any = torch.compiler.disable(function)
+        outside: Any = torch._disable_dynamo(function)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
