@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import npo_fast
@@ -33,10 +34,15 @@ def layer_of(package: str) -> int:
     return next(i for i, row in enumerate(LAYERS) if package in row)
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imported(file: Path) -> set[str]:
     """Names of our packages that a file imports, at its top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]
@@ -97,7 +103,7 @@ def test_no_modules_import_each_other_in_a_circle():
     files = {name.removesuffix(".__init__"): file for name, file in files.items()}
     imports: dict[str, set[str]] = {}
     for name, file in files.items():
-        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        nodes = [n for n in ast.walk(parsed(file)) if isinstance(n, ast.ImportFrom)]
         named = [(n.module, f"{n.module}.{a.name}") for n in nodes for a in n.names if n.module]
         found = {inner if inner in files else module for module, inner in named}
         imports[name] = (found & files.keys()) - {name, "npo_fast"}

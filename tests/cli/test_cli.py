@@ -99,7 +99,7 @@ def test_another_run_is_not_overwritten_by_accident(home, tmp_path, capsys):
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("method", slow_but(["NPO+RT", "DPO"], METHODS))
+@pytest.mark.parametrize("method", slow_but(["DPO"], METHODS))
 def test_every_method_runs_by_name_and_twice_the_same(home, tmp_path, method):
     """Two steps each; DPO and its kin draw the same refusals from the same seed."""
     for name in ("one", "two"):

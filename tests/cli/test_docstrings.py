@@ -3,7 +3,7 @@
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import npo_fast
@@ -17,10 +17,13 @@ def public(body: list[ast.stmt]) -> list[Definition]:
     return [node for node in definitions if not node.name.startswith("_")]
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for file in sorted(ROOT.rglob("*.py")):
-        parts = ("npo_fast", *file.relative_to(ROOT).with_suffix("").parts)
-        yield ".".join(p for p in parts if p != "__init__"), ast.parse(file.read_text())
+@cache
+def modules() -> list[tuple[str, ast.Module]]:
+    files = [(file, file.relative_to(ROOT).with_suffix("").parts) for file in ROOT.rglob("*.py")]
+    return [
+        (".".join(p for p in ("npo_fast", *parts) if p != "__init__"), ast.parse(file.read_text()))
+        for file, parts in sorted(files)
+    ]
 
 
 def inherits_docstring(module: str, name: str, method: str) -> bool:

@@ -53,6 +53,7 @@ def logged(one: UnlearningTrainer) -> list[dict[str, float]]:
     return [entry for entry in one.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_npo_through_the_trainer_lowers_the_forget_log_probs(tmp_path):
     one = trainer(tmp_path)
     one.train()

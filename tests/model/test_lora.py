@@ -18,7 +18,15 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
-from tests.helpers import FACTS, calm_model, save_tiny_model, sequences, tiny_model, write_jsonl
+from tests.helpers import (
+    FACTS,
+    calm_model,
+    save_tiny_model,
+    sequences,
+    slow_but,
+    tiny_model,
+    write_jsonl,
+)
 
 SETTINGS = TrainSettings(epochs=4, batch_size=7, lr=1e-2, warmup_steps=0)
 DATA = {"forget": sequences(7, 1), "retain": sequences(11, 2)}
@@ -45,7 +53,7 @@ def run(lm: CausalLM, settings: TrainSettings = SETTINGS, method: str = "NPO+RT"
     return list(train(lm, DATA, terms, settings, references))
 
 
-@pytest.mark.parametrize("quantize", ["none", "4bit"])
+@pytest.mark.parametrize("quantize", slow_but(["none"], ["none", "4bit"]))
 def test_an_adapter_is_the_reference_until_the_first_step_and_trains_alone(base, quantize):
     plain = load_model(str(base), device="cpu", quantize=quantize)
     lm = load_model(str(base), device="cpu", quantize=quantize, lora_rank=4)
@@ -64,7 +72,7 @@ def test_an_adapter_is_the_reference_until_the_first_step_and_trains_alone(base,
         assert torch.equal(log_probs(lm), log_probs(plain)), "adapters off give the reference"
 
 
-@pytest.mark.parametrize("quantize", ["none", "4bit"])
+@pytest.mark.parametrize("quantize", slow_but(["4bit"], ["none", "4bit"]))
 def test_recomputed_activations_really_train_an_adapter(base, quantize):
     found = []
     for recompute in (False, True):

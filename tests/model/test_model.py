@@ -7,7 +7,7 @@ from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
-from tests.helpers import VOCABULARY, tiny_model
+from tests.helpers import VOCABULARY, slow_but, tiny_model
 
 PACKED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "GPTNeoX", "Phi", "Cohere", "Granite"]
 
@@ -27,7 +27,9 @@ def plain_log_probs(model, sequence: TokenizedExample) -> torch.Tensor:
     return log_probs[first - 1 : -1].gather(1, ids[0, first:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("family", [*PACKED, "GPT2", "Bloom"])
+@pytest.mark.parametrize(
+    "family", slow_but(["Llama", "Gemma2", "GPT2", "Bloom"], [*PACKED, "GPT2", "Bloom"])
+)
 @pytest.mark.filterwarnings("ignore:.*one at a time")
 def test_a_pack_gives_the_log_probs_of_its_sequences_alone(family: str) -> None:
     model = tiny_model(family)

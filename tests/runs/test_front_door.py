@@ -1,5 +1,6 @@
 """The library's front door: the functions behind every subcommand, and what they return."""
 
+import io
 import json
 import logging
 import threading
@@ -359,9 +360,11 @@ def test_a_push_that_cannot_work_is_refused_before_the_run(base, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_the_library_logs_and_does_not_print(base, tmp_path, caplog, capsys):
-    logging.getLogger("npo_fast").propagate = True
-    with caplog.at_level(logging.INFO, logger="npo_fast"):
-        npo_fast.finetune(str(base), train=FACTS, output=tmp_path / "run", training=TRAINING)
-    assert "model saved in" in caplog.text
+def test_the_library_logs_and_does_not_print(base, tmp_path, monkeypatch, capsys):
+    log = io.StringIO()
+    logger = logging.getLogger("npo_fast")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(log)])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    npo_fast.finetune(str(base), train=FACTS, output=tmp_path / "run", training=TRAINING)
+    assert "model saved in" in log.getvalue()
     assert capsys.readouterr().out == ""

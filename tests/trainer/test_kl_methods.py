@@ -15,6 +15,7 @@ from tests.helpers import (
     read_jsonl,
     run_method,
     save_tiny_model,
+    slow_but,
     small_lm,
     sources,
     write_jsonl,
@@ -44,7 +45,10 @@ def scale(lm):
         parameter.mul_(1.1)
 
 
-@pytest.mark.parametrize("method", ["GA+KL", "NPO+KL", "DPO+KL", "KTO+KL", "GA+forgetKL"])
+@pytest.mark.parametrize(
+    "method",
+    slow_but(["NPO+KL", "GA+forgetKL"], ["GA+KL", "NPO+KL", "DPO+KL", "KTO+KL", "GA+forgetKL"]),
+)
 @pytest.mark.parametrize("kl_positions", ["answer", "all"])
 def test_a_kl_is_nothing_before_the_first_step_and_positive_after(method, kl_positions):
     lm = small_lm()

@@ -23,7 +23,7 @@ from npo_fast.model.reference_states import (
     model_fingerprint,
     open_reference_states,
 )
-from tests.helpers import tiny_model
+from tests.helpers import slow_but, tiny_model
 
 SOURCES = {
     "retain": [TokenizedExample(tuple(range(3, 3 + 4 + i % 5)), 1 + i % 3, i) for i in range(9)],
@@ -54,7 +54,7 @@ def copy(made, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["answer", "all"])
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi"])
+@pytest.mark.parametrize("family", slow_but(["Gemma2"], ["Llama", "Gemma2", "Phi"]))
 @pytest.mark.parametrize("shard_bytes", [1 << 28, 2000, 1])
 def test_what_was_written_comes_back(family, positions, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)

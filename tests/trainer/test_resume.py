@@ -26,7 +26,7 @@ from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import DamagedError, TrainState, save_tensors
-from tests.helpers import FACTS, metadata_of, read_jsonl, sources, tiny_model, write_jsonl
+from tests.helpers import FACTS, metadata_of, read_jsonl, slow_but, sources, tiny_model, write_jsonl
 
 SERVER = multiprocessing.get_context("forkserver")  # imports once, then forks: a process is cheap
 SERVER.set_forkserver_preload(
@@ -404,7 +404,9 @@ def limit_memory(lm: CausalLM, tokens: int, error: type[Exception] = torch.OutOf
     return tried
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+@pytest.mark.parametrize(
+    "error", slow_but([RuntimeError], [torch.OutOfMemoryError, RuntimeError, MemoryError])
+)
 def test_out_of_memory_makes_the_step_of_smaller_micro_batches(error):
     """Also where it strikes after the gradients of some micro-batches: the step starts again."""
     settings = TrainSettings(epochs=2, batch_size=7, lr=1e-3, micro_batch_tokens=44)

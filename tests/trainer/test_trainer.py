@@ -24,7 +24,7 @@ from npo_fast.trainer.step import with_baselines
 from tests.helpers import run_method, sequences, slow_but, small_lm, sources
 
 
-@pytest.mark.parametrize("method", slow_but(["NPO+RT", "DPO+KL"], METHODS))
+@pytest.mark.parametrize("method", slow_but(["DPO+KL"], METHODS))
 def test_micro_batches_change_memory_and_not_the_losses(method):
     settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3)
     _, whole = run_method(method, settings)
@@ -177,9 +177,7 @@ def test_the_fine_tuning_loss_is_that_of_hugging_face():
     assert record.loss == pytest.approx(total / tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "method", slow_but(["NPO+RT", "DPO+RT"], [m for m in METHODS if m != "IDK+RT"])
-)
+@pytest.mark.parametrize("method", slow_but(["NPO+RT"], [m for m in METHODS if m != "IDK+RT"]))
 def test_every_method_lowers_the_forget_log_probs(method):
     _, records = run_method(method, TrainSettings(epochs=8, batch_size=7, lr=3e-3))
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
