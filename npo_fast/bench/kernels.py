@@ -6,7 +6,6 @@ the H100's floor from flops and bytes. With a GPU, ``measure`` times the same sh
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +21,6 @@ ROW_KERNELS = (("slice_sums", "plain, labels"), ("gradient", "plain"), ("npo_hea
 PLAIN = HeadTransform()  # neither a softcap nor a scale
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Time of one launch on this GPU beside the floor of an H100."""
-
-    kernel: str
-    time_ms: float
-    h100_floor_ms: float
-
-
 def predict(records: Iterable[Record]) -> dict[str, float]:
     """Floors of whole steps on an H100, in ms, summed from those of their kernels."""
     floors = {
@@ -42,8 +32,8 @@ def predict(records: Iterable[Record]) -> dict[str, float]:
     return {"three_gemms_ms": gemms, "fused_loss_ms": gemms + sum(floors[k] for k in ROW_KERNELS)}
 
 
-def measure(device: torch.device) -> list[Measurement]:
-    """Median times of the kernels' launches on this GPU."""
+def measure(device: torch.device) -> list[dict[str, Any]]:
+    """Median time of each kernel's launch on this GPU, beside the floor of an H100."""
     from triton.testing import do_bench
 
     from npo_fast.kernels.triton.linear import linear_backward, linear_forward
@@ -89,6 +79,10 @@ def measure(device: torch.device) -> list[Measurement]:
         ),
     }  # fmt: skip
     return [
-        Measurement(name, do_bench(call, return_mode="median"), h100_floor_ms(flops, moved))
+        {
+            "kernel": name,
+            "time_ms": do_bench(call, return_mode="median"),
+            "h100_floor_ms": h100_floor_ms(flops, moved),
+        }
         for name, (call, flops, moved) in launches.items()
     ]

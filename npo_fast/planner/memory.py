@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.errors import UserError
@@ -54,21 +53,24 @@ class PlannedRun:
     micro_batch_tokens: int = 2048
     """Tokens that go through the model at a time."""
     sequence_length: int = 256
-    """Tokens of each sequence; a quarter counts as prompt."""
+    """Tokens of a sequence, prompt (a quarter) and answer."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the weights."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
     step_in_backward: bool = False
+    """Apply each gradient as it arises and free it."""
     offload_optimizer: bool = False
+    """Keep the optimizer's states in CPU memory."""
     lora_rank: int = 0
+    """Train adapters of this rank instead of the weights."""
     quantize: Quantize = "none"
+    """Weights below the adapters."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1:
-            raise UserError(f"micro_batch_tokens must be 1 or more, got {self.micro_batch_tokens}")
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length must be 2 or more, got {self.sequence_length}")
-        if self.lora_rank < 0:
-            raise UserError(f"lora_rank must be 0 or more, got {self.lora_rank}")
+        for name, least in (("micro_batch_tokens", 1), ("sequence_length", 2), ("lora_rank", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.dtype == "fp16" and not self.lora_rank:
             raise UserError("fp16 weights cannot be trained: use --dtype bf16 or --lora-rank 16")
         if self.optimizer == "adamw-bf16" and (self.lora_rank or self.dtype != "bf16"):
@@ -123,8 +125,7 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
-    lm = empty_lm(model, planned.gradient_checkpointing)
-    step = TrackedStep(lm, planned, ranks)
+    step = TrackedStep(empty_lm(model, planned.gradient_checkpointing), planned, ranks)
     try:
         with step.tracker:
             step.run()
@@ -140,11 +141,6 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
         ) from error
     whole = step.footprint()
     return whole if ranks == 1 else sharded(model, planned, whole, ranks)
-
-
-def parameter_count(parameter: Parameter) -> int:
-    """Number of weights; a byte of 4-bit weights holds two."""
-    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
@@ -171,10 +167,8 @@ class TrackedStep:
         self.states: list[Tensor] = []  # kept alive here: nothing else refers to them
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
             self.tracker.hold(tensor, WEIGHTS)
-        states = [state_bytes(p, planned.optimizer) for p in self.trained]
-        if planned.offload_optimizer:
-            states = [max(states)]
-        for size in states:
+        sizes = [state_bytes(p, planned.optimizer) for p in self.trained]
+        for size in [max(sizes)] if planned.offload_optimizer else sizes:
             self.states.append(torch.empty(size, dtype=torch.uint8, device="meta"))
             self.tracker.hold(self.states[-1], OPTIMIZER)
         lm.decoder.register_forward_pre_hook(lambda *_: self._count_as(ACTIVATIONS))
@@ -185,10 +179,7 @@ class TrackedStep:
     def run(self) -> None:
         """Runs the step; ``tracker`` must be entered."""
         terms = build_method(self.planned.method)
-        groups = [
-            [term for term in terms if term.batch_key == batch_key]
-            for batch_key in batch_keys(terms)
-        ]
+        groups = [[t for t in terms if t.batch_key == key] for key in batch_keys(terms)]
         if self.planned.step_in_backward:
             self.backward(self._whole_step(groups))
             return
@@ -207,8 +198,10 @@ class TrackedStep:
 
     def footprint(self) -> Footprint:
         """What the tracker has counted."""
+        weights = list(self.lm.model.parameters())
+        packed = sum(p.numel() for p in weights if p.dtype == torch.uint8)  # two weights a byte
         return Footprint(
-            parameters=sum(parameter_count(p) for p in self.lm.model.parameters()),
+            parameters=packed + sum(p.numel() for p in weights),
             trained=sum(p.numel() for p in self.trained),
             bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
         )
@@ -228,10 +221,11 @@ class TrackedStep:
     def _micro(self, group: int, tokens: int) -> PackedBatch:
         """A pack of sequences in groups of ``group``, with about so many tokens."""
         length = self.planned.sequence_length
-        count = max(1, tokens // (length * group))
-        sequences = [TokenizedExample((0,) * length, self._prompt, i) for i in range(count)]
-        repeated = [sequence for sequence in sequences for _ in range(group)]
-        (micro,) = pack(repeated, len(repeated) * length, group)
+        count = group * max(1, tokens // (length * group))
+        sequences = [
+            TokenizedExample((0,) * length, self._prompt, i // group) for i in range(count)
+        ]
+        (micro,) = pack(sequences, count * length, group)
         return micro
 
     @property
@@ -244,9 +238,8 @@ class TrackedStep:
         references: dict[str, Tensor | list[Tensor]] = {}
         for term in terms:
             per_token = term.loss.reference == "token"
-            for name in term.batch_key:
-                whole = [answer] * micro.sequences
-                references[name] = whole if per_token else torch.zeros(micro.sequences)
+            values = [answer] * micro.sequences if per_token else torch.zeros(micro.sequences)
+            references |= dict.fromkeys(term.batch_key, values)
         everywhere = any(term.positions == "all" for term in terms)
         rows = len(micro.input_ids if everywhere else micro.rows)
         cache = _Cache(self, rows) if any(isinstance(t.loss, KL) for t in terms) else None
