@@ -8,7 +8,8 @@ computed by formula: optimizer states (``state_bytes``), temporaries inside of o
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.model.sharding import repeated_layers
 from npo_fast.ops.cost import Problem
 from npo_fast.planner.model import empty_lm, empty_model
@@ -115,9 +115,8 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     ``step_in_backward`` the whole step (``micro_batch_tokens``) goes through the model at once and
     back twice: for the gradient norm, and to update.
 
-    Args:
-        config: a transformers configuration.
-        ranks: GPUs that share the model (FSDP); the bytes are those of one.
+    ``config`` is a transformers configuration. Where ``ranks`` GPUs share the model (FSDP), the
+    bytes are those of one.
 
     Raises:
         UserError: a model that cannot be built, or whose code reads values of tensors.
@@ -129,15 +128,15 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     try:
         with step.tracker:
             step.run()
-    except (RuntimeError, NotImplementedError) as error:
-        if NAME in str(error):
-            raise UserError(f"{type(model).__name__} cannot be planned: {error}") from error
-        if "meta" not in str(error):
+    except RuntimeError as error:
+        name, reason = type(model).__name__, str(error).strip()
+        if NAME in reason:
+            raise UserError(f"{name} cannot be planned: {reason}") from error
+        if "meta" not in reason:
             raise
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{type(model).__name__} reads values of tensors while it runs, so it cannot run "
-            f"without data: {reason}"
+            f"{name} reads values of tensors while it runs, so it cannot run without data: "
+            f"{reason.splitlines()[0]}"
         ) from error
     whole = step.footprint()
     return whole if ranks == 1 else sharded(model, planned, whole, ranks)
@@ -214,9 +213,8 @@ class TrackedStep:
         with FlashAttention():
             joined = self._micro(1, sum(sizes)).to(self.lm.device)
             parts = self.lm.states(joined).split(sizes)
-        return torch.stack(
-            [self._loss(*part) for part in zip(groups, micros, parts, strict=True)]
-        ).sum()
+        losses = [self._loss(*part) for part in zip(groups, micros, parts, strict=True)]
+        return torch.stack(losses).sum()
 
     def _micro(self, group: int, tokens: int) -> PackedBatch:
         """A pack of sequences in groups of ``group``, with about so many tokens."""
@@ -242,14 +240,30 @@ class TrackedStep:
             references |= dict.fromkeys(term.batch_key, values)
         everywhere = any(term.positions == "all" for term in terms)
         rows = len(micro.input_ids if everywhere else micro.rows)
-        cache = _Cache(self, rows) if any(isinstance(t.loss, KL) for t in terms) else None
+        reference = self._reference(rows) if any(isinstance(t.loss, KL) for t in terms) else None
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
             loss, _, _ = micro_batch_loss(
-                self.lm, micro.to(self.lm.device), terms, counts, references,
-                cast("ReferenceStates | None", cache), states,
+                self.lm, micro.to(self.lm.device), terms, counts, references, reference, states,
             )  # fmt: skip
         return loss
+
+    def _reference(self, rows: int) -> Any:
+        """Stands for ``ReferenceStates``: the reference's head, and hidden states of ``rows``."""
+        head = self.lm.head.weight
+
+        def empty_states(source: str, indices: Iterable[int]) -> Tensor:  # (rows, D)
+            with self.tracker.counting_as(REFERENCE):
+                return head.new_empty(rows, head.shape[1], requires_grad=False)
+
+        arguments = {
+            f"ref_{name}": value
+            for name, value in self.lm.head_arguments.items()
+            if not isinstance(value, Tensor)
+        }
+        with self.tracker.counting_as(REFERENCE):
+            arguments["ref_weight"] = torch.empty_like(head, requires_grad=False)
+        return SimpleNamespace(head_arguments=arguments, hidden=empty_states)
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass or, with ``step_in_backward``, both."""
@@ -279,27 +293,6 @@ class TrackedStep:
     def _kind(terms: list[Term]) -> tuple[object, ...]:
         """Equal for groups of terms that need the same memory."""
         return tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in terms)
-
-
-class _Cache:
-    """Stands for ``ReferenceStates``: hidden states of the rows, and the reference's head."""
-
-    def __init__(self, step: TrackedStep, rows: int) -> None:
-        self.step, self.rows = step, rows
-        weight = step.lm.head.weight
-        with step.tracker.counting_as(REFERENCE):
-            self.head_arguments: dict[str, Any] = {
-                f"ref_{name}": value
-                for name, value in step.lm.head_arguments.items()
-                if not isinstance(value, Tensor)
-            }
-            self.head_arguments["ref_weight"] = torch.empty_like(weight, requires_grad=False)
-
-    def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
-        """Hidden states of the reference, without data."""
-        weight = self.step.lm.head.weight
-        with self.step.tracker.counting_as(REFERENCE):
-            return weight.new_empty(self.rows, weight.shape[1], requires_grad=False)
 
 
 def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Footprint:
