@@ -100,14 +100,14 @@ def bench(
         log(f"{shape.name}, {kind}: checking against fp64")
         inputs = make_inputs(shape, kind, device)
         errors = _correct(candidates, inputs, kind, refused)
-        candidates = chosen = _fastest_options(errors, inputs, device)  # one option for all kinds
-        log(f"{shape.name}, {kind}: timing {', '.join(c.key for c in chosen)}")
-        timed = _time(chosen, inputs, rounds, device)
+        candidates = _fastest_options(errors, inputs, device)  # one option for all kinds
+        log(f"{shape.name}, {kind}: timing {', '.join(c.key for c in candidates)}")
+        timed = _time(candidates, inputs, rounds, device)
         three, first = timed.get("three GEMMs"), timed.get("first GEMM")
         if three is not None:
             gemms_ms[kind] = three.median_ms
         del inputs
-        for candidate in chosen:
+        for candidate in candidates:
             train_times = timed[f"{candidate.key} train"]
             forward_times = timed[f"{candidate.key} forward"]
             rows.append(
@@ -145,8 +145,7 @@ def _correct(
         except Exception as error:  # a peer may fail in any way: report it and continue
             if candidate.peer == OURS:
                 raise
-            lines = str(error).strip().splitlines()
-            first = lines[0] if lines else "no message"
+            first = next(iter(str(error).strip().splitlines()), "no message")
             refused[candidate.key] = f"{kind} inputs: {type(error).__name__}: {first}"
     return errors
 
@@ -158,24 +157,22 @@ def _fastest_options(
     families: dict[tuple[str, str], list[Candidate]] = {}
     for candidate in candidates:
         families.setdefault((candidate.peer, candidate.loss), []).append(candidate)
-
-    def train_ms_of(candidate: Candidate) -> float:
-        return time_ms(partial(train, candidate, inputs), device)
-
     return [
-        family[0] if len(family) == 1 else min(family, key=train_ms_of)
+        family[0]
+        if len(family) == 1
+        else min(family, key=lambda c: time_ms(partial(train, c, inputs), device))
         for family in families.values()
     ]
 
 
 def _time(
-    chosen: Iterable[Candidate], inputs: Inputs, rounds: int, device: torch.device
+    candidates: Iterable[Candidate], inputs: Inputs, rounds: int, device: torch.device
 ) -> dict[str, Times]:
     calls: dict[str, Callable[[], object]] = {}
     if inputs.shape.logits_bytes <= WHOLE_LOGITS_BYTES:
         calls["three GEMMs"], calls["first GEMM"] = bare_gemms(inputs)
         calls["three GEMMs"]()  # its buffers are touched for the first time here
-    for candidate in chosen:
+    for candidate in candidates:
         calls[f"{candidate.key} train"] = partial(train, candidate, inputs)
         calls[f"{candidate.key} forward"] = partial(forward, candidate, inputs)
     return interleaved(calls, rounds, device)

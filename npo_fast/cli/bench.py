@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from npo_fast import tables
@@ -17,6 +16,7 @@ from npo_fast.bench.loss import Result, bench
 from npo_fast.bench.provenance import provenance
 from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
+from npo_fast.distributed import local_device
 from npo_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def run(command: Command, common: Common) -> None:
 
 def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
     logger.info("loading the peers")
-    device = _device()
+    device = local_device("auto")
     kinds, shapes = _kinds(options.inputs), _shapes(options)
     peers = {"all": None, "none": []}.get(options.peers, _names(options.peers))
     candidates, missing = find_candidates(device, peers)
@@ -123,7 +123,7 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
         options.rows or scaling.MOST_ROWS,
         options.vocabulary or scaling.MOST_VOCABULARY,
         options.rounds,
-        _device(),
+        local_device("auto"),
         logger.info,
     )
     file = (options.output or Path("bench_scaling.json")).with_suffix(".png")
@@ -147,7 +147,7 @@ def _kernels(options: BenchOptions) -> tuple[dict[str, Any], str]:
     from npo_fast.bench import kernels
     from npo_fast.kernels.triton import offline
 
-    device = _device()
+    device = local_device("auto")
     if device.type == "cuda":
         logger.info("timing the kernels")
         measured = kernels.measure(device)
@@ -165,10 +165,6 @@ def _kernels(options: BenchOptions) -> tuple[dict[str, Any], str]:
         lines.append(f"  {name.removesuffix('_ms').replace('_', ' '):<40}{ms:.2f} ms")
     result = {"kernels": [asdict(record) for record in records], "h100_floors": predicted}
     return result, "\n".join(lines)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _shapes(options: BenchOptions) -> list[Shape]:

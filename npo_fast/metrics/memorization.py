@@ -5,8 +5,6 @@ whether it is *greedy*, the argmax of the model's distribution. The other formul
 answers.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
@@ -82,8 +80,8 @@ def membership_scores(
     The negative loss (arXiv 1709.01604), the negative loss over the bytes that zlib needs
     (arXiv 2012.07805), min-k % and min-k++ %.
     """
-    columns: list[Any] = [losses, zlib_bytes, min_k, min_k_plus_plus]
-    loss, size, lowest, normalised = (np.asarray(x, dtype=np.float64) for x in columns)
+    columns = (losses, zlib_bytes, min_k, min_k_plus_plus)
+    loss, size, lowest, normalised = np.asarray(columns, dtype=np.float64)
     return dict(zip(ATTACKS, (-loss, -loss / size, lowest, normalised), strict=True))
 
 
