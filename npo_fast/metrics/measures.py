@@ -199,11 +199,7 @@ def score(scores: Mapping[str, Any], key: str) -> float | None:
 
 
 def value_of(scores: Mapping[str, Any], key: str) -> float:
-    """Returns one of the nested ``measures``.
-
-    Raises:
-        UserError: it is not there; the message says what it needs.
-    """
+    """Returns one of the nested ``measures``, or raises a ``UserError`` that says what it needs."""
     value = score(scores, key)
     if value is None:
         raise UserError(
@@ -213,11 +209,7 @@ def value_of(scores: Mapping[str, Any], key: str) -> float:
 
 
 def find_measure(key: str) -> Measure:
-    """Returns the recorded measure with this key.
-
-    Raises:
-        UserError: there is none; the message names the nearest key.
-    """
+    """Returns the recorded measure with this key, or raises a ``UserError`` with the nearest."""
     if key not in RECORDED:
         near = difflib.get_close_matches(key, RECORDED, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -240,11 +232,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> "Condition":
-        """Reads a condition such as "forget_quality>0.05".
-
-        Raises:
-            UserError: it is not of that form, or its measure is unknown.
-        """
+        """Reads a condition such as "forget_quality>0.05"; others raise a ``UserError``."""
         match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
         try:
             measure, sign, bound = match.groups() if match else ("", "", "")
@@ -256,9 +244,5 @@ class Condition:
         return cls(find_measure(measure).key, sign, number)
 
     def holds(self, scores: Mapping[str, Any]) -> bool:
-        """Whether the nested ``measures`` meet the condition.
-
-        Raises:
-            UserError: the measure is not among them.
-        """
+        """Whether the nested ``measures`` meet it; a ``UserError`` where it is missing."""
         return _COMPARE[self.sign](value_of(scores, self.measure), self.bound)

@@ -7,7 +7,7 @@ answers.
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from npo_fast.metrics.logs import FORGET, HOLDOUT, Array, Result, column, log_of
 
@@ -61,11 +61,10 @@ def min_k_plus_plus(
 def roc_auc(members: ArrayLike, others: ArrayLike) -> float:  # (M,), (N,)
     """Returns ``P(score of a member > score of another)``; a tie counts half.
 
-    Computed from ranks. 0.5 where the score cannot tell the two sets apart.
+    0.5 where the score cannot tell the two sets apart.
     """
     members, others = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    ranks = rankdata(np.concatenate([members, others]))[: len(members)]
-    above = ranks.sum() - len(members) * (len(members) + 1) / 2
+    above = mannwhitneyu(members, others, method="asymptotic").statistic  # pairs in order
     return float(above / (len(members) * len(others)))
 
 
