@@ -55,7 +55,6 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     progress = progress or (lambda what, done, total: None)
-    evaluation = _Evaluation(lm, template.tokenizer, settings, progress, reference)
     was_training = lm.model.training
     lm.model.eval()
     logs = {}
@@ -63,88 +62,114 @@ def evaluate(
         for name, records in suite.items():
             if not isinstance(records, TokenizedSet):
                 records = tokenize_set(template, name, records)
-            logs[name] = evaluation.log(name, records)
+            evaluation = _Evaluation(
+                lm, template.tokenizer, settings, progress, reference, name, records
+            )
+            logs[name] = evaluation.log()
         return logs
     finally:
         lm.model.train(was_training)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Evaluation:
+    """The evaluation of one data set, and how many of its answers are measured."""
+
     lm: CausalLM
     tokenizer: Any
     settings: EvaluationSettings
     progress: Progress
     reference: ReferenceStates | None
+    name: str
+    tokens: TokenizedSet
+    done: int = 0
 
-    def log(self, name: str, tokens: TokenizedSet) -> Columns:
-        """Every column of one data set."""
-        right, others = len(tokens.answers), len(tokens.other_answers)
-
-        def report(done: int) -> None:
-            self.progress(name, done, right + others)
-
-        log = _answer_columns(tokens.records, self.token_scores(tokens.answers, report))
-        if others:
-            losses = self.losses(tokens.other_answers, lambda done: report(right + done))
-            log |= _comparison_columns(tokens, log, losses)
+    def log(self) -> Columns:
+        """Every column."""
+        log = self.answer_columns()
+        if self.tokens.other_answers:
+            log |= self.comparison_columns(log)
         if self.reference is not None:
-            log["kl_to_reference"] = self.kl_to(self.reference, name, tokens.answers)
-        if self.settings.generate and name != HOLDOUT:  # membership takes its losses alone
-            log |= self.generation_columns(name, tokens)
+            log["kl_to_reference"] = self.kl_to(self.reference)
+        if self.settings.generate and self.name != HOLDOUT:  # membership takes its losses alone
+            log |= self.generation_columns()
         return log
 
-    def batches(
-        self, answers: list[TokenizedExample], report: Callable[[int], None]
-    ) -> Iterator[PackedBatch]:
+    def batches(self, answers: list[TokenizedExample]) -> Iterator[PackedBatch]:
         """Packs of answers of similar length, on the model's device."""
-        done = 0
+        total = len(self.tokens.answers) + len(self.tokens.other_answers)
         by_length = sorted(answers, key=lambda answer: len(answer.input_ids))
         for batch in pack(by_length, self.settings.micro_batch_tokens):
             yield batch.to(self.lm.device)
-            done += batch.sequences
-            report(done)
+            self.done += batch.sequences
+            self.progress(self.name, self.done, total)
 
-    def token_scores(
-        self, answers: list[TokenizedExample], report: Callable[[int], None]
-    ) -> list[TokenScores]:
-        """Scores of the tokens of each answer."""
-        scores: dict[int, TokenScores] = {}
-        for batch in self.batches(answers, report):
-            batch_scores = token_scores(self.lm.linear_head, self.lm.hidden(batch), batch.labels)
+    def answer_columns(self) -> Columns:
+        """Losses and memorization of the right answers."""
+        by_index: dict[int, TokenScores] = {}
+        for batch in self.batches(self.tokens.answers):
+            scores = token_scores(self.lm.linear_head, self.lm.hidden(batch), batch.labels)
             lengths = batch.answer_cu_seqlens.diff().tolist()
-            scores |= zip(batch.indices, batch_scores.split(lengths), strict=True)
-        return [scores[i] for i in range(len(answers))]
+            by_index |= zip(batch.indices, scores.split(lengths), strict=True)
+        answers = [by_index[i] for i in range(len(by_index))]
+        tokens = [len(answer.log_probs) for answer in answers]
+        losses = [-float(answer.log_probs.sum()) for answer in answers]
+        return {
+            "gt_loss": losses,
+            "num_token_gt": tokens,
+            "avg_gt_loss": [loss / n for loss, n in zip(losses, tokens, strict=True)],
+            "exact_memorization": [exact_memorization(answer.greedy) for answer in answers],
+            "extraction_strength": [extraction_strength(answer.greedy) for answer in answers],
+            "min_k": [min_k(answer.log_probs) for answer in answers],
+            "min_k_plus_plus": [
+                min_k_plus_plus(answer.log_probs, answer.mean, answer.std) for answer in answers
+            ],
+            "zlib_bytes": [len(zlib.compress(r.answer.encode())) for r in self.tokens.records],
+        }
 
-    def losses(self, answers: list[TokenizedExample], report: Callable[[int], None]) -> list[float]:
-        """Negative log-prob of each answer."""
+    def comparison_columns(self, log: Columns) -> Columns:
+        """Losses of paraphrased and wrong answers, beside those of right answers in ``log``."""
+        answers = self.tokens.other_answers
         losses: dict[int, float] = {}
-        for batch in self.batches(answers, report):
+        for batch in self.batches(answers):
             log_probs = segment_sum(self.lm.log_probs(batch), batch.answer_cu_seqlens)
             losses |= zip(batch.indices, (-log_probs).tolist(), strict=True)
-        return [losses[i] for i in range(len(answers))]
+        others = ((losses[i], answer.answer_length) for i, answer in enumerate(answers))
+        rows = []
+        for i, record in enumerate(self.tokens.records):
+            loss, n = log["gt_loss"][i], log["num_token_gt"][i]
+            if record.paraphrased_answer is not None:
+                loss, n = next(others)
+            wrong = list(islice(others, len(record.perturbed_answers)))
+            rows.append({
+                "paraphrased_loss": loss,
+                "num_token_paraphrased": n,
+                "avg_paraphrased_loss": loss / n,
+                "perturb_loss": [loss for loss, _ in wrong],
+                "num_token_perturb": [n for _, n in wrong],
+                "average_perturb_loss": [loss / n for loss, n in wrong],
+            })  # fmt: skip
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def kl_to(
-        self, reference: ReferenceStates, source: str, answers: list[TokenizedExample]
-    ) -> list[float]:
-        """Mean ``KL(reference || model)`` over the tokens of each answer."""
+    def kl_to(self, reference: ReferenceStates) -> list[float]:
+        """Mean ``KL(reference || model)`` over the tokens of each right answer."""
         means: dict[int, float] = {}
-        for batch in pack(answers, self.settings.micro_batch_tokens):
+        for batch in pack(self.tokens.answers, self.settings.micro_batch_tokens):
             hidden = self.lm.hidden(batch.to(self.lm.device))
-            ref_hidden = reference.hidden(source, batch.indices).to(hidden)
+            ref_hidden = reference.hidden(self.name, batch.indices).to(hidden)
             chunks = divergences(self.lm.linear_head, hidden, reference.head, ref_hidden)
             kl = torch.cat([kl for _, kl, _ in chunks]).cpu()
             parts = kl.split(batch.answer_cu_seqlens.diff().tolist())
             means |= zip(batch.indices, (float(part.mean()) for part in parts), strict=True)
-        return [means[i] for i in range(len(answers))]
+        return [means[i] for i in range(len(means))]
 
-    def generation_columns(self, name: str, tokens: TokenizedSet) -> Columns:
+    def generation_columns(self) -> Columns:
         """Greedy answers and their ROUGE."""
         from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
 
         tokenizer, size = self.tokenizer, self.settings.generation_batch
-        truths = [record.answer for record in tokens.records]
-        prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in tokens.answers]
+        truths = [record.answer for record in self.tokens.records]
+        prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in self.tokens.answers]
         texts = [""] * len(truths)
         order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), size):
@@ -155,7 +180,7 @@ class _Evaluation:
             )  # fmt: skip
             for i, ids in zip(batch, continuations, strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            self.progress(f"{name} answers", first + len(batch), len(truths))
+            self.progress(f"{self.name} answers", first + len(batch), len(truths))
         pairs = zip(truths, texts, strict=True)
         scores = [rouge_scorer(truth).score(truth, text) for truth, text in pairs]
         questions = [tokenizer.decode(prompt) for prompt in prompts]
@@ -164,42 +189,3 @@ class _Evaluation:
             "rougeL_recall": [score["rougeL"].recall for score in scores],
             "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
         }
-
-
-def _answer_columns(records: list[Record], scores: list[TokenScores]) -> Columns:
-    """Losses and memorization of the right answers."""
-    tokens = [len(answer.log_probs) for answer in scores]
-    losses = [-float(answer.log_probs.sum()) for answer in scores]
-    return {
-        "gt_loss": losses,
-        "num_token_gt": tokens,
-        "avg_gt_loss": [loss / n for loss, n in zip(losses, tokens, strict=True)],
-        "exact_memorization": [exact_memorization(answer.greedy) for answer in scores],
-        "extraction_strength": [extraction_strength(answer.greedy) for answer in scores],
-        "min_k": [min_k(answer.log_probs) for answer in scores],
-        "min_k_plus_plus": [
-            min_k_plus_plus(answer.log_probs, answer.mean, answer.std) for answer in scores
-        ],
-        "zlib_bytes": [len(zlib.compress(record.answer.encode())) for record in records],
-    }
-
-
-def _comparison_columns(tokens: TokenizedSet, log: Columns, losses: list[float]) -> Columns:
-    """Losses of paraphrased and wrong answers, from ``losses`` of all ``other_answers``."""
-    lengths = [answer.answer_length for answer in tokens.other_answers]
-    others = iter(zip(losses, lengths, strict=True))
-    rows = []
-    for i, record in enumerate(tokens.records):
-        loss, n = log["gt_loss"][i], log["num_token_gt"][i]
-        if record.paraphrased_answer is not None:
-            loss, n = next(others)
-        wrong = list(islice(others, len(record.perturbed_answers)))
-        rows.append({
-            "paraphrased_loss": loss,
-            "num_token_paraphrased": n,
-            "avg_paraphrased_loss": loss / n,
-            "perturb_loss": [loss for loss, _ in wrong],
-            "num_token_perturb": [n for _, n in wrong],
-            "average_perturb_loss": [loss / n for loss, n in wrong],
-        })  # fmt: skip
-    return {name: [row[name] for row in rows] for name in rows[0]}
