@@ -146,20 +146,20 @@ def time_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str,
     running = {way: steps_of(way, settings, sources, references, model) for way in settings.ways}
     times_ms: dict[str, list[float]] = {way: [] for way in settings.ways}
     for round_ in range(settings.rounds + 1):
-        found = {}
+        steps_taken = {}
         for way, steps in running.items():
             started = time.perf_counter()
-            found[way] = next(steps)
+            steps_taken[way] = next(steps)
             if round_ > 0:
                 times_ms[way].append(1e3 * (time.perf_counter() - started))
-            print(round_, way, found[way], times_ms[way][-1:], flush=True)
-            check_agrees(way, found[way], found[PADDED])
-    timed = {source: own[settings.sequences :] for source, own in sources.items()}
-    tokens = sum(len(s.input_ids) for own in timed.values() for s in own)
+            print(round_, way, steps_taken[way], times_ms[way][-1:], flush=True)
+            check_agrees(way, steps_taken[way], steps_taken[PADDED])
+    timed = {source: sequences[settings.sequences :] for source, sequences in sources.items()}
+    tokens = sum(len(s.input_ids) for sequences in timed.values() for s in sequences)
     return {
         "mean_tokens_a_step": tokens / settings.rounds,
         "times_ms": times_ms,
-        "median_ms": {way: statistics.median(own) for way, own in times_ms.items()},
+        "median_ms": {way: statistics.median(times) for way, times in times_ms.items()},
         "over_ours": {
             way: {ours: median_ratio(times_ms[way], times_ms[ours]) for ours in settings.ours}
             for way in PASSES
@@ -174,10 +174,10 @@ def median_ratio(times: list[float], others: list[float]) -> float:
 
 def check_agrees(way: str, step: Step, truth: Step) -> None:
     for name in ("loss", "grad_norm"):
-        own, other = getattr(step, name), getattr(truth, name)
+        value, expected = getattr(step, name), getattr(truth, name)
         tolerance = FRAMEWORK_TOLERANCE if way == FRAMEWORK else TOLERANCE
-        if not abs(own - other) <= tolerance * abs(other):
-            sys.exit(f"not timed: {name} of {way} is {own!r}, the padded way's {other!r}")
+        if not abs(value - expected) <= tolerance * abs(expected):
+            sys.exit(f"not timed: {name} of {way} is {value!r}, the padded way's {expected!r}")
 
 
 def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str, Any]:
@@ -189,16 +189,16 @@ def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str
     lm = load_model(model)
     head = lm.head.weight.numel()
     body = lm.model.num_parameters() - head  # SmolLM2's embedding is its head
-    timed = {source: own[settings.sequences :] for source, own in sources.items()}
+    timed = {source: sequences[settings.sequences :] for source, sequences in sources.items()}
     batches = list(step_batches(sources, ("forget",), settings.sequences, 1, 0))[1:]
     flops = {PADDED: 0.0, "ours": 0.0}
     for batch in batches:
-        for source, own in batch.items():
-            padded_tokens = len(own) * max(len(s.input_ids) for s in own)
+        for source, sequences in batch.items():
+            padded_tokens = len(sequences) * max(len(s.input_ids) for s in sequences)
             flops[PADDED] += (8 if source == "forget" else 6) * (body + head) * padded_tokens
-            flops["ours"] += 6 * body * sum(len(s.input_ids) for s in own)
-            flops["ours"] += 6 * head * sum(s.answer_length for s in own)
-    flops = {way: own / len(batches) for way, own in flops.items()}
+            flops["ours"] += 6 * body * sum(len(s.input_ids) for s in sequences)
+            flops["ours"] += 6 * head * sum(s.answer_length for s in sequences)
+    flops = {way: total / len(batches) for way, total in flops.items()}
     rows = sum(len(s.input_ids) for s in timed["forget"]) // settings.rounds
     rate = gemm_flops_per_s(rows, lm.model.config.hidden_size, lm.model.config.intermediate_size)
     tokens = settings.micro_batch_tokens[0]
@@ -208,7 +208,7 @@ def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str
         next(steps)
     events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
     return {
-        "tflop_a_step": {way: own / 1e12 for way, own in flops.items()},
+        "tflop_a_step": {way: total / 1e12 for way, total in flops.items()},
         "padded_over_ours": flops[PADDED] / flops["ours"],
         "gemm_gflops_per_s": rate / 1e9,
         "ours_as_bare_gemms_ms": 1e3 * flops["ours"] / rate,
@@ -274,8 +274,8 @@ def main(settings: Settings) -> None:
             },
         }
     if "floor" in settings.measure:
-        found = floor_of_steps(settings, sources, model)
-        result["floor"] = {"provenance": origin, **found}
+        floor = floor_of_steps(settings, sources, model)
+        result["floor"] = {"provenance": origin, **floor}
     settings.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
