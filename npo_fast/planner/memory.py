@@ -244,8 +244,8 @@ class TrackedStep:
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
             loss, _, _ = micro_batch_loss(
-                self.lm, micro.to(self.lm.device), terms, counts, references, reference, states,
-            )  # fmt: skip
+                self.lm, micro.to(self.lm.device), terms, counts, references, reference, states
+            )
         return loss
 
     def _reference(self, rows: int) -> Any:
