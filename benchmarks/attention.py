@@ -56,12 +56,12 @@ def attention_alone() -> dict[str, Callable[[], Tensor]]:
     )
     inputs = (query, key, value)
     position = torch.arange(TOKENS)
-    own = position[:, None] // LENGTH == position[None, :] // LENGTH
-    mask = own & (position[:, None] >= position[None, :])
+    same_sequence = position[:, None] // LENGTH == position[None, :] // LENGTH
+    mask = same_sequence & (position[:, None] >= position[None, :])
 
     def gradient(out: Tensor) -> Tensor:
         gradients = torch.autograd.grad(out.square().sum(), inputs)
-        return torch.cat([one.flatten() for one in gradients])
+        return torch.cat([part.flatten() for part in gradients])
 
     def within(lengths: tuple[int, ...]) -> Tensor:
         return gradient(
@@ -113,17 +113,17 @@ def packed(lengths: list[int], ids: list[int]) -> PackedBatch:
 
 
 def measure(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, Any]:
-    found = {name: way() for name, way in ways.items()}
-    ours, dense = found["within 64 equal"], found["dense mask"]
+    gradients = {name: way() for name, way in ways.items()}
+    ours, dense = gradients["within 64 equal"], gradients["dense mask"]
     difference = float((ours - dense).abs().max() / dense.abs().max())
     if not difference <= TOLERANCE:
         raise SystemExit(f"not timed: gradients differ by {difference:.1e}")
     times = interleaved(ways, rounds, torch.device("cpu"))
     return {
         "relative_difference": difference,
-        "median_ms": {name: own.median_ms for name, own in times.items()},
+        "median_ms": {name: measured.median_ms for name, measured in times.items()},
         "over_within_64_equal": {
-            name: own.ratio_to(times["within 64 equal"]) for name, own in times.items()
+            name: measured.ratio_to(times["within 64 equal"]) for name, measured in times.items()
         },
     }
 

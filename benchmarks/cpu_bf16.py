@@ -65,9 +65,9 @@ def loss_times(rows: int, width: int, vocabulary: int, rounds: int) -> dict[str,
     others, missing = find_candidates(CPU, ["plain", "torch-lce"])
     calls: dict[str, Callable[[], object]] = {"three GEMMs": bare_gemms(half)[0]}
     errors = {}
-    for one in [ours, *(c for c in others if c.peer != OURS)]:
-        errors[one.key] = check(one, half, oracle)
-        calls[one.key] = partial(loss_and_gradients, one, half)
+    for candidate in [ours, *(c for c in others if c.peer != OURS)]:
+        errors[candidate.key] = check(candidate, half, oracle)
+        calls[candidate.key] = partial(loss_and_gradients, candidate, half)
     calls[f"{ours.key} fp32"] = partial(loss_and_gradients, ours, wide)
     for call in calls.values():
         call()
@@ -76,8 +76,8 @@ def loss_times(rows: int, width: int, vocabulary: int, rounds: int) -> dict[str,
     return {
         "missing": missing,
         "errors": errors,
-        "median_ms": {name: own.median_ms for name, own in times.items()},
-        "over_gemms": {name: own.ratio_to(floor) for name, own in times.items()},
+        "median_ms": {name: measured.median_ms for name, measured in times.items()},
+        "over_gemms": {name: measured.ratio_to(floor) for name, measured in times.items()},
     }
 
 
@@ -88,10 +88,11 @@ def widened(inputs: Inputs) -> Inputs:
     return Inputs(**{**vars(inputs), "hidden": leaf(inputs.hidden), "weight": leaf(inputs.weight)})
 
 
-def check(one: Candidate, inputs: Inputs, oracle: Oracle) -> dict[str, float]:
-    errors = oracle.errors(one.loss, *loss_and_gradients(one, inputs))
+def check(candidate: Candidate, inputs: Inputs, oracle: Oracle) -> dict[str, float]:
+    errors = oracle.errors(candidate.loss, *loss_and_gradients(candidate, inputs))
     if not errors.acceptable("bfloat16"):
-        sys.exit(f"not timed: {one.key} is off by {errors}, more than {TOLERANCE['bfloat16']}")
+        most = TOLERANCE["bfloat16"]
+        sys.exit(f"not timed: {candidate.key} is off by {errors}, more than {most}")
     return vars(errors)
 
 
@@ -109,7 +110,7 @@ def step_times(tiny: bool, steps: int) -> dict[str, Any]:
         return [TokenizedExample(tuple(x.tolist()), 20, i) for i, x in enumerate(ids)]
 
     sources = {"forget": sequences(), "retain": sequences()}
-    running, found = {}, {}
+    running, results = {}, {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         torch.manual_seed(0)
         lm = CausalLM(transformers.AutoModelForCausalLM.from_config(config).to(dtype))
@@ -119,18 +120,18 @@ def step_times(tiny: bool, steps: int) -> dict[str, Any]:
         )
         references = reference_log_probs(lm, sources, terms, MICRO_BATCH_TOKENS)
         running[name] = train(lm, sources, terms, settings, references)
-        found[name] = {"times_s": [], "losses": []}
+        results[name] = {"times_s": [], "losses": []}
     for step in range(steps + 1):  # the first warms up
-        for name, one in running.items():
+        for name, steps in running.items():
             started = time.perf_counter()
-            record = next(one)
+            record = next(steps)
             if step:
-                found[name]["times_s"].append(time.perf_counter() - started)
-            found[name]["losses"].append(record.loss)
-    for one in found.values():
-        one["median_s"] = statistics.median(one["times_s"])
-    pairs = zip(found["fp32"]["times_s"], found["bf16"]["times_s"], strict=True)
-    return {**found, "fp32_over_bf16": statistics.median(a / b for a, b in pairs)}
+                results[name]["times_s"].append(time.perf_counter() - started)
+            results[name]["losses"].append(record.loss)
+    for result in results.values():
+        result["median_s"] = statistics.median(result["times_s"])
+    pairs = zip(results["fp32"]["times_s"], results["bf16"]["times_s"], strict=True)
+    return {**results, "fp32_over_bf16": statistics.median(a / b for a, b in pairs)}
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ class Record:
             "original": metrics.summary(original, self.retrained),
             "retrained": metrics.summary(self.retrained, self.retrained),
         }
-        if known is None or any(known["models"][n] != own for n, own in self.anchors.items()):
+        if known is None or known["models"] | self.anchors != known["models"]:
             first = original[metrics.FORGET]["generated_text"]
             rows = [{"question": first[i][0], "truth": first[i][2]} for i in ANSWERS_SHOWN]
             known = {"models": {}, "learning_rate": {}, "tried": {}, "answers": rows}
@@ -178,7 +178,7 @@ class Record:
 
 def table(seeds: dict[str, dict[str, Any]]) -> str:
     """In Markdown, a row a model; what differs between seeds in their order, the rest as means."""
-    names = list(dict.fromkeys(name for own in seeds.values() for name in own["models"]))
+    names = list(dict.fromkeys(name for record in seeds.values() for name in record["models"]))
     means = ("forget probability", "forget ROUGE-L", "retain ROUGE-L")
     lines = [
         "| model | lr | forget quality | utility, % of the original's | P(forget) | "
@@ -186,13 +186,13 @@ def table(seeds: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        having = [own for own in seeds.values() if name in own["models"]]
-        numbers = [own["models"][name] for own in having]
+        having = [record for record in seeds.values() if name in record["models"]]
+        numbers = [record["models"][name] for record in having]
         kept = [
-            f"{100 * n['model utility'] / own['models']['original']['model utility']:.0f}"
-            for n, own in zip(numbers, having, strict=True)
+            f"{100 * n['model utility'] / record['models']['original']['model utility']:.0f}"
+            for n, record in zip(numbers, having, strict=True)
         ]
-        rates = dict.fromkeys(own["learning_rate"].get(name, "") for own in having)
+        rates = dict.fromkeys(record["learning_rate"].get(name, "") for record in having)
         cells = [
             name,
             ", ".join(rates),
@@ -206,12 +206,10 @@ def table(seeds: dict[str, dict[str, Any]]) -> str:
 
 def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
     """Forget quality against utility: every run of a method, the ones in the table filled."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
     labelled = set()
 
     def draw(numbers: dict[str, float], label: str, **style: Any) -> None:
@@ -220,14 +218,14 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
         axes.scatter(share, numbers["forget quality"], label=shown, **style)
         labelled.add(label)
 
-    for own in seeds.values():
-        original = own["models"]["original"]
+    for record in seeds.values():
+        original = record["models"]["original"]
         for name, marker in (("original", "*"), ("retrained", "P")):
-            draw(own["models"][name], name, s=110, marker=marker, color="black", alpha=0.7)
-        for method, tried in own["tried"].items():
+            draw(record["models"][name], name, s=110, marker=marker, color="black", alpha=0.7)
+        for method, tried in record["tried"].items():
             i = METHODS.index(method)
             for rate, numbers in tried.items():
-                in_table = rate == own["learning_rate"][method]
+                in_table = rate == record["learning_rate"][method]
                 style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>"[i], "alpha": 0.8}
                 faces = f"C{i}" if in_table else "none"
                 label = method if in_table else ""  # hollow ones need none
@@ -240,7 +238,6 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def save(content: dict[str, Any], file: Path) -> None:

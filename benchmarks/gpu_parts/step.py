@@ -9,7 +9,7 @@ batches, with forward, backward, clipping and AdamW in the time.
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gpu_parts.measure import free_memory, peak_mib, profile, synchronize
 from gpu_parts.record import Record
@@ -48,6 +48,8 @@ TOLERANCE = 5e-2  # relative, of the loss: bf16
 OURS, ONE_CALL_A_LENGTH, PADDED = "ours", f"ours with {PACKED}", "padded"
 
 Sources = dict[str, list[TokenizedExample]]
+# of each answer, (S,), and how many tokens they have
+AnswerLogProbs = Callable[[PreTrainedModel, list[TokenizedExample]], tuple[Tensor, int]]
 
 
 class Step(NamedTuple):
@@ -143,7 +145,13 @@ def ours(lm: CausalLM, sources: Sources, settings: TrainSettings) -> Iterator[St
         yield Step(step.loss, step.grad_norm)
 
 
-def padded(model: LlamaForCausalLM, sources: Sources, settings: TrainSettings) -> Iterator[Step]:
+def padded(
+    model: PreTrainedModel,
+    sources: Sources,
+    settings: TrainSettings,
+    log_probs: AnswerLogProbs | None = None,
+) -> Iterator[Step]:
+    log_probs = log_probs or plain_log_probs
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     for one in (model, reference):
         one.set_attn_implementation("sdpa")
@@ -154,10 +162,10 @@ def padded(model: LlamaForCausalLM, sources: Sources, settings: TrainSettings) -
     total = len(sources["forget"]) // settings.batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (total - done) / total)
     for batch in step_batches(sources, ("forget",), settings.batch_size, 1, settings.seed):
-        forget, _ = plain_log_probs(model, batch["forget"])
+        forget, _ = log_probs(model, batch["forget"])
         with torch.no_grad():
-            before, _ = plain_log_probs(reference, batch["forget"])
-        retain, tokens = plain_log_probs(model, batch["retain"])
+            before, _ = log_probs(reference, batch["forget"])
+        retain, tokens = log_probs(model, batch["retain"])
         npo = -(2 / BETA) * F.logsigmoid(-BETA * (forget - before)).mean()
         loss = npo - retain.sum() / tokens
         loss.backward()
@@ -171,19 +179,24 @@ def padded(model: LlamaForCausalLM, sources: Sources, settings: TrainSettings) -
 
 
 def plain_log_probs(
-    model: LlamaForCausalLM, sequences: list[TokenizedExample]
+    model: PreTrainedModel, sequences: list[TokenizedExample]
 ) -> tuple[Tensor, int]:
     """Log-probability of each answer, (S,), from whole logits of a padded batch; their tokens."""
+    ids, mask, answers = (x.to(model.device) for x in padded_batch(sequences))
+    out = model(input_ids=ids, attention_mask=mask, use_cache=False)
+    log_probs = out.logits.float()[:, :-1].log_softmax(-1)
+    log_probs = log_probs.gather(2, ids[:, 1:, None]).squeeze(2)
+    return (log_probs * answers[:, 1:]).sum(1), sum(s.answer_length for s in sequences)
+
+
+def padded_batch(sequences: list[TokenizedExample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, 1 where there is a token, and 1 where it is one of an answer, (S, T) each."""
     ids = pad_sequence([torch.tensor(s.input_ids) for s in sequences], batch_first=True)
     mask, answers = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, s in enumerate(sequences):
         mask[row, : len(s.input_ids)] = 1
         answers[row, s.prompt_length : len(s.input_ids)] = 1
-    ids, mask, answers = (x.to(model.device) for x in (ids, mask, answers))
-    out = model(input_ids=ids, attention_mask=mask, use_cache=False)
-    log_probs = out.logits.float()[:, :-1].log_softmax(-1)
-    log_probs = log_probs.gather(2, ids[:, 1:, None]).squeeze(2)
-    return (log_probs * answers[:, 1:]).sum(1), sum(s.answer_length for s in sequences)
+    return ids, mask, answers
 
 
 def time_steps(

@@ -38,12 +38,6 @@ class AttackOptions:
 
     @property
     def widths(self) -> list[int]:
-        """Bits of a weight, one number a quantization.
-
-        Raises:
-            UserError: ``bits`` are not whole numbers.
-        """
-        try:
-            return [int(width) for width in self.bits.split(",")]
-        except ValueError:
-            raise UserError(f"bits must be whole numbers from 2 to 8, got {self.bits!r}") from None
+        """Bits of a weight, one number a quantization; 0 for what is no number."""
+        widths = (width.strip() for width in self.bits.split(","))
+        return [int(width) if width.isdecimal() else 0 for width in widths]

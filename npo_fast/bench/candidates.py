@@ -7,6 +7,7 @@ Peers are imported only here and only on request; a missing one is reported with
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +21,6 @@ from npo_fast.bench.inputs import BETA, Inputs
 from npo_fast.errors import UserError
 
 OURS = "npo_fast"
-
-
-class UnavailableError(Exception):
-    """Raised for a peer that cannot run here, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def find_candidates(
             raise UserError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
         try:
             candidates += _PEERS[name](device)
-        except (UnavailableError, ImportError) as error:
+        except ImportError as error:
             missing[name] = str(error)
     return candidates, missing
 
@@ -66,16 +63,12 @@ def candidate_by_key(key: str, device: torch.device) -> Candidate:
 
 def _ours() -> list[Candidate]:
     def run_npo(inputs: Inputs) -> Tensor:
-        return npo_loss(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.cu_seqlens,
-            inputs.ref_log_probs, BETA,
-        )  # fmt: skip
+        return npo_loss(*inputs.head, inputs.cu_seqlens, inputs.ref_log_probs, BETA)
 
     def run_nll(inputs: Inputs) -> Tensor:
-        return linear_sequence_loss(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.cu_seqlens, NLL(),
-            reduction="token_mean",
-        )[0]  # fmt: skip
+        return linear_sequence_loss(*inputs.head, inputs.cu_seqlens, NLL(), reduction="token_mean")[
+            0
+        ]
 
     return [Candidate(OURS, "NPO", run_npo), Candidate(OURS, "NLL", run_nll)]
 
@@ -99,19 +92,17 @@ def _torch_linear_cross_entropy(device: torch.device) -> list[Candidate]:
     function: Any = getattr(F, "linear_cross_entropy", None)
     make_options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or make_options is None:
-        raise UnavailableError(f"torch {torch.__version__} has no linear_cross_entropy")
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
 
-    def with_options(option: str, **settings: object) -> Candidate:
-        def run(inputs: Inputs) -> Tensor:
-            options = make_options(**settings)
-            return function(inputs.hidden, inputs.weight, inputs.labels, options=options)
+    def run(settings: dict[str, Any], inputs: Inputs) -> Tensor:
+        return function(*inputs.head, options=make_options(**settings))
 
-        return Candidate("torch-lce", "NLL", run, option)
-
-    sizes = (128, 512)
+    options: dict[str, dict[str, Any]] = {"auto": {}}
+    for rows in (128, 512):
+        options[f"rows={rows}"] = {"chunking_method": None, "batch_chunk_size": rows}
     return [
-        with_options("auto"),
-        *(with_options(f"rows={n}", chunking_method=None, batch_chunk_size=n) for n in sizes),
+        Candidate("torch-lce", "NLL", partial(run, settings), option)
+        for option, settings in options.items()
     ]
 
 
@@ -119,32 +110,28 @@ def _trl(device: torch.device) -> list[Candidate]:
     function = _module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
     _module("trl.trainer.utils", "trl")  # its backward pass needs it: import before the clock runs
 
-    def with_columns(columns: int) -> Candidate:
-        def run(inputs: Inputs) -> Tensor:
-            log_probs = function.apply(
-                inputs.hidden, inputs.weight, None, inputs.labels, 1.0, columns, None, 1.0, ()
-            )[0]
-            return npo(log_probs, inputs)
+    def run(columns: int, inputs: Inputs) -> Tensor:
+        log_probs, *_ = function.apply(
+            inputs.hidden, inputs.weight, None, inputs.labels, 1.0, columns, None, 1.0, ()
+        )
+        return npo(log_probs, inputs)
 
-        return Candidate("trl", "NPO", run, f"columns={columns}")
-
-    return [with_columns(columns) for columns in (8192, 32768)]  # its trainers: 32768
+    columns = (8192, 32768)  # its trainers: 32768
+    return [Candidate("trl", "NPO", partial(run, n), f"columns={n}") for n in columns]
 
 
 def _cut_cross_entropy(device: torch.device) -> list[Candidate]:
     function = _module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
-    implementations = ["torch_compile", *(["cce"] if device.type == "cuda" else [])]
 
-    def with_implementation(name: str) -> Candidate:
-        def run(inputs: Inputs) -> Tensor:
-            losses = function(
-                inputs.hidden, inputs.weight, inputs.labels, reduction="none", impl=name
-            )
-            return npo(-losses.float(), inputs)
+    def run(implementation: str, inputs: Inputs) -> Tensor:
+        losses = function(*inputs.head, reduction="none", impl=implementation)
+        return npo(-losses.float(), inputs)
 
-        return Candidate("cce", "NPO", run, name, whole_logits=name == "torch_compile")
-
-    return [with_implementation(name) for name in implementations]
+    names = ["torch_compile", *(["cce"] if device.type == "cuda" else [])]
+    return [
+        Candidate("cce", "NPO", partial(run, name), name, whole_logits=name == "torch_compile")
+        for name in names
+    ]
 
 
 def _liger(device: torch.device) -> list[Candidate]:
@@ -153,37 +140,31 @@ def _liger(device: torch.device) -> list[Candidate]:
         fused = _module("liger_kernel.transformers.functional", "liger-kernel")
 
         def run_nll(inputs: Inputs) -> Tensor:
-            result = fused.liger_fused_linear_cross_entropy(
-                inputs.hidden, inputs.weight, inputs.labels
-            )
+            result = fused.liger_fused_linear_cross_entropy(*inputs.head)
             return result[0] if isinstance(result, tuple) else result
 
         return [Candidate("liger", "NLL", run_nll, "fused linear CE")]
     module = _module("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel")
     function = getattr(module, "_ChunkedSelectiveLogProbFunction", None)
     if function is None:
-        raise UnavailableError("this liger-kernel has no chunked log-probs that run on a CPU")
+        raise ImportError("this liger-kernel has no chunked log-probs that run on a CPU")
 
-    def with_columns(columns: int) -> Candidate:
-        def run_npo(inputs: Inputs) -> Tensor:
-            log_probs = function.apply(
-                inputs.hidden, inputs.weight, inputs.labels, None, 1.0, columns
-            )
-            return npo(log_probs, inputs)
+    def run_npo(columns: int, inputs: Inputs) -> Tensor:
+        return npo(function.apply(*inputs.head, None, 1.0, columns), inputs)
 
-        return Candidate("liger", "NPO", run_npo, f"GRPO log-probs, columns={columns}")
-
-    return [with_columns(columns) for columns in (4096, 16384)]  # its default: 4096
+    return [
+        Candidate("liger", "NPO", partial(run_npo, n), f"GRPO log-probs, columns={n}")
+        for n in (4096, 16384)  # its default: 4096
+    ]
 
 
 def _module(name: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        top = name.partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and error.name == top:
-            raise UnavailableError(f"not installed (pip install {package})") from error
-        raise UnavailableError(f"{package} does not import: {error}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            raise ImportError(f"not installed (pip install {package})") from error
+        raise ImportError(f"{package} does not import: {error}") from error
 
 
 _PEERS: Mapping[str, Callable[[torch.device], list[Candidate]]] = {

@@ -7,6 +7,7 @@ forgotten   log-probs far below the reference: every loss weight is nearly 0
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -43,7 +44,7 @@ class Shape:
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as PyTorch has it."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        return getattr(torch, self.dtype)
 
     @property
     def logits_bytes(self) -> int:
@@ -79,15 +80,18 @@ class Inputs:
     sequence_of: Tensor  # (N,) the sequence of each row
     ref_log_probs: Tensor  # (S,) fp32
 
+    @property
+    def head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, weight and labels: what every loss takes first."""
+        return self.hidden, self.weight, self.labels
+
 
 def make_inputs(shape: Shape, kind: Kind, device: torch.device, seed: int = 0) -> Inputs:
     """Draws a problem of this shape and kind."""
     random = torch.Generator(device).manual_seed(seed)
-    options = {"dtype": shape.torch_dtype, "device": device}
-    weight = torch.empty(shape.vocabulary, shape.width, **options)  # type: ignore[call-overload]
-    weight.normal_(std=shape.width**-0.5, generator=random)
-    hidden = torch.empty(shape.rows, shape.width, **options)  # type: ignore[call-overload]
-    hidden.normal_(generator=random)
+    empty = partial(torch.empty, dtype=shape.torch_dtype, device=device)
+    weight = empty(shape.vocabulary, shape.width).normal_(std=shape.width**-0.5, generator=random)
+    hidden = empty(shape.rows, shape.width).normal_(generator=random)
     labels = torch.randint(shape.vocabulary, (shape.rows,), generator=random, device=device)
     if kind == "memorised":  # a head row times itself is about 1: the label leads by 10
         hidden.mul_(0.1).add_(weight[labels], alpha=math.log(shape.vocabulary) + 10)

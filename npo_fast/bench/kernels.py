@@ -6,7 +6,7 @@ the H100's floor from flops and bytes. With a GPU, ``measure`` times the same sh
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +22,6 @@ ROW_KERNELS = (("slice_sums", "plain, labels"), ("gradient", "plain"), ("npo_hea
 PLAIN = HeadTransform()  # neither a softcap nor a scale
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Time of one launch on this GPU beside the floor of an H100."""
-
-    kernel: str
-    time_ms: float
-    h100_floor_ms: float
-
-
 def predict(records: Iterable[Record]) -> dict[str, float]:
     """Floors of whole steps on an H100, in ms, summed from those of their kernels."""
     floors = {
@@ -42,8 +33,8 @@ def predict(records: Iterable[Record]) -> dict[str, float]:
     return {"three_gemms_ms": gemms, "fused_loss_ms": gemms + sum(floors[k] for k in ROW_KERNELS)}
 
 
-def measure(device: torch.device) -> list[Measurement]:
-    """Median times of the kernels' launches on this GPU."""
+def measure(device: torch.device) -> list[dict[str, Any]]:
+    """Median time of each kernel's launch on this GPU, beside the floor of an H100."""
     from triton.testing import do_bench
 
     from npo_fast.kernels.triton.linear import linear_backward, linear_forward
@@ -61,34 +52,30 @@ def measure(device: torch.device) -> list[Measurement]:
     log_probs, lse = linear_forward(hidden, weight, labels, None, PLAIN)
     g, target = torch.full_like(log_probs, 1.0 / SEQUENCES), torch.zeros_like(log_probs)
     ones = torch.ones_like(lse)
-    needs = (True, True, True)
-
-    logits_bytes = HALF * N * V
+    logits_bytes, operands = HALF * N * V, HALF * (N * D + V * D)
     gemm = 2.0 * N * D * V
-    operands = HALF * (N * D + V * D)
+    head = (hidden, weight, labels, None)
     launches: dict[str, tuple[Callable[[], object], float, float]] = {  # call, flops, bytes
         "logits GEMM": (
-            lambda: torch.mm(hidden, weight.T, out=logits), gemm, operands + logits_bytes,
+            partial(torch.mm, hidden, weight.T, out=logits), gemm, operands + logits_bytes,
         ),
-        "row_log_probs": (
-            lambda: row_log_probs(logits, labels, target, PLAIN), 0.0, logits_bytes,
-        ),
+        "row_log_probs": (partial(row_log_probs, logits, labels, target, PLAIN), 0.0, logits_bytes),
         "row_gradient": (
-            lambda: row_gradient(logits, labels, log_probs, lse, ones, g, PLAIN),
+            partial(row_gradient, logits, labels, log_probs, lse, ones, g, PLAIN),
             0.0, 2 * logits_bytes,
         ),
-        "npo_head": (lambda: npo_head(log_probs, cu_seqlens, ref, 0.1), 0.0, 8.0 * N),
-        "linear_forward": (
-            lambda: linear_forward(hidden, weight, labels, None, PLAIN), gemm, operands,
-        ),
+        "npo_head": (partial(npo_head, log_probs, cu_seqlens, ref, 0.1), 0.0, 8.0 * N),
+        "linear_forward": (partial(linear_forward, *head, PLAIN), gemm, operands),
         "linear_backward": (
-            lambda: linear_backward(
-                g, hidden, weight, labels, None, log_probs, lse, PLAIN, needs
-            ),
+            partial(linear_backward, g, *head, log_probs, lse, PLAIN, (True, True, True)),
             3 * gemm, 2 * operands,
         ),
     }  # fmt: skip
     return [
-        Measurement(name, do_bench(call, return_mode="median"), h100_floor_ms(flops, moved))
+        {
+            "kernel": name,
+            "time_ms": do_bench(call, return_mode="median"),
+            "h100_floor_ms": h100_floor_ms(flops, moved),
+        }
         for name, (call, flops, moved) in launches.items()
     ]

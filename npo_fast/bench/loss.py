@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import torch
 
@@ -11,7 +10,7 @@ from npo_fast.bench.candidates import OURS, Candidate
 from npo_fast.bench.fp64_oracle import TOLERANCE, Errors, Oracle
 from npo_fast.bench.inputs import Inputs, Kind, Shape, make_inputs
 from npo_fast.bench.memory import MemoryUnknownError, forward, peak_mib, train
-from npo_fast.bench.timing import bare_gemms, interleaved, time_ms
+from npo_fast.bench.timing import Times, bare_gemms, interleaved, time_ms
 
 WHOLE_LOGITS_BYTES = 4 << 30  # above it, candidates with whole logits are left out
 
@@ -20,7 +19,7 @@ class WrongResultError(Exception):
     """Raised for a wrong result, which is then not timed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """Measurements of one candidate on one problem."""
 
@@ -33,8 +32,8 @@ class Row:
     forward_ms: float
     train_ratio: float | None  # to three bare GEMMs; None where their logits do not fit
     forward_ratio: float | None  # to one bare GEMM
-    train_peak_mib: float | None  # beyond inputs and gradients
-    forward_peak_mib: float | None
+    train_peak_mib: float | None = None  # beyond inputs and gradients
+    forward_peak_mib: float | None = None
     errors: Errors
 
 
@@ -51,10 +50,6 @@ class Result:
     def ours_refused(self) -> bool:
         """Whether a result of this package was wrong."""
         return any(name.startswith(OURS) for name in self.refused)
-
-    def record(self) -> dict[str, Any]:
-        """As it is written to JSON."""
-        return asdict(self)
 
 
 def check(candidate: Candidate, inputs: Inputs, oracle: Oracle) -> Errors:
@@ -92,22 +87,27 @@ def bench(
     rows: list[Row] = []
     gemms_ms: dict[str, float] = {}
     refused: dict[str, str] = {}
-    peaks: dict[str, dict[str, float]] = {}
+
+    @cache  # measured on the first kind of inputs
+    def peaks(candidate: Candidate) -> dict[str, float]:
+        try:
+            return peak_mib(candidate, shape, device)
+        except MemoryUnknownError as error:
+            log(f"peak memory of {candidate.key} is unknown: {error}")
+            return {}
+
     for kind in kinds:
         log(f"{shape.name}, {kind}: checking against fp64")
         inputs = make_inputs(shape, kind, device)
         errors = _correct(candidates, inputs, kind, refused)
-        candidates = chosen = _fastest_options(errors, inputs, device)  # one option for all kinds
-        log(f"{shape.name}, {kind}: timing {', '.join(c.key for c in chosen)}")
-        timed = _time(chosen, inputs, rounds, device)
+        candidates = _fastest_options(errors, inputs, device)  # one option for all kinds
+        log(f"{shape.name}, {kind}: timing {', '.join(c.key for c in candidates)}")
+        timed = _time(candidates, inputs, rounds, device)
         three, first = timed.get("three GEMMs"), timed.get("first GEMM")
         if three is not None:
             gemms_ms[kind] = three.median_ms
         del inputs
-        for candidate in chosen:
-            if candidate.key not in peaks:
-                peaks[candidate.key] = _peaks(candidate, shape, device, log)
-            peak = peaks[candidate.key]
+        for candidate in candidates:
             train_times = timed[f"{candidate.key} train"]
             forward_times = timed[f"{candidate.key} forward"]
             rows.append(
@@ -121,9 +121,8 @@ def bench(
                     forward_ms=forward_times.median_ms,
                     train_ratio=None if three is None else train_times.ratio_to(three),
                     forward_ratio=None if first is None else forward_times.ratio_to(first),
-                    train_peak_mib=peak.get("train_peak_mib"),
-                    forward_peak_mib=peak.get("forward_peak_mib"),
                     errors=errors[candidate],
+                    **peaks(candidate),
                 )
             )
     return Result(shape, gemms_ms, rows, refused)
@@ -146,8 +145,7 @@ def _correct(
         except Exception as error:  # a peer may fail in any way: report it and continue
             if candidate.peer == OURS:
                 raise
-            lines = str(error).strip().splitlines()
-            first = lines[0] if lines else "no message"
+            first = next(iter(str(error).strip().splitlines()), "no message")
             refused[candidate.key] = f"{kind} inputs: {type(error).__name__}: {first}"
     return errors
 
@@ -159,34 +157,22 @@ def _fastest_options(
     families: dict[tuple[str, str], list[Candidate]] = {}
     for candidate in candidates:
         families.setdefault((candidate.peer, candidate.loss), []).append(candidate)
-
-    def train_ms_of(candidate: Candidate) -> float:
-        return time_ms(partial(train, candidate, inputs), device)
-
     return [
-        family[0] if len(family) == 1 else min(family, key=train_ms_of)
+        family[0]
+        if len(family) == 1
+        else min(family, key=lambda c: time_ms(partial(train, c, inputs), device))
         for family in families.values()
     ]
 
 
 def _time(
-    chosen: Iterable[Candidate], inputs: Inputs, rounds: int, device: torch.device
-) -> dict[str, Any]:
+    candidates: Iterable[Candidate], inputs: Inputs, rounds: int, device: torch.device
+) -> dict[str, Times]:
     calls: dict[str, Callable[[], object]] = {}
     if inputs.shape.logits_bytes <= WHOLE_LOGITS_BYTES:
         calls["three GEMMs"], calls["first GEMM"] = bare_gemms(inputs)
         calls["three GEMMs"]()  # its buffers are touched for the first time here
-    for candidate in chosen:
+    for candidate in candidates:
         calls[f"{candidate.key} train"] = partial(train, candidate, inputs)
         calls[f"{candidate.key} forward"] = partial(forward, candidate, inputs)
     return interleaved(calls, rounds, device)
-
-
-def _peaks(
-    candidate: Candidate, shape: Shape, device: torch.device, log: Callable[[str], None]
-) -> dict[str, float]:
-    try:
-        return peak_mib(candidate, shape, device)
-    except MemoryUnknownError as error:
-        log(f"peak memory of {candidate.key} is unknown: {error}")
-        return {}

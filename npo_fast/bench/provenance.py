@@ -3,30 +3,24 @@
 import os
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import npo_fast
-from npo_fast.versions import versions
+from npo_fast.versions import version_of, versions
 
 PEERS = ("trl", "cut-cross-entropy", "liger-kernel")
 
 
 def provenance() -> dict[str, Any]:
     """What could explain a difference between two results: versions, commit, machine."""
-    packages = versions()
-    for package in PEERS:
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    peers = {name: number for name in PEERS if (number := version_of(name))}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "versions": packages,
+        "versions": versions() | peers,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "processor": _processor(),
@@ -53,9 +47,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def _processor() -> str:
     """The CPU's model and its vector instructions as PyTorch uses them."""
-    model = "unknown"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{[*models, 'unknown'][0]} ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,7 +1,7 @@
 """Growth of time and peak memory with rows and vocabulary, ours beside plain PyTorch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,19 +62,17 @@ def scaling(
 
 def plot(points: Sequence[Point], file: Path) -> None:
     """Plots both sweeps side by side, time above and memory below."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharex="col")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col")
     labels = {"rows": "tokens with a loss (N)", "vocabulary": "vocabulary (V)"}
     measures = {"train_ms": "loss and gradients, ms", "train_peak_mib": "peak beyond outputs, MiB"}
     for column, (axis, xlabel) in enumerate(labels.items()):
         for row, (field, ylabel) in enumerate(measures.items()):
             axes = grid[row][column]
             for peer, style in ((OURS, "o-C0"), ("plain", "s--C1")):
-                line = [asdict(p) for p in points if p.axis == axis and p.peer == peer]
+                line = [vars(p) for p in points if p.axis == axis and p.peer == peer]
                 line = [p for p in line if p[field] is not None]
                 name = "plain PyTorch" if peer == "plain" else peer
                 axes.plot([p[axis] for p in line], [p[field] for p in line], style, label=name)
@@ -85,4 +83,3 @@ def plot(points: Sequence[Point], file: Path) -> None:
         grid[1][column].set_xlabel(xlabel)
     grid[0][0].legend()
     figure.savefig(file, dpi=130)
-    plt.close(figure)

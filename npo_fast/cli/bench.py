@@ -2,23 +2,22 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from npo_fast import tables
+from npo_fast.bench import scaling
+from npo_fast.bench.candidates import find_candidates
+from npo_fast.bench.inputs import KINDS, SHAPES, Dtype, Shape
+from npo_fast.bench.loss import Result, bench
+from npo_fast.bench.provenance import provenance
 from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
+from npo_fast.distributed import local_device
 from npo_fast.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from npo_fast.bench.inputs import Shape
-    from npo_fast.bench.loss import Result
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class BenchOptions:
     """Size of the vocabulary (V)."""
     sequences: int | None = None
     """How many sequences the rows make up."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     inputs: str = "random,memorised,forgotten"
     """What the model knows of the labels, separated by commas."""
     rounds: int = 5
@@ -62,12 +61,10 @@ def run(command: Command, common: Common) -> None:
     options = command.bench
     if options.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {options.rounds}")
-    if options.what == "kernels":
-        result, text = _kernels()
-    elif options.scaling:
-        result, text = _scaling(options)
-    else:
-        result, text = _loss(options)
+    what = "scaling" if options.what == "loss" and options.scaling else options.what
+    origin = provenance()  # now: a commit made meanwhile is not what runs
+    measured, text = {"loss": _loss, "scaling": _scaling, "kernels": _kernels}[what](options)
+    result = {"what": what, "provenance": origin, **measured}
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -77,33 +74,26 @@ def run(command: Command, common: Common) -> None:
 
 
 def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
-    logger.info("loading PyTorch and the peers")
-    from npo_fast.bench.candidates import find_candidates
-    from npo_fast.bench.loss import bench
-    from npo_fast.bench.provenance import provenance
-
-    device = _device()
-    kinds = _kinds(options.inputs)
-    shapes = _shapes(options)
-    candidates, missing = find_candidates(device, _names(options.peers))
+    logger.info("loading the peers")
+    device = local_device("auto")
+    kinds, shapes = _kinds(options.inputs), _shapes(options)
+    peers = {"all": None, "none": []}.get(options.peers, _names(options.peers))
+    candidates, missing = find_candidates(device, peers)
     for name, why in missing.items():
         logger.info(f"{name} is left out: {why}")
-    origin = provenance()  # now: a commit made meanwhile is not what runs
     results = [
         bench(shape, candidates, kinds, options.rounds, device, logger.info) for shape in shapes
     ]
     record = {
-        "what": "loss",
-        "provenance": origin,
         "rounds": options.rounds,
         "missing_peers": missing,
         "ours_refused": any(result.ours_refused for result in results),
-        "results": [result.record() for result in results],
+        "results": [asdict(result) for result in results],
     }
     return record, "\n\n".join(_loss_text(result) for result in results)
 
 
-def _loss_text(result: "Result") -> str:
+def _loss_text(result: Result) -> str:
     shape = result.shape
     lines = [
         f"{shape.name}: N={shape.rows} D={shape.width} V={shape.vocabulary}, {shape.sequences} "
@@ -128,17 +118,12 @@ def _loss_text(result: "Result") -> str:
 
 
 def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
-    logger.info("loading PyTorch")
-    from npo_fast.bench import scaling
-    from npo_fast.bench.provenance import provenance
-
-    origin = provenance()
     points = scaling.scaling(
         options.width or 576,
         options.rows or scaling.MOST_ROWS,
         options.vocabulary or scaling.MOST_VOCABULARY,
         options.rounds,
-        _device(),
+        local_device("auto"),
         logger.info,
     )
     file = (options.output or Path("bench_scaling.json")).with_suffix(".png")
@@ -151,91 +136,57 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
         for point in points
     )  # fmt: skip
     text = tables.plain(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
-    record = {
-        "what": "scaling",
-        "provenance": origin,
-        "rounds": options.rounds,
-        "points": [asdict(point) for point in points],
-    }
-    return record, text
+    return {"rounds": options.rounds, "points": [asdict(point) for point in points]}, text
 
 
-def _kernels() -> tuple[dict[str, Any], str]:
+def _kernels(options: BenchOptions) -> tuple[dict[str, Any], str]:
     try:
         import triton
     except ImportError as error:
         raise UserError("bench kernels needs Triton (pip install triton; Linux)") from error
     from npo_fast.bench import kernels
-    from npo_fast.bench.provenance import provenance
+    from npo_fast.kernels.triton import offline
 
-    record: dict[str, Any] = {"what": "kernels", "provenance": provenance()}
-    device = _device()
+    device = local_device("auto")
     if device.type == "cuda":
         logger.info("timing the kernels")
-        measured = [asdict(timing) for timing in kernels.measure(device)]
-        return {**record, "measured": measured}, _dict_table(measured)
+        measured = kernels.measure(device)
+        return {"measured": measured}, tables.plain(*tables.from_records(measured))
     if triton.knobs.runtime.interpret:
         raise UserError("bench kernels compiles kernels: unset TRITON_INTERPRET")
-    from npo_fast.kernels.triton.offline import inspect
-    from npo_fast.kernels.triton.offline import table as rows
-
     logger.info("no GPU: compiling every kernel for every target, about a minute")
-    records = list(inspect())
+    records = list(offline.inspect())
     predicted = kernels.predict(records)
-    text = "\n".join(
-        [
-            _dict_table(rows(records)),
-            f"\nH100 floors at N={kernels.N} D={kernels.D} V={kernels.V} bf16:",
-            *(f"  {name.removesuffix('_ms').replace('_', ' '):<40}{ms:.2f} ms"
-              for name, ms in predicted.items()),
-        ]
-    )  # fmt: skip
-    kernel_records = [asdict(record) for record in records]
-    return {**record, "kernels": kernel_records, "h100_floors": predicted}, text
+    lines = [
+        tables.plain(*tables.from_records(offline.table(records))),
+        f"\nH100 floors at N={kernels.N} D={kernels.D} V={kernels.V} bf16:",
+    ]
+    for name, ms in predicted.items():
+        lines.append(f"  {name.removesuffix('_ms').replace('_', ' '):<40}{ms:.2f} ms")
+    result = {"kernels": [asdict(record) for record in records], "h100_floors": predicted}
+    return result, "\n".join(lines)
 
 
-def _dict_table(rows: Iterable[Mapping[str, object]]) -> str:
-    records = list(rows)
-    return tables.plain(([str(cell) for cell in row.values()] for row in records), records[0])
+def _shapes(options: BenchOptions) -> list[Shape]:
+    names = ("rows", "width", "vocabulary", "sequences")
+    sizes = {name: size for name in names if (size := getattr(options, name)) is not None}
+    if not sizes:
+        return [replace(shape, dtype=options.dtype) for shape in SHAPES]
+    if "rows" in sizes:
+        sizes.setdefault("sequences", max(1, sizes["rows"] // 64))
+    return [replace(SHAPES[0], name="custom", dtype=options.dtype, **sizes)]
 
 
-def _device() -> "torch.device":
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _shapes(options: BenchOptions) -> "list[Shape]":
-    from dataclasses import replace
-
-    from npo_fast.bench.inputs import SHAPES
-
-    sizes = {
-        name: size
-        for name in ("rows", "width", "vocabulary", "sequences")
-        if (size := getattr(options, name)) is not None
-    }
-    if sizes:
-        if "rows" in sizes and "sequences" not in sizes:
-            sizes["sequences"] = max(1, sizes["rows"] // 64)
-        return [replace(SHAPES[0], name="custom", dtype=options.dtype, **sizes)]
-    return [replace(shape, dtype=options.dtype) for shape in SHAPES]
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _kinds(text: str) -> list[Any]:
-    from npo_fast.bench.inputs import KINDS
-
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in KINDS:
-            raise UserError(f"--inputs: unknown {name!r}; known: {', '.join(KINDS)}")
-    return names
-
-
-def _names(peers: str) -> list[str] | None:
-    if peers in ("all", "none"):
-        return None if peers == "all" else []
-    return [name.strip() for name in peers.split(",")]
+    kinds = _names(text)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"--inputs: unknown {kind!r}; known: {', '.join(KINDS)}")
+    return kinds
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from npo_fast import tables
 from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.kernels import cpu
+from npo_fast.model.choice import Demands, attentions, machine_of
+from npo_fast.versions import version_of
 
 PACKAGES = (
     "torch", "triton", "transformers", "datasets", "safetensors", "numpy", "scipy", "rouge-score",
@@ -41,74 +42,57 @@ def run(command: Command, common: Common) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that decides what npo-fast can do here."""
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [
-            f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
-        ]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     missing = {
         name: {"for": use, "get": cure}
         for name, (module, use, cure) in OPTIONAL.items()
         if importlib.util.find_spec(module) is None
     }
-    if not torch.cuda.is_available():
+    if not gpus:
         missing.pop("flash-attn", None)
+    library = cpu.library_path()
     return {
-        "versions": {"npo_fast": npo_fast.__version__, **{p: _version(p) for p in PACKAGES}},
-        "optional": {name: v for name in OPTIONAL if (v := _version(name)) is not None},
-        "devices": devices,
+        "versions": {"npo_fast": npo_fast.__version__, **{p: version_of(p) for p in PACKAGES}},
+        "optional": {name: v for name in OPTIONAL if (v := version_of(name)) is not None},
+        "devices": ["cpu", *(f"{gpu} {torch.cuda.get_device_name(gpu)}" for gpu in gpus)],
         "cpu": {
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
         },
-        "attention": attention(),
-        "kernels": kernels(),
+        "attention": {device: attention(device) for device in ("cpu", *gpus)},
+        "kernels": {name: kernels(name) for name in npo_fast.kernels.OPERATORS},
         "compiler": shutil.which("c++") or shutil.which("g++"),
-        "cpu_library": None if (library := cpu.library_path()) is None else str(library),
+        "cpu_library": None if library is None else str(library),
         "missing": missing,
     }
 
 
-def attention() -> dict[str, str]:
-    """Which attention a bf16 model with heads of 128 gets, by device."""
-    from npo_fast.model.choice import Demands, attentions, machine_of
+def attention(device: str) -> str:
+    """Which attention a bf16 model with heads of 128 gets on a device."""
+    return next(attentions(machine_of(torch.device(device)), torch.bfloat16, Demands()))
 
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    devices = ["cpu", *(f"cuda:{i}" for i in gpus)]
+
+def kernels(operator: str) -> dict[str, str]:
+    """Which kernel serves an operator, by device."""
     return {
-        device: next(attentions(machine_of(torch.device(device)), torch.bfloat16, Demands()))
-        for device in devices
-    }
-
-
-def kernels() -> dict[str, dict[str, str]]:
-    """Which kernel serves each operator, by device."""
-    return {
-        name: {
-            device: "reference (PyTorch)"
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{name}", key)
-            else fast
-            for device, key, fast in (("cpu", "CPU", "C++"), ("cuda", "CUDA", "Triton"))
-        }
-        for name in npo_fast.kernels.OPERATORS
+        device: fast
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"npo_fast::{operator}", key)
+        else "reference (PyTorch)"
+        for device, key, fast in (("cpu", "CPU", "C++"), ("cuda", "CUDA", "Triton"))
     }
 
 
 def report(findings: dict[str, Any]) -> str:
     """The findings as text."""
-    processor = findings["cpu"]
+    versions = findings["versions"] | findings["optional"]
     lines = [
         "Versions",
-        *(
-            f"  {name:<14}{value or 'not installed'}"
-            for name, value in findings["versions"].items()
-        ),
-        *(f"  {name:<14}{value}" for name, value in findings["optional"].items()),
+        *(f"  {name:<14}{value or 'not installed'}" for name, value in versions.items()),
         "",
         "Devices",
         *(f"  {device}" for device in findings["devices"]),
-        "  {threads} threads on {cores} cores, {instructions}".format(**processor),
+        "  {threads} threads on {cores} cores, {instructions}".format(**findings["cpu"]),
         f"  compiler: {findings['compiler'] or 'none'}",
         "",
         "Attention (of a bf16 model, heads of 128)",
@@ -130,10 +114,3 @@ def report(findings: dict[str, Any]) -> str:
         lines += ["", "Not installed (only needed for what stands beside it)"]
         lines += [f"  {n:<14}{m['for']}: {m['get']}" for n, m in findings["missing"].items()]
     return "\n".join(lines)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

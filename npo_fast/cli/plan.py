@@ -1,58 +1,38 @@
 """``npo-fast plan``: what a run will need, before anyone rents a card."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
 
 from npo_fast import tables
 from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.errors import UserError
-from npo_fast.trainer.optimizers import Optimizer
-
-if TYPE_CHECKING:
-    from npo_fast.planner import Advice, Footprint, PlannedRun
-
-GIB = 1 << 30
+from npo_fast.model.load import load_config
+from npo_fast.planner import CARDS_GB, Advice, Footprint, PlannedRun, advise, flags, footprint
+from npo_fast.planner.memory import FRAGMENTATION, GIB, KINDS
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The run to plan; the flags are those of unlearn."""
+    """What to plan for."""
 
     model: str
     """Hub name, folder, or config.json alone: no weights are needed or loaded."""
     card: float | None = None
     """GB of the card to fit; without it 12, 16, 24, 40, 48 and 80."""
-    method: str = "NPO+RT"
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the weights."""
-    micro_batch_tokens: int = 2048
-    """Tokens that go through the model at a time."""
-    sequence_length: int = 256
-    """Tokens of a sequence, prompt and answer."""
-    optimizer: Optimizer = "adamw"
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward instead of keeping them."""
-    step_in_backward: bool = False
-    """Apply each gradient as it arises and free it."""
-    offload_optimizer: bool = False
-    """Keep the optimizer's states in CPU memory."""
-    lora_rank: int = 0
-    """Train adapters of this rank instead of the weights."""
-    quantize: Literal["none", "4bit"] = "none"
-    """Weights below the adapters."""
     ranks: int = 1
     """GPUs that share the model (FSDP); the numbers are of one of them."""
 
-    def planned(self) -> "PlannedRun":
-        """The options as the planner takes them."""
-        from npo_fast.planner import PlannedRun
 
-        return PlannedRun(**{name: getattr(self, name) for name in PlannedRun.__dataclass_fields__})
+@dataclass(frozen=True)
+class Flags(PlannedRun):
+    """The run to plan; the flags are those of unlearn."""
+
+    def __post_init__(self) -> None:
+        """``run`` checks: what is raised while tyro parses comes out as a box, not as one line."""
 
 
 @dataclass(frozen=True)
@@ -60,44 +40,27 @@ class Command:
     """The options of ``npo-fast plan``, by group."""
 
     plan: PlanOptions
+    run: Flags = field(default_factory=Flags)
 
 
 def run(command: Command, common: Common) -> None:
     """Predicts the memory of a run and prints on which card it fits."""
-    options = command.plan
+    options, planned = command.plan, PlannedRun(**vars(command.run))
     if options.card is not None and not options.card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
-    if options.ranks < 1:
-        raise UserError(f"ranks must be 1 or more, got {options.ranks}")
-    planned = options.planned()
-
-    from npo_fast.model.load import load_config
-    from npo_fast.planner import CARDS_GB, advise, flags, footprint
-
     config = load_config(options.model)
 
     @cache
-    def measure(plan: "PlannedRun") -> "Footprint":
-        logger.info(" ".join(["a step without data", *flags(planned, plan)]))
-        return footprint(config, plan, options.ranks)
+    def measure(run: PlannedRun) -> Footprint:
+        logger.info(" ".join(["a step without data", *flags(planned, run)]))
+        return footprint(config, run, options.ranks)
 
     measured = measure(planned)
     cards = CARDS_GB if options.card is None else (options.card,)
-    advice = [advise(planned, card, measure, options.ranks) for card in sorted(cards, reverse=True)]
-    show(
-        _metadata(options, config, measured, advice),
-        _text(options, config, measured, advice),
-        common.json,
-    )
-
-
-def _metadata(
-    options: PlanOptions, config: Any, measured: "Footprint", advice: list["Advice"]
-) -> dict[str, Any]:
-    from npo_fast.planner import flags
-
-    return {
-        "settings": vars(replace(options, model=config.model_type)),
+    advice = [advise(planned, card, measure, options.ranks) for card in reversed(cards)]
+    advice.reverse()
+    result = {
+        "settings": vars(options) | {"model": config.model_type} | vars(planned),
         "parameters": measured.parameters,
         "trained": measured.trained,
         "bytes": measured.bytes,
@@ -108,33 +71,30 @@ def _metadata(
             {
                 "card_gb": card.card_gb,
                 "fits": card.fits and not card.switches,
-                "fits_with": flags(options.planned(), card.planned) if card.fits else None,
+                "fits_with": flags(planned, card.planned) if card.fits else None,
                 "needed_bytes": card.footprint.needed,
             }
-            for card in reversed(advice)
+            for card in advice
         ],
     }
+    text = _text(config.model_type, planned, options.ranks, measured, advice)
+    show(result, text, common.json)
 
 
-def _text(options: PlanOptions, config: Any, measured: "Footprint", advice: list["Advice"]) -> str:
-    from npo_fast.planner.memory import FRAGMENTATION, KINDS
-
-    planned = options.planned()
-    share = "" if options.ranks == 1 else f", one of {options.ranks} GPUs"
+def _text(
+    model: str, planned: PlannedRun, ranks: int, measured: Footprint, advice: list[Advice]
+) -> str:
+    share = "" if ranks == 1 else f", one of {ranks} GPUs"
     trained = (
         "" if measured.trained == measured.parameters else f", {_count(measured.trained)} trained"
     )
     lines = [
-        f"{config.model_type}, {_count(measured.parameters)} parameters{trained}: {options.method} "
-        f"with {options.optimizer}, {options.dtype}, {options.micro_batch_tokens} tokens a pass"
+        f"{model}, {_count(measured.parameters)} parameters{trained}: {planned.method} "
+        f"with {planned.optimizer}, {planned.dtype}, {planned.micro_batch_tokens} tokens a pass"
         f"{share}",
         "",
         "At its peak a step holds" + " " * 6 + "GiB",
-        *(
-            _row(title, measured.bytes[kind])
-            for kind, title in KINDS.items()
-            if measured.bytes[kind]
-        ),
+        *(_row(KINDS[kind], size) for kind, size in measured.bytes.items() if size),
         _row("sum", measured.peak),
         _row("CUDA context, gaps", measured.allowance),
         _row("needed", measured.needed),
@@ -142,7 +102,7 @@ def _text(options: PlanOptions, config: Any, measured: "Footprint", advice: list
         tables.plain(
             (
                 [f"{card.card_gb:g} GB", _gib(card.footprint.needed), _verdict(planned, card)]
-                for card in reversed(advice)
+                for card in advice
             ),
             ("card", "GiB", "fits"),
         ),
@@ -151,12 +111,12 @@ def _text(options: PlanOptions, config: Any, measured: "Footprint", advice: list
         f"A card of 24 GB counts as {24e9 / GIB:.1f} GiB. Gaps: {FRAGMENTATION:.0%} of what comes "
         "and goes.",
     ]
-    if options.ranks > 1:
+    if ranks > 1:
         lines.append(
-            f"Weights, gradients, states and head are divided by {options.ranks}; two gathered "
+            f"Weights, gradients, states and head are divided by {ranks}; two gathered "
             "layers, one whole gradient and the answer rows of all GPUs are added."
         )
-    if options.offload_optimizer:
+    if planned.offload_optimizer:
         lines.append("Optimizer states lie in CPU memory; the largest tensor's visit the GPU.")
     return "\n".join(lines)
 
@@ -165,20 +125,16 @@ def _row(title: str, size: int) -> str:
     return f"  {title:<22}{_gib(size):>9}"
 
 
-def _verdict(planned: "PlannedRun", card: "Advice") -> str:
-    from npo_fast.planner import flags
-
+def _verdict(planned: PlannedRun, card: Advice) -> str:
     if not card.fits:
         return "no, even with all of these" if card.switches else "no"
     change = " ".join(flags(planned, card.planned))
     return f"with {change}" if change else "yes"
 
 
-def _costs(planned: "PlannedRun", advice: list["Advice"]) -> list[str]:
-    """Each switch that is advised, once."""
-    from npo_fast.planner import flags
-
-    advised = dict.fromkeys(switch for card in advice for switch in card.switches)
+def _costs(planned: PlannedRun, advice: list[Advice]) -> list[str]:
+    """Each switch that is advised, once, the largest card's first."""
+    advised = dict.fromkeys(switch for card in reversed(advice) for switch in card.switches)
     rows = [(" ".join(flags(planned, s.change(planned))), s.cost) for s in advised]
     return ["", *(f"  {flag:<34}{cost}" for flag, cost in rows)] if rows else []
 

@@ -1,12 +1,14 @@
 """Evaluates a model on a suite of records: losses, memorization, ROUGE of greedy answers."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
-from npo_fast.data import Record, Template, TokenizedExample, pack
+from npo_fast.data import PackedBatch, Record, Template, TokenizedExample, pack
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import TokenizedSet, tokenize_set
 from npo_fast.evaluation.tokens import TokenScores, token_scores
@@ -27,6 +29,7 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 Columns = dict[str, list[Any]]
 
 
+@torch.no_grad()
 def evaluate(
     lm: CausalLM,
     template: Template,
@@ -59,181 +62,130 @@ def evaluate(
         for name, records in suite.items():
             if not isinstance(records, TokenizedSet):
                 records = tokenize_set(template, name, records)
-            logs[name] = _evaluate_set(
-                lm, template.tokenizer, name, records, settings, progress, reference
+            evaluation = _Evaluation(
+                lm, template.tokenizer, settings, progress, reference, name, records
             )
+            logs[name] = evaluation.log()
         return logs
     finally:
         lm.model.train(was_training)
 
 
-def _evaluate_set(
-    lm: CausalLM,
-    tokenizer: Any,
-    name: str,
-    tokens: TokenizedSet,
-    settings: EvaluationSettings,
-    progress: Progress,
-    reference: ReferenceStates | None,
-) -> Columns:
-    right, others = len(tokens.answers), len(tokens.other_answers)
+@dataclass
+class _Evaluation:
+    """The evaluation of one data set, and how many of its answers are measured."""
 
-    def report(done: int) -> None:
-        progress(name, done, right + others)
+    lm: CausalLM
+    tokenizer: Any
+    settings: EvaluationSettings
+    progress: Progress
+    reference: ReferenceStates | None
+    name: str
+    tokens: TokenizedSet
+    done: int = 0
 
-    scores = _token_scores(lm, tokens.answers, settings.micro_batch_tokens, report)
-    log = _loss_columns(scores) | _memorization_columns(tokens.records, scores)
-    if others:
-        losses = _losses(
-            lm, tokens.other_answers, settings.micro_batch_tokens, lambda n: report(right + n)
-        )
-        log |= _comparison_columns(tokens, log, losses)
-    if reference is not None:
-        log["kl_to_reference"] = _kl_to_reference(
-            lm, tokens.answers, reference, name, settings.micro_batch_tokens
-        )
-    if settings.generate and name != HOLDOUT:  # membership needs the losses of the holdout alone
-        log |= _generation_columns(lm, tokenizer, name, tokens, settings, progress)
-    return log
+    def log(self) -> Columns:
+        """Every column."""
+        log = self.answer_columns()
+        if self.tokens.other_answers:
+            log |= self.comparison_columns(log)
+        if self.reference is not None:
+            log["kl_to_reference"] = self.kl_to(self.reference)
+        if self.settings.generate and self.name != HOLDOUT:  # membership takes its losses alone
+            log |= self.generation_columns()
+        return log
 
+    def batches(self, answers: list[TokenizedExample]) -> Iterator[PackedBatch]:
+        """Packs of answers of similar length, on the model's device."""
+        total = len(self.tokens.answers) + len(self.tokens.other_answers)
+        by_length = sorted(answers, key=lambda answer: len(answer.input_ids))
+        for batch in pack(by_length, self.settings.micro_batch_tokens):
+            yield batch.to(self.lm.device)
+            self.done += batch.sequences
+            self.progress(self.name, self.done, total)
 
-def _loss_columns(scores: list[TokenScores]) -> Columns:
-    tokens = [len(answer.log_probs) for answer in scores]
-    losses = [-float(answer.log_probs.sum()) for answer in scores]
-    means = [loss / n for loss, n in zip(losses, tokens, strict=True)]
-    return {"gt_loss": losses, "num_token_gt": tokens, "avg_gt_loss": means}
+    def answer_columns(self) -> Columns:
+        """Losses and memorization of the right answers."""
+        by_index: dict[int, TokenScores] = {}
+        for batch in self.batches(self.tokens.answers):
+            scores = token_scores(self.lm.linear_head, self.lm.hidden(batch), batch.labels)
+            lengths = batch.answer_cu_seqlens.diff().tolist()
+            by_index |= zip(batch.indices, scores.split(lengths), strict=True)
+        answers = [by_index[i] for i in range(len(by_index))]
+        tokens = [len(answer.log_probs) for answer in answers]
+        losses = [-float(answer.log_probs.sum()) for answer in answers]
+        return {
+            "gt_loss": losses,
+            "num_token_gt": tokens,
+            "avg_gt_loss": [loss / n for loss, n in zip(losses, tokens, strict=True)],
+            "exact_memorization": [exact_memorization(answer.greedy) for answer in answers],
+            "extraction_strength": [extraction_strength(answer.greedy) for answer in answers],
+            "min_k": [min_k(answer.log_probs) for answer in answers],
+            "min_k_plus_plus": [
+                min_k_plus_plus(answer.log_probs, answer.mean, answer.std) for answer in answers
+            ],
+            "zlib_bytes": [len(zlib.compress(r.answer.encode())) for r in self.tokens.records],
+        }
 
+    def comparison_columns(self, log: Columns) -> Columns:
+        """Losses of paraphrased and wrong answers, beside those of right answers in ``log``."""
+        answers = self.tokens.other_answers
+        losses: dict[int, float] = {}
+        for batch in self.batches(answers):
+            log_probs = segment_sum(self.lm.log_probs(batch), batch.answer_cu_seqlens)
+            losses |= zip(batch.indices, (-log_probs).tolist(), strict=True)
+        others = ((losses[i], answer.answer_length) for i, answer in enumerate(answers))
+        rows = []
+        for i, record in enumerate(self.tokens.records):
+            loss, n = log["gt_loss"][i], log["num_token_gt"][i]
+            if record.paraphrased_answer is not None:
+                loss, n = next(others)
+            wrong = list(islice(others, len(record.perturbed_answers)))
+            rows.append({
+                "paraphrased_loss": loss,
+                "num_token_paraphrased": n,
+                "avg_paraphrased_loss": loss / n,
+                "perturb_loss": [loss for loss, _ in wrong],
+                "num_token_perturb": [n for _, n in wrong],
+                "average_perturb_loss": [loss / n for loss, n in wrong],
+            })  # fmt: skip
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-def _memorization_columns(records: list[Record], scores: list[TokenScores]) -> Columns:
-    return {
-        "exact_memorization": [exact_memorization(answer.greedy) for answer in scores],
-        "extraction_strength": [extraction_strength(answer.greedy) for answer in scores],
-        "min_k": [min_k(answer.log_probs) for answer in scores],
-        "min_k_plus_plus": [
-            min_k_plus_plus(answer.log_probs, answer.mean, answer.std) for answer in scores
-        ],
-        "zlib_bytes": [len(zlib.compress(record.answer.encode())) for record in records],
-    }
+    def kl_to(self, reference: ReferenceStates) -> list[float]:
+        """Mean ``KL(reference || model)`` over the tokens of each right answer."""
+        means: dict[int, float] = {}
+        for batch in pack(self.tokens.answers, self.settings.micro_batch_tokens):
+            hidden = self.lm.hidden(batch.to(self.lm.device))
+            ref_hidden = reference.hidden(self.name, batch.indices).to(hidden)
+            chunks = divergences(self.lm.linear_head, hidden, reference.head, ref_hidden)
+            kl = torch.cat([kl for _, kl, _ in chunks]).cpu()
+            parts = kl.split(batch.answer_cu_seqlens.diff().tolist())
+            means |= zip(batch.indices, (float(part.mean()) for part in parts), strict=True)
+        return [means[i] for i in range(len(means))]
 
+    def generation_columns(self) -> Columns:
+        """Greedy answers and their ROUGE."""
+        from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
 
-def _comparison_columns(tokens: TokenizedSet, log: Columns, losses: list[float]) -> Columns:
-    """Losses of paraphrased and wrong answers, from ``losses`` of all ``other_answers``."""
-    columns: Columns = {
-        "paraphrased_loss": [], "num_token_paraphrased": [], "avg_paraphrased_loss": [],
-        "perturb_loss": [], "num_token_perturb": [], "average_perturb_loss": [],
-    }  # fmt: skip
-    lengths = [answer.answer_length for answer in tokens.other_answers]
-    position = 0  # in other_answers
-    for i, record in enumerate(tokens.records):
-        loss, n = log["gt_loss"][i], log["num_token_gt"][i]
-        if record.paraphrased_answer is not None:
-            loss, n = losses[position], lengths[position]
-            position += 1
-        columns["paraphrased_loss"].append(loss)
-        columns["num_token_paraphrased"].append(n)
-        columns["avg_paraphrased_loss"].append(loss / n)
-        wrong = range(position, position := position + len(record.perturbed_answers))
-        columns["perturb_loss"].append([losses[j] for j in wrong])
-        columns["num_token_perturb"].append([lengths[j] for j in wrong])
-        columns["average_perturb_loss"].append([losses[j] / lengths[j] for j in wrong])
-    return columns
-
-
-@torch.no_grad()
-def _token_scores(
-    lm: CausalLM,
-    answers: list[TokenizedExample],
-    micro_batch_tokens: int,
-    report: Callable[[int], None],
-) -> list[TokenScores]:
-    """Scores the tokens of every answer, in the order given."""
-    scores: dict[int, TokenScores] = {}
-    by_length = sorted(answers, key=lambda answer: len(answer.input_ids))
-    for batch in pack(by_length, micro_batch_tokens):
-        batch = batch.to(lm.device)
-        batch_scores = token_scores(lm.linear_head, lm.hidden(batch), batch.labels)
-        lengths = batch.answer_cu_seqlens.diff().tolist()
-        scores |= dict(zip(batch.indices, batch_scores.split(lengths), strict=True))
-        report(len(scores))
-    return [scores[i] for i in range(len(answers))]
-
-
-@torch.no_grad()
-def _losses(
-    lm: CausalLM,
-    answers: list[TokenizedExample],
-    micro_batch_tokens: int,
-    report: Callable[[int], None],
-) -> list[float]:
-    """Negative log-prob of every answer, in the order given."""
-    losses = [0.0] * len(answers)
-    by_length = sorted(answers, key=lambda answer: len(answer.input_ids))
-    done = 0
-    for batch in pack(by_length, micro_batch_tokens):
-        log_probs = lm.log_probs(batch.to(lm.device))
-        sums = segment_sum(log_probs, batch.answer_cu_seqlens).tolist()
-        for index, value in zip(batch.indices, sums, strict=True):
-            losses[index] = -value
-        done += batch.sequences
-        report(done)
-    return losses
-
-
-@torch.no_grad()
-def _kl_to_reference(
-    lm: CausalLM,
-    answers: list[TokenizedExample],
-    reference: ReferenceStates,
-    source: str,
-    micro_batch_tokens: int,
-) -> list[float]:
-    """Mean ``KL(reference || model)`` over the tokens of every answer, in the order given."""
-    means = [0.0] * len(answers)
-    for batch in pack(answers, micro_batch_tokens):
-        hidden = lm.hidden(batch.to(lm.device))
-        ref_hidden = reference.hidden(source, batch.indices).to(hidden)
-        chunks = divergences(lm.linear_head, hidden, reference.head, ref_hidden)
-        kl = torch.cat([kl for _, kl, _ in chunks]).cpu()
-        lengths = batch.answer_cu_seqlens.diff().tolist()
-        for index, answer_kl in zip(batch.indices, kl.split(lengths), strict=True):
-            means[index] = float(answer_kl.mean())
-    return means
-
-
-def _generation_columns(
-    lm: CausalLM,
-    tokenizer: Any,
-    name: str,
-    tokens: TokenizedSet,
-    settings: EvaluationSettings,
-    progress: Progress,
-) -> Columns:
-    """Greedy answers and their ROUGE."""
-    from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
-
-    records = tokens.records
-    prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in tokens.answers]
-    texts = [""] * len(records)
-    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(order), settings.generation_batch):
-        batch = order[first : first + settings.generation_batch]
-        continuations = generate(
-            lm,
-            [prompts[i] for i in batch],
-            settings.max_new_tokens,
-            tokenizer.pad_token_id,
-            tokenizer.eos_token_id,
-        )
-        for i, ids in zip(batch, continuations, strict=True):
-            texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        progress(f"{name} answers", first + len(batch), len(records))
-    pairs = zip(records, texts, strict=True)
-    scores = [rouge_scorer(record.answer).score(record.answer, text) for record, text in pairs]
-    return {
-        "rouge1_recall": [score["rouge1"].recall for score in scores],
-        "rougeL_recall": [score["rougeL"].recall for score in scores],
-        "generated_text": [
-            [tokenizer.decode(prompt), text, record.answer]
-            for prompt, text, record in zip(prompts, texts, records, strict=True)
-        ],
-    }
+        tokenizer, size = self.tokenizer, self.settings.generation_batch
+        truths = [record.answer for record in self.tokens.records]
+        prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in self.tokens.answers]
+        texts = [""] * len(truths)
+        order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            continuations = generate(
+                self.lm, [prompts[i] for i in batch], self.settings.max_new_tokens,
+                tokenizer.pad_token_id, tokenizer.eos_token_id,
+            )  # fmt: skip
+            for i, ids in zip(batch, continuations, strict=True):
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            self.progress(f"{self.name} answers", first + len(batch), len(truths))
+        pairs = zip(truths, texts, strict=True)
+        scores = [rouge_scorer(truth).score(truth, text) for truth, text in pairs]
+        questions = [tokenizer.decode(prompt) for prompt in prompts]
+        return {
+            "rouge1_recall": [score["rouge1"].recall for score in scores],
+            "rougeL_recall": [score["rougeL"].recall for score in scores],
+            "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
+        }

@@ -31,33 +31,28 @@ class TokenScores:
 @torch.no_grad()
 def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # (N, D), (N,)
     """Scores the labels with the kernels of the losses; holds the logits of one chunk at a time."""
-    rows = len(labels)
-    scores = TokenScores(
-        log_probs=hidden.new_empty(rows, dtype=head.opmath_dtype),
-        greedy=torch.empty_like(labels, dtype=torch.bool),
-        mean=hidden.new_empty(rows, dtype=head.opmath_dtype),
-        std=hidden.new_empty(rows, dtype=head.opmath_dtype),
-    )
-    step = head.chunk_rows()
+    rows, step = len(labels), head.chunk_rows()
     buffer = head.buffer(min(step, rows))
+    chunks: list[tuple[Tensor, ...]] = []
     for first in range(0, rows, step):
-        chunk = slice(first, min(first + step, rows))
-        padded = head.logits(hidden[chunk], buffer)
-        logits = padded[: chunk.stop - first]
-        scores.greedy[chunk] = logits.argmax(-1) == labels[chunk]
-        _moments(head, logits, scores.mean[chunk], scores.std[chunk])
-        softmax = head.softmax(padded, hidden[chunk], labels[chunk])
-        scores.log_probs[chunk] = softmax.log_probs[: len(logits)]
-    return scores
+        hidden_chunk, labels_chunk = hidden[first : first + step], labels[first : first + step]
+        padded = head.logits(hidden_chunk, buffer)
+        logits = padded[: len(labels_chunk)]
+        greedy = logits.argmax(-1) == labels_chunk
+        log_probs = head.softmax(padded, hidden_chunk, labels_chunk).log_probs[: len(logits)]
+        chunks.append((log_probs, greedy, *_moments(head, logits)))
+    return TokenScores(*map(torch.cat, zip(*chunks, strict=True)))
 
 
-def _moments(head: Head, logits: Tensor, mean: Tensor, std: Tensor) -> None:  # (R, V), (R,), (R,)
-    """Writes the moments of ``log p(v)`` into ``mean`` and ``std``, some rows at a time."""
+def _moments(head: Head, logits: Tensor) -> tuple[Tensor, Tensor]:  # (R, V) -> (R,), (R,)
+    """Mean and std of ``log p(v)``, some rows at a time."""
     rows = max(1, MOMENTS_BYTES // (logits.shape[1] * head.opmath_dtype.itemsize))
-    parts = (logits.split(rows), mean.split(rows), std.split(rows))
-    for raw, mean_out, std_out in zip(*parts, strict=True):
+    means, stds = [], []
+    for raw in logits.split(rows):
         log_p = head.activate(raw).log_softmax(-1)
         p = log_p.exp()
-        mean_out.copy_(torch.linalg.vecdot(p, log_p))
-        deviations = log_p.sub_(mean_out.unsqueeze(1)).square_()
-        std_out.copy_(torch.linalg.vecdot(p, deviations).sqrt_())
+        mean = torch.linalg.vecdot(p, log_p)
+        deviations = log_p.sub_(mean.unsqueeze(1)).square_()
+        means.append(mean)
+        stds.append(torch.linalg.vecdot(p, deviations).sqrt_())
+    return torch.cat(means), torch.cat(stds)

@@ -11,9 +11,7 @@ from npo_fast.metrics.logs import (
     LOGS,
     REAL_AUTHORS,
     RETAIN,
-    UTILITY_SETS,
     WORLD_FACTS,
-    Array,
     Log,
     Result,
     column,
@@ -24,7 +22,7 @@ from npo_fast.metrics.logs import (
     select,
 )
 from npo_fast.metrics.measures import MEASURES, kl_to_reference, summary
-from npo_fast.metrics.memorization import MEMBERSHIP, membership_auc
+from npo_fast.metrics.memorization import membership_auc
 from npo_fast.metrics.tofu import (
     forget_quality,
     forget_truth_ratio,
@@ -42,12 +40,9 @@ __all__ = [
     "HOLDOUT",
     "LOGS",
     "MEASURES",
-    "MEMBERSHIP",
     "REAL_AUTHORS",
     "RETAIN",
-    "UTILITY_SETS",
     "WORLD_FACTS",
-    "Array",
     "Log",
     "Result",
     "column",

@@ -49,9 +49,8 @@ def column(log: Log, name: str) -> Array:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{name!r} is not one number (or equal list) an example: {error}"
-        ) from error
+        message = f"{name!r} is not one number (or equal list) an example: {error}"
+        raise UserError(message) from error
     if not len(array):
         raise UserError(f"{name!r} is empty: the log holds no example")
     if np.isnan(array).any():
@@ -66,11 +65,7 @@ def has_truth_ratio(log: Log) -> bool:
 
 
 def log_of(result: Result, file: str) -> Log:
-    """Returns the log with this file name.
-
-    Raises:
-        UserError: the result has no such log.
-    """
+    """Returns the log with this file name, or raises a ``UserError``."""
     if file not in result:
         raise UserError(f"no {file} among the logs: {', '.join(sorted(result)) or 'none'}")
     return result[file]

@@ -90,43 +90,37 @@ def kl_to_reference(log: Log) -> float:
     return float(np.average(column(log, "kl_to_reference"), weights=column(log, "num_token_gt")))
 
 
-def _mean(name: str) -> Callable[[Log], float]:
-    return lambda log: float(column(log, name).mean())
-
-
 def _of_log(
     part: str,  # "forget" or "retain"
     name: str,
     label: str,
-    formula: Callable[[Log], float],
-    *columns: str,
+    needs: str = "",  # a column
+    formula: Callable[[Log], float] | None = None,
     recorded: bool = True,
     in_report: bool = False,
 ) -> Measure:
-    """A measure of one log: less of it is forgotten, more of it is kept."""
+    """A measure of one log, by default a column's mean: less is forgotten, more is kept."""
     file, direction = {"forget": (FORGET, -1), "retain": (RETAIN, 1)}[part]
+    formula = formula or (lambda log: float(column(log, needs).mean()))
     return Measure(
         f"{part}.{name}", f"{part} {label}", lambda result, _: formula(result[file]),
-        {file: columns}, direction=direction if recorded else 0, in_report=in_report,
+        {file: (needs,) if needs else ()}, direction=direction * recorded, in_report=in_report,
     )  # fmt: skip
 
 
 def _tofu(part: str) -> tuple[Measure, ...]:
     return (
-        _of_log(part, "probability", "probability", lambda log: float(probability(log).mean()),
-                in_report=True),
-        _of_log(part, "rouge_l_recall", "ROUGE-L", _mean("rougeL_recall"), "rougeL_recall",
-                in_report=True),
+        _of_log(part, "probability", "probability", in_report=True,
+                formula=lambda log: float(probability(log).mean())),
+        _of_log(part, "rouge_l_recall", "ROUGE-L", "rougeL_recall", in_report=True),
     )  # fmt: skip
 
 
 def _beyond_tofu(part: str) -> tuple[Measure, ...]:
     return (
-        _of_log(part, "exact_memorization", "exact memorization", _mean("exact_memorization"),
-                "exact_memorization"),
-        _of_log(part, "extraction_strength", "extraction strength", _mean("extraction_strength"),
-                "extraction_strength"),
-        _of_log(part, "kl_to_reference", "KL to reference", kl_to_reference, "kl_to_reference",
+        _of_log(part, "exact_memorization", "exact memorization", "exact_memorization"),
+        _of_log(part, "extraction_strength", "extraction strength", "extraction_strength"),
+        _of_log(part, "kl_to_reference", "KL to reference", "kl_to_reference", kl_to_reference,
                 recorded=False),
     )  # fmt: skip
 
@@ -205,11 +199,7 @@ def score(scores: Mapping[str, Any], key: str) -> float | None:
 
 
 def value_of(scores: Mapping[str, Any], key: str) -> float:
-    """Returns one of the nested ``measures``.
-
-    Raises:
-        UserError: it is not there; the message says what it needs.
-    """
+    """Returns one of the nested ``measures``, or raises a ``UserError`` that says what it needs."""
     value = score(scores, key)
     if value is None:
         raise UserError(
@@ -219,11 +209,7 @@ def value_of(scores: Mapping[str, Any], key: str) -> float:
 
 
 def find_measure(key: str) -> Measure:
-    """Returns the recorded measure with this key.
-
-    Raises:
-        UserError: there is none; the message names the nearest key.
-    """
+    """Returns the recorded measure with this key, or raises a ``UserError`` with the nearest."""
     if key not in RECORDED:
         near = difflib.get_close_matches(key, RECORDED, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -246,11 +232,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> "Condition":
-        """Reads a condition such as "forget_quality>0.05".
-
-        Raises:
-            UserError: it is not of that form, or its measure is unknown.
-        """
+        """Reads a condition such as "forget_quality>0.05"; others raise a ``UserError``."""
         match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
         try:
             measure, sign, bound = match.groups() if match else ("", "", "")
@@ -262,9 +244,5 @@ class Condition:
         return cls(find_measure(measure).key, sign, number)
 
     def holds(self, scores: Mapping[str, Any]) -> bool:
-        """Whether the nested ``measures`` meet the condition.
-
-        Raises:
-            UserError: the measure is not among them.
-        """
+        """Whether the nested ``measures`` meet it; a ``UserError`` where it is missing."""
         return _COMPARE[self.sign](value_of(scores, self.measure), self.bound)

@@ -5,11 +5,9 @@ whether it is *greedy*, the argmax of the model's distribution. The other formul
 answers.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from npo_fast.metrics.logs import FORGET, HOLDOUT, Array, Result, column, log_of
 
@@ -63,11 +61,10 @@ def min_k_plus_plus(
 def roc_auc(members: ArrayLike, others: ArrayLike) -> float:  # (M,), (N,)
     """Returns ``P(score of a member > score of another)``; a tie counts half.
 
-    Computed from ranks. 0.5 where the score cannot tell the two sets apart.
+    0.5 where the score cannot tell the two sets apart.
     """
     members, others = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    ranks = rankdata(np.concatenate([members, others]))[: len(members)]
-    above = ranks.sum() - len(members) * (len(members) + 1) / 2
+    above = mannwhitneyu(members, others, method="asymptotic").statistic  # pairs in order
     return float(above / (len(members) * len(others)))
 
 
@@ -82,8 +79,8 @@ def membership_scores(
     The negative loss (arXiv 1709.01604), the negative loss over the bytes that zlib needs
     (arXiv 2012.07805), min-k % and min-k++ %.
     """
-    columns: list[Any] = [losses, zlib_bytes, min_k, min_k_plus_plus]
-    loss, size, lowest, normalised = (np.asarray(x, dtype=np.float64) for x in columns)
+    columns = (losses, zlib_bytes, min_k, min_k_plus_plus)
+    loss, size, lowest, normalised = np.asarray(columns, dtype=np.float64)
     return dict(zip(ATTACKS, (-loss, -loss / size, lowest, normalised), strict=True))
 
 

@@ -65,23 +65,14 @@ class Advice:
 
 
 def flags(before: PlannedRun, after: PlannedRun) -> list[str]:
-    """The flags that turn the command line of ``before`` into that of ``after``."""
+    """The flags that turn the command line of ``before`` into that of ``after``.
+
+    With ``step_in_backward`` a pass is a whole step: the batch size follows from its tokens.
+    """
     changed = {k: v for k, v in vars(after).items() if v != getattr(before, k)}
-    if "step_in_backward" in changed or (
-        after.step_in_backward and "micro_batch_tokens" in changed
-    ):
-        changed["batch_size"] = whole_batch(after)
+    if after.step_in_backward and changed.keys() & {"step_in_backward", "micro_batch_tokens"}:
+        changed["batch_size"] = max(1, after.micro_batch_tokens // _step_tokens(after))
     return [f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k, v in changed.items()]
-
-
-def whole_batch(planned: PlannedRun) -> int:
-    """Sequences of each set in one pass, which is a whole step with ``step_in_backward``."""
-    return max(1, planned.micro_batch_tokens // _step_tokens(planned))
-
-
-def card_bytes(card_gb: float) -> int:
-    """Bytes of a card; a GB counts as 10^9 bytes, since some 24 GB cards have only 22.5 GiB."""
-    return int(card_gb * 1e9)
 
 
 def advise(
@@ -92,7 +83,7 @@ def advise(
     Switches are added in order until the run fits. Those that are not needed are then removed, the
     most expensive first. ``measure`` is called with the same run more than once: cache it.
     """
-    available = card_bytes(card_gb)
+    available = int(card_gb * 1e9)  # not 2^30 a GB: some 24 GB cards have only 22.5 GiB
 
     def attempt(switches: tuple[Switch, ...]) -> Advice:
         changed = reduce(lambda run, switch: switch.change(run), switches, planned)

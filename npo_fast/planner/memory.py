@@ -8,11 +8,11 @@ computed by formula: optimizer states (``state_bytes``), temporaries inside of o
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.errors import UserError
@@ -21,7 +21,6 @@ from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.model.sharding import repeated_layers
 from npo_fast.ops.cost import Problem
 from npo_fast.planner.model import empty_lm, empty_model
@@ -54,21 +53,24 @@ class PlannedRun:
     micro_batch_tokens: int = 2048
     """Tokens that go through the model at a time."""
     sequence_length: int = 256
-    """Tokens of each sequence; a quarter counts as prompt."""
+    """Tokens of a sequence, prompt (a quarter) and answer."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the weights."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
     step_in_backward: bool = False
+    """Apply each gradient as it arises and free it."""
     offload_optimizer: bool = False
+    """Keep the optimizer's states in CPU memory."""
     lora_rank: int = 0
+    """Train adapters of this rank instead of the weights."""
     quantize: Quantize = "none"
+    """Weights below the adapters."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1:
-            raise UserError(f"micro_batch_tokens must be 1 or more, got {self.micro_batch_tokens}")
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length must be 2 or more, got {self.sequence_length}")
-        if self.lora_rank < 0:
-            raise UserError(f"lora_rank must be 0 or more, got {self.lora_rank}")
+        for name, least in (("micro_batch_tokens", 1), ("sequence_length", 2), ("lora_rank", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.dtype == "fp16" and not self.lora_rank:
             raise UserError("fp16 weights cannot be trained: use --dtype bf16 or --lora-rank 16")
         if self.optimizer == "adamw-bf16" and (self.lora_rank or self.dtype != "bf16"):
@@ -113,9 +115,8 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     ``step_in_backward`` the whole step (``micro_batch_tokens``) goes through the model at once and
     back twice: for the gradient norm, and to update.
 
-    Args:
-        config: a transformers configuration.
-        ranks: GPUs that share the model (FSDP); the bytes are those of one.
+    ``config`` is a transformers configuration. Where ``ranks`` GPUs share the model (FSDP), the
+    bytes are those of one.
 
     Raises:
         UserError: a model that cannot be built, or whose code reads values of tensors.
@@ -123,28 +124,22 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
-    lm = empty_lm(model, planned.gradient_checkpointing)
-    step = TrackedStep(lm, planned, ranks)
+    step = TrackedStep(empty_lm(model, planned.gradient_checkpointing), planned, ranks)
     try:
         with step.tracker:
             step.run()
-    except (RuntimeError, NotImplementedError) as error:
-        if NAME in str(error):
-            raise UserError(f"{type(model).__name__} cannot be planned: {error}") from error
-        if "meta" not in str(error):
+    except RuntimeError as error:
+        name, reason = type(model).__name__, str(error).strip()
+        if NAME in reason:
+            raise UserError(f"{name} cannot be planned: {reason}") from error
+        if "meta" not in reason:
             raise
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{type(model).__name__} reads values of tensors while it runs, so it cannot run "
-            f"without data: {reason}"
+            f"{name} reads values of tensors while it runs, so it cannot run without data: "
+            f"{reason.splitlines()[0]}"
         ) from error
     whole = step.footprint()
     return whole if ranks == 1 else sharded(model, planned, whole, ranks)
-
-
-def parameter_count(parameter: Parameter) -> int:
-    """Number of weights; a byte of 4-bit weights holds two."""
-    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
@@ -171,10 +166,8 @@ class TrackedStep:
         self.states: list[Tensor] = []  # kept alive here: nothing else refers to them
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
             self.tracker.hold(tensor, WEIGHTS)
-        states = [state_bytes(p, planned.optimizer) for p in self.trained]
-        if planned.offload_optimizer:
-            states = [max(states)]
-        for size in states:
+        sizes = [state_bytes(p, planned.optimizer) for p in self.trained]
+        for size in [max(sizes)] if planned.offload_optimizer else sizes:
             self.states.append(torch.empty(size, dtype=torch.uint8, device="meta"))
             self.tracker.hold(self.states[-1], OPTIMIZER)
         lm.decoder.register_forward_pre_hook(lambda *_: self._count_as(ACTIVATIONS))
@@ -185,10 +178,7 @@ class TrackedStep:
     def run(self) -> None:
         """Runs the step; ``tracker`` must be entered."""
         terms = build_method(self.planned.method)
-        groups = [
-            [term for term in terms if term.batch_key == batch_key]
-            for batch_key in batch_keys(terms)
-        ]
+        groups = [[t for t in terms if t.batch_key == key] for key in batch_keys(terms)]
         if self.planned.step_in_backward:
             self.backward(self._whole_step(groups))
             return
@@ -207,8 +197,10 @@ class TrackedStep:
 
     def footprint(self) -> Footprint:
         """What the tracker has counted."""
+        weights = list(self.lm.model.parameters())
+        packed = sum(p.numel() for p in weights if p.dtype == torch.uint8)  # two weights a byte
         return Footprint(
-            parameters=sum(parameter_count(p) for p in self.lm.model.parameters()),
+            parameters=packed + sum(p.numel() for p in weights),
             trained=sum(p.numel() for p in self.trained),
             bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
         )
@@ -221,17 +213,17 @@ class TrackedStep:
         with FlashAttention():
             joined = self._micro(1, sum(sizes)).to(self.lm.device)
             parts = self.lm.states(joined).split(sizes)
-        return torch.stack(
-            [self._loss(*part) for part in zip(groups, micros, parts, strict=True)]
-        ).sum()
+        losses = [self._loss(*part) for part in zip(groups, micros, parts, strict=True)]
+        return torch.stack(losses).sum()
 
     def _micro(self, group: int, tokens: int) -> PackedBatch:
         """A pack of sequences in groups of ``group``, with about so many tokens."""
         length = self.planned.sequence_length
-        count = max(1, tokens // (length * group))
-        sequences = [TokenizedExample((0,) * length, self._prompt, i) for i in range(count)]
-        repeated = [sequence for sequence in sequences for _ in range(group)]
-        (micro,) = pack(repeated, len(repeated) * length, group)
+        count = group * max(1, tokens // (length * group))
+        sequences = [
+            TokenizedExample((0,) * length, self._prompt, i // group) for i in range(count)
+        ]
+        (micro,) = pack(sequences, count * length, group)
         return micro
 
     @property
@@ -244,19 +236,34 @@ class TrackedStep:
         references: dict[str, Tensor | list[Tensor]] = {}
         for term in terms:
             per_token = term.loss.reference == "token"
-            for name in term.batch_key:
-                whole = [answer] * micro.sequences
-                references[name] = whole if per_token else torch.zeros(micro.sequences)
+            values = [answer] * micro.sequences if per_token else torch.zeros(micro.sequences)
+            references |= dict.fromkeys(term.batch_key, values)
         everywhere = any(term.positions == "all" for term in terms)
         rows = len(micro.input_ids if everywhere else micro.rows)
-        cache = _Cache(self, rows) if any(isinstance(t.loss, KL) for t in terms) else None
+        reference = self._reference(rows) if any(isinstance(t.loss, KL) for t in terms) else None
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
             loss, _, _ = micro_batch_loss(
-                self.lm, micro.to(self.lm.device), terms, counts, references,
-                cast("ReferenceStates | None", cache), states,
-            )  # fmt: skip
+                self.lm, micro.to(self.lm.device), terms, counts, references, reference, states
+            )
         return loss
+
+    def _reference(self, rows: int) -> Any:
+        """Stands for ``ReferenceStates``: the reference's head, and hidden states of ``rows``."""
+        head = self.lm.head.weight
+
+        def empty_states(source: str, indices: Iterable[int]) -> Tensor:  # (rows, D)
+            with self.tracker.counting_as(REFERENCE):
+                return head.new_empty(rows, head.shape[1], requires_grad=False)
+
+        arguments = {
+            f"ref_{name}": value
+            for name, value in self.lm.head_arguments.items()
+            if not isinstance(value, Tensor)
+        }
+        with self.tracker.counting_as(REFERENCE):
+            arguments["ref_weight"] = torch.empty_like(head, requires_grad=False)
+        return SimpleNamespace(head_arguments=arguments, hidden=empty_states)
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass or, with ``step_in_backward``, both."""
@@ -286,27 +293,6 @@ class TrackedStep:
     def _kind(terms: list[Term]) -> tuple[object, ...]:
         """Equal for groups of terms that need the same memory."""
         return tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in terms)
-
-
-class _Cache:
-    """Stands for ``ReferenceStates``: hidden states of the rows, and the reference's head."""
-
-    def __init__(self, step: TrackedStep, rows: int) -> None:
-        self.step, self.rows = step, rows
-        weight = step.lm.head.weight
-        with step.tracker.counting_as(REFERENCE):
-            self.head_arguments: dict[str, Any] = {
-                f"ref_{name}": value
-                for name, value in step.lm.head_arguments.items()
-                if not isinstance(value, Tensor)
-            }
-            self.head_arguments["ref_weight"] = torch.empty_like(weight, requires_grad=False)
-
-    def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
-        """Hidden states of the reference, without data."""
-        weight = self.step.lm.head.weight
-        with self.step.tracker.counting_as(REFERENCE):
-            return weight.new_empty(self.rows, weight.shape[1], requires_grad=False)
 
 
 def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Footprint:
