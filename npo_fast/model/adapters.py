@@ -7,16 +7,18 @@ quantised while it trained.
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.progress import no_progress_bars
 
 Quantize = Literal["none", "4bit"]
 ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
@@ -120,8 +122,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the adapter in {folder} does not fit its base: {reason}") from error
+        raise UserError(
+            f"the adapter in {folder} does not fit its base: {first_line(error)}"
+        ) from error
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
@@ -158,3 +161,15 @@ def read_weights(lm: CausalLM, folder: Path) -> None:
         with no_progress_bars():
             saved = type(lm.model).from_pretrained(folder, dtype=lm.dtype)
         lm.model.load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Inside, transformers shows no bars for the shards that it reads or writes."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()

@@ -195,17 +195,25 @@ class CausalLM:
             self.wrapper = None
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
     def generating(self) -> Iterator[Any]:
         """The model with its own attention and in evaluation mode: what ``generate`` expects."""
-        was_training = self.model.training
         attention = self.model.config._attn_implementation
-        self.model.eval()
-        set_attention(self.model, self.native_attention)
-        try:
-            yield self.model
-        finally:
-            set_attention(self.model, attention)
-            self.model.train(was_training)
+        with self.evaluating():
+            set_attention(self.model, self.native_attention)
+            try:
+                yield self.model
+            finally:
+                set_attention(self.model, attention)
 
     @contextmanager
     def packing(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from npo_fast.data import PackedBatch
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.model.attention import NAME as PACKED
 from npo_fast.model.varlen import NAME as VARLEN
 
@@ -29,9 +29,8 @@ def set_attention(model: Any, attention: str) -> bool:
         try:
             model.set_attn_implementation(attention)
         except (ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{class_name(model)} cannot take attention {attention}: {reason}"
+                f"{class_name(model)} cannot take attention {attention}: {first_line(error)}"
             ) from error
     return model.config._attn_implementation == attention
 
@@ -43,26 +42,15 @@ def boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict[
         packs: whether the model takes packs; else the batch is a single sequence.
     """
     arguments: dict[str, Any] = {}
-    if attention == PACKED:
-        arguments = {"sequence_lengths": batch.lengths} if packs else {}
-    elif attention == VARLEN:
-        arguments = _cu_seqlens_arguments(batch) if packs else {}
-    elif "flash" in attention:  # of any version, or a kernel of the hub
-        arguments = _cu_seqlens_arguments(batch)
-    # for other attentions transformers makes the mask of a pack from position ids that restart
-    if packs:
+    if packs:  # for attentions not named here, transformers makes the mask from the position ids
         arguments["position_ids"] = batch.position_ids[None]
+    if packs and attention == PACKED:
+        arguments["sequence_lengths"] = batch.lengths
+    if "flash" in attention or (packs and attention == VARLEN):  # any version, or one of the hub
+        longest = max(batch.lengths)
+        arguments |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
     return arguments
-
-
-def _cu_seqlens_arguments(batch: PackedBatch) -> dict[str, Any]:
-    longest = max(batch.lengths)
-    return {
-        "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 def class_name(model: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.model.adapters import (
     ADAPTER_CONFIG,
     QUANTIZATION,
@@ -17,6 +17,7 @@ from npo_fast.model.adapters import (
     keep_4bit_layout,
     load_adapter,
     nf4_config,
+    no_progress_bars,
 )
 from npo_fast.model.causal_lm import CausalLM
 
@@ -52,8 +53,10 @@ def load_model(
         UserError: nothing there, not a causal language model, or a library is missing.
     """
     check_libraries(quantize, lora_rank)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch_device = torch.device(_default_device() if device == "auto" else device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0") from error
     if dtype != "auto" and dtype not in DTYPES:
@@ -79,20 +82,16 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize:
         is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
         base = _load_weights(adapter_base(folder), dtype, device, "4bit" if is_4bit else "none")
         return load_adapter(base, folder)
-    source: dict[str, Any] = _source(name)
+    arguments: dict[str, Any] = {"dtype": dtype, **_source(name)}
+    is_gguf = "gguf_file" in arguments
     if quantize == "4bit":
         check_libraries(quantize, 0)
-        if "gguf_file" in source:
+        if is_gguf:
             raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
-        quantized = _load(
-            AutoModelForCausalLM, name, dtype=dtype, device_map={"": device},
-            quantization_config=nf4_config(dtype), **source,
-        )  # fmt: skip
-        return keep_4bit_layout(quantized)
-    model = _load(AutoModelForCausalLM, name, dtype=dtype, **source)
-    if "gguf_file" in source:
-        model = _dequantised(model)
-    return model.to(device)
+        arguments |= {"device_map": {"": device}, "quantization_config": nf4_config(dtype)}
+        return keep_4bit_layout(_load(AutoModelForCausalLM, name, **arguments))
+    model = _load(AutoModelForCausalLM, name, **arguments)
+    return (_dequantised(model) if is_gguf else model).to(device)
 
 
 def load_config(name: str) -> Any:
@@ -103,11 +102,11 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise UserError(f"no configuration file {name!r}")
-        return _load(AutoConfig, name, pretrained_model_name_or_path=name)
-    return _load(AutoConfig, name, **_source(name))
+    is_file = name.endswith(".json")
+    if is_file and not Path(name).is_file():
+        raise UserError(f"no configuration file {name!r}")
+    source = {"pretrained_model_name_or_path": name} if is_file else _source(name)
+    return _load(AutoConfig, name, **source)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -133,10 +132,6 @@ def default_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
     """What dtype "auto" means on a device."""
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if half else "fp32"
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _folder(name: str) -> str:
@@ -169,8 +164,6 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **arguments: Any) -> Any:
-    from npo_fast.model.progress import no_progress_bars
-
     local = Path(arguments["pretrained_model_name_or_path"]).exists()
     try:
         with no_progress_bars() if local else nullcontext():
@@ -180,8 +173,9 @@ def _load(auto: Any, name: str, **arguments: Any) -> Any:
             f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {name!r} as a causal language model: {reason}") from error
+        raise UserError(
+            f"cannot load {name!r} as a causal language model: {first_line(error)}"
+        ) from error
 
 
 def _dequantised(model: Any) -> Any:

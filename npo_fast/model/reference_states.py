@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import accumulate
@@ -56,20 +55,15 @@ class ReferenceStates:
         tensors = load_file(folder / HEAD, device=str(device))
         transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
         self.head = Head(tensors["weight"], tensors.get("bias"), transform)
-        self._shards = {
-            source: [
-                (
-                    safe_open(folder / shard["file"], framework="pt"),
-                    list(accumulate(shard["lengths"], initial=0)),
-                )
-                for shard in shards
+        self._files: dict[str, list[Any]] = {}
+        self._places: dict[str, list[tuple[int, slice]]] = {}  # shard and rows of each sequence
+        for source, shards in index["sources"].items():
+            self._files[source] = [safe_open(folder / s["file"], framework="pt") for s in shards]
+            self._places[source] = [
+                (i, slice(end - length, end))
+                for i, shard in enumerate(shards)
+                for length, end in zip(shard["lengths"], accumulate(shard["lengths"]), strict=True)
             ]
-            for source, shards in index["sources"].items()
-        }
-        self._firsts = {  # sequence with which each shard begins
-            source: list(accumulate((len(bounds) - 1 for _, bounds in shards), initial=0))
-            for source, shards in self._shards.items()
-        }
 
     @property
     def head_arguments(self) -> dict[str, Any]:
@@ -80,14 +74,9 @@ class ReferenceStates:
 
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
-        rows = [self._rows(source, index) for index in indices]
+        places = [self._places[source][index] for index in indices]
+        rows = [self._files[source][i].get_slice("hidden")[part] for i, part in places]
         return torch.cat(rows).to(self.device, non_blocking=True)
-
-    def _rows(self, source: str, index: int) -> Tensor:
-        shard = bisect_right(self._firsts[source], index) - 1
-        file, bounds = self._shards[source][shard]
-        place = index - self._firsts[source][shard]
-        return file.get_slice("hidden")[bounds[place] : bounds[place + 1]]
 
 
 def open_reference_states(
@@ -114,14 +103,17 @@ def open_reference_states(
     if folder is None:
         temporary = TemporaryFolder()
         folder = temporary.path / "reference"
-    made_from = fingerprint(lm, sources, positions)
+    made_from = {  # token ids stand for template and tokenizer
+        "model": model_fingerprint(lm.model),
+        "positions": positions,
+        "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
+    }
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent):  # another run may be making the same states
             if not folder.exists():
                 save_folder(
-                    folder,
-                    lambda path: _write(lm, sources, path, made_from, micro_batch_tokens),
+                    folder, lambda path: _write(lm, sources, path, made_from, micro_batch_tokens)
                 )
     return ReferenceStates(folder, _checked_index(folder, made_from), lm.device, temporary)
 
@@ -161,24 +153,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def fingerprint(
-    lm: CausalLM,
-    sources: Mapping[str, list[TokenizedExample]],
-    positions: Literal["answer", "all"],
-) -> dict[str, Any]:
-    """Returns what the states depend on; the token ids stand for template and tokenizer."""
-    return {
-        "model": model_fingerprint(lm.model),
-        "positions": positions,
-        "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
-    }
-
-
 def model_fingerprint(model: Any) -> str:
-    """Returns the SHA-256 of the config's non-default values and of all weights.
-
-    Names, dtypes and shapes of the weights count too.
-    """
+    """SHA-256 of the config's non-default values and of names, dtypes, shapes and weights."""
     digest = hashlib.sha256()
     config = {
         name: value
@@ -229,9 +205,7 @@ def _states(
     all_positions: bool,
     micro_batch_tokens: int,
 ) -> Iterator[Tensor]:  # (n, D) a sequence, in the order given
-    was_training = lm.model.training
-    lm.model.eval()
-    try:
+    with lm.evaluating():
         for batch in pack(sequences, micro_batch_tokens):
             states = lm.states(batch.to(lm.device))
             if not all_positions:
@@ -245,8 +219,6 @@ def _states(
             lengths = batch.lengths if all_positions else batch.answer_cu_seqlens.diff().tolist()
             rows = states.cpu().split(list(lengths))
             yield from (rows[i] for i in sorted(range(len(rows)), key=batch.indices.__getitem__))
-    finally:
-        lm.model.train(was_training)
 
 
 def _shards(states: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -25,7 +25,7 @@ from npo_fast.trainer.order import (
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, Sources, take_step
-from npo_fast.trainer.update import StepInBackward, Update, WholeStep
+from npo_fast.trainer.update import StepInBackward, Update
 
 
 def train(
@@ -55,14 +55,10 @@ def train(
             it can be saved after any step. None begins at step 0.
 
     Raises:
-        OutOfMemory: one sequence alone, or with ``step_in_backward`` one step, does not fit; the
-            weights are those of the last step.
-        PartialUpdateOutOfMemory: the optimizer's step does not fit, after some weights may have
-            changed.
-        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
-            step, and the message names the step and the samples.
-        PartialUpdateError: the same with ``step_in_backward`` and no clipping, after some weights
-            have changed.
+        OutOfMemory: one sequence, or with ``step_in_backward`` one step, does not fit.
+        NonFiniteError: a loss or gradient is NaN or infinite; the message names the samples.
+        PartialUpdateOutOfMemory, PartialUpdateError: the same, but some weights may have changed;
+            with the others the weights are those of the last step.
         UserError: settings that do not fit the model, the data or the device.
     """
     check_settings(lm, sources, terms, settings)
@@ -77,8 +73,8 @@ def train(
     optimizer = build_optimizer(
         model.parameters(), settings.optimizer, settings.lr, settings.weight_decay
     )
-    kind_of_update = StepInBackward if settings.step_in_backward else WholeStep
-    update: Update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
+    kind_of_update = StepInBackward if settings.step_in_backward else Update
+    update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, total))
     if settings.gradient_checkpointing:
@@ -104,10 +100,7 @@ def train(
             step=state.step + 1,
             steps=total,
             epoch=(state.step + 1) / per_epoch,
-            loss=result.loss,
-            terms=result.terms,
-            log_probs=result.log_probs,
-            grad_norm=result.grad_norm,
+            **vars(result),
             lr=lr,
             tokens=sum(len(s.input_ids) for sequences in batch.values() for s in sequences),
             micro_batch_tokens=state.micro_batch_tokens,
@@ -151,26 +144,24 @@ def reference_log_probs(
 ) -> dict[str, Tensor | list[Tensor]]:
     """Log-probs under the model as it is now, of the sources that a term compares with them.
 
-    One float a sequence, (S,), or where the loss wants them one a token, S tensors (n,): no
+    A number a sequence, (S,), or where the loss compares tokens a list of S tensors (n,). No
     reference model stays in memory while training.
     """
     references: dict[str, Tensor | list[Tensor]] = {}
-    was_training = lm.model.training
-    lm.model.eval()
     compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
-    for source, kind in kinds.items():
-        reference = [torch.empty(0)] * len(sources[source])
-        for batch in lm.micro_batches(sources[source], micro_batch_tokens):
-            log_probs = lm.log_probs(batch)
-            if kind == "sequence":
-                parts = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
-            else:
-                parts = log_probs.cpu().split(batch.answer_cu_seqlens.diff().tolist())
-            for i, part in zip(batch.indices, parts, strict=True):
-                reference[i] = part
-        references[source] = torch.stack(reference) if kind == "sequence" else reference
-    lm.model.train(was_training)
+    with lm.evaluating():
+        for source, kind in kinds.items():
+            reference = [torch.empty(0)] * len(sources[source])
+            for batch in lm.micro_batches(sources[source], micro_batch_tokens):
+                log_probs = lm.log_probs(batch)
+                if kind == "sequence":
+                    parts = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
+                else:
+                    parts = log_probs.cpu().split(batch.answer_cu_seqlens.diff().tolist())
+                for i, part in zip(batch.indices, parts, strict=True):
+                    reference[i] = part
+            references[source] = torch.stack(reference) if kind == "sequence" else reference
     return references
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from npo_fast.data import TokenizedExample
-from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory
+from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory, first_line
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.order import batch_keys
@@ -20,11 +20,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
-
-
-def first_line(error: BaseException) -> str:
-    """The reason that an error gives, without PyTorch's advice and traces below it."""
-    return str(error).partition("\n")[0]
 
 
 def smaller_micro_batches(

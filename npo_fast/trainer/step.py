@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, concatenate
+from npo_fast.errors import first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
@@ -20,7 +21,6 @@ from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import BatchKey, batch_keys, interleave
 from npo_fast.trainer.out_of_memory import (
-    first_line,
     is_out_of_memory,
     smaller_micro_batches,
     update_out_of_memory,
