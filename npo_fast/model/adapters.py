@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
 from npo_fast.errors import UserError, first_line
@@ -32,23 +33,19 @@ def check_libraries(quantize: Quantize, lora_rank: int) -> None:
     """
     if lora_rank < 0:
         raise UserError(f"lora_rank must be 0 (off) or more, got {lora_rank}")
-    wanted = [("peft", "LoRA")] if lora_rank else []
+    wanted = {"peft": "LoRA"} if lora_rank else {}
     if quantize == "4bit":
-        wanted += [("bitsandbytes", "--quantize 4bit"), ("accelerate", "--quantize 4bit")]
-    for library, use in wanted:
+        wanted |= dict.fromkeys(("bitsandbytes", "accelerate"), "--quantize 4bit")
+    for library, use in wanted.items():
         if find_spec(library) is None:
             raise UserError(f"{use} needs {library}: pip install {library}")
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
-    """How bitsandbytes loads QLoRA's weights: NF4 in blocks of 64, with quantised scales.
-
-    Products are in ``dtype``.
+    """QLoRA's 4 bits: NF4 in blocks of 64 with quantised scales, and products in ``dtype``.
 
     Source: QLoRA (arXiv 2305.14314).
     """
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -82,8 +79,7 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    for parameter in model.parameters():  # a 4-bit model's norms and head would train otherwise
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)  # a 4-bit model's norms and head would train otherwise
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -91,8 +87,7 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)
-    folder = Path(base)
-    config.base_model_name_or_path = str(folder.resolve()) if folder.exists() else base
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     return adapted.eval()
 
 
@@ -136,11 +131,7 @@ def merge_adapter(lm: CausalLM) -> None:
 
 
 def write_weights(lm: CausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes the model, or its adapter alone.
-
-    Args:
-        weights: gathered ones, where those of the model are sharded.
-    """
+    """Writes the model, or its adapter alone; ``weights`` are the gathered ones of a shard."""
     with lm.generating() as model:  # so that config.json names the model's own attention
         model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
         if lm.adapted:

@@ -57,8 +57,7 @@ class CausalLM:
                 "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
-        text_config = model.config.get_text_config()
-        self.transform = _transform(text_config)
+        self.transform = _transform(model.config.get_text_config())
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
         self.native_attention = native_attention(model)
@@ -100,29 +99,21 @@ class CausalLM:
         return min(self.head.weight.shape[0], embedding.shape[0])
 
     @property
-    def head_arguments(self) -> dict[str, Any]:
-        """``weight``, ``bias`` and the fields of ``transform`` as the operators take them.
-
-        Where processes share the model: this one's slice of them, which ``vocabulary`` describes.
-        """
+    def linear_head(self) -> Head:
+        """The head, or this process's slice of it, for code that makes logits a chunk at a time."""
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
-        sliced = {}
         if self.vocabulary_slice is not None:
-            sliced = {"vocabulary": self.vocabulary_slice}
             weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-        return {
-            "weight": weight,
-            "bias": bias,
-            **self.transform._asdict(),
-            **sliced,
-        }
+        return local_head(weight, bias, self.transform, self.vocabulary_slice)
 
     @property
-    def linear_head(self) -> Head:
-        """``head_arguments`` as one object, for code that makes logits a chunk at a time."""
-        arguments = self.head_arguments
-        weight, bias = arguments["weight"], arguments["bias"]
-        return local_head(weight, bias, self.transform, self.vocabulary_slice)
+    def head_arguments(self) -> dict[str, Any]:
+        """``linear_head`` as the operators take it; of a slice, ``vocabulary`` says which."""
+        head = self.linear_head
+        arguments = {"weight": head.weight, "bias": head.bias, **head.transform._asdict()}
+        if self.vocabulary_slice is not None:
+            arguments["vocabulary"] = self.vocabulary_slice
+        return arguments
 
     @property
     def world_size(self) -> int:
@@ -177,7 +168,7 @@ class CausalLM:
         Raises:
             UserError: the model does not know how.
         """
-        # the first is its name since transformers 5
+        # this name is new in transformers 5
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable
         try:

@@ -32,8 +32,7 @@ def smaller_micro_batches(
 ) -> int:
     """Tokens of the micro-batches with which a step that did not fit can be tried again.
 
-    Half of what the largest micro-batch of the step had, but never less than its longest sequence,
-    or pair of sequences.
+    Half of what the largest micro-batch had, but no less than the longest sequence or pair.
 
     Raises:
         OutOfMemory: the micro-batch was one sequence already, or the step must stay one
