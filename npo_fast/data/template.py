@@ -99,15 +99,11 @@ class Template:
         truncated = 0
         for index, record in enumerate(records):
             sequence = self.encode(record, index)
-            truncated += self._is_cut(record, sequence)
             sequences.append(sequence)
+            if len(sequence.input_ids) == self.max_length:
+                answer = self.answer_ids(record, record.answer)
+                truncated += sequence.answer_length < len(answer)
         return sequences, truncated
-
-    def _is_cut(self, record: Record, sequence: TokenizedExample) -> bool:
-        if len(sequence.input_ids) < self.max_length:
-            return False
-        answer = self.answer_ids(record, record.answer)
-        return sequence.answer_length < len(answer)
 
     def _chat(self, record: Record, answer: str | None) -> list[int]:
         messages = [{"role": role, "content": content} for role, content in record.messages]
