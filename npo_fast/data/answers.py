@@ -9,9 +9,7 @@ from npo_fast.data.records import Record, load_records
 from npo_fast.errors import UserError
 
 TOFU_REFUSALS = "idontknow.jsonl"
-REFUSALS = tuple(
-    Path(__file__).with_name("refusals.txt").read_text(encoding="utf-8").splitlines()
-)
+REFUSALS = tuple(Path(__file__).with_name("refusals.txt").read_text(encoding="utf-8").splitlines())
 
 
 def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[str, ...]:

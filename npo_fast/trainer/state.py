@@ -57,13 +57,12 @@ class TrainState:
 
         Every process has to call ``writer``, the main one alone what it returns.
         """
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
         content = {
             "format": FORMAT,
             "step": self.step,
             "micro_batch_tokens": self.micro_batch_tokens,
-            "parts": gather_state_dict(
-                {name: part.state_dict() for name, part in self._parts.items()}
-            ),
+            "parts": gather_state_dict(parts),
             "random": random_state(self._device),
         }
         return lambda folder: save_tensors({**content, "bytes": _sizes(folder)}, folder / STATE)
@@ -78,11 +77,11 @@ class TrainState:
         saved = load_tensors(folder / STATE)
         if saved.get("format") != FORMAT:
             raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
-        state = cls(saved["step"], saved["micro_batch_tokens"])
         sizes = _sizes(folder)
         for name, size in saved["bytes"].items():
             if sizes.get(name) != size:
                 raise DamagedError(f"{name} has {sizes.get(name, 0)} bytes, not {size}")
+        state = cls(saved["step"], saved["micro_batch_tokens"])
         state._saved = saved
         return state
 

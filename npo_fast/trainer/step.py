@@ -106,13 +106,9 @@ def accumulate_gradients(
 
     Returns the value of each term and the mean log-prob of a sequence of each source.
     """
-    baselines = {term.baseline for term in terms if term.baseline is not None}
-    terms = with_baselines(
-        lm,
-        terms,
-        {name: lm.micro_batches(batch[name], micro_batch_tokens) for name in baselines},
-        references,
-    )
+    baselines: set[str] = {term.baseline for term in terms if term.baseline is not None}
+    of_baselines = {name: lm.micro_batches(batch[name], micro_batch_tokens) for name in baselines}
+    terms = with_baselines(lm, terms, of_baselines, references)
     counts = {term.name: count(term, batch) for term in terms}
     micro_batches = [
         (key, micro)
