@@ -101,17 +101,25 @@ def parse_record(row: Any, where: str) -> Record:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "messages" in row:
-        return _from_messages(row, where)
-    for prompt_key, answer_key in (("question", "answer"), ("prompt", "completion")):
-        if prompt_key in row or answer_key in row:
-            prompt, answer = _text(row, prompt_key, where), _text(row, answer_key, where)
-            return Record((("user", prompt),), answer, *_other_answers(row, where))
-    raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
+        messages, answer = _split_messages(row["messages"], where)
+    else:
+        pairs = (("question", "answer"), ("prompt", "completion"))
+        keys = next((pair for pair in pairs if row.keys() & {*pair}), None)
+        if keys is None:
+            raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
+        prompt, answer = (_text(row, key, where) for key in keys)
+        messages = (("user", prompt),)
+    paraphrases = _texts(row, "paraphrased_answer", where)
+    if len(paraphrases) > 1:
+        raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
+    wrong, alternates = (_texts(row, key, where) for key in ("perturbed_answer", "alternate"))
+    return Record(messages, answer, next(iter(paraphrases), None), wrong, alternates)
 
 
-def _from_messages(row: dict[str, Any], where: str) -> Record:
+def _split_messages(messages: Any, where: str) -> tuple[tuple[tuple[str, str], ...], str]:
+    """The messages up to the answer, and the answer."""
     try:
-        turns = tuple((m["role"], m["content"]) for m in row["messages"])
+        turns = tuple((m["role"], m["content"]) for m in messages)
     except (TypeError, KeyError) as error:
         raise UserError(f'{where}: "messages" must be a list of {{"role", "content"}}') from error
     roles = [role for role, _ in turns]
@@ -123,18 +131,7 @@ def _from_messages(row: dict[str, Any], where: str) -> Record:
     for _, content in turns:
         if not isinstance(content, str):
             raise UserError(f'{where}: "content" must be a text, got {content!r}')
-    answer = _text({"content": turns[-1][1]}, "content", where)
-    return Record(turns[:-1], answer, *_other_answers(row, where))
-
-
-def _other_answers(
-    row: dict[str, Any], where: str
-) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:  # paraphrased, wrong, alternate
-    paraphrases = _texts(row, "paraphrased_answer", where)
-    if len(paraphrases) > 1:
-        raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
-    wrong, alternates = (_texts(row, key, where) for key in ("perturbed_answer", "alternate"))
-    return (paraphrases[0] if paraphrases else None), wrong, alternates
+    return turns[:-1], _text({"content": turns[-1][1]}, "content", where)
 
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -123,11 +123,7 @@ class Template:
 
 
 def check_vocabulary(sources: Mapping[str, list[TokenizedExample]], vocabulary: int) -> None:
-    """Refuses token ids outside of the model's vocabulary.
-
-    Raises:
-        UserError: such an id; the tokenizer belongs to another model.
-    """
+    """Raises ``UserError`` for token ids outside of the model's vocabulary."""
     for source, sequences in sources.items():
         for sequence in sequences:
             if (largest := max(sequence.input_ids)) >= vocabulary:

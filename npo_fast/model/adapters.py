@@ -26,11 +26,7 @@ ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
 
 
 def check_libraries(quantize: Quantize, lora_rank: int) -> None:
-    """Refuses LoRA or quantisation whose libraries are missing.
-
-    Raises:
-        UserError: a library that these need is not installed, or the rank is negative.
-    """
+    """Raises ``UserError`` for a missing library of LoRA or quantisation, or a negative rank."""
     if lora_rank < 0:
         raise UserError(f"lora_rank must be 0 (off) or more, got {lora_rank}")
     wanted = {"peft": "LoRA"} if lora_rank else {}
@@ -70,10 +66,8 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
     """``W x + (alpha / rank) B A x`` in every linear layer but the LM head; only A, B train.
 
     A is drawn from a fixed seed and B is 0, so that the model is the same to the bit until the
-    first step: reference log-probs of before training need no copy of it. Both are fp32.
-
-    Args:
-        base: what the adapter will name as its base model.
+    first step: reference log-probs of before training need no copy of it. Both are fp32. The
+    adapter names ``base`` as its base model.
 
     Source: LoRA (arXiv 2106.09685) equation 3.
     """
@@ -92,11 +86,7 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
 
 
 def adapter_base(folder: Path) -> str:
-    """The model that the adapter in this folder belongs to.
-
-    Raises:
-        UserError: the adapter does not name it.
-    """
+    """The model that the adapter in this folder belongs to; ``UserError`` where it names none."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:

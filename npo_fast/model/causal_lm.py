@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
-from npo_fast.model.choice import Demands, attentions, demands_of, machine_of, varlen_obstacle
+from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
 from npo_fast.model.hf_attention import (
     boundary_arguments,
     class_name,
@@ -33,8 +33,8 @@ class CausalLM:
     """Decoder and head of a Hugging Face model.
 
     Where several processes share the model (``npo_fast.model.sharding``), each runs its own
-    sequences through the decoder, and all see the answer rows of all of them: the methods below
-    do what that takes, so that their callers need not know.
+    sequences through the decoder and sees the answer rows of all of them. The methods below do
+    what that takes, and their callers need not know.
 
     Args:
         model: a Hugging Face causal language model.
@@ -198,22 +198,21 @@ class CausalLM:
     @contextmanager
     def generating(self) -> Iterator[Any]:
         """The model with its own attention and in evaluation mode: what ``generate`` expects."""
-        attention = self.model.config._attn_implementation
-        with self.evaluating():
-            set_attention(self.model, self.native_attention)
-            try:
-                yield self.model
-            finally:
-                set_attention(self.model, attention)
+        before = self.model.config._attn_implementation
+        with self.evaluating(), self._with_attention(self.native_attention, before):
+            yield self.model
+
+    def packing(self) -> AbstractContextManager[None]:
+        """Inside, the model has the attention for packs; afterwards its own again."""
+        return self._with_attention(self.attention, self.native_attention)
 
     @contextmanager
-    def packing(self) -> Iterator[None]:
-        """Inside, the model has the attention for packs; afterwards its own again."""
-        set_attention(self.model, self.attention)
+    def _with_attention(self, inside: str, afterwards: str) -> Iterator[None]:
+        set_attention(self.model, inside)
         try:
             yield
         finally:
-            set_attention(self.model, self.native_attention)
+            set_attention(self.model, afterwards)
 
     def choose_attention(self, attention: str) -> None:
         """Sets the attention by its transformers name, or "auto" as ``load_model`` has it.
@@ -221,11 +220,16 @@ class CausalLM:
         Raises:
             UserError: the model or the device cannot take it.
         """
-        if attention == "auto":
-            attention = self._best_attention()
-        elif attention == VARLEN_ATTENTION:
-            why = varlen_obstacle(machine_of(self.device), self.dtype, self._demands())
-            if why is not None:
+        if attention == "auto" and PACKED_ATTENTION in self.unfit:  # it asks least of a model
+            attention = self.native_attention
+        elif attention in ("auto", VARLEN_ATTENTION):
+            machine = machine_of(self.device)
+            demands = demands_of(self.decoder, self.model.config.get_text_config())
+            if attention == "auto":
+                packages = self.model._supports_flash_attn
+                serving = attentions(machine, self.dtype, demands, packages)
+                attention = next(name for name in serving if name not in self.unfit)
+            elif why := varlen_obstacle(machine, self.dtype, demands):
                 raise UserError(f"attention {attention} cannot run here: {why}")
         if not set_attention(self.model, attention):
             self.packs = False
@@ -237,33 +241,16 @@ class CausalLM:
             attention = self.native_attention
         self.attention = attention
 
-    def _best_attention(self) -> str:
-        if PACKED_ATTENTION in self.unfit:  # the one that asks least of a model
-            return self.native_attention
-        packages = self.model._supports_flash_attn
-        serving = attentions(machine_of(self.device), self.dtype, self._demands(), packages)
-        return next(attention for attention in serving if attention not in self.unfit)
-
-    def _demands(self) -> Demands:
-        return demands_of(self.decoder, self.model.config.get_text_config())
-
     def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
-        inputs = {
-            "input_ids": batch.input_ids[None],
-            "use_cache": False,
-            **boundary_arguments(self.attention, batch, self.packs),
-        }
+        inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
+        inputs |= boundary_arguments(self.attention, batch, self.packs)
         if self.wrapper is None:
             return self.decoder(**inputs).last_hidden_state[0]
-        caught: list[Tensor] = []
-        hook = self.decoder.register_forward_hook(
-            lambda _module, _inputs, out: caught.append(out.last_hidden_state)
-        )
-        try:  # one row of logits, so that the head too is part of what the wrapper returns
+        caught: list[Any] = []
+        with self.decoder.register_forward_hook(lambda _module, _inputs, out: caught.append(out)):
+            # one row of logits, so that the head too is part of what the wrapper returns
             self.wrapper(**inputs, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return caught[0][0]
+        return caught[0].last_hidden_state[0]
 
 
 def _decoder(model: Any) -> Any:

@@ -117,12 +117,9 @@ def flash_version(machine: Machine, dtype: torch.dtype, demands: Demands) -> int
     """The installed version of FlashAttention that serves best; None where none does."""
     if dtype not in HALF or demands.sinks:  # 2 has no sinks, the others differ in them
         return None
-    if machine.amd:
-        versions: tuple[int, ...] = (2,)
-    elif machine.capability is not None and machine.capability >= FLASH_CAPABILITY:
+    versions: tuple[int, ...] = (2,) if machine.amd else ()
+    if machine.capability is not None and machine.capability >= FLASH_CAPABILITY:
         versions = FLASH_VERSIONS.get(machine.capability[0], (2,))
-    else:
-        return None
     serving = (v for v in versions if v in machine.flash and _flash_serves(v, machine, demands))
     return next(serving, None)
 
@@ -130,11 +127,11 @@ def flash_version(machine: Machine, dtype: torch.dtype, demands: Demands) -> int
 def _flash_serves(version: int, machine: Machine, demands: Demands) -> bool:
     if demands.dropout and version > 2:  # later versions leave it out
         return False
-    if version == 4 and demands.softcap:  # not every release has it in the backward
-        return False
-    blackwell = machine.capability is not None and machine.capability[0] > 9
-    if version == 4 and blackwell and max(demands.head_dims, default=0) > WIDEST_FLASH_4:
-        return False
+    if version == 4:
+        blackwell = machine.capability is not None and machine.capability[0] > 9
+        too_wide = blackwell and max(demands.head_dims, default=0) > WIDEST_FLASH_4
+        if too_wide or demands.softcap:  # not every release has a softcap in the backward
+            return False
     return all(head_dim_fits(head_dim) for head_dim in demands.head_dims)
 
 

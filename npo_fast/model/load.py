@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.adapters import (
@@ -75,8 +76,6 @@ def load_model(
 
 
 def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
-    from transformers import AutoModelForCausalLM
-
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file():
         is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
@@ -89,24 +88,18 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize:
         if is_gguf:
             raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
         arguments |= {"device_map": {"": device}, "quantization_config": nf4_config(dtype)}
-        return keep_4bit_layout(_load(AutoModelForCausalLM, name, **arguments))
-    model = _load(AutoModelForCausalLM, name, **arguments)
+        return keep_4bit_layout(_load(transformers.AutoModelForCausalLM, name, **arguments))
+    model = _load(transformers.AutoModelForCausalLM, name, **arguments)
     return (_dequantised(model) if is_gguf else model).to(device)
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a model: a name as ``load_model`` takes it, or a config.json alone.
-
-    Raises:
-        UserError: nothing there, or not a configuration that transformers knows.
-    """
-    from transformers import AutoConfig
-
+    """The configuration of a model: a name as ``load_model`` takes it, or a config.json alone."""
     is_file = name.endswith(".json")
     if is_file and not Path(name).is_file():
         raise UserError(f"no configuration file {name!r}")
     source = {"pretrained_model_name_or_path": name} if is_file else _source(name)
-    return _load(AutoConfig, name, **source)
+    return _load(transformers.AutoConfig, name, **source)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -115,12 +108,10 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: nothing there, or no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    tokenizer = _load(AutoTokenizer, name, **_source(name))
+    tokenizer = _load(transformers.AutoTokenizer, name, **_source(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
     if tokenizer.pad_token_id is None:

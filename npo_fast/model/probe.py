@@ -73,7 +73,7 @@ def _probe(lm: Any, any_attention: bool) -> None:
 
 
 def _pack_of_two(lm: Any, first: list[int], second: list[int]) -> PackedBatch:
-    sequences = [TokenizedExample(tuple(first), 1, 0), TokenizedExample(tuple(second), 1, 1)]
+    sequences = [TokenizedExample(tuple(ids), 1, i) for i, ids in enumerate((first, second))]
     (batch,) = pack(sequences, max_tokens=len(first) + len(second))
     assert batch.indices == (0, 1)
     return batch.to(lm.device)

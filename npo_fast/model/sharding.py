@@ -6,7 +6,6 @@ the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.v
 """
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
@@ -77,20 +77,14 @@ def gather_state_dict(state: Any) -> Any:
     """
     gathered: dict[int, Tensor] = {}  # by id: tied weights stay one tensor
 
-    def gather(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: gather(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [gather(item) for item in value]
-        if isinstance(value, DTensor):
-            if id(value) not in gathered:
-                full = value.full_tensor().detach()
-                full = full.cpu() if is_main_process() else full.new_empty(0, device="cpu")
-                gathered[id(value)] = full
-            return gathered[id(value)]
-        return value
+    def gather(value: DTensor) -> Tensor:
+        if id(value) not in gathered:
+            full = value.full_tensor().detach()
+            full = full.cpu() if is_main_process() else full.new_empty(0, device="cpu")
+            gathered[id(value)] = full
+        return gathered[id(value)]
 
-    return gather(state)
+    return tree_map_only(DTensor, gather, state)
 
 
 def sharded_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -17,11 +17,7 @@ Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 
 def check_optimizer(name: Optimizer) -> None:
-    """Imports the library of an optimizer, which reading its states from a checkpoint needs too.
-
-    Raises:
-        UserError: the library is not installed.
-    """
+    """Imports the library of an optimizer, or raises ``UserError``; reading states needs it too."""
     if name == "adamw":
         return
     if find_spec("torchao") is None:

@@ -77,11 +77,7 @@ def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
 def check_step_in_backward(
     sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
 ) -> None:
-    """Refuses steps that are not one micro-batch.
-
-    Raises:
-        UserError: a step has more tokens than a micro-batch may.
-    """
+    """Raises ``UserError`` where a step has more tokens than a micro-batch may."""
     sources = {name: sources[name] for term in terms for name in term.reads}
     batches = step_batches(
         sources, primary_sources(sources), settings.batch_size, settings.epochs, settings.seed

@@ -58,11 +58,7 @@ class TrainSettings:
 
 
 def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:
-    """Refuses for several processes what only one can do.
-
-    Raises:
-        UserError: such a setting or term.
-    """
+    """Raises ``UserError`` where several processes are to do what only one can do."""
     if world_size == 1:
         return
     refused = {
