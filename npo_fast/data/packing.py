@@ -75,10 +75,11 @@ def micro_batches(
     units = list(_units(sequences, group))
     dealt: list[list[TokenizedExample]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
-    for unit in sorted(units, key=_tokens, reverse=True):  # the longest first: they even out
+    # the longest first: they even out
+    for unit in sorted(units, key=lambda unit: sum(_lengths(unit)), reverse=True):
         least = tokens.index(min(tokens))
         dealt[least] += unit
-        tokens[least] += _tokens(unit)
+        tokens[least] += sum(_lengths(unit))
     batches = []
     packs_by_rank = (_split(share, max_tokens, group) for share in dealt)
     for packs in zip_longest(*packs_by_rank, fillvalue=()):
@@ -112,11 +113,12 @@ def _split(
     batch: list[tuple[TokenizedExample, ...]] = []
     tokens = 0
     for unit in _units(sequences, group):
-        if batch and tokens + _tokens(unit) > max_tokens:
+        length = sum(_lengths(unit))
+        if batch and tokens + length > max_tokens:
             yield _flat(batch)
             batch, tokens = [], 0
         batch.append(unit)
-        tokens += _tokens(unit)
+        tokens += length
     if batch:
         yield _flat(batch)
 
@@ -134,10 +136,6 @@ def _flat(units: list[tuple[TokenizedExample, ...]]) -> list[TokenizedExample]:
 
 def _lengths(examples: Iterable[TokenizedExample]) -> list[int]:
     return [len(example.input_ids) for example in examples]
-
-
-def _tokens(examples: Iterable[TokenizedExample]) -> int:
-    return sum(_lengths(examples))
 
 
 def _collate(examples: Sequence[TokenizedExample]) -> PackedBatch:

@@ -93,11 +93,7 @@ def describe(source: Records | None) -> str:
 
 
 def parse_record(row: Any, where: str) -> Record:
-    """A record from a JSON object in one of the three forms.
-
-    Raises:
-        UserError: another form; the message begins with ``where``.
-    """
+    """A record from a JSON object in one of the three forms; errors begin with ``where``."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "messages" in row:

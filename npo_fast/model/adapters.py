@@ -38,10 +38,7 @@ def check_libraries(quantize: Quantize, lora_rank: int) -> None:
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
-    """QLoRA's 4 bits: NF4 in blocks of 64 with quantised scales, and products in ``dtype``.
-
-    Source: QLoRA (arXiv 2305.14314).
-    """
+    """QLoRA's 4 bits (arXiv 2305.14314): NF4 in blocks of 64, with quantised scales."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -95,11 +92,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """The base model with the adapter merged into it; beside 4-bit weights it stays apart.
-
-    Raises:
-        UserError: peft is not installed, or the adapter does not fit.
-    """
+    """The base model with the adapter merged into it; beside 4-bit weights it stays apart."""
     if find_spec("peft") is None:
         raise UserError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft")
     from peft import PeftModel

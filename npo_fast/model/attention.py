@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 
 NAME = "npo_fast_packed"
 
@@ -52,6 +52,23 @@ def packed_attention(
         q, k, v = (x.unflatten(1, block).transpose(0, 1) for x in part)
         out.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))
     return torch.cat(out).unsqueeze(0), None
+
+
+def set_attention(model: Any, attention: str) -> bool:
+    """Whether the model takes this attention; ``UserError`` where transformers refuses it."""
+    if model.config._attn_implementation != attention:
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"{class_name(model)} cannot take attention {attention}: {first_line(error)}"
+            ) from error
+    return model.config._attn_implementation == attention
+
+
+def class_name(model: Any) -> str:
+    """The class of the model, under an adapter too."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
 def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) -> None:

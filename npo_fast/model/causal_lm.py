@@ -13,13 +13,8 @@ from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
+from npo_fast.model.attention import class_name, set_attention
 from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
-from npo_fast.model.hf_attention import (
-    boundary_arguments,
-    class_name,
-    native_attention,
-    set_attention,
-)
 from npo_fast.model.probe import run_probe
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops.head import Head
@@ -60,7 +55,7 @@ class CausalLM:
         self.transform = _transform(model.config.get_text_config())
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
-        self.native_attention = native_attention(model)
+        self.native_attention = _native_attention(model)
         self.packs = True  # else sequences run one at a time
         self.unfit: set[str] = set()  # attentions that "auto" does not take again
         self.choose_attention(attention)
@@ -163,11 +158,7 @@ class CausalLM:
         return linear_log_probs(hidden, labels=labels, **self.head_arguments)
 
     def recompute_activations(self) -> None:
-        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again.
-
-        Raises:
-            UserError: the model does not know how.
-        """
+        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again."""
         # this name is new in transformers 5
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable
@@ -215,11 +206,7 @@ class CausalLM:
             set_attention(self.model, afterwards)
 
     def choose_attention(self, attention: str) -> None:
-        """Sets the attention by its transformers name, or "auto" as ``load_model`` has it.
-
-        Raises:
-            UserError: the model or the device cannot take it.
-        """
+        """Sets the attention by its transformers name, or "auto" as ``load_model`` has it."""
         if attention == "auto" and PACKED_ATTENTION in self.unfit:  # it asks least of a model
             attention = self.native_attention
         elif attention in ("auto", VARLEN_ATTENTION):
@@ -243,7 +230,7 @@ class CausalLM:
 
     def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
         inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
-        inputs |= boundary_arguments(self.attention, batch, self.packs)
+        inputs |= _boundary_arguments(self.attention, batch, self.packs)
         if self.wrapper is None:
             return self.decoder(**inputs).last_hidden_state[0]
         caught: list[Any] = []
@@ -251,6 +238,36 @@ class CausalLM:
             # one row of logits, so that the head too is part of what the wrapper returns
             self.wrapper(**inputs, logits_to_keep=1)
         return caught[0].last_hidden_state[0]
+
+
+def _native_attention(model: Any) -> str:
+    """The attention that transformers chose for the model.
+
+    A configuration that another ``CausalLM`` shares may name one of ours instead.
+    """
+    chosen = model.config._attn_implementation or "eager"
+    if chosen not in (PACKED_ATTENTION, VARLEN_ATTENTION):
+        return chosen
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict[str, Any]:
+    """What tells ``attention`` where sequences end: arguments of the decoder.
+
+    Of a model that does not take ``packs``, the batch is a single sequence.
+    """
+    arguments: dict[str, Any] = {}
+    if packs:  # for attentions not named here, transformers makes the mask from the position ids
+        arguments["position_ids"] = batch.position_ids[None]
+    if packs and attention == PACKED_ATTENTION:
+        arguments["sequence_lengths"] = batch.lengths
+    if "flash" in attention or (
+        packs and attention == VARLEN_ATTENTION
+    ):  # any version, or one of the hub
+        longest = max(batch.lengths)
+        arguments |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    return arguments
 
 
 def _decoder(model: Any) -> Any:

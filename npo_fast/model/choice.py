@@ -99,13 +99,12 @@ def _dropout(module: Any) -> float:
 
 
 def attentions(
-    machine: Machine, dtype: torch.dtype, demands: Demands, flash: bool = True
+    machine: Machine,
+    dtype: torch.dtype,
+    demands: Demands,
+    flash: bool = True,  # whether the model takes the FlashAttention packages
 ) -> Iterator[str]:
-    """The attentions that serve a model, the fastest first.
-
-    Args:
-        flash: whether the model takes the FlashAttention packages.
-    """
+    """The attentions that serve a model, the fastest first."""
     if flash and (version := flash_version(machine, dtype, demands)) is not None:
         yield f"flash_attention_{version}"
     if varlen_obstacle(machine, dtype, demands) is None:

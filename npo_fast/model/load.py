@@ -103,11 +103,7 @@ def load_config(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token for generation.
-
-    Raises:
-        UserError: nothing there, or no end-of-sequence token.
-    """
+    """The tokenizer of a model by a name as ``load_model`` takes it, with a padding token."""
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))

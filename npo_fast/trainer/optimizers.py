@@ -30,11 +30,7 @@ def check_optimizer(name: Optimizer) -> None:
 
 
 def trainable_parameters(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
-    """Those that require a gradient, if the optimizer can train them.
-
-    Raises:
-        UserError: there are none, none that the optimizer is for, or fp16 ones.
-    """
+    """Those that require a gradient; ``UserError`` where the optimizer cannot train them."""
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise UserError("no weight of this model can be trained: add --lora-rank 16")

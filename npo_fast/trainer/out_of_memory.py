@@ -64,11 +64,7 @@ def smaller_micro_batches(
 
 
 def update_out_of_memory(step: int, error: BaseException, started: bool) -> OutOfMemory:
-    """What to raise where ``Update.apply`` does not fit.
-
-    Args:
-        started: whether weights or the optimizer's states may have changed.
-    """
+    """What to raise where ``Update.apply`` does not fit, before or after it ``started``."""
     if not started:
         return OutOfMemory(_whole_step_message(step, first_line(error), " in the backward"))
     return PartialUpdateOutOfMemory(

@@ -38,8 +38,7 @@ class TrainState:
     def attach(self, device: torch.device, alone: bool = True, **parts: Any) -> None:
         """Names what will be saved, and restores it where this state was loaded.
 
-        Args:
-            alone: False for one of several processes, whose random numbers are not restored.
+        Random numbers are restored for a process ``alone``, not for one of several.
         """
         self._parts, self._device = parts, device
         if self._saved:
@@ -69,11 +68,7 @@ class TrainState:
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """Reads ``state.pt``, and checks the sizes of the files beside it.
-
-        Raises:
-            DamagedError: it cannot be read, or a file has another size now.
-        """
+        """Reads ``state.pt``; ``DamagedError`` where that or a file beside it is not as written."""
         saved = load_tensors(folder / STATE)
         if saved.get("format") != FORMAT:
             raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
@@ -87,26 +82,18 @@ class TrainState:
 
 
 def save_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """Writes a file that ``load_tensors`` reads.
-
-    Raises:
-        OSError: such as a full disk, which ``torch.save`` would report as a RuntimeError.
-    """
+    """Writes a file that ``load_tensors`` reads; a full disk is an ``OSError`` as elsewhere."""
     try:
         with file.open("wb") as stream:
             torch.save(dict(content), stream)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
+        if isinstance(error.__context__, OSError):  # torch.save may cover it with its own error
             raise error.__context__ from None
         raise
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
-    """Reads what ``save_tensors`` wrote, to CPU memory.
-
-    Raises:
-        DamagedError: there is no such file, or it is not what ``torch.save`` wrote.
-    """
+    """Reads what ``save_tensors`` wrote, to CPU memory; ``DamagedError`` where it cannot."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -117,13 +118,10 @@ class StepInBackward(Update):
             use(parameter, norms[-1])
             parameter.grad = None
 
-        parameters = parameters_of(self.optimizer)
-        hooks = [p.register_post_accumulate_grad_hook(completed) for p in parameters]
-        try:
+        with ExitStack() as hooks:
+            for parameter in parameters_of(self.optimizer):
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(completed))
             loss.backward(retain_graph=retain_graph)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _step(self, parameter: Parameter, scale: float = 1.0) -> None:
