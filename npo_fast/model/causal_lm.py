@@ -261,9 +261,8 @@ def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict
         arguments["position_ids"] = batch.position_ids[None]
     if packs and attention == PACKED_ATTENTION:
         arguments["sequence_lengths"] = batch.lengths
-    if "flash" in attention or (
-        packs and attention == VARLEN_ATTENTION
-    ):  # any version, or one of the hub
+    # "flash": of any version, or a kernel of the hub
+    if "flash" in attention or (packs and attention == VARLEN_ATTENTION):
         longest = max(batch.lengths)
         arguments |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
         arguments |= {"max_length_q": longest, "max_length_k": longest}

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
@@ -55,15 +55,13 @@ class ReferenceStates:
         tensors = load_file(folder / HEAD, device=str(device))
         transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
         self.head = Head(tensors["weight"], tensors.get("bias"), transform)
-        self._files: dict[str, list[Any]] = {}
-        self._places: dict[str, list[tuple[int, slice]]] = {}  # shard and rows of each sequence
+        self._places: dict[str, list[tuple[Any, slice]]] = {}  # file and rows of each sequence
         for source, shards in index["sources"].items():
-            self._files[source] = [safe_open(folder / s["file"], framework="pt") for s in shards]
-            self._places[source] = [
-                (i, slice(end - length, end))
-                for i, shard in enumerate(shards)
-                for length, end in zip(shard["lengths"], accumulate(shard["lengths"]), strict=True)
-            ]
+            self._places[source] = []
+            for shard in shards:
+                file = safe_open(folder / shard["file"], framework="pt")
+                bounds = accumulate(shard["lengths"], initial=0)
+                self._places[source] += [(file, slice(*pair)) for pair in pairwise(bounds)]
 
     @property
     def head_arguments(self) -> dict[str, Any]:
@@ -75,7 +73,7 @@ class ReferenceStates:
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
         places = [self._places[source][index] for index in indices]
-        rows = [self._files[source][i].get_slice("hidden")[part] for i, part in places]
+        rows = [file.get_slice("hidden")[part] for file, part in places]
         return torch.cat(rows).to(self.device, non_blocking=True)
 
 
