@@ -85,10 +85,10 @@ def micro_batches(
     for packs in zip_longest(*packs_by_rank, fillvalue=()):
         batch = _collate(packs[rank] or units[0])
         answers = _collate([example for examples in packs for example in examples])
-        shared = {name: getattr(answers, name) for name in _SHARED}
+        of_all = {name: getattr(answers, name) for name in _SHARED}
         rows = batch.rows if packs[rank] else batch.rows[:0]
         rows_by_rank = tuple(sum(e.answer_length for e in examples) for examples in packs)
-        batches.append(replace(batch, rows=rows, rows_by_rank=rows_by_rank, **shared))
+        batches.append(replace(batch, rows=rows, rows_by_rank=rows_by_rank, **of_all))
     return batches
 
 

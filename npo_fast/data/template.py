@@ -25,6 +25,9 @@ class TokenizedExample:
         return len(self.input_ids) - self.prompt_length
 
 
+Sources = Mapping[str, list[TokenizedExample]]  # tokenised data by name: "forget", "retain", …
+
+
 class Template:
     """Turns records into token ids.
 
@@ -122,7 +125,7 @@ class Template:
         return [*ids, end]
 
 
-def check_vocabulary(sources: Mapping[str, list[TokenizedExample]], vocabulary: int) -> None:
+def check_vocabulary(sources: Sources, vocabulary: int) -> None:
     """Raises ``UserError`` for token ids outside of the model's vocabulary."""
     for source, sequences in sources.items():
         for sequence in sequences:

@@ -72,10 +72,7 @@ def class_name(model: Any) -> str:
 
 
 def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) -> None:
-    """Raises ``UserError`` where ``longest`` tokens exceed a window that only the mask would keep.
-
-    No mask is made for these attentions.
-    """
+    """Raises ``UserError`` for more tokens than a window that a layer keeps in the mask alone."""
     config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)

@@ -123,10 +123,7 @@ class CausalLM:
     def micro_batches(
         self, sequences: Iterable[TokenizedExample], max_tokens: int, group: int = 1
     ) -> list[PackedBatch]:
-        """What goes through the model at a time, on its device; see ``npo_fast.data``.
-
-        Processes that share the model each get their own sequences, with the answers of all.
-        """
+        """What goes through the model at a time, on its device; see ``npo_fast.data``."""
         batches = micro_batches(sequences, max_tokens, group, self.world_size, self.rank)
         return [batch.to(self.device) for batch in batches]
 
@@ -241,14 +238,11 @@ class CausalLM:
 
 
 def _native_attention(model: Any) -> str:
-    """The attention that transformers chose for the model.
-
-    A configuration that another ``CausalLM`` shares may name one of ours instead.
-    """
+    """The attention that transformers chose for the model."""
     chosen = model.config._attn_implementation or "eager"
-    if chosen not in (PACKED_ATTENTION, VARLEN_ATTENTION):
-        return chosen
-    return "sdpa" if model._supports_sdpa else "eager"
+    if chosen in (PACKED_ATTENTION, VARLEN_ATTENTION):  # by another CausalLM of the same config
+        return "sdpa" if model._supports_sdpa else "eager"
+    return chosen
 
 
 def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict[str, Any]:

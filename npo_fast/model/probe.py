@@ -23,11 +23,9 @@ HALF_TOLERANCE, HALF_SHAPES, HALF_NEIGHBOUR = 0.25, 2.0, 0.05
 def run_probe(lm: Any, any_attention: bool) -> None:
     """Compares log-probs of the model's own forward with those of our head, attention and packs.
 
-    Args:
-        lm: a ``CausalLM``. Its ``packs`` becomes false where a pack is not its sequences alone,
-            with a warning.
-        any_attention: an attention that gives other log-probs is exchanged for the next, in the
-            end for the model's own, with a warning.
+    With ``any_attention`` an attention that gives other log-probs is exchanged for the next, in the
+    end for the model's own. Where a pack is not its sequences alone, ``packs`` of the ``CausalLM``
+    becomes false. Both come with a warning.
 
     Raises:
         UserError: the model does not run, or its head or attention is not understood.
@@ -82,12 +80,7 @@ def _pack_of_two(lm: Any, first: list[int], second: list[int]) -> PackedBatch:
 def _log_probs_alone(
     lm: Any, singles: Sequence[PackedBatch], expected: Tensor, any_attention: bool
 ) -> Tensor:
-    """Log-probs of single sequences, with an attention that makes them as ``expected``.
-
-    Raises:
-        UserError: they differ, and no other attention may be taken.
-        NotImplementedError: the attention does not run, and no other may be taken.
-    """
+    """Log-probs of single sequences, with an attention that makes them as ``expected``."""
     while True:
         is_last = not any_attention or lm.attention == lm.native_attention
         try:

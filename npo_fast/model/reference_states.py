@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npo_fast.data import TokenizedExample, data_fingerprint, pack
+from npo_fast.data import Sources, TokenizedExample, data_fingerprint, pack
 from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.causal_lm import CausalLM
@@ -79,7 +79,7 @@ class ReferenceStates:
 
 def open_reference_states(
     lm: CausalLM,
-    sources: Mapping[str, list[TokenizedExample]],
+    sources: Sources,
     folder: Path | None,
     positions: Literal["answer", "all"],
     micro_batch_tokens: int,
@@ -126,18 +126,16 @@ class TemporaryFolder:
     PREFIX = "npo-fast-reference-"
 
     def __init__(self) -> None:
-        with locked(Path(gettempdir())):  # a new folder has no lock yet and looks abandoned
-            self._remove_abandoned()
+        parent = Path(gettempdir())
+        with locked(parent):  # a new folder has no lock yet and looks abandoned
+            for lock in parent.glob(f"{self.PREFIX}*/{LOCK}"):
+                with suppress(OSError), lock.open("a") as file:  # in use, or another user's
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock.parent)
             self._folder = TemporaryDirectory(prefix=self.PREFIX)
             self.path = Path(self._folder.name)
             self._lock = (self.path / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def _remove_abandoned(self) -> None:
-        for lock in Path(gettempdir()).glob(f"{self.PREFIX}*/{LOCK}"):
-            with suppress(OSError), lock.open("a") as file:  # in use, or another user's
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
 
 
 @contextmanager
@@ -168,7 +166,7 @@ def model_fingerprint(model: Any) -> str:
 
 def _write(
     lm: CausalLM,
-    sources: Mapping[str, list[TokenizedExample]],
+    sources: Sources,
     folder: Path,
     made_from: Mapping[str, Any],
     micro_batch_tokens: int,

@@ -37,10 +37,7 @@ class VocabularyParallelEmbedding(nn.Module):
 
 
 def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
-    """Leaves this process's shard of ``lm`` on its device, in place.
-
-    Args:
-        attention: as ``load_model`` has it, chosen anew for the device.
+    """Leaves this process's shard of ``lm`` on its device, in place; chooses the attention anew.
 
     Raises:
         UserError: a model that cannot be sharded.

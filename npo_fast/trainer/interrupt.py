@@ -17,7 +17,6 @@ class StopSignal:
 
     Several processes ignore further signals, since they must agree where to stop: ``torchrun``
     repeats a Ctrl-C that the terminal has sent already, and kills what has not ended 30 s later.
-
     Handlers can be set from the main thread alone: in another one signals stay as they are.
     """
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from npo_fast.data import Sources
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
 from npo_fast.losses import KL
 from npo_fast.methods import Term, schedule_steps
@@ -25,7 +26,7 @@ from npo_fast.trainer.order import (
 )
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
-from npo_fast.trainer.step import References, Sources, take_step
+from npo_fast.trainer.step import References, take_step
 from npo_fast.trainer.update import StepInBackward, Update
 
 

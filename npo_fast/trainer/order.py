@@ -1,12 +1,12 @@
 """Which sequences each step sees: a function of the seed alone, so a run can be repeated."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import torch
 
-from npo_fast.data import TokenizedExample
+from npo_fast.data import Sources, TokenizedExample
 from npo_fast.errors import UserError
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.trainer.settings import TrainSettings
@@ -19,7 +19,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def primary_sources(sources: Mapping[str, list[TokenizedExample]]) -> tuple[str, ...]:
+def primary_sources(sources: Sources) -> tuple[str, ...]:
     """The sources that an epoch passes over: all but the retain data, which may be alone.
 
     Raises:
@@ -34,7 +34,7 @@ def primary_sources(sources: Mapping[str, list[TokenizedExample]]) -> tuple[str,
 
 
 def step_batches(
-    sources: Mapping[str, list[TokenizedExample]],
+    sources: Sources,
     primary: tuple[str, ...],
     batch_size: int,
     epochs: int,
@@ -61,9 +61,7 @@ def step_batches(
             yield batch
 
 
-def interleave(
-    batch: Mapping[str, list[TokenizedExample]], batch_key: Iterable[str]
-) -> list[TokenizedExample]:
+def interleave(batch: Sources, batch_key: Iterable[str]) -> list[TokenizedExample]:
     """The first sequence of each source, then the second of each, and so on: pairs side by side."""
     units = zip(*(batch[name] for name in batch_key), strict=True)
     return [sequence for unit in units for sequence in unit]
@@ -75,7 +73,7 @@ def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
 
 
 def check_step_in_backward(
-    sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
+    sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
 ) -> None:
     """Raises ``UserError`` where a step has more tokens than a micro-batch may."""
     sources = {name: sources[name] for term in terms for name in term.reads}

@@ -1,10 +1,8 @@
 """When memory runs out: which errors say so, and what can be done about it."""
 
-from collections.abc import Mapping
-
 import torch
 
-from npo_fast.data import TokenizedExample
+from npo_fast.data import Sources
 from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory, first_line
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
@@ -24,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def smaller_micro_batches(
     lm: CausalLM,
-    batch: Mapping[str, list[TokenizedExample]],
+    batch: Sources,
     terms: tuple[Term, ...],
     settings: TrainSettings,
     state: TrainState,

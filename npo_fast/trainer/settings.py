@@ -59,8 +59,6 @@ class TrainSettings:
 
 def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:
     """Raises ``UserError`` where several processes are to do what only one can do."""
-    if world_size == 1:
-        return
     refused = {
         f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
         "--step-in-backward": settings.step_in_backward,
@@ -68,7 +66,7 @@ def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_siz
         **{f"a method with {term.name}": term.loss.reference == "hidden" for term in terms},
     }
     for what, asked in refused.items():
-        if asked:
+        if asked and world_size > 1:
             raise UserError(f"{what} runs on one process, not on {world_size}")
 
 

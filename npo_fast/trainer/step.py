@@ -12,7 +12,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, TokenizedExample, concatenate
+from npo_fast.data import PackedBatch, Sources, concatenate
 from npo_fast.errors import first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term
@@ -29,7 +29,6 @@ from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
 
-Sources = Mapping[str, list[TokenizedExample]]
 References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
