@@ -33,11 +33,7 @@ def is_main_process() -> bool:
 
 
 def local_device(device: str) -> torch.device:
-    """``device``, or for "auto" and "cuda" the GPU of this process.
-
-    Raises:
-        UserError: one GPU by its number, for several processes.
-    """
+    """``device``, or for "auto" and "cuda" the GPU of this process."""
     if world_size() > 1 and ":" in device:
         raise UserError(f"--device {device} is one GPU for {world_size()} processes: say cuda")
     if device == "auto":
@@ -50,9 +46,7 @@ def local_device(device: str) -> torch.device:
 def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     """Meets the other processes; returns the mesh of all of them.
 
-    Args:
-        arguments: of ``torch.distributed.init_process_group``; none where ``torchrun`` has set the
-            environment.
+    ``arguments`` of ``torch.distributed.init_process_group`` are for callers without ``torchrun``.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -170,11 +170,9 @@ def _dequantised(model: Any) -> Any:
 
     transformers dequantises GGUF tensors on loading, yet marks the model and refuses to save it.
     """
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    weights = model.state_dict()
-    plain = type(model)(config).to(model.dtype)
-    plain.load_state_dict(weights)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    plain = type(model)(model.config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain

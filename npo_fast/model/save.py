@@ -13,8 +13,7 @@ from npo_fast.errors import UserError
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete.
 
-    Raises:
-        UserError: it cannot be written; what was in ``folder`` before is untouched.
+    Where it cannot be written (``UserError``), what was in ``folder`` before is untouched.
     """
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)

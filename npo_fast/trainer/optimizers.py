@@ -104,8 +104,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
 def step_one_at_a_time(optimizer: torch.optim.Optimizer) -> None:
     """The same as ``optimizer.step()``, with the states of one tensor in use at a time."""
     waiting = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
-    for parameter, _ in waiting:
-        parameter.grad = None
+    optimizer.zero_grad()
     for parameter, gradient in waiting:
         parameter.grad = gradient
         optimizer.step()

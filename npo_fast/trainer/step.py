@@ -55,8 +55,8 @@ def take_step(
     """One step of the optimizer on ``sum(term.coefficient * term)`` over ``batch``.
 
     Where memory runs out before weights change, the step begins again in smaller micro-batches,
-    without gradients and with the same random numbers: as if it had been made of those from the
-    start. They stay small afterwards (``state.micro_batch_tokens``).
+    without gradients and with the same random numbers, as if it had begun with those. They stay
+    small afterwards (``state.micro_batch_tokens``).
 
     Raises:
         OutOfMemory: smaller micro-batches do not help, or are not possible; no weight has changed.
