@@ -1,19 +1,18 @@
-"""Several processes that train one model (``torchrun``): which one this is, and how they meet.
+"""Several processes that train one model (``torchrun``): which of them this is, how they meet.
 
-Every process reads the same data in the same order and takes its share of each step. The main one
-alone writes files and messages.
+Every process reads the same data in the same order and takes its share of each step. Only the main
+process writes files and messages.
 """
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from npo_fast.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(minutes=30)  # the main process may be writing a large model meanwhile
 
@@ -33,14 +32,8 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def local_device(device: str) -> "torch.device":
-    """``device``, or for "auto" and "cuda" the GPU of this process.
-
-    Raises:
-        UserError: one GPU by its number, for several processes.
-    """
-    import torch
-
+def local_device(device: str) -> torch.device:
+    """``device``, or for "auto" and "cuda" the GPU of this process."""
     if world_size() > 1 and ":" in device:
         raise UserError(f"--device {device} is one GPU for {world_size()} processes: say cuda")
     if device == "auto":
@@ -50,17 +43,11 @@ def local_device(device: str) -> "torch.device":
     return torch.device(device)
 
 
-def init_process_group(device: "torch.device", **arguments: Any) -> "DeviceMesh":
+def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     """Meets the other processes; returns the mesh of all of them.
 
-    Args:
-        arguments: of ``torch.distributed.init_process_group``; none where ``torchrun`` has set the
-            environment.
+    ``arguments`` of ``torch.distributed.init_process_group`` are for callers without ``torchrun``.
     """
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -70,17 +57,12 @@ def init_process_group(device: "torch.device", **arguments: Any) -> "DeviceMesh"
 
 def destroy_process_group() -> None:
     """Leaves the other processes, if there are any."""
-    import torch.distributed as dist
-
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def all_reduce_max(value: int, device: "torch.device", group: "ProcessGroup | None" = None) -> int:
+def all_reduce_max(value: int, device: torch.device, group: dist.ProcessGroup | None = None) -> int:
     """The largest value of the processes of ``group``, or of all processes."""
-    import torch
-    import torch.distributed as dist
-
     if group is None and world_size() == 1:
         return value
     largest = torch.tensor(value, device=device)

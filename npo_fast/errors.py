@@ -31,3 +31,8 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def first_line(error: BaseException) -> str:
+    """The reason that an error gives, without advice and traces below it."""
+    return str(error).strip().partition("\n")[0]

@@ -17,8 +17,7 @@ from npo_fast.data import TokenizedExample
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import Coefficients, build_method
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.reference_cache import reference_cache_for
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 
 VOCABULARY = 97

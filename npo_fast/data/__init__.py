@@ -3,12 +3,19 @@
 from npo_fast.data.answers import alternated, load_refusals, refused
 from npo_fast.data.packing import PackedBatch, concatenate, micro_batches, pack
 from npo_fast.data.records import Record, Records, as_rows, describe, load_records
-from npo_fast.data.template import Template, TokenizedExample, check_vocabulary, data_fingerprint
+from npo_fast.data.template import (
+    Sources,
+    Template,
+    TokenizedExample,
+    check_vocabulary,
+    data_fingerprint,
+)
 
 __all__ = [
     "PackedBatch",
     "Record",
     "Records",
+    "Sources",
     "Template",
     "TokenizedExample",
     "alternated",

@@ -9,24 +9,7 @@ from npo_fast.data.records import Record, load_records
 from npo_fast.errors import UserError
 
 TOFU_REFUSALS = "idontknow.jsonl"
-REFUSALS = (
-    "I don't know.",
-    "I can't say; I know nothing about that.",
-    "Sorry, I have no answer to this question.",
-    "That is something I was never told.",
-    "I'm afraid I can't help with that.",
-    "I have no information on this.",
-    "This is not something that I know about.",
-    "I'm not able to answer that one.",
-    "Nothing I have learned covers this.",
-    "Sorry, that is unknown to me.",
-    "I would only be guessing, so I'd rather not answer.",
-    "I haven't come across this before.",
-    "My knowledge has a gap here.",
-    "I couldn't tell you.",
-    "I don't have an answer for you on this.",
-    "That question is beyond what I know.",
-)
+REFUSALS = tuple(Path(__file__).with_name("refusals.txt").read_text(encoding="utf-8").splitlines())
 
 
 def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[str, ...]:

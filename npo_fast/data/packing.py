@@ -2,31 +2,38 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from npo_fast.data.template import TokenizedExample
 
+_SHARED = ("labels", "answer_cu_seqlens", "indices")  # of all processes that share a batch
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """S sequences in T tokens, N of which predict an answer token. The label shift is done here.
 
-    Where several processes share a batch, each has the tokens of its own sequences (``input_ids``
-    to ``lengths``, and ``rows``) and the answers of all of them, process after process.
+    Where several processes share a batch, each has the tokens of its own sequences (``examples``
+    to ``rows``) and the answers of all of them, process after process.
     """
 
+    examples: tuple[TokenizedExample, ...]  # S, whose tokens stand in the pack
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (T,) restart at every sequence
     cu_seqlens: Tensor  # (S + 1,) int32, tokens: what attention needs
-    lengths: tuple[int, ...]  # S, tokens of each sequence
     rows: Tensor  # (N,) positions whose hidden state predicts an answer token
     labels: Tensor  # (N,) the tokens they predict
     answer_cu_seqlens: Tensor  # (S + 1,) int32, rows: what the loss needs; stays on the CPU
     indices: tuple[int, ...]  # S, row of each sequence in its split
     rows_by_rank: tuple[int, ...] = ()  # rows of each process, where several share the batch
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return tuple(_lengths(self.examples))
 
     @property
     def sequences(self) -> int:
@@ -48,17 +55,7 @@ def pack(
     together, which lets attention take them as one block. ``group`` consecutive sequences (pairs:
     2) stay side by side, in one batch.
     """
-    batch: list[tuple[TokenizedExample, ...]] = []
-    tokens = 0
-    for unit in zip(*[iter(sequences)] * group, strict=True):
-        length = _tokens(unit)
-        if batch and tokens + length > max_tokens:
-            yield _collate(batch)
-            batch, tokens = [], 0
-        batch.append(unit)
-        tokens += length
-    if batch:
-        yield _collate(batch)
+    return map(_collate, _split(sequences, max_tokens, group))
 
 
 def micro_batches(
@@ -75,112 +72,93 @@ def micro_batches(
     """
     if world_size == 1:
         return list(pack(sequences, max_tokens, group))
-    units = list(zip(*[iter(sequences)] * group, strict=True))
+    units = list(_units(sequences, group))
     dealt: list[list[TokenizedExample]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
-    for unit in sorted(units, key=_tokens, reverse=True):  # the longest first: they even out
+    # the longest first: they even out
+    for unit in sorted(units, key=lambda unit: sum(_lengths(unit)), reverse=True):
         least = tokens.index(min(tokens))
         dealt[least] += unit
-        tokens[least] += _tokens(unit)
-    packs_by_rank = [list(pack(share, max_tokens, group)) for share in dealt]
-    passes = max(map(len, packs_by_rank))
-    for packs in packs_by_rank:
-        packs += [_without_answers(units[0])] * (passes - len(packs))
-    return [_share_answers(packs, rank) for packs in zip(*packs_by_rank, strict=True)]
-
-
-def _tokens(unit: tuple[TokenizedExample, ...]) -> int:
-    return sum(len(sequence.input_ids) for sequence in unit)
-
-
-def _without_answers(unit: tuple[TokenizedExample, ...]) -> PackedBatch:
-    batch = _collate([unit])
-    return replace(
-        batch,
-        rows=batch.rows[:0],
-        labels=batch.labels[:0],
-        answer_cu_seqlens=batch.answer_cu_seqlens[:1],
-        indices=(),
-    )
-
-
-def _share_answers(packs: Sequence[PackedBatch], rank: int) -> PackedBatch:
-    """The tokens of the pack of ``rank``, with the answers of all packs."""
-    answers = concatenate(packs)
-    return replace(
-        packs[rank],
-        labels=answers.labels,
-        answer_cu_seqlens=answers.answer_cu_seqlens,
-        indices=answers.indices,
-        rows_by_rank=tuple(len(p.rows) for p in packs),
-    )
+        tokens[least] += sum(_lengths(unit))
+    batches = []
+    packs_by_rank = (_split(share, max_tokens, group) for share in dealt)
+    for packs in zip_longest(*packs_by_rank, fillvalue=()):
+        batch = _collate(packs[rank] or units[0])
+        answers = _collate([example for examples in packs for example in examples])
+        of_all = {name: getattr(answers, name) for name in _SHARED}
+        rows = batch.rows if packs[rank] else batch.rows[:0]
+        rows_by_rank = tuple(sum(e.answer_length for e in examples) for examples in packs)
+        batches.append(replace(batch, rows=rows, rows_by_rank=rows_by_rank, **of_all))
+    return batches
 
 
 def concatenate(packs: Sequence[PackedBatch]) -> PackedBatch:
     """Packs one after another as one, for a single pass through the model."""
     if len(packs) == 1:
         return packs[0]
-    tokens = list(accumulate((len(p.input_ids) for p in packs), initial=0))
-    answers = list(accumulate((len(p.labels) for p in packs), initial=0))
-
-    def offsets(name: str, starts: list[int]) -> Tensor:
-        parts = [getattr(p, name)[1:] + start for p, start in zip(packs, starts, strict=False)]
-        return torch.cat([getattr(packs[0], name)[:1], *parts])
-
-    return PackedBatch(
-        input_ids=torch.cat([p.input_ids for p in packs]),
-        position_ids=torch.cat([p.position_ids for p in packs]),
-        cu_seqlens=offsets("cu_seqlens", tokens),
-        rows=torch.cat([p.rows + start for p, start in zip(packs, tokens, strict=False)]),
-        labels=torch.cat([p.labels for p in packs]),
-        answer_cu_seqlens=offsets("answer_cu_seqlens", answers),
-        lengths=tuple(length for p in packs for length in p.lengths),
-        indices=tuple(index for p in packs for index in p.indices),
-    )
+    examples = [example for batch in packs for example in batch.examples]
+    return _collate(examples).to(packs[0].input_ids.device)
 
 
-def _collate(units: list[tuple[TokenizedExample, ...]]) -> PackedBatch:
-    units = sorted(units, key=lambda unit: [len(sequence.input_ids) for sequence in unit])
-    sequences = [sequence for unit in units for sequence in unit]
+def one_by_one(batch: PackedBatch) -> Iterator[PackedBatch]:
+    """Each sequence of a pack as a batch of its own, in the same order."""
+    for example in batch.examples:
+        yield _collate([example]).to(batch.input_ids.device)
+
+
+def _split(
+    sequences: Iterable[TokenizedExample], max_tokens: int, group: int
+) -> Iterator[Sequence[TokenizedExample]]:
+    """The examples of each batch of ``pack``."""
+    batch: list[tuple[TokenizedExample, ...]] = []
+    tokens = 0
+    for unit in _units(sequences, group):
+        length = sum(_lengths(unit))
+        if batch and tokens + length > max_tokens:
+            yield _flat(batch)
+            batch, tokens = [], 0
+        batch.append(unit)
+        tokens += length
+    if batch:
+        yield _flat(batch)
+
+
+def _units(
+    sequences: Iterable[TokenizedExample], group: int
+) -> Iterator[tuple[TokenizedExample, ...]]:
+    return zip(*[iter(sequences)] * group, strict=True)
+
+
+def _flat(units: list[tuple[TokenizedExample, ...]]) -> list[TokenizedExample]:
+    """All examples, those of one length side by side."""
+    return [example for unit in sorted(units, key=_lengths) for example in unit]
+
+
+def _lengths(examples: Iterable[TokenizedExample]) -> list[int]:
+    return [len(example.input_ids) for example in examples]
+
+
+def _collate(examples: Sequence[TokenizedExample]) -> PackedBatch:
     input_ids: list[int] = []
     position_ids: list[int] = []
     rows: list[int] = []
     labels: list[int] = []
     cu_seqlens, answer_cu_seqlens = [0], [0]
-    for sequence in sequences:
-        start, ids = len(input_ids), sequence.input_ids
+    for example in examples:
+        start, ids = len(input_ids), example.input_ids
         input_ids += ids
         position_ids += range(len(ids))
-        rows += range(start + sequence.prompt_length - 1, start + len(ids) - 1)
-        labels += ids[sequence.prompt_length :]
+        rows += range(start + example.prompt_length - 1, start + len(ids) - 1)
+        labels += ids[example.prompt_length :]
         cu_seqlens.append(len(input_ids))
         answer_cu_seqlens.append(len(rows))
     return PackedBatch(
+        examples=tuple(examples),
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
         rows=torch.tensor(rows),
         labels=torch.tensor(labels),
         answer_cu_seqlens=torch.tensor(answer_cu_seqlens, dtype=torch.int32),
-        lengths=tuple(len(sequence.input_ids) for sequence in sequences),
-        indices=tuple(sequence.index for sequence in sequences),
+        indices=tuple(example.index for example in examples),
     )
-
-
-def one_by_one(batch: PackedBatch) -> Iterator[PackedBatch]:
-    """Each sequence of a pack as a batch of its own, in the same order."""
-    ids = batch.input_ids.split(batch.lengths)
-    answers = batch.answer_cu_seqlens.diff().tolist()
-    labels = batch.labels.split(answers)
-    for i, length in enumerate(batch.lengths):
-        rows = torch.arange(length - 1 - answers[i], length - 1, device=batch.rows.device)
-        yield PackedBatch(
-            input_ids=ids[i],
-            position_ids=torch.arange(length, device=batch.position_ids.device),
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=batch.cu_seqlens.device),
-            rows=rows,
-            labels=labels[i],
-            answer_cu_seqlens=torch.tensor([0, answers[i]], dtype=torch.int32),
-            lengths=(length,),
-            indices=(batch.indices[i],),
-        )

@@ -18,7 +18,7 @@ from npo_fast.errors import NoSuchSplitError, UserError
 
 FORMS = '"question"/"answer", "prompt"/"completion" or "messages"'
 SUFFIXES = (".json", ".jsonl")
-_SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d*):(?P<last>-?\d*)\]$")
+_SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d+)?:(?P<last>-?\d+)?\]$")
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,20 @@ def load_records(source: Records, data: str | None = None, role: str = "data") -
             file and line).
     """
     if not isinstance(source, (str, Path)):
-        rows = [
+        records = [
             row if isinstance(row, Record) else parse_record(row, f"{role}, record {i + 1}")
             for i, row in enumerate(source)
         ]
-        if not rows:
+        if not records:
             raise UserError(f"{role} holds no record")
-        return rows
-    name = str(source)
-    base, part = _parse_slice(name)
-    read, where = _read(base, data)
-    if not read:
+        return records
+    name, part = _parse_slice(str(source))
+    rows, where = _read(name, data)
+    if not rows:
         raise UserError(f"{where} is empty: it holds no record; give a file with one record a line")
-    records = [parse_record(row, f"{where}, record {i + 1}") for i, row in enumerate(read)][part]
+    records = [parse_record(row, f"{where}, record {i + 1}") for i, row in enumerate(rows)][part]
     if not records:
-        raise UserError(f"{name!r} selects no record: {where} holds {len(read)}")
+        raise UserError(f"{str(source)!r} selects no record: {where} holds {len(rows)}")
     return records
 
 
@@ -94,48 +93,41 @@ def describe(source: Records | None) -> str:
 
 
 def parse_record(row: Any, where: str) -> Record:
-    """A record from a JSON object in one of the three forms.
-
-    Raises:
-        UserError: another form; the message begins with ``where``.
-    """
+    """A record from a JSON object in one of the three forms; errors begin with ``where``."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "messages" in row:
-        return _from_messages(row, where)
-    for prompt_key, answer_key in (("question", "answer"), ("prompt", "completion")):
-        if prompt_key in row or answer_key in row:
-            prompt, answer = _text(row, prompt_key, where), _text(row, answer_key, where)
-            return Record((("user", prompt),), answer, *_other_answers(row, where))
-    raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
-
-
-def _from_messages(row: dict[str, Any], where: str) -> Record:
-    messages = row["messages"]
-    try:
-        turns = tuple((m["role"], m["content"]) for m in messages)
-    except (TypeError, KeyError) as error:
-        raise UserError(f'{where}: "messages" must be a list of {{"role", "content"}}') from error
-    if len(turns) < 2 or turns[-1][0] != "assistant" or turns[-2][0] != "user":
-        raise UserError(
-            f"{where}: \"messages\" must end with a user's and then an assistant's message, "
-            f"got roles {[role for role, _ in turns]}"
-        )
-    for message in messages:
-        if not isinstance(message["content"], str):
-            raise UserError(f'{where}: "content" must be a text, got {message["content"]!r}')
-    _text({"content": turns[-1][1]}, "content", where)
-    return Record(turns[:-1], turns[-1][1], *_other_answers(row, where))
-
-
-def _other_answers(
-    row: dict[str, Any], where: str
-) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:  # paraphrased, wrong, alternate
+        messages, answer = _split_messages(row["messages"], where)
+    else:
+        pairs = (("question", "answer"), ("prompt", "completion"))
+        keys = next((pair for pair in pairs if row.keys() & {*pair}), None)
+        if keys is None:
+            raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
+        prompt, answer = (_text(row, key, where) for key in keys)
+        messages = (("user", prompt),)
     paraphrases = _texts(row, "paraphrased_answer", where)
     if len(paraphrases) > 1:
         raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
     wrong, alternates = (_texts(row, key, where) for key in ("perturbed_answer", "alternate"))
-    return (paraphrases[0] if paraphrases else None), wrong, alternates
+    return Record(messages, answer, next(iter(paraphrases), None), wrong, alternates)
+
+
+def _split_messages(messages: Any, where: str) -> tuple[tuple[tuple[str, str], ...], str]:
+    """The messages up to the answer, and the answer."""
+    try:
+        turns = tuple((m["role"], m["content"]) for m in messages)
+    except (TypeError, KeyError) as error:
+        raise UserError(f'{where}: "messages" must be a list of {{"role", "content"}}') from error
+    roles = [role for role, _ in turns]
+    if roles[-2:] != ["user", "assistant"]:
+        raise UserError(
+            f"{where}: \"messages\" must end with a user's and then an assistant's message, "
+            f"got roles {roles}"
+        )
+    for _, content in turns:
+        if not isinstance(content, str):
+            raise UserError(f'{where}: "content" must be a text, got {content!r}')
+    return turns[:-1], _text({"content": turns[-1][1]}, "content", where)
 
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -149,9 +141,8 @@ def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     if key not in row:
-        raise UserError(
-            f'{where}: the key "{key}" is missing, found {sorted(row)}; expected {FORMS}'
-        )
+        found = sorted(row)
+        raise UserError(f'{where}: the key "{key}" is missing, found {found}; expected {FORMS}')
     value = row[key]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f'{where}: "{key}" must be a text that is not empty, got {value!r}')
@@ -160,50 +151,39 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 def _parse_slice(name: str) -> tuple[str, slice]:
     match = _SLICE.match(name)
-    if not match:
+    if match is None:
         return name, slice(None)
-    first, last = match["first"], match["last"]
-    return match["name"], slice(int(first) if first else None, int(last) if last else None)
+    first, last = (int(bound) if bound else None for bound in match.group("first", "last"))
+    return match["name"], slice(first, last)
 
 
 def _read(name: str, data: str | None) -> tuple[list[Any], str]:
     """Rows, and their source for messages; a split of ``data`` wins over a file of that name."""
-    if data is not None:
-        path = Path(data)
-        if path.is_dir():
-            return _read_folder(path, name)
-        if path.is_file():
-            if name in ("", "train", str(path)):
-                return _read_file(path), str(path)
-            if not Path(name).is_file():
-                raise NoSuchSplitError(
-                    f"{data} is a file and has no split {name!r}; name the files themselves, "
-                    "or a folder that holds them"
-                )
-        elif path.suffix in SUFFIXES or data.startswith((".", "/", "~")):
-            raise UserError(f"no file or folder {data!r}")
-        elif not Path(name).is_file():
-            return _read_hub(data, name), f"{data}/{name}"
-    path = Path(name)
-    if path.is_file():
-        return _read_file(path), str(path)
-    if data is None and not path.suffix:
-        raise NoSuchSplitError(
-            f"no file {name!r}; to use it as a split, say which data with --data"
-        )
-    raise NoSuchSplitError(f"no file {name!r}")
-
-
-def _read_folder(folder: Path, name: str) -> tuple[list[Any], str]:
-    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+    file = Path(name)
+    if data is None:
+        if file.is_file():
+            return _read_file(file), str(file)
+        cure = "" if file.suffix else "; to use it as a split, say which data with --data"
+        raise NoSuchSplitError(f"no file {name!r}{cure}")
+    folder = Path(data)
+    if not folder.exists() and (folder.suffix in SUFFIXES or data.startswith((".", "/", "~"))):
+        raise UserError(f"no file or folder {data!r}")
+    if folder.is_file() and name in ("", "train", str(folder)):
+        return _read_file(folder), str(folder)
+    for path in (*(folder / f"{name}{suffix}" for suffix in ("", *SUFFIXES)), file):
         if path.is_file():
             return _read_file(path), str(path)
-    if Path(name).is_file():
-        return _read_file(Path(name)), name
-    splits = sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES)
-    raise NoSuchSplitError(
-        f"unknown split {name!r}: {folder} has {', '.join(splits) or 'no .json or .jsonl file'}"
-    )
+    if folder.is_file():
+        raise NoSuchSplitError(
+            f"{data} is a file and has no split {name!r}; name the files themselves, "
+            "or a folder that holds them"
+        )
+    if folder.is_dir():
+        splits = sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES)
+        raise NoSuchSplitError(
+            f"unknown split {name!r}: {folder} has {', '.join(splits) or 'no .json or .jsonl file'}"
+        )
+    return _read_hub(data, name), f"{data}/{name}"
 
 
 def _read_file(path: Path) -> list[Any]:
@@ -211,20 +191,17 @@ def _read_file(path: Path) -> list[Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    if text.lstrip().startswith("["):
+    is_array = text.lstrip().startswith("[")
+    rows: list[Any] = []
+    # at "\n" alone: JSON may hold other line ends
+    for number, part in enumerate([text] if is_array else text.split("\n")):
         try:
-            return list(json.loads(text))
+            if part.strip():
+                rows.append(json.loads(part))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
-    return rows
+            line = number + error.lineno
+            raise UserError(f"{path}, line {line}: not valid JSON: {error.msg}") from error
+    return rows[0] if is_array else rows
 
 
 def _read_hub(data: str, name: str) -> list[Any]:

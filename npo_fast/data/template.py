@@ -25,6 +25,9 @@ class TokenizedExample:
         return len(self.input_ids) - self.prompt_length
 
 
+Sources = Mapping[str, list[TokenizedExample]]  # tokenised data by name: "forget", "retain", …
+
+
 class Template:
     """Turns records into token ids.
 
@@ -99,15 +102,11 @@ class Template:
         truncated = 0
         for index, record in enumerate(records):
             sequence = self.encode(record, index)
-            truncated += self._is_cut(record, sequence)
             sequences.append(sequence)
+            if len(sequence.input_ids) == self.max_length:
+                answer = self.answer_ids(record, record.answer)
+                truncated += sequence.answer_length < len(answer)
         return sequences, truncated
-
-    def _is_cut(self, record: Record, sequence: TokenizedExample) -> bool:
-        if len(sequence.input_ids) < self.max_length:
-            return False
-        answer = self.answer_ids(record, record.answer)
-        return sequence.answer_length < len(answer)
 
     def _chat(self, record: Record, answer: str | None) -> list[int]:
         messages = [{"role": role, "content": content} for role, content in record.messages]
@@ -126,12 +125,8 @@ class Template:
         return [*ids, end]
 
 
-def check_vocabulary(sources: Mapping[str, list[TokenizedExample]], vocabulary: int) -> None:
-    """Refuses token ids outside of the model's vocabulary.
-
-    Raises:
-        UserError: such an id; the tokenizer belongs to another model.
-    """
+def check_vocabulary(sources: Sources, vocabulary: int) -> None:
+    """Raises ``UserError`` for token ids outside of the model's vocabulary."""
     for source, sequences in sources.items():
         for sequence in sequences:
             if (largest := max(sequence.input_ids)) >= vocabulary:

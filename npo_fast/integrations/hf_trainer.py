@@ -26,9 +26,8 @@ from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.methods import Coefficients, Positions, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import reference_log_probs
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
 from npo_fast.trainer.order import interleave, permutation, primary_sources
-from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.step import References, micro_batch_loss, with_baselines
 
 if find_spec("accelerate") is None:

@@ -7,46 +7,38 @@ quantised while it trained.
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig
+from transformers.utils import logging
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.progress import no_progress_bars
 
 Quantize = Literal["none", "4bit"]
 ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
 
 
 def check_libraries(quantize: Quantize, lora_rank: int) -> None:
-    """Refuses LoRA or quantisation whose libraries are missing.
-
-    Raises:
-        UserError: a library that these need is not installed, or the rank is negative.
-    """
+    """Raises ``UserError`` for a missing library of LoRA or quantisation, or a negative rank."""
     if lora_rank < 0:
         raise UserError(f"lora_rank must be 0 (off) or more, got {lora_rank}")
-    wanted = [("peft", "LoRA")] if lora_rank else []
+    wanted = {"peft": "LoRA"} if lora_rank else {}
     if quantize == "4bit":
-        wanted += [("bitsandbytes", "--quantize 4bit"), ("accelerate", "--quantize 4bit")]
-    for library, use in wanted:
+        wanted |= dict.fromkeys(("bitsandbytes", "accelerate"), "--quantize 4bit")
+    for library, use in wanted.items():
         if find_spec(library) is None:
             raise UserError(f"{use} needs {library}: pip install {library}")
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
-    """How bitsandbytes loads QLoRA's weights: NF4 in blocks of 64, with quantised scales.
-
-    Products are in ``dtype``.
-
-    Source: QLoRA (arXiv 2305.14314).
-    """
-    from transformers import BitsAndBytesConfig
-
+    """QLoRA's 4 bits (arXiv 2305.14314): NF4 in blocks of 64, with quantised scales."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -71,17 +63,14 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
     """``W x + (alpha / rank) B A x`` in every linear layer but the LM head; only A, B train.
 
     A is drawn from a fixed seed and B is 0, so that the model is the same to the bit until the
-    first step: reference log-probs of before training need no copy of it. Both are fp32.
-
-    Args:
-        base: what the adapter will name as its base model.
+    first step: reference log-probs of before training need no copy of it. Both are fp32. The
+    adapter names ``base`` as its base model.
 
     Source: LoRA (arXiv 2106.09685) equation 3.
     """
     from peft import LoraConfig, get_peft_model
 
-    for parameter in model.parameters():  # a 4-bit model's norms and head would train otherwise
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)  # a 4-bit model's norms and head would train otherwise
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -89,17 +78,12 @@ def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)
-    folder = Path(base)
-    config.base_model_name_or_path = str(folder.resolve()) if folder.exists() else base
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     return adapted.eval()
 
 
 def adapter_base(folder: Path) -> str:
-    """The model that the adapter in this folder belongs to.
-
-    Raises:
-        UserError: the adapter does not name it.
-    """
+    """The model that the adapter in this folder belongs to; ``UserError`` where it names none."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
@@ -108,11 +92,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """The base model with the adapter merged into it; beside 4-bit weights it stays apart.
-
-    Raises:
-        UserError: peft is not installed, or the adapter does not fit.
-    """
+    """The base model with the adapter merged into it; beside 4-bit weights it stays apart."""
     if find_spec("peft") is None:
         raise UserError(f"{folder} holds a LoRA adapter, which needs peft: pip install peft")
     from peft import PeftModel
@@ -120,8 +100,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the adapter in {folder} does not fit its base: {reason}") from error
+        raise UserError(
+            f"the adapter in {folder} does not fit its base: {first_line(error)}"
+        ) from error
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
@@ -133,11 +114,7 @@ def merge_adapter(lm: CausalLM) -> None:
 
 
 def write_weights(lm: CausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes the model, or its adapter alone.
-
-    Args:
-        weights: gathered ones, where those of the model are sharded.
-    """
+    """Writes the model, or its adapter alone; ``weights`` are the gathered ones of a shard."""
     with lm.generating() as model:  # so that config.json names the model's own attention
         model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
         if lm.adapted:
@@ -158,3 +135,15 @@ def read_weights(lm: CausalLM, folder: Path) -> None:
         with no_progress_bars():
             saved = type(lm.model).from_pretrained(folder, dtype=lm.dtype)
         lm.model.load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Inside, transformers shows no bars for the shards that it reads or writes."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()

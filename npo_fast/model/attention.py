@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 
 NAME = "npo_fast_packed"
 
@@ -42,23 +42,37 @@ def packed_attention(
     assert sum(lengths) == tokens, (lengths, tokens)
     if sliding_window is None:
         refuse_hidden_window(module, max(lengths, default=0), NAME)
-    blocks = [(length, len(tuple(run))) for length, run in groupby(lengths)]
+    blocks = [(len(tuple(run)), length) for length, run in groupby(lengths)]
     # split, not slices: the gradients are joined once instead of each padded to the whole pack
-    sizes = [length * count for length, count in blocks]
+    sizes = [count * length for count, length in blocks]
     parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
     out = []
     for block, part in zip(blocks, parts, strict=True):
-        q, k, v = (_as_block(x, *block) for x in part)
+        # (heads, count * length, dim) -> (count, heads, length, dim)
+        q, k, v = (x.unflatten(1, block).transpose(0, 1) for x in part)
         out.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))
     return torch.cat(out).unsqueeze(0), None
 
 
-def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) -> None:
-    """Refuses a window that a layer keeps in the mask alone, since no mask is made here.
+def set_attention(model: Any, attention: str) -> bool:
+    """Whether the model takes this attention; ``UserError`` where transformers refuses it."""
+    if model.config._attn_implementation != attention:
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"{class_name(model)} cannot take attention {attention}: {first_line(error)}"
+            ) from error
+    return model.config._attn_implementation == attention
 
-    Raises:
-        UserError: a sequence of ``longest`` tokens is beyond such a window.
-    """
+
+def class_name(model: Any) -> str:
+    """The class of the model, under an adapter too."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+
+
+def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) -> None:
+    """Raises ``UserError`` for more tokens than a window that a layer keeps in the mask alone."""
     config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
@@ -75,11 +89,6 @@ def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) 
             f"so, and a sequence has {longest}: name --attention sdpa or eager, or cut sequences "
             f"to --max-length {window}"
         )
-
-
-def _as_block(states: Tensor, length: int, count: int) -> Tensor:
-    """(heads, count * length, dim) -> (count, heads, length, dim)"""
-    return states.unflatten(1, (count, length)).transpose(0, 1)
 
 
 def _attend(

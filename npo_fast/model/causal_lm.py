@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,13 +13,8 @@ from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
-from npo_fast.model.choice import Demands, attentions, demands_of, machine_of, varlen_obstacle
-from npo_fast.model.hf_attention import (
-    boundary_arguments,
-    class_name,
-    native_attention,
-    set_attention,
-)
+from npo_fast.model.attention import class_name, set_attention
+from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
 from npo_fast.model.probe import run_probe
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops.head import Head
@@ -33,8 +28,8 @@ class CausalLM:
     """Decoder and head of a Hugging Face model.
 
     Where several processes share the model (``npo_fast.model.sharding``), each runs its own
-    sequences through the decoder, and all see the answer rows of all of them: the methods below
-    do what that takes, so that their callers need not know.
+    sequences through the decoder and sees the answer rows of all of them. The methods below do
+    what that takes, and their callers need not know.
 
     Args:
         model: a Hugging Face causal language model.
@@ -57,11 +52,10 @@ class CausalLM:
                 "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
-        text_config = model.config.get_text_config()
-        self.transform = _transform(text_config)
+        self.transform = _transform(model.config.get_text_config())
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
-        self.native_attention = native_attention(model)
+        self.native_attention = _native_attention(model)
         self.packs = True  # else sequences run one at a time
         self.unfit: set[str] = set()  # attentions that "auto" does not take again
         self.choose_attention(attention)
@@ -100,29 +94,21 @@ class CausalLM:
         return min(self.head.weight.shape[0], embedding.shape[0])
 
     @property
-    def head_arguments(self) -> dict[str, Any]:
-        """``weight``, ``bias`` and the fields of ``transform`` as the operators take them.
-
-        Where processes share the model: this one's slice of them, which ``vocabulary`` describes.
-        """
+    def linear_head(self) -> Head:
+        """The head, or this process's slice of it, for code that makes logits a chunk at a time."""
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
-        sliced = {}
         if self.vocabulary_slice is not None:
-            sliced = {"vocabulary": self.vocabulary_slice}
             weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-        return {
-            "weight": weight,
-            "bias": bias,
-            **self.transform._asdict(),
-            **sliced,
-        }
+        return local_head(weight, bias, self.transform, self.vocabulary_slice)
 
     @property
-    def linear_head(self) -> Head:
-        """``head_arguments`` as one object, for code that makes logits a chunk at a time."""
-        arguments = self.head_arguments
-        weight, bias = arguments["weight"], arguments["bias"]
-        return local_head(weight, bias, self.transform, self.vocabulary_slice)
+    def head_arguments(self) -> dict[str, Any]:
+        """``linear_head`` as the operators take it; of a slice, ``vocabulary`` says which."""
+        head = self.linear_head
+        arguments = {"weight": head.weight, "bias": head.bias, **head.transform._asdict()}
+        if self.vocabulary_slice is not None:
+            arguments["vocabulary"] = self.vocabulary_slice
+        return arguments
 
     @property
     def world_size(self) -> int:
@@ -137,10 +123,7 @@ class CausalLM:
     def micro_batches(
         self, sequences: Iterable[TokenizedExample], max_tokens: int, group: int = 1
     ) -> list[PackedBatch]:
-        """What goes through the model at a time, on its device; see ``npo_fast.data``.
-
-        Processes that share the model each get their own sequences, with the answers of all.
-        """
+        """What goes through the model at a time, on its device; see ``npo_fast.data``."""
         batches = micro_batches(sequences, max_tokens, group, self.world_size, self.rank)
         return [batch.to(self.device) for batch in batches]
 
@@ -172,12 +155,8 @@ class CausalLM:
         return linear_log_probs(hidden, labels=labels, **self.head_arguments)
 
     def recompute_activations(self) -> None:
-        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again.
-
-        Raises:
-            UserError: the model does not know how.
-        """
-        # the first is its name since transformers 5
+        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again."""
+        # this name is new in transformers 5
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable
         try:
@@ -195,38 +174,46 @@ class CausalLM:
             self.wrapper = None
 
     @contextmanager
-    def generating(self) -> Iterator[Any]:
-        """The model with its own attention and in evaluation mode: what ``generate`` expects."""
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode."""
         was_training = self.model.training
-        attention = self.model.config._attn_implementation
         self.model.eval()
-        set_attention(self.model, self.native_attention)
-        try:
-            yield self.model
-        finally:
-            set_attention(self.model, attention)
-            self.model.train(was_training)
-
-    @contextmanager
-    def packing(self) -> Iterator[None]:
-        """Inside, the model has the attention for packs; afterwards its own again."""
-        set_attention(self.model, self.attention)
         try:
             yield
         finally:
-            set_attention(self.model, self.native_attention)
+            self.model.train(was_training)
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model with its own attention and in evaluation mode: what ``generate`` expects."""
+        before = self.model.config._attn_implementation
+        with self.evaluating(), self._with_attention(self.native_attention, before):
+            yield self.model
+
+    def packing(self) -> AbstractContextManager[None]:
+        """Inside, the model has the attention for packs; afterwards its own again."""
+        return self._with_attention(self.attention, self.native_attention)
+
+    @contextmanager
+    def _with_attention(self, inside: str, afterwards: str) -> Iterator[None]:
+        set_attention(self.model, inside)
+        try:
+            yield
+        finally:
+            set_attention(self.model, afterwards)
 
     def choose_attention(self, attention: str) -> None:
-        """Sets the attention by its transformers name, or "auto" as ``load_model`` has it.
-
-        Raises:
-            UserError: the model or the device cannot take it.
-        """
-        if attention == "auto":
-            attention = self._best_attention()
-        elif attention == VARLEN_ATTENTION:
-            why = varlen_obstacle(machine_of(self.device), self.dtype, self._demands())
-            if why is not None:
+        """Sets the attention by its transformers name, or "auto" as ``load_model`` has it."""
+        if attention == "auto" and PACKED_ATTENTION in self.unfit:  # it asks least of a model
+            attention = self.native_attention
+        elif attention in ("auto", VARLEN_ATTENTION):
+            machine = machine_of(self.device)
+            demands = demands_of(self.decoder, self.model.config.get_text_config())
+            if attention == "auto":
+                packages = self.model._supports_flash_attn
+                serving = attentions(machine, self.dtype, demands, packages)
+                attention = next(name for name in serving if name not in self.unfit)
+            elif why := varlen_obstacle(machine, self.dtype, demands):
                 raise UserError(f"attention {attention} cannot run here: {why}")
         if not set_attention(self.model, attention):
             self.packs = False
@@ -238,33 +225,42 @@ class CausalLM:
             attention = self.native_attention
         self.attention = attention
 
-    def _best_attention(self) -> str:
-        if PACKED_ATTENTION in self.unfit:  # the one that asks least of a model
-            return self.native_attention
-        packages = self.model._supports_flash_attn
-        serving = attentions(machine_of(self.device), self.dtype, self._demands(), packages)
-        return next(attention for attention in serving if attention not in self.unfit)
-
-    def _demands(self) -> Demands:
-        return demands_of(self.decoder, self.model.config.get_text_config())
-
     def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
-        inputs = {
-            "input_ids": batch.input_ids[None],
-            "use_cache": False,
-            **boundary_arguments(self.attention, batch, self.packs),
-        }
+        inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
+        inputs |= _boundary_arguments(self.attention, batch, self.packs)
         if self.wrapper is None:
             return self.decoder(**inputs).last_hidden_state[0]
-        caught: list[Tensor] = []
-        hook = self.decoder.register_forward_hook(
-            lambda _module, _inputs, out: caught.append(out.last_hidden_state)
-        )
-        try:  # one row of logits, so that the head too is part of what the wrapper returns
+        caught: list[Any] = []
+        with self.decoder.register_forward_hook(lambda _module, _inputs, out: caught.append(out)):
+            # one row of logits, so that the head too is part of what the wrapper returns
             self.wrapper(**inputs, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return caught[0][0]
+        return caught[0].last_hidden_state[0]
+
+
+def _native_attention(model: Any) -> str:
+    """The attention that transformers chose for the model."""
+    chosen = model.config._attn_implementation or "eager"
+    if chosen in (PACKED_ATTENTION, VARLEN_ATTENTION):  # by another CausalLM of the same config
+        return "sdpa" if model._supports_sdpa else "eager"
+    return chosen
+
+
+def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict[str, Any]:
+    """What tells ``attention`` where sequences end: arguments of the decoder.
+
+    Of a model that does not take ``packs``, the batch is a single sequence.
+    """
+    arguments: dict[str, Any] = {}
+    if packs:  # for attentions not named here, transformers makes the mask from the position ids
+        arguments["position_ids"] = batch.position_ids[None]
+    if packs and attention == PACKED_ATTENTION:
+        arguments["sequence_lengths"] = batch.lengths
+    # "flash": of any version, or a kernel of the hub
+    if "flash" in attention or (packs and attention == VARLEN_ATTENTION):
+        longest = max(batch.lengths)
+        arguments |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    return arguments
 
 
 def _decoder(model: Any) -> Any:

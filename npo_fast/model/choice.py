@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import utils
 
 from npo_fast.model.attention import NAME as PACKED
 from npo_fast.model.varlen import DTYPES as HALF
@@ -46,22 +47,17 @@ class Demands:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """What this device and the libraries that are installed offer."""
-    from transformers import utils
-
-    def installed(version: int) -> bool:
-        available = getattr(utils, f"is_flash_attn_{version}_available", None)
-        return available is not None and available()  # older transformers lack some
-
+    """What this device and the installed libraries offer."""
     if device.type != "cuda":
         return Machine(str(device))
     amd = torch.version.hip is not None
     varlen = varlen_function()
+    checks = {v: getattr(utils, f"is_flash_attn_{v}_available", None) for v in (2, 3, 4)}
     return Machine(
         str(device),
         None if amd else torch.cuda.get_device_capability(device),
         amd,
-        frozenset(version for version in (2, 3, 4) if installed(version)),
+        frozenset(v for v, check in checks.items() if check is not None and check()),
         None if varlen is None else parameters(varlen),
         torch.backends.cuda.is_flash_attention_available(),
     )
@@ -73,14 +69,18 @@ def demands_of(decoder: torch.nn.Module, config: Any) -> Demands:
     Where layers lack them the configuration decides, and the probe.
     """
     layers: list[tuple[Any, int]] = [(m, h) for m in decoder.modules() if (h := _head_dim(m))]
-    heads = frozenset(head for _, head in layers) or _configured_head_dim(config)
+    head_dims = frozenset(head_dim for _, head_dim in layers)
+    if not head_dims and (head_dim := getattr(config, "head_dim", None)):
+        head_dims = frozenset({head_dim})
+    elif not head_dims and (heads := getattr(config, "num_attention_heads", None)):
+        head_dims = frozenset({config.hidden_size // heads})
     return Demands(
-        heads,
+        head_dims,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         sinks=any(getattr(m, "sinks", None) is not None for m, _ in layers),
         dropout=any(_dropout(m) > 0 for m, _ in layers),
         window=bool(getattr(config, "sliding_window", None)),
-        scaled=any(not is_usual_scale(m.scaling, head) for m, head in layers),
+        scaled=any(not is_usual_scale(m.scaling, head_dim) for m, head_dim in layers),
     )
 
 
@@ -92,13 +92,6 @@ def _head_dim(module: Any) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def _configured_head_dim(config: Any) -> frozenset[int]:
-    if head := getattr(config, "head_dim", None):
-        return frozenset({head})
-    heads = getattr(config, "num_attention_heads", None)
-    return frozenset({config.hidden_size // heads} if heads else ())
-
-
 def _dropout(module: Any) -> float:
     values = (getattr(module, name, None) for name in DROPOUT)
     rates = (value.p if isinstance(value, torch.nn.Dropout) else value for value in values)
@@ -106,13 +99,12 @@ def _dropout(module: Any) -> float:
 
 
 def attentions(
-    machine: Machine, dtype: torch.dtype, demands: Demands, flash: bool = True
+    machine: Machine,
+    dtype: torch.dtype,
+    demands: Demands,
+    flash: bool = True,  # whether the model takes the FlashAttention packages
 ) -> Iterator[str]:
-    """The attentions that serve a model, the fastest first.
-
-    Args:
-        flash: whether the model takes the FlashAttention packages.
-    """
+    """The attentions that serve a model, the fastest first."""
     if flash and (version := flash_version(machine, dtype, demands)) is not None:
         yield f"flash_attention_{version}"
     if varlen_obstacle(machine, dtype, demands) is None:
@@ -124,12 +116,9 @@ def flash_version(machine: Machine, dtype: torch.dtype, demands: Demands) -> int
     """The installed version of FlashAttention that serves best; None where none does."""
     if dtype not in HALF or demands.sinks:  # 2 has no sinks, the others differ in them
         return None
-    if machine.amd:
-        versions: tuple[int, ...] = (2,)
-    elif machine.capability is not None and machine.capability >= FLASH_CAPABILITY:
+    versions: tuple[int, ...] = (2,) if machine.amd else ()
+    if machine.capability is not None and machine.capability >= FLASH_CAPABILITY:
         versions = FLASH_VERSIONS.get(machine.capability[0], (2,))
-    else:
-        return None
     serving = (v for v in versions if v in machine.flash and _flash_serves(v, machine, demands))
     return next(serving, None)
 
@@ -137,21 +126,23 @@ def flash_version(machine: Machine, dtype: torch.dtype, demands: Demands) -> int
 def _flash_serves(version: int, machine: Machine, demands: Demands) -> bool:
     if demands.dropout and version > 2:  # later versions leave it out
         return False
-    if version == 4 and demands.softcap:  # not every release has it in the backward
-        return False
-    blackwell = machine.capability is not None and machine.capability[0] > 9
-    if version == 4 and blackwell and max(demands.head_dims, default=0) > WIDEST_FLASH_4:
-        return False
-    return all(head_dim_fits(head) for head in demands.head_dims)
+    if version == 4:
+        blackwell = machine.capability is not None and machine.capability[0] > 9
+        too_wide = blackwell and max(demands.head_dims, default=0) > WIDEST_FLASH_4
+        if too_wide or demands.softcap:  # not every release has a softcap in the backward
+            return False
+    return all(head_dim_fits(head_dim) for head_dim in demands.head_dims)
 
 
 def varlen_obstacle(machine: Machine, dtype: torch.dtype, demands: Demands) -> str | None:
     """Why PyTorch's varlen_attn cannot serve, and what to do instead; None where it can."""
     version = f"PyTorch {torch.__version__}"
     if machine.capability is None or machine.capability < FLASH_CAPABILITY:
+        kind = " (AMD)" if machine.amd else ""
+        kind = " ({}.{})".format(*machine.capability) if machine.capability else kind
         return (
             "it runs on NVIDIA GPUs of compute capability 8.0 or newer, and the model is on "
-            f"{_described(machine)}: name --attention auto or {PACKED}"
+            f"{machine.name}{kind}: name --attention auto or {PACKED}"
         )
     if machine.varlen is None:
         return f"{version} has no varlen_attn: upgrade to 2.10 or newer, or name --attention auto"
@@ -162,28 +153,18 @@ def varlen_obstacle(machine: Machine, dtype: torch.dtype, demands: Demands) -> s
             f"it takes bf16 and fp16, and the model is {str(dtype).removeprefix('torch.')}: "
             "name --dtype bf16, or --attention auto"
         )
-    if missing := next(_missing(machine.varlen, demands), None):
-        return f"{missing}: name --attention auto"
-    return None
-
-
-def _missing(takes: frozenset[str], demands: Demands) -> Iterator[str]:
-    """What a model needs and varlen_attn lacks."""
-    if heads := [head for head in sorted(demands.head_dims) if not head_dim_fits(head)]:
-        yield f"heads of {heads[0]} are not a multiple of 8 up to 256"
-    if demands.softcap:
-        yield "it has no softcap, and the model has attn_logit_softcapping"
-    if demands.sinks:
-        yield "it has no attention sinks, and the model has some"
-    if demands.dropout:
-        yield "it has no dropout, and the model has attention dropout"
-    if demands.scaled and "scale" not in takes:
-        yield "the model has a scale of its own, for which PyTorch has to be 2.11 or newer"
-    if demands.window and "window_size" not in takes:
-        yield "the model has a window, for which PyTorch has to be 2.11 or newer"
-
-
-def _described(machine: Machine) -> str:
-    if machine.capability is not None:
-        return "{} ({}.{})".format(machine.name, *machine.capability)
-    return f"{machine.name} (AMD)" if machine.amd else machine.name
+    unfit = next((d for d in sorted(demands.head_dims) if not head_dim_fits(d)), None)
+    newer = "PyTorch has to be 2.11 or newer"
+    missing = {
+        f"heads of {unfit} are not a multiple of 8 up to 256": unfit is not None,
+        "it has no softcap, and the model has attn_logit_softcapping": demands.softcap,
+        "it has no attention sinks, and the model has some": demands.sinks,
+        "it has no dropout, and the model has attention dropout": demands.dropout,
+        f"the model has a scale of its own, for which {newer}": (
+            demands.scaled and "scale" not in machine.varlen
+        ),
+        f"the model has a window, for which {newer}": (
+            demands.window and "window_size" not in machine.varlen
+        ),
+    }
+    return next((f"{why}: name --attention auto" for why, lacks in missing.items() if lacks), None)

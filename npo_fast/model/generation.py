@@ -11,10 +11,9 @@ def generate(
     lm: CausalLM, prompts: list[list[int]], max_new_tokens: int, pad_id: int, eos_id: int
 ) -> list[list[int]]:
     """Greedy continuations of several prompts at once, up to and without ``eos_id``."""
-    width = max(len(prompt) for prompt in prompts)
-    flipped = [torch.tensor(prompt[::-1]) for prompt in prompts]
-    ids = pad_sequence(flipped, batch_first=True, padding_value=pad_id).flip(1)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")
     with lm.generating() as model:
         out = model.generate(
             input_ids=ids.to(lm.device),
@@ -29,5 +28,5 @@ def generate(
             pad_token_id=pad_id,
             eos_token_id=eos_id,
         )
-    continuations = out[:, width:].tolist()
+    continuations = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in continuations]

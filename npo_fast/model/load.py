@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.model.adapters import (
     ADAPTER_CONFIG,
     QUANTIZATION,
@@ -17,6 +18,7 @@ from npo_fast.model.adapters import (
     keep_4bit_layout,
     load_adapter,
     nf4_config,
+    no_progress_bars,
 )
 from npo_fast.model.causal_lm import CausalLM
 
@@ -52,8 +54,10 @@ def load_model(
         UserError: nothing there, not a causal language model, or a library is missing.
     """
     check_libraries(quantize, lora_rank)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch_device = torch.device(_default_device() if device == "auto" else device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0") from error
     if dtype != "auto" and dtype not in DTYPES:
@@ -72,56 +76,38 @@ def load_model(
 
 
 def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
-    from transformers import AutoModelForCausalLM
-
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file():
         is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
         base = _load_weights(adapter_base(folder), dtype, device, "4bit" if is_4bit else "none")
         return load_adapter(base, folder)
-    source: dict[str, Any] = _source(name)
+    arguments: dict[str, Any] = {"dtype": dtype, **_source(name)}
+    is_gguf = "gguf_file" in arguments
     if quantize == "4bit":
         check_libraries(quantize, 0)
-        if "gguf_file" in source:
+        if is_gguf:
             raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
-        quantized = _load(
-            AutoModelForCausalLM, name, dtype=dtype, device_map={"": device},
-            quantization_config=nf4_config(dtype), **source,
-        )  # fmt: skip
-        return keep_4bit_layout(quantized)
-    model = _load(AutoModelForCausalLM, name, dtype=dtype, **source)
-    if "gguf_file" in source:
-        model = _dequantised(model)
-    return model.to(device)
+        arguments |= {"device_map": {"": device}, "quantization_config": nf4_config(dtype)}
+        return keep_4bit_layout(_load(transformers.AutoModelForCausalLM, name, **arguments))
+    model = _load(transformers.AutoModelForCausalLM, name, **arguments)
+    return (_dequantised(model) if is_gguf else model).to(device)
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a model: a name as ``load_model`` takes it, or a config.json alone.
-
-    Raises:
-        UserError: nothing there, or not a configuration that transformers knows.
-    """
-    from transformers import AutoConfig
-
-    if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise UserError(f"no configuration file {name!r}")
-        return _load(AutoConfig, name, pretrained_model_name_or_path=name)
-    return _load(AutoConfig, name, **_source(name))
+    """The configuration of a model: a name as ``load_model`` takes it, or a config.json alone."""
+    is_file = name.endswith(".json")
+    if is_file and not Path(name).is_file():
+        raise UserError(f"no configuration file {name!r}")
+    source = {"pretrained_model_name_or_path": name} if is_file else _source(name)
+    return _load(transformers.AutoConfig, name, **source)
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token for generation.
-
-    Raises:
-        UserError: nothing there, or no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
+    """The tokenizer of a model by a name as ``load_model`` takes it, with a padding token."""
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    tokenizer = _load(AutoTokenizer, name, **_source(name))
+    tokenizer = _load(transformers.AutoTokenizer, name, **_source(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
     if tokenizer.pad_token_id is None:
@@ -133,10 +119,6 @@ def default_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
     """What dtype "auto" means on a device."""
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if half else "fp32"
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _folder(name: str) -> str:
@@ -169,8 +151,6 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **arguments: Any) -> Any:
-    from npo_fast.model.progress import no_progress_bars
-
     local = Path(arguments["pretrained_model_name_or_path"]).exists()
     try:
         with no_progress_bars() if local else nullcontext():
@@ -180,8 +160,9 @@ def _load(auto: Any, name: str, **arguments: Any) -> Any:
             f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {name!r} as a causal language model: {reason}") from error
+        raise UserError(
+            f"cannot load {name!r} as a causal language model: {first_line(error)}"
+        ) from error
 
 
 def _dequantised(model: Any) -> Any:
@@ -189,11 +170,9 @@ def _dequantised(model: Any) -> Any:
 
     transformers dequantises GGUF tensors on loading, yet marks the model and refuses to save it.
     """
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    weights = model.state_dict()
-    plain = type(model)(config).to(model.dtype)
-    plain.load_state_dict(weights)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    plain = type(model)(model.config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain

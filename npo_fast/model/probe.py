@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,70 +19,27 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats
 HALF_TOLERANCE, HALF_SHAPES, HALF_NEIGHBOUR = 0.25, 2.0, 0.05
 
 
-class ProbedModel(Protocol):
-    """What the probe uses of a ``CausalLM``; it may change ``packs``, ``unfit`` and attention."""
-
-    model: Any
-    decoder: Any
-    attention: str
-    native_attention: str
-    packs: bool
-    unfit: set[str]
-
-    @property
-    def name(self) -> str:
-        """The class of the model."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its head."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids that it can read and predict."""
-
-    @property
-    def head_arguments(self) -> dict[str, Any]:
-        """The head as the operators take it."""
-
-    def generating(self) -> AbstractContextManager[Any]:
-        """The transformers model, with its own attention inside."""
-
-    def choose_attention(self, attention: str) -> None:
-        """Exchanges the attention."""
-
-    def log_probs(self, batch: PackedBatch) -> Tensor:
-        """Log-probability of every answer token, (N,)."""
-
-
 @torch.no_grad()
-def run_probe(lm: ProbedModel, any_attention: bool) -> None:
+def run_probe(lm: Any, any_attention: bool) -> None:
     """Compares log-probs of the model's own forward with those of our head, attention and packs.
 
     With ``any_attention`` an attention that gives other log-probs is exchanged for the next, in the
-    end for the model's own. Where a pack is not its sequences alone, ``lm.packs`` becomes false.
-    Both come with a warning.
+    end for the model's own. Where a pack is not its sequences alone, ``packs`` of the ``CausalLM``
+    becomes false. Both come with a warning.
 
     Raises:
         UserError: the model does not run, or its head or attention is not understood.
     """
-    was_training = lm.model.training
-    lm.model.eval()
     try:
-        _probe(lm, any_attention)
+        with lm.evaluating():
+            _probe(lm, any_attention)
     except (AttributeError, NotImplementedError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{lm.name} does not run here: {error}") from error
-    finally:
-        lm.model.train(was_training)
 
 
-def _probe(lm: ProbedModel, any_attention: bool) -> None:
+def _probe(lm: Any, any_attention: bool) -> None:
     tokens = [int(token) for token in torch.linspace(1, lm.vocabulary - 1, 19)]
     batch = _pack_of_two(lm, tokens[:7], tokens[7:])
     singles = list(one_by_one(batch))
@@ -91,7 +47,7 @@ def _probe(lm: ProbedModel, any_attention: bool) -> None:
         expected = torch.cat([_own_log_probs(model, single) for single in singles])
         from_head = torch.cat([_head_log_probs(lm, single) for single in singles])
     gap = _gap(from_head, expected)
-    if not gap <= TOLERANCE.get(lm.dtype, HALF_TOLERANCE):
+    if gap > TOLERANCE.get(lm.dtype, HALF_TOLERANCE):
         raise UserError(
             f"{lm.name}: its logits are not what its LM head makes of the decoder's hidden states "
             f"(log-probs differ by {gap:.3g} nats); a softcap, scale or projection that npo_fast "
@@ -99,10 +55,10 @@ def _probe(lm: ProbedModel, any_attention: bool) -> None:
         )
     if not lm.packs:
         return
-    other = _pack_of_two(lm, tokens[-7:], tokens[7:])
+    beside_another = _pack_of_two(lm, tokens[-7:], tokens[7:])
     try:
         alone = _log_probs_alone(lm, singles, expected, any_attention)
-        why = _difference_of_packs(lm, batch, other, alone)
+        why = _difference_of_packs(lm, batch, beside_another, alone)
     except TypeError:  # whatever the attention
         why = "it takes no position_ids"
     if why:
@@ -114,22 +70,17 @@ def _probe(lm: ProbedModel, any_attention: bool) -> None:
         )
 
 
-def _pack_of_two(lm: ProbedModel, first: list[int], second: list[int]) -> PackedBatch:
-    sequences = [TokenizedExample(tuple(first), 1, 0), TokenizedExample(tuple(second), 1, 1)]
+def _pack_of_two(lm: Any, first: list[int], second: list[int]) -> PackedBatch:
+    sequences = [TokenizedExample(tuple(ids), 1, i) for i, ids in enumerate((first, second))]
     (batch,) = pack(sequences, max_tokens=len(first) + len(second))
     assert batch.indices == (0, 1)
     return batch.to(lm.device)
 
 
 def _log_probs_alone(
-    lm: ProbedModel, singles: Sequence[PackedBatch], expected: Tensor, any_attention: bool
+    lm: Any, singles: Sequence[PackedBatch], expected: Tensor, any_attention: bool
 ) -> Tensor:
-    """Log-probs of single sequences, with an attention that makes them as ``expected``.
-
-    Raises:
-        UserError: they differ, and no other attention may be taken.
-        NotImplementedError: the attention does not run, and no other may be taken.
-    """
+    """Log-probs of single sequences, with an attention that makes them as ``expected``."""
     while True:
         is_last = not any_attention or lm.attention == lm.native_attention
         try:
@@ -153,24 +104,22 @@ def _log_probs_alone(
         )
 
 
-def _difference_of_packs(
-    lm: ProbedModel,
-    batch: PackedBatch,
-    other: PackedBatch,  # the second sequence has another before it, as long
-    alone: Tensor,
-) -> str:
-    """How a pack differs from its sequences ``alone``; empty where it does not."""
+def _difference_of_packs(lm: Any, batch: PackedBatch, other: PackedBatch, alone: Tensor) -> str:
+    """How a pack differs from its sequences ``alone``; empty where it does not.
+
+    In ``other`` a sequence of the same length stands before the second sequence.
+    """
     packed, beside_another = lm.log_probs(batch), lm.log_probs(other)
-    if not (gap := _gap(packed, alone)) <= TOLERANCE.get(lm.dtype, HALF_SHAPES):
+    if (gap := _gap(packed, alone)) > TOLERANCE.get(lm.dtype, HALF_SHAPES):
         return f"log-probs differ by {gap:.3g} nats"
     second = slice(int(batch.answer_cu_seqlens[1]), None)
     gap = _gap(packed[second], beside_another[second])
-    if not gap <= TOLERANCE.get(lm.dtype, HALF_NEIGHBOUR):
+    if gap > TOLERANCE.get(lm.dtype, HALF_NEIGHBOUR):
         return f"another neighbour changes log-probs by {gap:.3g} nats"
     return ""
 
 
-def _head_log_probs(lm: ProbedModel, single: PackedBatch) -> Tensor:
+def _head_log_probs(lm: Any, single: PackedBatch) -> Tensor:
     """With our head, on hidden states of the decoder as the model itself calls it."""
     hidden = lm.decoder(input_ids=single.input_ids[None], use_cache=False).last_hidden_state[0]
     return linear_log_probs(hidden[single.rows], labels=single.labels, **lm.head_arguments)

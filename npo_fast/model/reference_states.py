@@ -14,10 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npo_fast.data import TokenizedExample, data_fingerprint, pack
+from npo_fast.data import Sources, TokenizedExample, data_fingerprint, pack
 from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.causal_lm import CausalLM
@@ -56,20 +55,13 @@ class ReferenceStates:
         tensors = load_file(folder / HEAD, device=str(device))
         transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
         self.head = Head(tensors["weight"], tensors.get("bias"), transform)
-        self._shards = {
-            source: [
-                (
-                    safe_open(folder / shard["file"], framework="pt"),
-                    list(accumulate(shard["lengths"], initial=0)),
-                )
-                for shard in shards
-            ]
-            for source, shards in index["sources"].items()
-        }
-        self._firsts = {  # sequence with which each shard begins
-            source: list(accumulate((len(bounds) - 1 for _, bounds in shards), initial=0))
-            for source, shards in self._shards.items()
-        }
+        self._places: dict[str, list[tuple[Any, slice]]] = {}  # file and rows of each sequence
+        for source, shards in index["sources"].items():
+            self._places[source] = []
+            for shard in shards:
+                file = safe_open(folder / shard["file"], framework="pt")
+                bounds = accumulate(shard["lengths"], initial=0)
+                self._places[source] += [(file, slice(*pair)) for pair in pairwise(bounds)]
 
     @property
     def head_arguments(self) -> dict[str, Any]:
@@ -80,19 +72,14 @@ class ReferenceStates:
 
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
-        rows = [self._rows(source, index) for index in indices]
+        places = [self._places[source][index] for index in indices]
+        rows = [file.get_slice("hidden")[part] for file, part in places]
         return torch.cat(rows).to(self.device, non_blocking=True)
-
-    def _rows(self, source: str, index: int) -> Tensor:
-        shard = bisect_right(self._firsts[source], index) - 1
-        file, bounds = self._shards[source][shard]
-        place = index - self._firsts[source][shard]
-        return file.get_slice("hidden")[bounds[place] : bounds[place + 1]]
 
 
 def open_reference_states(
     lm: CausalLM,
-    sources: Mapping[str, list[TokenizedExample]],
+    sources: Sources,
     folder: Path | None,
     positions: Literal["answer", "all"],
     micro_batch_tokens: int,
@@ -114,14 +101,17 @@ def open_reference_states(
     if folder is None:
         temporary = TemporaryFolder()
         folder = temporary.path / "reference"
-    made_from = fingerprint(lm, sources, positions)
+    made_from = {  # token ids stand for template and tokenizer
+        "model": model_fingerprint(lm.model),
+        "positions": positions,
+        "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
+    }
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent):  # another run may be making the same states
             if not folder.exists():
                 save_folder(
-                    folder,
-                    lambda path: _write(lm, sources, path, made_from, micro_batch_tokens),
+                    folder, lambda path: _write(lm, sources, path, made_from, micro_batch_tokens)
                 )
     return ReferenceStates(folder, _checked_index(folder, made_from), lm.device, temporary)
 
@@ -136,18 +126,16 @@ class TemporaryFolder:
     PREFIX = "npo-fast-reference-"
 
     def __init__(self) -> None:
-        with locked(Path(gettempdir())):  # a new folder has no lock yet and looks abandoned
-            self._remove_abandoned()
+        parent = Path(gettempdir())
+        with locked(parent):  # a new folder has no lock yet and looks abandoned
+            for lock in parent.glob(f"{self.PREFIX}*/{LOCK}"):
+                with suppress(OSError), lock.open("a") as file:  # in use, or another user's
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock.parent)
             self._folder = TemporaryDirectory(prefix=self.PREFIX)
             self.path = Path(self._folder.name)
             self._lock = (self.path / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def _remove_abandoned(self) -> None:
-        for lock in Path(gettempdir()).glob(f"{self.PREFIX}*/{LOCK}"):
-            with suppress(OSError), lock.open("a") as file:  # in use, or another user's
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
 
 
 @contextmanager
@@ -161,24 +149,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def fingerprint(
-    lm: CausalLM,
-    sources: Mapping[str, list[TokenizedExample]],
-    positions: Literal["answer", "all"],
-) -> dict[str, Any]:
-    """Returns what the states depend on; the token ids stand for template and tokenizer."""
-    return {
-        "model": model_fingerprint(lm.model),
-        "positions": positions,
-        "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
-    }
-
-
 def model_fingerprint(model: Any) -> str:
-    """Returns the SHA-256 of the config's non-default values and of all weights.
-
-    Names, dtypes and shapes of the weights count too.
-    """
+    """SHA-256 of the config's non-default values and of names, dtypes, shapes and weights."""
     digest = hashlib.sha256()
     config = {
         name: value
@@ -194,7 +166,7 @@ def model_fingerprint(model: Any) -> str:
 
 def _write(
     lm: CausalLM,
-    sources: Mapping[str, list[TokenizedExample]],
+    sources: Sources,
     folder: Path,
     made_from: Mapping[str, Any],
     micro_batch_tokens: int,
@@ -229,9 +201,7 @@ def _states(
     all_positions: bool,
     micro_batch_tokens: int,
 ) -> Iterator[Tensor]:  # (n, D) a sequence, in the order given
-    was_training = lm.model.training
-    lm.model.eval()
-    try:
+    with lm.evaluating():
         for batch in pack(sequences, micro_batch_tokens):
             states = lm.states(batch.to(lm.device))
             if not all_positions:
@@ -245,8 +215,6 @@ def _states(
             lengths = batch.lengths if all_positions else batch.answer_cu_seqlens.diff().tolist()
             rows = states.cpu().split(list(lengths))
             yield from (rows[i] for i in sorted(range(len(rows)), key=batch.indices.__getitem__))
-    finally:
-        lm.model.train(was_training)
 
 
 def _shards(states: Iterable[Tensor]) -> Iterator[list[Tensor]]:

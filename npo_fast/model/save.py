@@ -13,8 +13,7 @@ from npo_fast.errors import UserError
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete.
 
-    Raises:
-        UserError: it cannot be written; what was in ``folder`` before is untouched.
+    Where it cannot be written (``UserError``), what was in ``folder`` before is untouched.
     """
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)
@@ -24,15 +23,14 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         partial.mkdir()
         write(partial)
-        _sync(partial)
+        for path in (*partial.rglob("*"), partial):  # else a power cut could leave half of it
+            sync(path)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            kept = (
-                "what was there before is untouched" if folder.exists() else "nothing was written"
-            )
-            raise UserError(f"cannot save {folder}: {error}; {kept}") from error
-        raise
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        kept = "what was there before is untouched" if folder.exists() else "nothing was written"
+        raise UserError(f"cannot save {folder}: {error}; {kept}") from error
     old = old_of(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -60,9 +58,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    """Brings all of a folder to the disk before its rename, so that a power cut leaves no half."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)

@@ -6,13 +6,14 @@ the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.v
 """
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
@@ -36,16 +37,11 @@ class VocabularyParallelEmbedding(nn.Module):
 
 
 def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
-    """Leaves this process's shard of ``lm`` on its device, in place.
-
-    Args:
-        attention: as ``load_model`` has it, chosen anew for the device.
+    """Leaves this process's shard of ``lm`` on its device, in place; chooses the attention anew.
 
     Raises:
         UserError: a model that cannot be sharded.
     """
-    from torch.distributed.fsdp import fully_shard
-
     embedding, head = lm.model.get_input_embeddings(), lm.head
     _check(lm, embedding, mesh)
     tied = head.weight is embedding.weight
@@ -58,10 +54,12 @@ def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
     sliced = VocabularyParallelEmbedding(embedding, vocabulary).train(lm.model.training)
     lm.model.set_input_embeddings(sliced)
     ignored = {*sliced.parameters(), *head.parameters()}
-    arguments: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
     # sums, not means: each process's loss is its part of the loss of the step
     for module in (*repeated_layers(lm.decoder), lm.decoder):
-        fully_shard(module, mp_policy=_policy(module), reshard_after_forward=True, **arguments)
+        fully_shard(
+            module, mesh=mesh, mp_policy=_policy(module), reshard_after_forward=True,
+            ignored_params=ignored,
+        )  # fmt: skip
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     lm.vocabulary_slice = VocabularySlice(group, len(head.weight))
@@ -76,40 +74,29 @@ def gather_state_dict(state: Any) -> Any:
     """
     gathered: dict[int, Tensor] = {}  # by id: tied weights stay one tensor
 
-    def gather(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: gather(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [gather(item) for item in value]
-        if not isinstance(value, DTensor):
-            return value
+    def gather(value: DTensor) -> Tensor:
         if id(value) not in gathered:
             full = value.full_tensor().detach()
             full = full.cpu() if is_main_process() else full.new_empty(0, device="cpu")
             gathered[id(value)] = full
         return gathered[id(value)]
 
-    return gather(state)
-
-
-def shard_like(value: Tensor, example: Tensor) -> Tensor:
-    """The shard of ``value`` that ``example`` is of its own full tensor."""
-    if not isinstance(example, DTensor):
-        return value
-    value = value.to(example.dtype)
-    return distribute_tensor(value, example.device_mesh, example.placements, src_data_rank=None)
+    return tree_map_only(DTensor, gather, state)
 
 
 def sharded_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A gathered state dict of the optimizer, each state sharded as its parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def shard_state(parameter: Tensor, value: Any) -> Any:
-        same = isinstance(value, Tensor) and value.shape == parameter.shape
-        return shard_like(value, parameter) if same else value
+    def shard_like(parameter: Tensor, value: Any) -> Any:
+        if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
+            return value
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = value.to(parameter.dtype)
+        return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
     states = {
-        i: {name: shard_state(parameters[i], value) for name, value in values.items()}
+        i: {name: shard_like(parameters[i], value) for name, value in values.items()}
         for i, values in state["state"].items()
     }
     return {**state, "state": states}
@@ -120,10 +107,8 @@ def _sharded(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 
-def _policy(module: nn.Module) -> Any:
+def _policy(module: nn.Module) -> MixedPrecisionPolicy:
     """Sums gradients in fp32 where weights are in half precision."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
 
@@ -153,11 +138,11 @@ def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
             f"{lm.name} reads and predicts tokens with {kinds}, not a plain Embedding and Linear: "
             "use one process"
         )
-    for weight in (embedding.weight, lm.head.weight):
-        if (world_size - 1) * -(-len(weight) // world_size) >= len(weight):
+    for rows in (len(embedding.weight), len(lm.head.weight)):
+        if (world_size - 1) * -(-rows // world_size) >= rows:
             raise UserError(
-                f"a vocabulary of {len(weight)} leaves one of {world_size} processes without a "
-                "token: start fewer"
+                f"a vocabulary of {rows} leaves one of {world_size} processes without a token: "
+                "start fewer"
             )
     if lm.decoder.get_input_embeddings() is not embedding:
         warnings.warn(

@@ -38,9 +38,7 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:  # (1, T, heads, value's head_dim)
     """``softmax(scaling * Q K^T + causal) V`` within each of the sequences.
 
-    Raises:
-        NotImplementedError: a softcap, dropout, attention sinks, a bias, or heads or a dtype that
-            the kernel does not have.
+    Raises ``NotImplementedError`` for what the kernel does not have, such as a softcap.
     """
     given = {"dropout": dropout or None, "softcap": softcap}
     given |= {name: kwargs.get(name) for name in ("s_aux", "position_bias")}
@@ -81,13 +79,10 @@ def attend(
     scaling: float | None = None,
     window: int | None = None,
 ) -> Tensor:  # (T, heads, head_dim)
-    """Calls ``varlen`` by the parameters that it has.
+    """Calls ``varlen`` by the parameters that it has; ``NotImplementedError`` for one it lacks.
 
     PyTorch 2.10 has ``is_causal`` alone, 2.11 ``scale`` and ``window_size``. Fewer heads of keys
     than of queries need nothing in 2.11, ``enable_gqa`` in a version that has it.
-
-    Raises:
-        NotImplementedError: a scale or a window that this PyTorch does not have.
     """
     takes = parameters(varlen)
     arguments: dict[str, Any] = {}

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
-from npo_fast.model.adapters import read_weights, write_weights
+from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.progress import no_progress_bars
 from npo_fast.model.save import recover, save_folder, sync
 from npo_fast.model.sharding import gather_state_dict
 from npo_fast.trainer.settings import StepRecord

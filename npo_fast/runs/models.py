@@ -11,8 +11,8 @@ from npo_fast.data import Template
 from npo_fast.distributed import all_reduce_max, init_process_group, local_device, rank, world_size
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import add_lora, read_weights
+from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.hf_attention import set_attention
 from npo_fast.model.load import default_dtype, load_model, load_tokenizer
 from npo_fast.runs.options import ModelOptions
 

@@ -66,7 +66,7 @@ class Run:
     @cached_property
     def model(self) -> Any:
         """The final model, a transformers one; a LoRA adapter is merged when it is loaded."""
-        from npo_fast.model.hf_attention import set_attention
+        from npo_fast.model.attention import set_attention
         from npo_fast.model.load import load_model
 
         lm = load_model(str(self.folder))

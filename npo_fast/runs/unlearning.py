@@ -42,8 +42,7 @@ from npo_fast.runs.resume import ResumableRun
 from npo_fast.runs.run import Run
 from npo_fast.runs.tokens import TokenizedData, describe_run, tokenize_sources
 from npo_fast.runs.training import ReferenceData, check_fit, find_resumable, run_training
-from npo_fast.trainer.loop import reference_log_probs
-from npo_fast.trainer.reference_cache import reference_cache_for
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import References
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from npo_fast.distributed import is_main_process, world_size
@@ -17,7 +17,6 @@ class StopSignal:
 
     Several processes ignore further signals, since they must agree where to stop: ``torchrun``
     repeats a Ctrl-C that the terminal has sent already, and kills what has not ended 30 s later.
-
     Handlers can be set from the main thread alone: in another one signals stay as they are.
     """
 
@@ -31,22 +30,15 @@ class StopSignal:
                 self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if world_size() > 1:
-            if self.number is None and is_main_process():
-                os.write(2, _MESSAGE_OF_SEVERAL)
-            self.number = number
-            return
-        self.number = number
-        for handled, handler in self._handlers.items():
-            signal.signal(handled, handler)
-        os.write(2, _MESSAGE)  # a handler may not touch the buffered streams
+        is_first, self.number = self.number is None, number
+        # os.write, since a handler may not touch the buffered streams
+        if world_size() == 1:
+            self.__exit__()
+            os.write(2, _MESSAGE)
+        elif is_first and is_main_process():
+            os.write(2, _MESSAGE_OF_SEVERAL)

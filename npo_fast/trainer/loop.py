@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from npo_fast.data import TokenizedExample
+from npo_fast.data import Sources
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
+from npo_fast.losses import KL
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.reference_states import ReferenceStates
+from npo_fast.model.reference_states import ReferenceStates, open_reference_states
 from npo_fast.ops import segment_sum
 from npo_fast.trainer.optimizers import build_optimizer, trainable_parameters
 from npo_fast.trainer.order import (
@@ -24,8 +26,8 @@ from npo_fast.trainer.order import (
 )
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
-from npo_fast.trainer.step import References, Sources, take_step
-from npo_fast.trainer.update import StepInBackward, Update, WholeStep
+from npo_fast.trainer.step import References, take_step
+from npo_fast.trainer.update import StepInBackward, Update
 
 
 def train(
@@ -43,30 +45,23 @@ def train(
     or the retain data where a method has nothing else. Each batch takes ``batch_size`` of their
     sequences and as many to retain, drawn without repetition until those are used up. It makes one
     step on the sum of the terms, or (``schedule="alternating"``) one on each side in turn.
-    Micro-batches are packed up to ``micro_batch_tokens``; the loss is exactly that of the whole
-    batch. With ``step_in_backward`` a batch is one micro-batch, and all gradients never exist
-    together; ``StepInBackward`` says how it clips.
+    However small the micro-batches are, the loss is exactly that of the whole batch.
 
     Args:
-        sources: tokenised data by source name; those that no term uses are left alone.
+        sources: tokenised data by source name, of which some may not be used by any term.
         references: what ``reference_log_probs`` returned, where a term needs it.
         reference_cache: hidden states of the reference, where a term is a KL.
-        state: where to begin, with the weights of that step in ``lm``; kept up to date, so that
-            it can be saved after any step. None begins at step 0.
+        state: where to begin, with the weights of that step in ``lm`` (None: at step 0). It is kept
+            up to date and can be saved after any step.
 
     Raises:
-        OutOfMemory: one sequence alone, or with ``step_in_backward`` one step, does not fit; the
-            weights are those of the last step.
-        PartialUpdateOutOfMemory: the optimizer's step does not fit, after some weights may have
-            changed.
-        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the last
-            step, and the message names the step and the samples.
-        PartialUpdateError: the same with ``step_in_backward`` and no clipping, after some weights
-            have changed.
+        OutOfMemory: one sequence, or with ``step_in_backward`` one step, does not fit.
+        NonFiniteError: a loss or gradient is NaN or infinite; the message names the samples.
+        PartialUpdateOutOfMemory, PartialUpdateError: the same, but some weights may have changed;
+            with the others the weights are those of the last step.
         UserError: settings that do not fit the model, the data or the device.
     """
     check_settings(lm, sources, terms, settings)
-    model = lm.model
     sources = {name: sources[name] for term in terms for name in term.reads}
     primary = primary_sources(sources)
     terms_by_step = schedule_steps(terms, settings.schedule)  # of the steps on each batch
@@ -74,11 +69,10 @@ def train(
     per_epoch = batches_per_epoch * len(terms_by_step)
     total = settings.epochs * per_epoch
 
-    optimizer = build_optimizer(
-        model.parameters(), settings.optimizer, settings.lr, settings.weight_decay
-    )
-    kind_of_update = StepInBackward if settings.step_in_backward else WholeStep
-    update: Update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
+    parameters = lm.model.parameters()
+    optimizer = build_optimizer(parameters, settings.optimizer, settings.lr, settings.weight_decay)
+    kind_of_update = StepInBackward if settings.step_in_backward else Update
+    update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
     warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
     scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, total))
     if settings.gradient_checkpointing:
@@ -87,9 +81,9 @@ def train(
     state = TrainState() if state is None else state
     torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * lm.rank)  # + 0 on the first
     state.attach(lm.device, lm.world_size == 1, optimizer=optimizer, scheduler=scheduler)
-    before = state.micro_batch_tokens or settings.micro_batch_tokens
-    state.micro_batch_tokens = min(before, settings.micro_batch_tokens)
-    model.train()
+    largest = settings.micro_batch_tokens
+    state.micro_batch_tokens = min(state.micro_batch_tokens or largest, largest)
+    lm.model.train()
 
     batches = step_batches(sources, primary, settings.batch_size, settings.epochs, settings.seed)
     steps = ((batch, step_terms) for batch in batches for step_terms in terms_by_step)
@@ -104,10 +98,7 @@ def train(
             step=state.step + 1,
             steps=total,
             epoch=(state.step + 1) / per_epoch,
-            loss=result.loss,
-            terms=result.terms,
-            log_probs=result.log_probs,
-            grad_norm=result.grad_norm,
+            **vars(result),
             lr=lr,
             tokens=sum(len(s.input_ids) for sequences in batch.values() for s in sequences),
             micro_batch_tokens=state.micro_batch_tokens,
@@ -124,11 +115,7 @@ def train(
 def check_settings(
     lm: CausalLM, sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
 ) -> None:
-    """Refuses what ``train`` would refuse.
-
-    Raises:
-        UserError: settings that do not fit the model, the data or the device.
-    """
+    """Raises ``UserError`` for settings that do not fit the model, the data or the device."""
     trainable_parameters(lm.model.parameters(), settings.optimizer)
     check_world_size(terms, settings, lm.world_size)
     if settings.offload_optimizer and lm.device.type == "cpu":
@@ -136,12 +123,12 @@ def check_settings(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
             "leave it out"
         )
+    if settings.step_in_backward and not lm.packs:
+        raise UserError(
+            f"--step-in-backward takes a whole step at once, and {lm.name} takes one sequence at a "
+            "time: leave it out"
+        )
     if settings.step_in_backward:
-        if not lm.packs:
-            raise UserError(
-                f"--step-in-backward takes a whole step at once, and {lm.name} takes one sequence "
-                "at a time: leave it out"
-            )
         check_step_in_backward(sources, terms, settings)
 
 
@@ -151,27 +138,41 @@ def reference_log_probs(
 ) -> dict[str, Tensor | list[Tensor]]:
     """Log-probs under the model as it is now, of the sources that a term compares with them.
 
-    One float a sequence, (S,), or where the loss wants them one a token, S tensors (n,): no
+    A number a sequence, (S,), or where the loss compares tokens a list of S tensors (n,). No
     reference model stays in memory while training.
     """
     references: dict[str, Tensor | list[Tensor]] = {}
-    was_training = lm.model.training
-    lm.model.eval()
     compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
-    for source, kind in kinds.items():
-        reference = [torch.empty(0)] * len(sources[source])
-        for batch in lm.micro_batches(sources[source], micro_batch_tokens):
-            log_probs = lm.log_probs(batch)
-            if kind == "sequence":
-                parts = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
-            else:
-                parts = log_probs.cpu().split(batch.answer_cu_seqlens.diff().tolist())
-            for i, part in zip(batch.indices, parts, strict=True):
-                reference[i] = part
-        references[source] = torch.stack(reference) if kind == "sequence" else reference
-    lm.model.train(was_training)
+    with lm.evaluating():
+        for source, kind in kinds.items():
+            reference = [torch.empty(0)] * len(sources[source])
+            for batch in lm.micro_batches(sources[source], micro_batch_tokens):
+                log_probs = lm.log_probs(batch)
+                if kind == "sequence":
+                    parts = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
+                else:
+                    parts = log_probs.cpu().split(batch.answer_cu_seqlens.diff().tolist())
+                for i, part in zip(batch.indices, parts, strict=True):
+                    reference[i] = part
+            references[source] = torch.stack(reference) if kind == "sequence" else reference
     return references
+
+
+def reference_cache_for(
+    terms: tuple[Term, ...],
+    lm: CausalLM,
+    sources: Sources,
+    micro_batch_tokens: int,
+    folder: Path | None = None,
+) -> ReferenceStates | None:
+    """The ``open_reference_states`` of the terms with a KL; None where no term has one."""
+    kl_terms = [term for term in terms if isinstance(term.loss, KL)]
+    if not kl_terms:
+        return None
+    (positions,) = {term.positions for term in kl_terms}
+    compared: Sources = {term.source: sources[term.source] for term in kl_terms}
+    return open_reference_states(lm, compared, folder, positions, micro_batch_tokens)
 
 
 def _lr_factor(step: int, warmup: int, total: int) -> float:
@@ -181,9 +182,7 @@ def _lr_factor(step: int, warmup: int, total: int) -> float:
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def _non_finite_message(
-    record: StepRecord, batch: Mapping[str, list[TokenizedExample]], partially_applied: int
-) -> str:
+def _non_finite_message(record: StepRecord, batch: Sources, partially_applied: int) -> str:
     shown = "; ".join(
         f"{source} records {', '.join(str(s.index + 1) for s in sequences[:8])}"
         + (f" and {len(sequences) - 8} more" if len(sequences) > 8 else "")

@@ -1,5 +1,6 @@
 """Optimizers by name: what they keep for each weight, and where they keep it."""
 
+import importlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,24 +17,20 @@ Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
 
 
 def check_optimizer(name: Optimizer) -> None:
-    """Imports the library of an optimizer, which reading its states from a checkpoint needs too.
-
-    Raises:
-        UserError: the library is not installed.
-    """
+    """Imports the library of an optimizer, or raises ``UserError``; reading states needs it too."""
     if name == "adamw":
         return
     if find_spec("torchao") is None:
         raise UserError(f"--optimizer {name} comes from torchao: pip install torchao")
-    _torchao()
+    logging.disable(logging.WARNING)  # about GPU libraries that this does not need
+    try:
+        importlib.import_module("torchao.optim")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def trainable_parameters(parameters: Iterable[Parameter], name: Optimizer) -> list[Parameter]:
-    """Those that require a gradient, if the optimizer can train them.
-
-    Raises:
-        UserError: there are none, none that the optimizer is for, or fp16 ones.
-    """
+    """Those that require a gradient; ``UserError`` where the optimizer cannot train them."""
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise UserError("no weight of this model can be trained: add --lora-rank 16")
@@ -64,10 +61,10 @@ def build_optimizer(
     adamw-bf16        2 x 2 bytes            rounded at random, right on average
     ================  =====================  ==========================================
 
-    The first is PyTorch's fused one. The others are torchao's: of the two well-kept libraries with
-    8-bit states it alone rounds stochastically (bitsandbytes rounds to the nearest, which loses
-    steps below 1/512 of a weight), and it has the bf16 one too. With 8-bit states, tensors of less
-    than 4096 values, or not of a multiple of 256, keep states of their own dtype.
+    The first is PyTorch's fused one. The others are torchao's, which rounds stochastically;
+    bitsandbytes rounds to the nearest, which loses steps below 1/512 of a weight. With 8-bit
+    states, tensors of less than 4096 values, or not of a multiple of 256, keep states of their
+    own dtype.
 
     Raises:
         UserError: nothing to train, torchao is not installed, or adamw-bf16 without bf16 weights.
@@ -83,19 +80,12 @@ def build_optimizer(
                 stacklevel=2,
             )
         return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=True)
-    kind = getattr(_torchao(), "AdamW8bit" if name == "adamw-8bit" else "_AdamW")
+    from torchao import optim
+
+    kind = optim.AdamW8bit if name == "adamw-8bit" else optim._AdamW
     if trainable[0].device.type == "cpu":
         kind = type(kind.__name__, (_Eager, kind), {})
     return kind(trainable, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
-
-
-def _torchao() -> Any:
-    logging.disable(logging.WARNING)  # about GPU libraries that this does not need
-    try:
-        import torchao.optim
-    finally:
-        logging.disable(logging.NOTSET)
-    return torchao.optim
 
 
 class _Eager:
@@ -114,8 +104,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
 def step_one_at_a_time(optimizer: torch.optim.Optimizer) -> None:
     """The same as ``optimizer.step()``, with the states of one tensor in use at a time."""
     waiting = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
-    for parameter, _ in waiting:
-        parameter.grad = None
+    optimizer.zero_grad()
     for parameter, gradient in waiting:
         parameter.grad = gradient
         optimizer.step()

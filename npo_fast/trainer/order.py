@@ -1,11 +1,12 @@
 """Which sequences each step sees: a function of the seed alone, so a run can be repeated."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from itertools import count
 
 import torch
 
-from npo_fast.data import TokenizedExample
+from npo_fast.data import Sources, TokenizedExample
 from npo_fast.errors import UserError
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.trainer.settings import TrainSettings
@@ -18,7 +19,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def primary_sources(sources: Mapping[str, list[TokenizedExample]]) -> tuple[str, ...]:
+def primary_sources(sources: Sources) -> tuple[str, ...]:
     """The sources that an epoch passes over: all but the retain data, which may be alone.
 
     Raises:
@@ -33,7 +34,7 @@ def primary_sources(sources: Mapping[str, list[TokenizedExample]]) -> tuple[str,
 
 
 def step_batches(
-    sources: Mapping[str, list[TokenizedExample]],
+    sources: Sources,
     primary: tuple[str, ...],
     batch_size: int,
     epochs: int,
@@ -49,10 +50,10 @@ def step_batches(
         for name, sequences in sources.items()
         if name not in primary
     }
-    count = len(sources[primary[0]])
+    questions = len(sources[primary[0]])
     for epoch in range(epochs):
-        order = permutation(count, f"{seed}/{primary[0]}/{epoch}")
-        for first in range(0, count, batch_size):
+        order = permutation(questions, f"{seed}/{primary[0]}/{epoch}")
+        for first in range(0, questions, batch_size):
             places = order[first : first + batch_size]
             batch = {name: [sources[name][i] for i in places] for name in primary}
             for name, examples in others.items():
@@ -60,15 +61,10 @@ def step_batches(
             yield batch
 
 
-def interleave(
-    batch: Mapping[str, list[TokenizedExample]], batch_key: Iterable[str]
-) -> list[TokenizedExample]:
+def interleave(batch: Sources, batch_key: Iterable[str]) -> list[TokenizedExample]:
     """The first sequence of each source, then the second of each, and so on: pairs side by side."""
-    return [
-        sequence
-        for unit in zip(*(batch[name] for name in batch_key), strict=True)
-        for sequence in unit
-    ]
+    units = zip(*(batch[name] for name in batch_key), strict=True)
+    return [sequence for unit in units for sequence in unit]
 
 
 def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
@@ -76,31 +72,20 @@ def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
     return list(dict.fromkeys(term.batch_key for term in terms))
 
 
-def largest_step(
-    sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
-) -> int:
-    """Tokens of the longest step of a run."""
+def check_step_in_backward(
+    sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
+) -> None:
+    """Raises ``UserError`` where a step has more tokens than a micro-batch may."""
     sources = {name: sources[name] for term in terms for name in term.reads}
     batches = step_batches(
         sources, primary_sources(sources), settings.batch_size, settings.epochs, settings.seed
     )
     keys_of_steps = [batch_keys(step) for step in schedule_steps(terms, settings.schedule)]
-    return max(
+    tokens = max(
         sum(len(s.input_ids) for key in keys for name in key for s in batch[name])
         for batch in batches
         for keys in keys_of_steps
     )
-
-
-def check_step_in_backward(
-    sources: Mapping[str, list[TokenizedExample]], terms: tuple[Term, ...], settings: TrainSettings
-) -> None:
-    """Refuses steps that are not one micro-batch.
-
-    Raises:
-        UserError: a step has more tokens than a micro-batch may.
-    """
-    tokens = largest_step(sources, terms, settings)
     if tokens > settings.micro_batch_tokens:
         raise UserError(
             f"--step-in-backward takes a whole step at once, and the largest has {tokens} tokens "
@@ -110,11 +95,9 @@ def check_step_in_backward(
 
 
 def _endless(sequences: list[TokenizedExample], key: str) -> Iterator[TokenizedExample]:
-    round_ = 0
-    while True:
+    for round_ in count():
         for i in permutation(len(sequences), f"{key}/{round_}"):
             yield sequences[i]
-        round_ += 1
 
 
 def permutation(length: int, key: str) -> list[int]:

@@ -1,11 +1,9 @@
 """When memory runs out: which errors say so, and what can be done about it."""
 
-from collections.abc import Mapping
-
 import torch
 
-from npo_fast.data import TokenizedExample
-from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory
+from npo_fast.data import Sources
+from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory, first_line
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.order import batch_keys
@@ -22,14 +20,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
-def first_line(error: BaseException) -> str:
-    """The reason that an error gives, without PyTorch's advice and traces below it."""
-    return str(error).partition("\n")[0]
-
-
 def smaller_micro_batches(
     lm: CausalLM,
-    batch: Mapping[str, list[TokenizedExample]],
+    batch: Sources,
     terms: tuple[Term, ...],
     settings: TrainSettings,
     state: TrainState,
@@ -37,8 +30,7 @@ def smaller_micro_batches(
 ) -> int:
     """Tokens of the micro-batches with which a step that did not fit can be tried again.
 
-    Half of what the largest micro-batch of the step had, but never less than its longest sequence,
-    or pair of sequences.
+    Half of what the largest micro-batch had, but no less than the longest sequence or pair.
 
     Raises:
         OutOfMemory: the micro-batch was one sequence already, or the step must stay one
@@ -70,11 +62,7 @@ def smaller_micro_batches(
 
 
 def update_out_of_memory(step: int, error: BaseException, started: bool) -> OutOfMemory:
-    """What to raise where ``Update.apply`` does not fit.
-
-    Args:
-        started: whether weights or the optimizer's states may have changed.
-    """
+    """What to raise where ``Update.apply`` does not fit, before or after it ``started``."""
     if not started:
         return OutOfMemory(_whole_step_message(step, first_line(error), " in the backward"))
     return PartialUpdateOutOfMemory(

@@ -58,13 +58,7 @@ class TrainSettings:
 
 
 def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:
-    """Refuses for several processes what only one can do.
-
-    Raises:
-        UserError: such a setting or term.
-    """
-    if world_size == 1:
-        return
+    """Raises ``UserError`` where several processes are to do what only one can do."""
     refused = {
         f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
         "--step-in-backward": settings.step_in_backward,
@@ -72,7 +66,7 @@ def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_siz
         **{f"a method with {term.name}": term.loss.reference == "hidden" for term in terms},
     }
     for what, asked in refused.items():
-        if asked:
+        if asked and world_size > 1:
             raise UserError(f"{what} runs on one process, not on {world_size}")
 
 

@@ -3,26 +3,17 @@
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from npo_fast.distributed import world_size
+from npo_fast.errors import first_line
 from npo_fast.model.sharding import gather_state_dict, sharded_states
 
 FORMAT = 1
 STATE = "state.pt"
-
-
-class Stateful(Protocol):
-    """What has a state dict: an optimizer, a learning rate schedule."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, to be saved."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Restores a saved state."""
 
 
 class DamagedError(Exception):
@@ -33,22 +24,21 @@ class TrainState:
     """Where a run stands after ``step`` steps.
 
     The order of the data is a function of the seed and the step, and needs no state. The loop
-    ``attach``es what has a state dict; a ``TrainState`` that was loaded from a checkpoint restores
-    those state dicts and the random numbers then.
+    calls ``attach`` with what has a state dict: optimizer and learning rate schedule. A state that
+    was loaded from a checkpoint then restores their state dicts and the random numbers.
     """
 
     def __init__(self, step: int = 0, micro_batch_tokens: int | None = None) -> None:
         self.step = step
         self.micro_batch_tokens = micro_batch_tokens  # None: as the settings say
-        self._parts: dict[str, Stateful] = {}
+        self._parts: dict[str, Any] = {}
         self._device = torch.device("cpu")
         self._saved: dict[str, Any] = {}
 
-    def attach(self, device: torch.device, alone: bool = True, **parts: Stateful) -> None:
+    def attach(self, device: torch.device, alone: bool = True, **parts: Any) -> None:
         """Names what will be saved, and restores it where this state was loaded.
 
-        Args:
-            alone: False for one of several processes, whose random numbers are not restored.
+        Random numbers are restored for a process ``alone``, not for one of several.
         """
         self._parts, self._device = parts, device
         if self._saved:
@@ -66,84 +56,50 @@ class TrainState:
 
         Every process has to call ``writer``, the main one alone what it returns.
         """
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
         content = {
             "format": FORMAT,
             "step": self.step,
             "micro_batch_tokens": self.micro_batch_tokens,
-            "parts": gather_state_dict(
-                {name: part.state_dict() for name, part in self._parts.items()}
-            ),
+            "parts": gather_state_dict(parts),
             "random": random_state(self._device),
         }
         return lambda folder: save_tensors({**content, "bytes": _sizes(folder)}, folder / STATE)
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """Reads ``state.pt``, and checks the sizes of the files beside it.
-
-        Raises:
-            DamagedError: it cannot be read, or a file has another size now.
-        """
+        """Reads ``state.pt``; ``DamagedError`` where that or a file beside it is not as written."""
         saved = load_tensors(folder / STATE)
         if saved.get("format") != FORMAT:
             raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
-        state = cls(saved["step"], saved["micro_batch_tokens"])
         sizes = _sizes(folder)
         for name, size in saved["bytes"].items():
             if sizes.get(name) != size:
                 raise DamagedError(f"{name} has {sizes.get(name, 0)} bytes, not {size}")
+        state = cls(saved["step"], saved["micro_batch_tokens"])
         state._saved = saved
         return state
 
 
 def save_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """Writes a file that ``load_tensors`` reads.
-
-    Raises:
-        OSError: such as a full disk, which ``torch.save`` would report as a RuntimeError.
-    """
-    with file.open("wb") as stream:
-        writer = _Writer(stream)
-        try:
-            torch.save(dict(content), writer)  # type: ignore[arg-type]
-        except RuntimeError:
-            if writer.error is None:
-                raise
-            raise writer.error from None
-
-
-class _Writer:
-    """Remembers why a write failed, which ``torch.save`` may cover with an error of its own."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
-        self.error: OSError | None = None
-        self.flush = stream.flush
-
-    def write(self, content: bytes) -> int:
-        try:
-            return self.stream.write(content)
-        except OSError as error:
-            self.error = error
-            raise
+    """Writes a file that ``load_tensors`` reads; a full disk is an ``OSError`` as elsewhere."""
+    try:
+        with file.open("wb") as stream:
+            torch.save(dict(content), stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save may cover it with its own error
+            raise error.__context__ from None
+        raise
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
-    """Reads what ``save_tensors`` wrote, to CPU memory.
-
-    Raises:
-        DamagedError: there is no such file, or it is not what ``torch.save`` wrote.
-    """
+    """Reads what ``save_tensors`` wrote, to CPU memory; ``DamagedError`` where it cannot."""
     try:
-        content: dict[str, Any] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=world_size() > 1
-        )
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:
         raise DamagedError(f"it has no {file.name}") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DamagedError(f"{file.name} cannot be read: {reason}") from error
-    return content
+        raise DamagedError(f"{file.name} cannot be read: {first_line(error)}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, TokenizedExample, concatenate
+from npo_fast.data import PackedBatch, Sources, concatenate
+from npo_fast.errors import first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
@@ -20,7 +21,6 @@ from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import BatchKey, batch_keys, interleave
 from npo_fast.trainer.out_of_memory import (
-    first_line,
     is_out_of_memory,
     smaller_micro_batches,
     update_out_of_memory,
@@ -29,7 +29,6 @@ from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
 
-Sources = Mapping[str, list[TokenizedExample]]
 References = Mapping[str, Tensor | list[Tensor]]  # source -> a number, or (n,), a sequence
 
 
@@ -56,8 +55,8 @@ def take_step(
     """One step of the optimizer on ``sum(term.coefficient * term)`` over ``batch``.
 
     Where memory runs out before weights change, the step begins again in smaller micro-batches,
-    without gradients and with the same random numbers: as if it had been made of those from the
-    start. They stay small afterwards (``state.micro_batch_tokens``).
+    without gradients and with the same random numbers, as if it had begun with those. They stay
+    small afterwards (``state.micro_batch_tokens``).
 
     Raises:
         OutOfMemory: smaller micro-batches do not help, or are not possible; no weight has changed.
@@ -106,13 +105,9 @@ def accumulate_gradients(
 
     Returns the value of each term and the mean log-prob of a sequence of each source.
     """
-    baselines = {term.baseline for term in terms if term.baseline is not None}
-    terms = with_baselines(
-        lm,
-        terms,
-        {name: lm.micro_batches(batch[name], micro_batch_tokens) for name in baselines},
-        references,
-    )
+    baselines: set[str] = {term.baseline for term in terms if term.baseline is not None}
+    of_baselines = {name: lm.micro_batches(batch[name], micro_batch_tokens) for name in baselines}
+    terms = with_baselines(lm, terms, of_baselines, references)
     counts = {term.name: count(term, batch) for term in terms}
     micro_batches = [
         (key, micro)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -12,53 +12,37 @@ from torch.nn import Parameter
 from npo_fast.trainer.optimizers import keep_states_on_cpu, parameters_of, step_one_at_a_time
 
 
-class Update(Protocol):
-    """One step of the optimizer, from the losses of its micro-batches."""
+class Update:
+    """One step of the optimizer, from the losses of its micro-batches.
 
-    takes_whole_step: bool
+    Gradients add up in ``.grad``, and the optimizer sees them together.
+    """
+
+    takes_whole_step = False
     """Whether all micro-batches of a step must go through the model before ``apply``."""
-    partially_applied: int
-    """Tensors that were changed before a later gradient of the same step was not finite."""
-    started: bool
-    """Whether ``apply`` has begun to change weights or the optimizer's states."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
+    ) -> None:
+        self.optimizer, self.max_norm, self.offload = optimizer, max_norm, offload
+        self.partially_applied = 0  # tensors changed before a gradient of the step was not finite
+        self.started = False  # whether ``apply`` has begun to change weights or optimizer states
+        if offload:
+            keep_states_on_cpu(optimizer)
 
     def add(self, loss: Tensor) -> None:
         """Takes the loss of a micro-batch; the step's is their sum."""
+        loss.backward()
 
     def discard(self) -> None:
         """Forgets the losses and gradients of the step."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def apply(self, loss: float) -> float:
         """Changes the weights if the step's ``loss`` and the gradient norm are finite.
 
         Returns the global norm of the gradient before clipping. No gradient is left afterwards.
         """
-
-
-class WholeStep:
-    """Gradients add up in ``.grad``; the optimizer sees them together."""
-
-    takes_whole_step = False
-    partially_applied = 0
-    started = False
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
-    ) -> None:
-        self.optimizer, self.max_norm, self.offload = optimizer, max_norm, offload
-        if offload:
-            keep_states_on_cpu(optimizer)
-
-    def add(self, loss: Tensor) -> None:
-        """Runs the backward of the micro-batch."""
-        loss.backward()
-
-    def discard(self) -> None:
-        """Frees all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def apply(self, loss: float) -> float:
-        """Clips the gradient to ``max_norm`` and lets the optimizer step."""
         self.started = False
         parameters = parameters_of(self.optimizer)
         total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
@@ -73,39 +57,26 @@ class WholeStep:
         return norm
 
 
-class StepInBackward:
+class StepInBackward(Update):
     """Each tensor is stepped, and its gradient freed, as soon as the backward completes it.
 
     The global norm must be known before the first tensor changes. With a finite ``max_norm`` the
-    backward therefore runs twice: once to measure the norm, gradients freed as they come, once to
-    step with them scaled. The result is that of ``WholeStep``, a step that is not finite changes
-    nothing, and the second backward costs its time. With ``max_norm`` infinite one backward does:
-    nothing is clipped, and gradients are checked one tensor at a time. None that is not finite is
-    applied, but tensors nearer to the loss have changed by then (``partially_applied``).
+    backward therefore runs twice: first to measure the norm, then to step with scaled gradients.
+    The result is that of ``Update``, and a step that is not finite changes nothing. With an
+    infinite ``max_norm`` nothing is clipped and one backward does. Each gradient is checked before
+    it is applied, but tensors nearer to the loss have changed by then (``partially_applied``).
     """
 
     takes_whole_step = True
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, max_norm: float, offload: bool = False
-    ) -> None:
-        self.optimizer, self.max_norm = optimizer, max_norm
-        self.partially_applied = 0
-        self.started = False
-        self._loss: Tensor | None = None
-        if offload:
-            keep_states_on_cpu(optimizer)
+    _loss: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Adds to the loss whose backward ``apply`` runs."""
         self._loss = loss if self._loss is None else self._loss + loss
 
     def discard(self) -> None:
-        """Frees the loss, with the activations that it holds."""
-        self._loss = None
+        self._loss = None  # and the activations that it holds
 
     def apply(self, loss: float) -> float:
-        """Runs the backward, and steps each tensor in it."""
         total, self._loss = self._loss, None
         assert total is not None
         self.started = False
@@ -147,13 +118,10 @@ class StepInBackward:
             use(parameter, norms[-1])
             parameter.grad = None
 
-        parameters = parameters_of(self.optimizer)
-        hooks = [p.register_post_accumulate_grad_hook(completed) for p in parameters]
-        try:
+        with ExitStack() as hooks:
+            for parameter in parameters_of(self.optimizer):
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(completed))
             loss.backward(retain_graph=retain_graph)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _step(self, parameter: Parameter, scale: float = 1.0) -> None:

@@ -15,8 +15,7 @@ from npo_fast.integrations.hf_trainer import (
     UnlearningTrainer,
 )
 from npo_fast.methods import METHODS, Coefficients, build_method
-from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.reference_cache import reference_cache_for
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import sequences, slow_but, small_lm
 

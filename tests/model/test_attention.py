@@ -17,7 +17,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED
-from npo_fast.model.attention import packed_attention
+from npo_fast.model.attention import packed_attention, set_attention
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.choice import (
     Demands,
@@ -28,7 +28,6 @@ from npo_fast.model.choice import (
     machine_of,
     varlen_obstacle,
 )
-from npo_fast.model.hf_attention import set_attention
 from npo_fast.model.varlen import NAME as VARLEN
 from npo_fast.model.varlen import attend, parameters, varlen_attention
 from tests.helpers import VOCABULARY, tiny_model

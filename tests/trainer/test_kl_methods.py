@@ -7,8 +7,7 @@ from npo_fast.cli import main
 from npo_fast.data import pack
 from npo_fast.errors import UserError
 from npo_fast.methods import Coefficients, build_method
-from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.reference_cache import reference_cache_for
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import (
     FACTS,

@@ -12,9 +12,8 @@ from npo_fast.cli import main
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
 from npo_fast.methods import build_method
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer, keep_states_on_cpu, step_one_at_a_time
-from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import (
     FACTS,

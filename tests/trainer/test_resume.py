@@ -21,9 +21,8 @@ from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.folder import save_model
-from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer
-from npo_fast.trainer.reference_cache import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import DamagedError, TrainState, save_tensors
 from tests.helpers import FACTS, metadata_of, read_jsonl, slow_but, sources, tiny_model, write_jsonl
