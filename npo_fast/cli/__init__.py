@@ -14,7 +14,13 @@ from npo_fast.distributed import (
     rank,
     world_size,
 )
-from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
+from npo_fast.errors import (
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    UserError,
+    settings_as_flags,
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ SUBCOMMANDS = {
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 
+@settings_as_flags()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 

@@ -20,7 +20,7 @@ class Common:
     """What every subcommand takes."""
 
     json: bool = False
-    """Print the result as one JSON object on standard output."""
+    """Print the result as one JSON object on standard output; NaN and infinity are null."""
     config: Path | None = None
     """YAML file with settings by flag name; flags override it."""
 

@@ -92,14 +92,14 @@ class EvaluationCallback(Callback):
     """Evaluates every ``eval_every`` steps, keeps the best model, and says when to stop.
 
     Args:
-        evaluate: measures the model as it is.
+        evaluate: measures a model as it is.
         retrained: logs of the retrained model on the same items, for forget quality.
     """
 
     def __init__(
         self,
         options: EvaluationOptions,
-        evaluate: Callable[[], Result],
+        evaluate: Callable[[CausalLM], Result],
         retrained: Result | None = None,
     ) -> None:
         self.options, self.evaluate, self.retrained = options, evaluate, retrained
@@ -109,13 +109,13 @@ class EvaluationCallback(Callback):
         self.pending: StepRecord | None = None  # the last step, where it was not evaluated
         self.training: Training | None = None
 
-    def check(self) -> dict[str, Any]:
+    def check(self, lm: CausalLM) -> dict[str, Any]:
         """The evaluation of step 0.
 
         Raises:
             UserError: a measure that the options name cannot be computed from this data.
         """
-        self.first = self._scores(0, 0.0)
+        self.first = self._scores(lm, 0, 0.0)
         needed = [self.options.keep_best, self.condition.measure if self.condition else None]
         needed.append("model_utility" if self.options.min_utility else None)
         for measure in filter(None, needed):
@@ -141,7 +141,7 @@ class EvaluationCallback(Callback):
     def _evaluate(self, record: StepRecord) -> None:
         assert self.training is not None
         self.pending = None
-        scores = self._scores(record.step, record.epoch)
+        scores = self._scores(self.training.lm, record.step, record.epoch)
         self.training.folder.log_evaluation(scores)
         if self.is_best(scores):
             self.best = scores
@@ -170,8 +170,8 @@ class EvaluationCallback(Callback):
         gain = direction * value_of(scores, measure)
         return not self.best or gain > direction * value_of(self.best, measure)
 
-    def _scores(self, step: int, epoch: float) -> dict[str, Any]:
-        return {"step": step, "epoch": epoch, **measures(self.evaluate(), self.retrained)}
+    def _scores(self, lm: CausalLM, step: int, epoch: float) -> dict[str, Any]:
+        return {"step": step, "epoch": epoch, **measures(self.evaluate(lm), self.retrained)}
 
 
 class CheckpointCallback(Callback):

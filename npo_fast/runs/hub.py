@@ -1,6 +1,6 @@
 """Model cards, and uploads to the Hugging Face hub."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
+from npo_fast.runs.folder import save_file
 
 CARD = "README.md"
 
@@ -33,12 +34,12 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     unlearned = metadata["command"] == "unlearn"
     method = settings["method"]["method"] if unlearned else "fine-tuning"
     records = metadata["data"]["forget" if unlearned else "train"]["examples"]
-    groups = [settings.get(group, {}) for group in ("method", "training")]
     data = [
         (source, each["examples"], each["answer_tokens"], each["sha256"])
         for source, each in metadata["data"].items()
     ]
-    sample = sample_rows(metadata)
+    options = {**settings.get("method", {}), **settings["training"]}
+    measures = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
@@ -54,19 +55,22 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         base=base,
         version=__version__,
         data=tables.markdown(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
-        settings=tables.markdown(
-            [item for group in groups for item in group.items() if item[1] is not None],
-            ("setting", "value"),
-        ),
-        sample=tables.markdown(sample, SAMPLE_HEADER) if sample else "",
-        evaluation=_evaluation(scores),
+        settings=_table(options.items(), ("setting", "value")),
+        sample=_table(sample_rows(metadata), SAMPLE_HEADER),
+        evaluation=_table(measures, ("measure", "value")),
         step=scores.get("step"),
         eval_records=settings.get("watch", {}).get("eval_records"),
         report_records=settings.get("report", {}).get("report_records"),
         adapter=adapter,
         repository=settings["run"].get("push_to_hub") or "PATH_OR_REPOSITORY",
     )
-    card.save(folder / CARD)
+    save_file(folder / CARD, card.save)
+
+
+def _table(rows: Iterable[tuple[Any, ...]], header: Sequence[str]) -> str:
+    """A Markdown table of the rows that have a value; empty where there are none."""
+    rows = [row for row in rows if row[-1] is not None]
+    return tables.markdown(rows, header) if rows else ""
 
 
 def create_repository(repo: str, private: bool = False, token: str | None = None) -> str:
@@ -84,22 +88,13 @@ def create_repository(repo: str, private: bool = False, token: str | None = None
         ) from error
 
 
-def upload(folder: Path, repo: str, private: bool = False, token: str | None = None) -> str:
-    """Uploads a model folder as it is; returns the address of the repository."""
-    address = create_repository(repo, private, token)
-    api = HfApi(token=token)
+def upload(folder: Path, repo: str, token: str | None = None) -> None:
+    """Uploads a model folder as it is to a repository that exists."""
+    message = "Upload from npo_fast"
     try:
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from npo_fast")
+        HfApi(token=token).upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:
         raise UserError(
             f"cannot upload to {repo!r}: {error} The model stays in {folder}; "
             f"npo_fast.Run({str(folder.parent)!r}).push_to_hub({repo!r}) tries again"
         ) from error
-    return address
-
-
-def _evaluation(scores: Mapping[str, Any]) -> str:
-    """The measures of an evaluation, as a table."""
-    values = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
-    rows = [row for row in values if row[1] is not None]
-    return tables.markdown(rows, ("measure", "value")) if rows else ""

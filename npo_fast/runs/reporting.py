@@ -9,8 +9,10 @@ from npo_fast.reports.page import Report
 from npo_fast.reports.runs import load_runs
 from npo_fast.runs.evaluating import Logs, logs_of
 from npo_fast.runs.run import Run
+from npo_fast.validation import with_checked_keywords
 
 
+@with_checked_keywords
 def report(
     runs: Run | str | Path | Iterable[Run | str | Path],
     *,
@@ -49,8 +51,8 @@ def report(
         _check_replaceable(file)
     result = Report(
         load_runs(folders),
-        {} if original is None else logs_of(original),
-        {} if retrained is None else logs_of(retrained),
+        {} if original is None else logs_of(original, "original"),
+        {} if retrained is None else logs_of(retrained, "retrained"),
         answers,
     )
     page.parent.mkdir(parents=True, exist_ok=True)

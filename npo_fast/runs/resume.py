@@ -1,6 +1,7 @@
 """A run in a folder that did not end: whether it is the same run, and where it can resume."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,11 @@ from typing import Any
 
 from npo_fast.errors import UserError
 from npo_fast.runs.folder import REFERENCES, UNFINISHED, check_unused, read_metadata, step_of
+from npo_fast.runs.options import RunOptions
 from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
+from npo_fast.versions import versions
+
+logger = logging.getLogger(__name__)
 
 # where hidden states are kept, and what only memory depends on
 _IGNORED = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
@@ -23,9 +28,7 @@ class ResumableRun:
     metadata: dict[str, Any]  # its run.json
     weights: Path | None  # of its last complete checkpoint; None: it has to start anew
     state: TrainState = field(default_factory=TrainState)
-    references: dict[str, Any] | None = (
-        None  # log-probs of the model as it was; None: lost, or none
-    )
+    references: dict[str, Any] | None = None  # log-probs of the model as it was, if not lost
     trained: bool = False  # the weights are the final ones
     damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
 
@@ -44,12 +47,44 @@ class ResumableRun:
             )
 
 
-def resumable_run(folder: Path) -> ResumableRun | None:
-    """The run in ``folder`` if it has not come to its end.
+def find_resumable(
+    options: RunOptions, metadata: Mapping[str, Any], in_memory: bool
+) -> ResumableRun | None:
+    """The run in the output folder to go on with, if there is one.
+
+    Args:
+        in_memory: whether the model is an object that the run in the folder may have changed.
 
     Raises:
-        UserError: another process is at work on it, or none of its checkpoints can be read.
+        UserError: it is not the run that ``metadata`` describes, another process is at work on it,
+            or none of its checkpoints can be read.
     """
+    folder = options.output
+    resumable = None if options.overwrite else _resumable_run(folder)
+    if resumable is None:
+        return None
+    resumable.check(metadata)
+    for damage in resumable.damaged:
+        logger.info(f"ignored, for it is damaged: {damage}")
+    if resumable.weights is None and in_memory:
+        raise UserError(
+            f"the run in {folder} ended without a checkpoint, and may have changed the model in "
+            "memory: load the model again, and add --overwrite to begin anew"
+        )
+    if resumable.weights is None:
+        logger.info(f"the run in {folder} ended without a checkpoint: it starts again at step 0")
+        return None
+    if resumable.trained:
+        logger.info(f"the run in {folder} was trained already: going on after the last step")
+    else:
+        logger.info(f"going on with the run in {folder} after step {resumable.state.step}")
+    before, now = resumable.metadata.get("versions", {}), versions()
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        logger.info(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
+    return resumable
+
+
+def _resumable_run(folder: Path) -> ResumableRun | None:
     metadata = read_metadata(folder)
     if metadata.get("status") not in UNFINISHED:
         return None
@@ -97,7 +132,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, without those of the run folder."""
+    """Settings by name, without those of the run folder."""
     return {
         name: value
         for group, values in metadata.get("settings", {}).items()

@@ -290,7 +290,7 @@ def test_every_step_reaches_the_tracker(base, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named_before_the_run(base, tmp_path, monkeypatch):
     monkeypatch.setattr("npo_fast.runs.callbacks.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--track wandb needs accelerate: pip install accelerate"):
+    with pytest.raises(UserError, match="track wandb needs accelerate: pip install accelerate"):
         npo_fast.unlearn(str(base), forget=FORGET, method="NPO", output=tmp_path / "run",
                          run=RunOptions(track="wandb"))  # fmt: skip
     assert not (tmp_path / "run").exists()
