@@ -2,7 +2,7 @@
 
 A method is a tuple of ``Term``; the training loop knows nothing else about it. To add one: write
 its loss in ``npo_fast.losses`` if it is new, an entry of ``_TERMS`` with the default of each
-coefficient, and a line of ``METHODS``; a coefficient that no other method has is one more line of
+coefficient, and its name in ``METHODS``; a coefficient that no other method has is one more line of
 ``Coefficients``. Flags, help and the report follow.
 """
 
@@ -93,7 +93,8 @@ class Coefficients:
         return Coefficients(**{k: v for k, v in self.given().items() if k in known})
 
 
-# Makers of terms: their parameters are the coefficients that a term has, with the defaults.
+# Makers of terms, by their part of a method's name: their parameters are the coefficients that
+# a term has, with the defaults.
 _TERMS: dict[str, Callable[..., Term]] = {
     "GA": lambda forget=1.0: Term("GA", "forget", GA(), "token_mean", forget),
     "NPO": lambda beta=0.1, forget=1.0: Term("NPO", "forget", NPO(beta), "mean", forget),
@@ -118,48 +119,16 @@ _TERMS: dict[str, Callable[..., Term]] = {
     "UNDIAL": lambda gamma=10.0, forget=1.0: Term(
         "UNDIAL", "forget", KL(demotion=gamma), "token_mean", forget
     ),
-    "forget KL": lambda kl=1.0: Term("forget KL", "forget", KL(), "token_mean", -kl),
-    "IDK": lambda forget=1.0: Term(
-        "IDK NLL", "idk", NLL(), "token_mean", forget, over=("idk", "retain")
-    ),
-    "retain beside IDK": lambda retain=1.0: Term(
-        "retain NLL", "retain", NLL(), "token_mean", retain, over=("idk", "retain")
-    ),
-    "retain": lambda retain=1.0: Term("retain NLL", "retain", NLL(), "token_mean", retain),
-    "retain KL": lambda kl=1.0: Term("retain KL", "retain", KL(), "token_mean", kl),
+    "IDK": lambda forget=1.0: Term("IDK NLL", "idk", NLL(), "token_mean", forget),
+    "RT": lambda retain=1.0: Term("retain NLL", "retain", NLL(), "token_mean", retain),
+    "KL": lambda kl=1.0: Term("retain KL", "retain", KL(), "token_mean", kl),
+    "forgetKL": lambda kl=1.0: Term("forget KL", "forget", KL(), "token_mean", -kl),
 }
-
-# A method is a sum of terms; its name says what stands beside the term on the forget data.
-METHODS: dict[str, tuple[str, ...]] = {
-    "GA": ("GA",),
-    "GA+RT": ("GA", "retain"),
-    "GA+KL": ("GA", "retain KL"),
-    "GA+forgetKL": ("GA", "forget KL"),
-    "IDK+RT": ("IDK", "retain beside IDK"),
-    "NPO": ("NPO",),
-    "NPO+RT": ("NPO", "retain"),
-    "NPO+KL": ("NPO", "retain KL"),
-    "DPO": ("DPO",),
-    "DPO+RT": ("DPO", "retain"),
-    "DPO+KL": ("DPO", "retain KL"),
-    "KTO": ("KTO",),
-    "KTO+RT": ("KTO", "retain"),
-    "KTO+KL": ("KTO", "retain KL"),
-    "SimNPO": ("SimNPO",),
-    "SimNPO+RT": ("SimNPO", "retain"),
-    "TNPO": ("TNPO",),
-    "TNPO+RT": ("TNPO", "retain"),
-    "WGA": ("WGA",),
-    "WGA+RT": ("WGA", "retain"),
-    "SatImp": ("SatImp",),
-    "SatImp+RT": ("SatImp", "retain"),
-    "CEU": ("CEU",),
-    "CEU+RT": ("CEU", "retain"),
-    "AltPO": ("AltPO",),
-    "AltPO+RT": ("AltPO", "retain"),
-    "UNDIAL": ("UNDIAL",),
-    "UNDIAL+RT": ("UNDIAL", "retain"),
-}
+METHODS = (
+    "GA", "GA+RT", "GA+KL", "GA+forgetKL", "IDK+RT", "NPO", "NPO+RT", "NPO+KL", "DPO", "DPO+RT",
+    "DPO+KL", "KTO", "KTO+RT", "KTO+KL", "SimNPO", "SimNPO+RT", "TNPO", "TNPO+RT", "WGA", "WGA+RT",
+    "SatImp", "SatImp+RT", "CEU", "CEU+RT", "AltPO", "AltPO+RT", "UNDIAL", "UNDIAL+RT",
+)  # fmt: skip
 FINETUNE = (Term("NLL", "train", NLL(), "token_mean"),)
 
 
@@ -231,10 +200,12 @@ def build_method(
     try:
         terms = tuple(
             _TERMS[term](**{key: given[key] for key in _parameters(term) if key in given})
-            for term in METHODS[name]
+            for term in name.split("+")
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if name == "IDK+RT":  # one mean over the tokens of both
+        terms = tuple(replace(term, over=("idk", "retain")) for term in terms)
     if kl_positions == "answer":
         return terms
     if "kl" not in coefficients_of(name):
@@ -247,11 +218,7 @@ def build_method(
 
 
 def canonical_name(name: str) -> str:
-    """The name as in ``METHODS``: "npo_rt" is NPO+RT.
-
-    Raises:
-        UserError: an unknown name; the message suggests the nearest.
-    """
+    """The name as in ``METHODS``: "npo_rt" is NPO+RT; raises ``UserError`` for an unknown one."""
     wanted = name.upper().replace("_", "+").replace("-", "+").replace("CE+U", "CEU")
     known = {method.upper(): method for method in METHODS}
     if wanted not in known:
@@ -265,7 +232,7 @@ def coefficients_of(name: str) -> dict[str, float]:
     """The coefficients that a method has, with their defaults."""
     return {
         key: parameter.default
-        for term in METHODS[canonical_name(name)]
+        for term in canonical_name(name).split("+")
         for key, parameter in _parameters(term).items()
     }
 

@@ -21,7 +21,7 @@ from npo_fast.runs.evaluating import Logs, Scores, logs_of
 from npo_fast.runs.folder import save_file
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
-from npo_fast.runs.progress import progress, steps_bar
+from npo_fast.runs.progress import ProgressBar, progress
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
 
@@ -107,8 +107,9 @@ def attack(
         measure(lm, "before")
         if "relearn" in attacks.names:
             seen, _ = template.encode_all(forget_records[i] for i in split.seen)
-            with steps_bar("relearn") as on_step:
-                attacked = relearn(lm, seen, training, on_step)
+            bar = ProgressBar("relearn")
+            attacked = relearn(lm, seen, training, bar.on_step)
+            bar.on_end()
             measure(attacked, "relearn")
         for bits in attacks.widths if "quantize" in attacks.names else ():
             attacked = copy.deepcopy(lm)

@@ -109,11 +109,7 @@ class EvaluationCallback(Callback):
         self.pending: StepRecord | None = None  # the last step, where it was not evaluated
 
     def check(self, lm: CausalLM) -> dict[str, Any]:
-        """The evaluation of step 0.
-
-        Raises:
-            UserError: a measure that the options name cannot be computed from this data.
-        """
+        """The evaluation of step 0; ``UserError`` if it lacks a measure that the options name."""
         self.first = self._scores(lm, 0, 0.0)
         if self.options.keep_best is not None:
             value_of(self.first, self.options.keep_best)
@@ -201,11 +197,7 @@ class CheckpointCallback(Callback):
 
 
 class TrackerCallback(Callback):
-    """Logs every step and evaluation to an experiment tracker, through accelerate's trackers.
-
-    Raises:
-        UserError: accelerate or the tracker's own library is not installed.
-    """
+    """Logs every step and evaluation to an experiment tracker, through accelerate's trackers."""
 
     def __init__(self, name: Tracker) -> None:
         for library in ("accelerate", name):

@@ -108,11 +108,7 @@ def evaluate(
 
 
 def logs_of(logs: Logs, role: str) -> Result:
-    """Evaluation logs by name: of a file, a folder, a run, scores, or as they are.
-
-    Raises:
-        UserError: none of these; the message names the argument ``role``.
-    """
+    """Evaluation logs by name, of whatever the argument ``role`` may be."""
     if isinstance(logs, (str, Path, Run)):
         return load_result(logs.folder if isinstance(logs, Run) else logs)
     if not isinstance(logs, Mapping):

@@ -47,11 +47,11 @@ def finetune(
     if train == "" and data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
     options.check(source.options)
-    settings = {"model": source.options, "data": inputs, "training": training, "run": options}
     records = {"train": load_records(train, inputs.data, "train")}
     names = {"train": inputs.train}
-    prepared = prepare_run("finetune", source, records, names, FINETUNE, settings)
+    settings = {"model": source.options, "data": inputs, "training": training, "run": options}
+    prepared = prepare_run("finetune", source, records, names, FINETUNE, settings, callbacks)
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)
     with prepared.loaded() as lm:
-        return run_training(lm, prepared, callbacks)
+        return run_training(lm, prepared)

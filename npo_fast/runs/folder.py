@@ -64,11 +64,9 @@ class RunFolder:
         metadata: Mapping[str, Any],
         references: Mapping[str, Any] | None = None,
     ) -> "RunFolder":
-        """An empty folder for a new run, which keeps the ``references`` to resume with.
+        """A folder for a new run, which keeps the ``references`` to resume with.
 
-        Raises:
-            UserError: the folder holds another run and ``overwrite`` is false, or files that are
-                not a run's, or a run that goes on.
+        Raises ``UserError`` as ``check_output`` and ``check_unused`` do.
         """
         check_output(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,15 +100,14 @@ class RunFolder:
             os.truncate(folder / EVALUATIONS, kept[-1] if kept else 0)
         recover(folder / "checkpoints" / "best")
         names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
-        so_far = [
-            name for name in names if re.fullmatch(r"step-\d+", name) and name <= step_name(step)
-        ]
-        for name in {*names} - {"best", *so_far[-1:]}:
+        complete = [name for name in names if re.fullmatch(r"step-\d+", name)]
+        newest = [name for name in complete if name <= step_name(step)][-1:]
+        for name in {*names} - {"best", *newest}:
             shutil.rmtree(folder / "checkpoints" / name)
-        resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
-        ended = ("ended", "error")
-        metadata = {name: value for name, value in metadata.items() if name not in ended}
         run = cls(folder, metadata, lines)
+        for name in ("ended", "error"):
+            run.metadata.pop(name, None)
+        resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
         run.note(status="running", resumed=resumed)
         return run
 

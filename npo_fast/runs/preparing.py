@@ -1,22 +1,17 @@
 """A run before any weight is loaded: its tokens, what ``run.json`` says of it, where it resumes."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from npo_fast.data import (
-    Record,
-    Template,
-    TokenizedExample,
-    check_vocabulary,
-    data_fingerprint,
-)
+from npo_fast.data import Record, Template, TokenizedExample, check_vocabulary, data_fingerprint
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.runs.callbacks import Callback
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.resume import ResumableRun, find_resumable
@@ -40,6 +35,7 @@ class PreparedRun:
     options: RunOptions
     metadata: dict[str, Any]  # of run.json
     resumable: ResumableRun | None  # the run in the output folder that goes on
+    callbacks: list[Callback]  # the user's
 
     @contextmanager
     def loaded(self) -> Iterator[CausalLM]:
@@ -57,6 +53,7 @@ def prepare_run(
     names: Mapping[str, str],  # source -> what the user calls it
     terms: tuple[Term, ...],
     settings: Mapping[str, Any],  # dataclasses by group, "training" and "run" among them
+    callbacks: Iterable[Callback],
 ) -> PreparedRun:
     """Tokenises every source once, and looks for a run to go on with.
 
@@ -64,6 +61,9 @@ def prepare_run(
         UserError: settings, records, tokenizer and output folder that do not fit together.
     """
     training, options = settings["training"], settings["run"]
+    heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    if not all(isinstance(callback, Callback) for callback in heard):
+        raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")
     template = model.template()
     check_world_size(terms, training, world_size())
     check_optimizer(training.optimizer)
@@ -101,4 +101,6 @@ def prepare_run(
     if "method" in settings and settings["method"].method not in METHODS:
         metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
     resumable = find_resumable(options, metadata, model.in_memory is not None)
-    return PreparedRun(model, template, sources, terms, training, options, metadata, resumable)
+    return PreparedRun(
+        model, template, sources, terms, training, options, metadata, resumable, heard
+    )

@@ -33,11 +33,7 @@ class ResumableRun:
     damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
 
     def check(self, metadata: Mapping[str, Any]) -> None:
-        """Checks that it is the run that ``metadata`` describes.
-
-        Raises:
-            UserError: a fact that this run shares with the one in the folder is another there.
-        """
+        """Raises ``UserError`` unless it is the run that ``metadata`` describes."""
         here = json.loads(json.dumps(metadata, default=str))
         if differences := list(_differences(self.metadata, here)):
             raise UserError(
@@ -52,12 +48,9 @@ def find_resumable(
 ) -> ResumableRun | None:
     """The run in the output folder to go on with, if there is one.
 
-    Args:
-        in_memory: whether the model is an object that the run in the folder may have changed.
-
     Raises:
         UserError: it is not the run that ``metadata`` describes, another process is at work on it,
-            or none of its checkpoints can be read.
+            none of its checkpoints can be read, or it may have changed the model ``in_memory``.
     """
     folder = options.output
     resumable = None if options.overwrite else _resumable_run(folder)
@@ -122,13 +115,17 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """A phrase for each setting, and each other fact of ``here``, that is not the same there."""
     old, new = _settings(there), _settings(here)
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            yield f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
-    for name in here:
-        if name != "settings" and there.get(name) != here[name]:
-            yield from _differences_within(name, there.get(name), here[name])
+    facts = [(name, old.get(name), new.get(name)) for name in {**old, **new}]
+    facts += [(name, there.get(name), here[name]) for name in here if name != "settings"]
+    for name, was, now in facts:
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+            for key in changed:
+                yield f"data {key} has changed" if name == "data" else f"the {name}'s {key} differs"
+        elif was != now:
+            yield f"{name} is {was!r} there and {now!r} here"
 
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,12 +136,3 @@ def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if group != "run" and name not in _IGNORED
     }
-
-
-def _differences_within(name: str, old: Any, new: Any) -> Iterator[str]:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        yield f"{name} is {old!r} there and {new!r} here"
-        return
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            yield f"{name} {key} has changed" if name == "data" else f"the {name}'s {key} differs"

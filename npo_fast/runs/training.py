@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,6 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.runs import hub
 from npo_fast.runs.callbacks import (
-    Callback,
     CheckpointCallback,
     EvaluationCallback,
     TrackerCallback,
@@ -51,7 +50,6 @@ class ReferenceData:
 def run_training(
     lm: CausalLM,
     prepared: PreparedRun,
-    callbacks: Iterable[Callback],
     reference: ReferenceData = ReferenceData(),
     evaluation: EvaluationCallback | None = None,
     report: Callable[[], Mapping[str, Any]] = dict,
@@ -74,7 +72,7 @@ def run_training(
     training = Training(folder, lm, tokenizer, prepared.training, state, [
         *([] if evaluation is None else [evaluation]),
         CheckpointCallback(options.save_every, signal, hint), *trackers,
-        ProgressBar(options.output.name), *callbacks,
+        ProgressBar(options.output.name), *prepared.callbacks,
     ])  # fmt: skip
     for callback in training.callbacks:
         callback.should_stop = None  # it may have stopped an earlier run

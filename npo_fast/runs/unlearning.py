@@ -98,11 +98,7 @@ def unlearn(
     options = run if output is None else replace(run, output=Path(output))
     forget, retain = as_rows(forget, "forget"), as_rows(retain, "retain")
     inputs = UnlearnData(
-        describe(forget),
-        describe(retain),
-        describe(data),
-        None if idk is None else Path(idk),
-        describe(alternate),
+        describe(forget), describe(retain), describe(data), describe(idk), describe(alternate)
     )
     method, terms = _resolve(method)
     needed = {source for term in terms for source in term.reads}
@@ -132,7 +128,7 @@ def unlearn(
         "model": source.options, "data": inputs, "method": method, "training": training,
         "report": report, "watch": evaluation, "run": options,
     }  # fmt: skip
-    prepared = prepare_run("unlearn", source, records, names, terms, settings)
+    prepared = prepare_run("unlearn", source, records, names, terms, settings, callbacks)
     suite = tofu_suite(inputs.data, forget, retain) if evaluation.eval_every else {}
     watch = _evaluation_callback(prepared, evaluation, report, suite)
     if options.dry_run:
@@ -150,9 +146,7 @@ def unlearn(
                 terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
             ),
         )
-        return run_training(
-            lm, prepared, callbacks, reference, watch, report=lambda: answers_now("after")
-        )
+        return run_training(lm, prepared, reference, watch, lambda: answers_now("after"))
 
 
 def _resolve(
@@ -174,10 +168,7 @@ def _resolve(
 
 
 def _evaluation_callback(
-    prepared: PreparedRun,
-    options: EvaluationOptions,
-    report: ReportOptions,
-    suite: Suite,
+    prepared: PreparedRun, options: EvaluationOptions, report: ReportOptions, suite: Suite
 ) -> EvaluationCallback | None:
     """Evaluates the first records of each set of ``suite``, if there is any."""
     if not suite:
