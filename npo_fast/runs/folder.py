@@ -91,20 +91,18 @@ class RunFolder:
     @classmethod
     def resume(cls, folder: Path, metadata: Mapping[str, Any], step: int) -> "RunFolder":
         """The folder as it was after ``step`` steps: later records are those of lost steps."""
-        lines = _locked(folder)
-        record = step_of(folder, step)
-        lines.truncate(record[1] if record else 0)
-        if (folder / EVALUATIONS).exists():
-            evaluations = _lines(folder / EVALUATIONS)
-            kept = [end for evaluation, end in evaluations if evaluation["step"] <= step]
-            os.truncate(folder / EVALUATIONS, kept[-1] if kept else 0)
+        steps = _locked(folder)
+        for file in (folder / STEPS, folder / EVALUATIONS):
+            if file.exists():
+                kept = [end for line, end in lines_of(file) if line["step"] <= step]
+                os.truncate(file, kept[-1] if kept else 0)
         recover(folder / "checkpoints" / "best")
         names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
         complete = [name for name in names if re.fullmatch(r"step-\d+", name)]
         newest = [name for name in complete if name <= step_name(step)][-1:]
         for name in {*names} - {"best", *newest}:
             shutil.rmtree(folder / "checkpoints" / name)
-        run = cls(folder, metadata, lines)
+        run = cls(folder, metadata, steps)
         for name in ("ended", "error"):
             run.metadata.pop(name, None)
         resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
@@ -126,7 +124,7 @@ class RunFolder:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far."""
-        return [evaluation for evaluation, _ in _lines(self.folder / EVALUATIONS)]
+        return [evaluation for evaluation, _ in lines_of(self.folder / EVALUATIONS)]
 
     def checkpoint(
         self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
@@ -240,13 +238,7 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def step_of(folder: Path, step: int) -> tuple[dict[str, Any], int] | None:
-    """The record of a step, and the byte of ``steps.jsonl`` where it ends."""
-    matching = (line for line in _lines(folder / STEPS) if line[0]["step"] == step)
-    return next(matching, None)
-
-
-def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def lines_of(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each whole line and where it ends; a process that was killed may leave half a line."""
     end = 0
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -68,10 +68,8 @@ class _Method(Checked):
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":
         """A method with these coefficients."""
-        given: dict[str, Any] = {
-            COEFFICIENTS[name].flag: value for name, value in coefficients.given().items()
-        }
-        return cls(method, **given)
+        given = {COEFFICIENTS[name].flag: value for name, value in coefficients.given().items()}
+        return cls(method, **given)  # type: ignore[arg-type]
 
     def coefficients(self) -> Coefficients:
         """Those that are set, as ``build_method`` takes them."""
@@ -83,12 +81,10 @@ if TYPE_CHECKING:
 else:
     MethodOptions = make_dataclass(
         "MethodOptions",
-        [
-            ("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT"),
-            *(
-                (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
-                for each in COEFFICIENTS.values()
-            ),
+        [("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT")]
+        + [
+            (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
+            for each in COEFFICIENTS.values()
         ],
         bases=(_Method,),
         frozen=True,

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.runs.folder import REFERENCES, UNFINISHED, check_unused, read_metadata, step_of
+from npo_fast.runs.folder import (
+    REFERENCES,
+    STEPS,
+    UNFINISHED,
+    check_unused,
+    lines_of,
+    read_metadata,
+)
 from npo_fast.runs.options import RunOptions
 from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
 from npo_fast.versions import versions
@@ -90,7 +97,7 @@ def _resumable_run(folder: Path) -> ResumableRun | None:
     for checkpoint in _newest_first(folder / "checkpoints"):
         try:
             state = TrainState.load(checkpoint)
-            if step_of(folder, state.step) is None:
+            if all(line["step"] != state.step for line, _ in lines_of(folder / STEPS)):
                 raise DamagedError(f"steps.jsonl has no line for step {state.step}")
         except DamagedError as error:
             damaged.append(f"{checkpoint}: {error}")
