@@ -63,14 +63,8 @@ def attack(
         UserError: something in the input is wrong; the message names the value and the cure.
     """
     forget, retain, folder = as_rows(forget, "forget"), as_rows(retain, "retain"), Path(output)
-    inputs = AttackData(
-        describe(forget),
-        describe(retain),
-        describe(data),
-        Path(retrained) if isinstance(retrained, (str, Path)) else None,
-        folder,
-        overwrite,
-    )
+    log = describe(retrained) if isinstance(retrained, (str, Path)) else None
+    inputs = AttackData(describe(forget), describe(retain), describe(data), log, folder, overwrite)
     if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
     if (folder / SUMMARY).exists() and not overwrite:
@@ -88,14 +82,12 @@ def attack(
     template = source.template()
     with source.loaded() as lm:
         check_vocabulary({"forget": template.encode_all(forget_records)[0]}, lm.vocabulary)
-        logger.info(
-            f"{len(split.seen)} forget records to relearn from, {len(split.rest)} to measure"
-        )
-        rest = {**suite, FORGET: [forget_records[i] for i in split.rest]}
-        measured = tokenize_suite(template, rest)
-        settings = EvaluationSettings(
-            training.micro_batch_tokens, max_new_tokens=attacks.max_new_tokens
-        )
+        seen = [forget_records[i] for i in split.seen]
+        rest = [forget_records[i] for i in split.rest]
+        logger.info(f"{len(seen)} forget records to relearn from, {len(rest)} to measure")
+        measured = tokenize_suite(template, {**suite, FORGET: rest})
+        tokens = training.micro_batch_tokens
+        settings = EvaluationSettings(tokens, max_new_tokens=attacks.max_new_tokens)
         scores: dict[str, Scores] = {}
 
         def measure(attacked: CausalLM, name: str) -> None:
@@ -106,28 +98,23 @@ def attack(
 
         measure(lm, "before")
         if "relearn" in attacks.names:
-            seen, _ = template.encode_all(forget_records[i] for i in split.seen)
             bar = ProgressBar("relearn")
-            attacked = relearn(lm, seen, training, bar.on_step)
+            attacked = relearn(lm, template.encode_all(seen)[0], training, bar.on_step)
             bar.on_end()
             measure(attacked, "relearn")
         for bits in attacks.widths if "quantize" in attacks.names else ():
             attacked = copy.deepcopy(lm)
-            part = quantize_(attacked, bits, attacks.group)
-            logger.info(
-                f"int{bits}: {part:.1%} of the weights without embedding and head are rounded"
-            )
-            measure(attacked, f"int{bits}")
+            part, name = quantize_(attacked, bits, attacks.group), f"int{bits}"
+            logger.info(f"{name}: {part:.1%} of the weights without embedding and head are rounded")
+            measure(attacked, name)
+    groups: dict[str, Any] = {
+        "model": source.options, "data": inputs, "attack": attacks, "training": training,
+    }  # fmt: skip
     summary = {
         "measures": scores,
         "relearned_records": split.seen,
         "measured_records": split.rest,
-        "settings": {
-            "model": asdict(source.options),
-            "data": asdict(inputs),
-            "attack": asdict(attacks),
-            "training": asdict(training),
-        },
+        "settings": {name: asdict(group) for name, group in groups.items()},
     }
     text = json.dumps(summary, indent=1, default=str)
     save_file(folder / SUMMARY, lambda file: file.write_text(text, encoding="utf-8"))

@@ -88,13 +88,9 @@ def evaluate(
             raise UserError("say what to evaluate on with --forget, --retain or both")
         if holdout is not None and forget is None:
             raise UserError("--holdout is compared with --forget: name both")
-        suite = tofu_suite(
-            describe(data),
-            as_rows(forget, "forget"),
-            as_rows(retain, "retain"),
-            as_rows(holdout, "holdout"),
-            utility=utility,
-        )
+        sets = {"forget": forget, "retain": retain, "holdout": holdout}
+        rows = {name: as_rows(source, name) for name, source in sets.items()}
+        suite = tofu_suite(describe(data), **rows, utility=utility)
         if compared is not None:
             check_forget_quality(suite)
         for name, records in suite.items():

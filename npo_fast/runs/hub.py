@@ -29,11 +29,8 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     """
     settings, name = metadata["settings"], metadata["settings"]["model"]["model"]
     on_hub = not Path(name).exists() and name.count("/") == 1
-    base = name if on_hub else Path(name).name  # no path of this machine
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    unlearned = metadata["command"] == "unlearn"
-    method = settings["method"]["method"] if unlearned else "fine-tuning"
-    records = metadata["data"]["forget" if unlearned else "train"]["examples"]
+    method = settings.get("method", {}).get("method")  # None: it was fine-tuned
     data = [
         (source, each["examples"], each["answer_tokens"], each["sha256"])
         for source, each in metadata["data"].items()
@@ -42,19 +39,17 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     measures = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=base if on_hub else None,
+            base_model=name if on_hub else None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag="text-generation",
-            tags=["npo_fast", *(["unlearning", method] if unlearned else [])],
+            tags=["npo_fast", "unlearning", method] if method else ["npo_fast"],
         ),
         template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
-        title=f"{base}, {'unlearned' if unlearned else 'fine-tuned'}",
-        what=f"Made to forget {records} records with {method}"
-        if unlearned
-        else f"Fine-tuned on {records} records",
-        base=base,
+        base=name if on_hub else Path(name).name,  # no path of this machine
+        method=method,
+        records=metadata["data"]["forget" if method else "train"]["examples"],
         version=__version__,
-        data=tables.markdown(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
+        data=_table(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
         settings=_table(options.items(), ("setting", "value")),
         sample=_table(sample_rows(metadata), SAMPLE_HEADER),
         evaluation=_table(measures, ("measure", "value")),

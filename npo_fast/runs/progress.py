@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -38,20 +38,16 @@ class ProgressBar(Callback):
 def progress(title: str) -> Iterator[Any]:
     """A function ``(part, done, total)`` that draws one bar a part."""
     bars: dict[str, tqdm[Any]] = {}
+    with ExitStack() as current:
 
-    def update(part: str, done: int, total: int) -> None:
-        if part not in bars:
-            for bar in bars.values():
-                bar.close()
-            name = part.replace("eval_", "").replace(".json", "").replace("_wo_options", "")
-            bars[part] = _bar(total, f"{title} {name}", "")
-        bars[part].update(done - bars[part].n)
+        def update(part: str, done: int, total: int) -> None:
+            if part not in bars:
+                current.close()
+                name = part.replace("eval_", "").replace(".json", "").replace("_wo_options", "")
+                bars[part] = current.enter_context(_bar(total, f"{title} {name}", ""))
+            bars[part].update(done - bars[part].n)
 
-    try:
         yield update
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def _bar(total: int, title: str, unit: str, done: int = 0) -> "tqdm[Any]":
