@@ -211,6 +211,7 @@ def test_the_other_functions_name_wild_arguments_too(tmp_path):
         (lambda: npo_fast.evaluate(log=5), "log must be a file, a folder, a run, scores or logs"),
         (lambda: npo_fast.attack("none", forget=FACTS[0]), "forget must be a file, a split"),
         (lambda: npo_fast.report(tmp_path, answers="5"), "answers must be int, got '5'"),
+        (lambda: npo_fast.report([5]), "runs must be runs or their folders, got 5"),
     ):
         with pytest.raises(UserError, match=message):
             call()
