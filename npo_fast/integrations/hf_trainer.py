@@ -98,7 +98,8 @@ class UnlearningCollator:
     """One ``PackedBatch``, without padding, for each of the ``batch_keys``.
 
     A key is a source such as "forget", or several whose sequences alternate, such as "idk/forget"
-    for pairs; by default each source of the dataset by itself.
+    for pairs; by default each source of the dataset by itself. accelerate moves a batch with its
+    ``to``, which leaves on the host what the host reads.
     """
 
     def __init__(self, batch_keys: Sequence[str] | None = None) -> None:
