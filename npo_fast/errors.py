@@ -1,7 +1,37 @@
-"""Errors whose message is for the user: the command line prints them without a traceback."""
+"""Errors whose message is for the user: the command line prints them without a traceback.
+
+A message is written with flags, such as ``--max-length``. A caller from Python reads keywords in
+their place, ``max_length``; only within ``settings_as_flags`` are they shown as flags.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_FLAG = re.compile(r"`[^`]*`|(?<![^\s(])--([a-z][a-z0-9-]*)")  # commands in backticks stay
+_as_flags = ContextVar("as_flags", default=False)
 
 
-class UserError(ValueError):
+@contextmanager
+def settings_as_flags() -> Iterator[None]:
+    """Inside, messages name settings as flags: for callers who typed a command."""
+    token = _as_flags.set(True)
+    try:
+        yield
+    finally:
+        _as_flags.reset(token)
+
+
+class _NamesSettings(Exception):  # noqa: N818 - a base class that nobody raises
+    def __str__(self) -> str:
+        message = super().__str__()
+        if _as_flags.get():
+            return message
+        return _FLAG.sub(lambda m: m[1].replace("-", "_") if m[1] else m[0], message)
+
+
+class UserError(_NamesSettings, ValueError):
     """Raised where the input is wrong; the message names the value and the cure."""
 
 
@@ -25,7 +55,7 @@ class PartialUpdateOutOfMemory(OutOfMemory):
     """Raised where memory ran out while weights were updated; they may be inconsistent."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(_NamesSettings):
     """Raised where a signal ended the run; its checkpoint is saved."""
 
     def __init__(self, message: str, signal: int) -> None:

@@ -1,8 +1,8 @@
 """Unlearning methods by name: sums of losses on the forget and retain data.
 
 A method is a tuple of ``Term``; the training loop knows nothing else about it. To add one: write
-its loss in ``npo_fast.losses`` if it is new, a maker of its term with the default of each
-coefficient, and a line of ``METHODS``; a coefficient that no other method has is one more line of
+its loss in ``npo_fast.losses`` if it is new, an entry of ``_TERMS`` with the default of each
+coefficient, and its name in ``METHODS``; a coefficient that no other method has is one more line of
 ``Coefficients``. Flags, help and the report follow.
 """
 
@@ -93,103 +93,42 @@ class Coefficients:
         return Coefficients(**{k: v for k, v in self.given().items() if k in known})
 
 
-# Makers of terms: the parameters are the coefficients that a method has, with their defaults.
-
-
-def _ga(forget: float = 1.0) -> Term:
-    return Term("GA", "forget", GA(), "token_mean", forget)
-
-
-def _npo(beta: float = 0.1, forget: float = 1.0) -> Term:
-    return Term("NPO", "forget", NPO(beta), "mean", forget)
-
-
-def _simnpo(beta: float = 2.5, delta: float = 0.0, forget: float = 1.0) -> Term:
-    return Term("SimNPO", "forget", SimNPO(beta, delta), "mean", forget)
-
-
-def _dpo(beta: float = 0.1, forget: float = 1.0) -> Term:
-    return Term("DPO", "forget", DPO(beta), "mean", forget, preferred="idk")
-
-
-def _altpo(beta: float = 0.1, forget: float = 1.0) -> Term:
-    return Term("AltPO", "forget", DPO(beta), "mean", forget, preferred="alternate")
-
-
-def _kto(beta: float = 0.1, forget: float = 1.0) -> Term:
-    return Term("KTO", "forget", KTO(beta), "mean", forget, baseline="idk")
-
-
-def _tnpo(beta: float = 0.1, forget: float = 1.0) -> Term:
-    return Term("TNPO", "forget", TNPO(beta), "token_mean", forget)
-
-
-def _wga(beta: float = 1.0, forget: float = 1.0) -> Term:
-    return Term("WGA", "forget", WGA(beta), "token_mean", forget)
-
-
-def _satimp(beta1: float = 5.0, beta2: float = 1.0, forget: float = 1.0) -> Term:
-    return Term("SatImp", "forget", SatImp(beta1, beta2), "token_mean", forget)
-
-
-def _ceu(forget: float = 1.0) -> Term:
-    return Term("CEU", "forget", CEU(), "token_mean", forget)
-
-
-def _idk(forget: float = 1.0) -> Term:
-    return Term("IDK NLL", "idk", NLL(), "token_mean", forget, over=("idk", "retain"))
-
-
-def _retain_beside_idk(retain: float = 1.0) -> Term:
-    return Term("retain NLL", "retain", NLL(), "token_mean", retain, over=("idk", "retain"))
-
-
-def _retain(retain: float = 1.0) -> Term:
-    return Term("retain NLL", "retain", NLL(), "token_mean", retain)
-
-
-def _retain_kl(kl: float = 1.0) -> Term:
-    return Term("retain KL", "retain", KL(), "token_mean", kl)
-
-
-def _forget_kl(kl: float = 1.0) -> Term:
-    return Term("forget KL", "forget", KL(), "token_mean", -kl)
-
-
-def _undial(gamma: float = 10.0, forget: float = 1.0) -> Term:
-    return Term("UNDIAL", "forget", KL(demotion=gamma), "token_mean", forget)
-
-
-METHODS: dict[str, tuple[Callable[..., Term], ...]] = {
-    "GA": (_ga,),
-    "GA+RT": (_ga, _retain),
-    "GA+KL": (_ga, _retain_kl),
-    "GA+forgetKL": (_ga, _forget_kl),
-    "IDK+RT": (_idk, _retain_beside_idk),
-    "NPO": (_npo,),
-    "NPO+RT": (_npo, _retain),
-    "NPO+KL": (_npo, _retain_kl),
-    "DPO": (_dpo,),
-    "DPO+RT": (_dpo, _retain),
-    "DPO+KL": (_dpo, _retain_kl),
-    "KTO": (_kto,),
-    "KTO+RT": (_kto, _retain),
-    "KTO+KL": (_kto, _retain_kl),
-    "SimNPO": (_simnpo,),
-    "SimNPO+RT": (_simnpo, _retain),
-    "TNPO": (_tnpo,),
-    "TNPO+RT": (_tnpo, _retain),
-    "WGA": (_wga,),
-    "WGA+RT": (_wga, _retain),
-    "SatImp": (_satimp,),
-    "SatImp+RT": (_satimp, _retain),
-    "CEU": (_ceu,),
-    "CEU+RT": (_ceu, _retain),
-    "AltPO": (_altpo,),
-    "AltPO+RT": (_altpo, _retain),
-    "UNDIAL": (_undial,),
-    "UNDIAL+RT": (_undial, _retain),
+# Makers of terms, by their part of a method's name: their parameters are the coefficients that
+# a term has, with the defaults.
+_TERMS: dict[str, Callable[..., Term]] = {
+    "GA": lambda forget=1.0: Term("GA", "forget", GA(), "token_mean", forget),
+    "NPO": lambda beta=0.1, forget=1.0: Term("NPO", "forget", NPO(beta), "mean", forget),
+    "DPO": lambda beta=0.1, forget=1.0: Term(
+        "DPO", "forget", DPO(beta), "mean", forget, preferred="idk"
+    ),
+    "AltPO": lambda beta=0.1, forget=1.0: Term(
+        "AltPO", "forget", DPO(beta), "mean", forget, preferred="alternate"
+    ),
+    "KTO": lambda beta=0.1, forget=1.0: Term(
+        "KTO", "forget", KTO(beta), "mean", forget, baseline="idk"
+    ),
+    "SimNPO": lambda beta=2.5, delta=0.0, forget=1.0: Term(
+        "SimNPO", "forget", SimNPO(beta, delta), "mean", forget
+    ),
+    "TNPO": lambda beta=0.1, forget=1.0: Term("TNPO", "forget", TNPO(beta), "token_mean", forget),
+    "WGA": lambda beta=1.0, forget=1.0: Term("WGA", "forget", WGA(beta), "token_mean", forget),
+    "SatImp": lambda beta1=5.0, beta2=1.0, forget=1.0: Term(
+        "SatImp", "forget", SatImp(beta1, beta2), "token_mean", forget
+    ),
+    "CEU": lambda forget=1.0: Term("CEU", "forget", CEU(), "token_mean", forget),
+    "UNDIAL": lambda gamma=10.0, forget=1.0: Term(
+        "UNDIAL", "forget", KL(demotion=gamma), "token_mean", forget
+    ),
+    "IDK": lambda forget=1.0: Term("IDK NLL", "idk", NLL(), "token_mean", forget),
+    "RT": lambda retain=1.0: Term("retain NLL", "retain", NLL(), "token_mean", retain),
+    "KL": lambda kl=1.0: Term("retain KL", "retain", KL(), "token_mean", kl),
+    "forgetKL": lambda kl=1.0: Term("forget KL", "forget", KL(), "token_mean", -kl),
 }
+METHODS = (
+    "GA", "GA+RT", "GA+KL", "GA+forgetKL", "IDK+RT", "NPO", "NPO+RT", "NPO+KL", "DPO", "DPO+RT",
+    "DPO+KL", "KTO", "KTO+RT", "KTO+KL", "SimNPO", "SimNPO+RT", "TNPO", "TNPO+RT", "WGA", "WGA+RT",
+    "SatImp", "SatImp+RT", "CEU", "CEU+RT", "AltPO", "AltPO+RT", "UNDIAL", "UNDIAL+RT",
+)  # fmt: skip
 FINETUNE = (Term("NLL", "train", NLL(), "token_mean"),)
 
 
@@ -217,11 +156,10 @@ class Coefficient:
     @property
     def defaults(self) -> dict[str, float]:
         """The default of each term that has the coefficient."""
-        makers = dict.fromkeys(make for method in METHODS.values() for make in method)
         return {
             make().name: parameters[self.name].default
-            for make in makers
-            if self.name in (parameters := _parameters(make))
+            for term, make in _TERMS.items()
+            if self.name in (parameters := _parameters(term))
         }
 
     @property
@@ -230,15 +168,6 @@ class Coefficient:
         usual, _ = Counter(self.defaults.values()).most_common(1)[0]
         others = [f"{term} {value:g}" for term, value in self.defaults.items() if value != usual]
         return f"{self.description}; else {', '.join([f'{usual:g}', *others])}.{self.note}"
-
-    def check(self, value: float) -> None:
-        """Refuses what no term can be multiplied by; a loss checks its own parameters.
-
-        Raises:
-            UserError: a weight of a term that is negative or not finite.
-        """
-        if self.weights_term and not 0 <= value < float("inf"):
-            raise UserError(f"the {self.label} must be 0 or more, got {value}")
 
 
 COEFFICIENTS: Mapping[str, Coefficient] = {
@@ -261,19 +190,22 @@ def build_method(
     """
     name = canonical_name(name)
     given = coefficients.given() if coefficients else {}
-    for key in given:
+    for key, value in given.items():
+        coefficient = COEFFICIENTS[key]
         if key not in coefficients_of(name):
             others = ", ".join(_methods_with(key))
-            raise UserError(f"{name} has no {COEFFICIENTS[key].label}; these have: {others}")
-    for key, value in given.items():
-        COEFFICIENTS[key].check(value)
+            raise UserError(f"{name} has no {coefficient.label}; these have: {others}")
+        if coefficient.weights_term and not 0 <= value < float("inf"):
+            raise UserError(f"the {coefficient.label} must be 0 or more, got {value}")
     try:
         terms = tuple(
-            make(**{key: given[key] for key in _parameters(make) if key in given})
-            for make in METHODS[name]
+            _TERMS[term](**{key: given[key] for key in _parameters(term) if key in given})
+            for term in name.split("+")
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if name == "IDK+RT":  # one mean over the tokens of both
+        terms = tuple(replace(term, over=("idk", "retain")) for term in terms)
     if kl_positions == "answer":
         return terms
     if "kl" not in coefficients_of(name):
@@ -286,11 +218,7 @@ def build_method(
 
 
 def canonical_name(name: str) -> str:
-    """The name as in ``METHODS``: "npo_rt" is NPO+RT.
-
-    Raises:
-        UserError: an unknown name; the message suggests the nearest.
-    """
+    """The name as in ``METHODS``: "npo_rt" is NPO+RT; raises ``UserError`` for an unknown one."""
     wanted = name.upper().replace("_", "+").replace("-", "+").replace("CE+U", "CEU")
     known = {method.upper(): method for method in METHODS}
     if wanted not in known:
@@ -304,8 +232,8 @@ def coefficients_of(name: str) -> dict[str, float]:
     """The coefficients that a method has, with their defaults."""
     return {
         key: parameter.default
-        for make in METHODS[canonical_name(name)]
-        for key, parameter in _parameters(make).items()
+        for term in canonical_name(name).split("+")
+        for key, parameter in _parameters(term).items()
     }
 
 
@@ -332,5 +260,5 @@ def _methods_with(coefficient: str) -> list[str]:
     return [name for name in METHODS if coefficient in coefficients_of(name)]
 
 
-def _parameters(make: Callable[..., Term]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(make).parameters
+def _parameters(term: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_TERMS[term]).parameters

@@ -1,43 +1,75 @@
-"""Checks of options that a person has typed, by the types that their dataclass declares."""
+"""Checks of values that a person has typed, by the types that are declared for them."""
 
+import functools
+import inspect
 import types
 import typing
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from npo_fast.errors import UserError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 def check_types(options: Any) -> None:
-    """Checks each field of a dataclass against its annotation; a text becomes a ``Path``.
+    """Checks each field of a dataclass against its annotation.
+
+    A text becomes a ``Path`` where the annotation asks for one, and a ``Path`` a text.
 
     Raises:
         UserError: a value of another type, or none of the choices.
     """
-    kind: Any = type(options)
-    for name, hint in _hints(kind).items():
-        value = getattr(options, name)
-        kinds = _kinds(hint)
+    for name, hint in typing.get_type_hints(type(options)).items():
+        value, kinds = getattr(options, name), _kinds(hint)
         if isinstance(value, str) and Path in kinds and str not in kinds:
             object.__setattr__(options, name, Path(value))
-        elif not any(_fits(value, k) for k in kinds):
-            choices = [c for k in kinds if typing.get_origin(k) is Literal
-                       for c in typing.get_args(k)]  # fmt: skip
-            names = [repr(choice) for choice in choices] or [
-                "None" if k is type(None) else k.__name__ for k in kinds
-            ]
-            raise UserError(f"{name} must be {' or '.join(names)}, got {value!r}")
+        elif isinstance(value, Path) and str in kinds and Path not in kinds:
+            object.__setattr__(options, name, str(value))
+        else:
+            _check(name, value, kinds)
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+class Checked:
+    """Base of option dataclasses that are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def with_checked_keywords(function: Function) -> Function:
+    """Decorates a function whose keywords are checked where the annotation names classes."""
+    parameters = inspect.signature(function).parameters
+    kinds = {name: _kinds(parameter.annotation) for name, parameter in parameters.items()}
+    plain = {name for name in kinds if all(map(_is_class, kinds[name]))}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in plain & keywords.keys():
+            _check(name, keywords[name], kinds[name])
+        return function(*args, **keywords)
+
+    return typing.cast(Function, checked)
+
+
+def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    if any(_fits(value, kind) for kind in kinds):
+        return
+    choices = [
+        repr(c) for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)
+    ]
+    names = choices or ["None" if kind is type(None) else kind.__name__ for kind in kinds]
+    raise UserError(f"{name} must be {' or '.join(names)}, got {value!r}")
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, type) and typing.get_origin(kind) is None and kind is not Any
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from npo_fast import __version__
 from npo_fast.distributed import (
     destroy_process_group,
     is_lost_contact,
@@ -14,7 +15,7 @@ from npo_fast.distributed import (
     rank,
     world_size,
 )
-from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
+from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError, settings_as_flags
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ SUBCOMMANDS = {
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 
+@settings_as_flags()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 
@@ -103,18 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview())
         return 0
     if arguments[0] in ("-V", "--version"):
-        from npo_fast import __version__
-
         print(f"npo-fast {__version__}")
         return 0
     verb, *rest = arguments
     try:
         if verb not in SUBCOMMANDS:
             near = difflib.get_close_matches(verb, SUBCOMMANDS, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"known verbs: {', '.join(SUBCOMMANDS)}"
-            )
-            raise UserError(f"unknown verb {verb!r}; {hint}")
+            known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SUBCOMMANDS)}"
+            raise UserError(f"unknown verb {verb!r}; {known}")
         if world_size() > 1 and not SUBCOMMANDS[verb].on_ranks:
             able = " and ".join(name for name, each in SUBCOMMANDS.items() if each.on_ranks)
             raise UserError(
@@ -127,12 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"npo_fast.cli.{verb}")
         about = f"{SUBCOMMANDS[verb].help}.\n\nExample: {SUBCOMMANDS[verb].example}"
         module.run(*parse(module.Command, rest, verb, about))
-    except (NonFiniteError, OutOfMemory) as error:
+    except (NonFiniteError, OutOfMemory, OSError) as error:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)
-    except OSError as error:
-        return _fail(error, 1)
     except Interrupted as stop:
         if is_main_process():
             print(f"npo-fast: {stop}", file=sys.stderr)
@@ -155,8 +151,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """The text of ``npo-fast --help``: every subcommand by group, with an example."""
-    from npo_fast import __version__
-
     lines = [
         f"npo-fast {__version__}: unlearning for language models on one GPU, or on a CPU",
         "",
@@ -167,10 +161,8 @@ def overview() -> str:
         for name, verb in SUBCOMMANDS.items():
             if verb.group == group:
                 lines += [f"  {name:<10}{verb.help}", f"            $ {verb.example}"]
-    return "\n".join([
-        *lines, "", "Every verb takes --json (its result as JSON on standard output) and --config",
-        "FILE.yaml (settings, which flags override).",
-    ])  # fmt: skip
+    lines += ["", "Every verb takes --json (its result as JSON on standard output) and --config"]
+    return "\n".join([*lines, "FILE.yaml (settings, which flags override)."])
 
 
 def _fail(error: object, code: int) -> int:

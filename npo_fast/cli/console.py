@@ -29,6 +29,12 @@ def show_messages() -> None:
 
 
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Prints the result of a subcommand: the text, or one JSON object."""
+    """Prints the result of a subcommand: the text, or one JSON object.
+
+    JSON knows neither NaN nor infinity: they become null.
+    """
+    if as_json:
+        content = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
+        text = json.dumps(content)
     if is_main_process():
-        print(json.dumps(result, default=str) if as_json else text, flush=True)
+        print(text, flush=True)

@@ -1,5 +1,6 @@
 """A frozen dataclass becomes the options of a subcommand; a YAML file may set them first."""
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -20,7 +21,7 @@ class Common:
     """What every subcommand takes."""
 
     json: bool = False
-    """Print the result as one JSON object on standard output."""
+    """Print the result as one JSON object on standard output; NaN and infinity are null."""
     config: Path | None = None
     """YAML file with settings by flag name; flags override it."""
 
@@ -59,12 +60,9 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
 
 
 def _config_path(arguments: list[str]) -> Path | None:
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            return Path(arguments[i + 1])
-        if argument.startswith("--config="):
-            return Path(argument.partition("=")[2])
-    return None
+    parser = argparse.ArgumentParser("npo-fast", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    return parser.parse_known_args(arguments)[0].config
 
 
 def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:

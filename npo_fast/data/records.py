@@ -17,6 +17,7 @@ from typing import Any
 from npo_fast.errors import NoSuchSplitError, UserError
 
 FORMS = '"question"/"answer", "prompt"/"completion" or "messages"'
+IN_MEMORY = "(rows)"  # in the place of a name
 SUFFIXES = (".json", ".jsonl")
 _SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d+)?:(?P<last>-?\d+)?\]$")
 
@@ -74,22 +75,29 @@ def load_records(source: Records, data: str | None = None, role: str = "data") -
     return records
 
 
-def as_rows(source: Records) -> str | Path | list[Any]:
-    """A name as it is; rows as a list, so that a generator can be read twice.
+def as_rows(source: Records | None, role: str) -> Any:
+    """A name or None as it is; rows as a list, so that a generator can be read twice.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither; the message names the argument ``role``.
     """
-    if isinstance(source, (str, Path)):
+    if source is None or isinstance(source, (str, Path)):
         return source
-    if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise UserError(f"expected a file, a split or rows, got {type(source).__name__}")
-    return list(source)
+    usable = isinstance(source, Iterable) and not isinstance(source, Mapping)
+    rows = list(source) if usable else [None]
+    if rows and not isinstance(rows[0], (Record, Mapping)):  # a data frame gives column names
+        raise UserError(
+            f"{role} must be a file, a split or rows (dicts, Record objects, a datasets.Dataset), "
+            f"got {type(source).__name__}"
+        )
+    return rows
 
 
-def describe(source: Records | None) -> str:
-    """The name of a source, for ``run.json`` and messages; rows in memory have none."""
-    return "" if source is None else str(source) if isinstance(source, (str, Path)) else "(rows)"
+def describe(source: Records | None) -> Any:
+    """A name or None as ``run.json`` has it; rows in memory have no name."""
+    if source is None:
+        return None
+    return str(source) if isinstance(source, (str, Path)) else IN_MEMORY
 
 
 def parse_record(row: Any, where: str) -> Record:

@@ -28,7 +28,7 @@ from npo_fast.methods import Coefficients, Positions, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
 from npo_fast.trainer.order import interleave, permutation, primary_sources
-from npo_fast.trainer.step import References, micro_batch_loss, with_baselines
+from npo_fast.trainer.step import References, count, micro_batch_loss, with_baselines
 
 if find_spec("accelerate") is None:
     raise ImportError(
@@ -43,8 +43,8 @@ class UnlearningDataset(torch.utils.data.Dataset[dict[str, TokenizedExample]]):
     """Every forget sequence once an epoch, each with a retain sequence: ``{"forget", "retain"}``.
 
     The retain partners change from epoch to epoch (``Trainer`` calls ``set_epoch``); none is seen
-    again before all were. The order is a function of the seed. Sequences are renumbered: ``index``
-    is their place in the lists given.
+    again before all were. The order is a function of the seed. ``index`` becomes a sequence's
+    place in the lists given.
 
     Args:
         forget: what to forget, tokenised (``npo_fast.data.Template`` makes such sequences).
@@ -75,14 +75,13 @@ class UnlearningDataset(torch.utils.data.Dataset[dict[str, TokenizedExample]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draws the retain partners of this epoch."""
-        count, retain = len(self), len(self.sources["retain"])
-        self._partners: list[int] = []
-        if not retain:
-            return
-        first = epoch * count
-        for round_ in range(first // retain, (first + count - 1) // retain + 1):
-            self._partners += permutation(retain, f"{self.seed}/retain/{round_}")
-        self._partners = self._partners[first % retain :][:count]
+        size = len(self.sources["retain"])
+        rounds, offset = divmod(epoch * len(self), size) if size else (0, 0)
+        order: list[int] = []
+        while size and len(order) < offset + len(self):
+            order += permutation(size, f"{self.seed}/retain/{rounds}")
+            rounds += 1
+        self._partners = order[offset : offset + len(self)]
 
     def __len__(self) -> int:
         return len(self.sources["forget"])
@@ -99,7 +98,7 @@ class UnlearningCollator:
 
     A key is a source such as "forget", or several whose sequences alternate, such as "idk/forget"
     for pairs; by default each source of the dataset by itself. accelerate moves a batch with its
-    own ``to``, which leaves on the host what the host reads.
+    ``to``, which leaves on the host what the host reads.
     """
 
     def __init__(self, batch_keys: Sequence[str] | None = None) -> None:
@@ -107,12 +106,11 @@ class UnlearningCollator:
 
     def __call__(self, items: list[dict[str, TokenizedExample]]) -> dict[str, PackedBatch]:
         batch = {name: [item[name] for item in items] for name in items[0]}
-        return {key: _one_pack(batch, key.split("/")) for key in self.batch_keys or batch}
-
-
-def _one_pack(batch: dict[str, list[TokenizedExample]], sources: list[str]) -> PackedBatch:
-    sequences = interleave(batch, sources)
-    return next(pack(sequences, max_tokens=sys.maxsize, group=len(sources)))
+        packed = {}
+        for key in self.batch_keys or batch:
+            sources = key.split("/")
+            (packed[key],) = pack(interleave(batch, sources), sys.maxsize, group=len(sources))
+        return packed
 
 
 class UnlearningTrainer(Trainer):
@@ -126,16 +124,13 @@ class UnlearningTrainer(Trainer):
     gradient accumulation the losses of the device batches are averaged: exactly the loss of the
     whole batch for a mean over sequences (NPO, SimNPO, DPO) and batches of one size; a token mean
     (GA, the retain term) weights each device batch alike, whatever its number of tokens, and KTO's
-    baseline is that of the device batch.
-
-    Over several processes the sums are divided by the counts of all of them, so that batches of
-    unequal size or length weigh as they would in one process.
+    baseline is that of the device batch. Over several processes the sums are divided by the counts
+    of all of them, so that batches of unequal size or length weigh as they would in one process.
 
     Logs carry each term's value and the mean log-prob of a sequence in the latest device batch.
 
     Args:
-        method, coefficients: as in ``npo_fast.methods.build_method``.
-        kl_positions: as in ``build_method``.
+        method, coefficients, kl_positions: as in ``npo_fast.methods.build_method``.
         references: ``references`` of an earlier run on this dataset.
         reference_cache: folder that keeps the hidden states that a KL compares with, to resume
             such a run; None keeps them among the temporary files.
@@ -175,13 +170,14 @@ class UnlearningTrainer(Trainer):
         collator = UnlearningCollator(list(dict.fromkeys(batch_keys)))
         super().__init__(model, args, collator, train_dataset=train_dataset, **options)
         self.model_accepts_loss_kwargs = False  # so Trainer divides by the accumulation steps
+        self.sources = train_dataset.sources
         self.lm = CausalLM(self.model, attention)
         with self.lm.packing(), self.accelerator.autocast():
             self.references = references or reference_log_probs(
-                self.lm, train_dataset.sources, self.terms, REFERENCE_TOKENS
+                self.lm, self.sources, self.terms, REFERENCE_TOKENS
             )
             self.reference_cache = reference_cache_for(
-                self.terms, self.lm, train_dataset.sources, REFERENCE_TOKENS, reference_cache
+                self.terms, self.lm, self.sources, REFERENCE_TOKENS, reference_cache
             )
         self._latest: dict[str, Tensor] = {}
 
@@ -226,9 +222,17 @@ class UnlearningTrainer(Trainer):
                 self._latest |= {f"{n} log-prob": m for n, m in zip(sources, means, strict=True)}
         return (total, {}) if return_outputs else total
 
-    def _counts(self, terms: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _counts(
+        self, terms: Sequence[Term], inputs: Mapping[str, PackedBatch]
+    ) -> dict[str, Tensor]:
         """What a sum is divided by: the mean of the processes' counts, as DDP takes means too."""
-        here = [float(_count(term, inputs)) for term in terms]
+        batch: dict[str, list[TokenizedExample]] = {}
+        for key, packed in inputs.items():
+            sources = key.split("/")
+            for n, source in enumerate(sources):
+                indices = packed.indices[n :: len(sources)]
+                batch[source] = [self.sources[source][i] for i in indices]
+        here = [float(count(term, batch)) for term in terms]
         counts = self.accelerator.reduce(torch.tensor(here).to(self.lm.device), "mean")
         return dict(zip((term.name for term in terms), counts.unbind(), strict=True))
 
@@ -242,14 +246,3 @@ class UnlearningTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with self.lm.generating():  # its own attention, not ours, goes into config.json
             super()._save(output_dir, state_dict)
-
-
-def _count(term: Term, inputs: Mapping[str, PackedBatch]) -> int:
-    """What the term's sum over a device batch is divided by."""
-    batches = [inputs[key] for key in term.over or ["/".join(term.batch_key)]]
-    if term.reduction == "mean":
-        return sum(batch.sequences for batch in batches) // len(term.batch_key)
-    if term.reduction == "token_mean":
-        everywhere = term.positions == "all"
-        return sum(len(batch.input_ids if everywhere else batch.labels) for batch in batches)
-    return 1

@@ -77,13 +77,17 @@ class Report:
                 missing.append(
                     f"{run.name}, truth ratios: its forget records have no wrong answers; give "
                     "them `paraphrased_answer` and `perturbed_answer`, and evaluate again: "
-                    f"`{run.evaluate_command()} --overwrite`"
+                    f"`{run.evaluate_command(overwrite=True)}`"
                 )
             if not run.evaluations and run.metadata.get("command") == "unlearn":
                 again = run.command("--eval-every", "10", "--retrained", "RETRAINED")
-                missing.append(f"{run.name}, its path over the steps (trains again): `{again}`")
+                command = (
+                    f" (trains again): `{again}`" if again else ": train again with eval_every"
+                )
+                missing.append(f"{run.name}, its path over the steps{command}")
             if not run.steps:
-                missing.append(f"{run.name}, loss curves: no step was recorded: `{run.command()}`")
+                command = f": `{run.command()}`" if run.command() else ""
+                missing.append(f"{run.name}, loss curves: no step was recorded{command}")
         return missing
 
     def html(self) -> str:

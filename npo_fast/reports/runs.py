@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npo_fast.data.records import IN_MEMORY
 from npo_fast.errors import UserError
 from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
 from npo_fast.metrics.measures import measures
@@ -95,8 +96,18 @@ class RunRecord:
                 if group != "run" and value is not None:
                     yield name, value
 
-    def command(self, *more: str) -> str:
-        """The ``npo-fast`` command that makes the run in a new folder, with ``more`` flags."""
+    @property
+    def from_rows(self) -> bool:
+        """Whether the run's data were rows in memory, which no command can name."""
+        return IN_MEMORY in self.settings.get("data", {}).values()
+
+    def command(self, *more: str) -> str | None:
+        """The ``npo-fast`` command that makes the run in a new folder, with ``more`` flags.
+
+        None where data or model were objects in memory.
+        """
+        if self.from_rows or str(self.setting("model", "model")).endswith("(in memory)"):
+            return None
         words = ["npo-fast", str(self.metadata.get("command", "unlearn"))]
         for group in _GROUPS:
             for name, value in self.settings.get(group, {}).items():
@@ -107,8 +118,13 @@ class RunRecord:
                     words += [flag, str(value)]
         return shlex.join([*words, "--output", f"{self.folder}-again", *more])
 
-    def evaluate_command(self) -> str:
-        """The ``npo-fast evaluate`` command that writes the logs in ``eval/``."""
+    def evaluate_command(self, overwrite: bool = False) -> str:
+        """The ``npo-fast evaluate`` command that writes ``eval/``; for rows the Python call."""
+        if self.from_rows:
+            retain = "retain=ROWS, " if self.setting("data", "retain") else ""
+            more = ", overwrite=True" if overwrite else ""
+            folder, logs = str(self.folder), str(self.folder / "eval")
+            return f"npo_fast.evaluate({folder!r}, forget=ROWS, {retain}output={logs!r}{more})"
         words = ["npo-fast", "evaluate", "--model", str(self.folder)]
         for name in ("data", "forget", "retain"):
             if value := self.setting("data", name):
@@ -119,7 +135,8 @@ class RunRecord:
             value = self.setting("model", name)
             if value is not None and value != usual:
                 words += [f"--{name.replace('_', '-')}", str(value)]
-        return shlex.join([*words, "--output", str(self.folder / "eval")])
+        words += ["--output", str(self.folder / "eval"), *(["--overwrite"] if overwrite else [])]
+        return shlex.join(words)
 
 
 def load_run(folder: Path, name: str) -> RunRecord:

@@ -10,7 +10,7 @@ from typing import Any
 from npo_fast.attacks.options import AttackOptions
 from npo_fast.attacks.quantize import quantize_
 from npo_fast.attacks.relearn import Split, relearn
-from npo_fast.data import Records, check_vocabulary, describe
+from npo_fast.data import Records, as_rows, check_vocabulary, describe
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -18,22 +18,25 @@ from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize
 from npo_fast.metrics import FORGET, retrained_log, save_result
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.evaluating import Logs, Scores, logs_of
+from npo_fast.runs.folder import save_file
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
-from npo_fast.runs.progress import progress, steps_bar
+from npo_fast.runs.progress import ProgressBar, progress
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.validation import with_checked_keywords
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "attack.json"
 
 
+@with_checked_keywords
 def attack(
     model: Model,
     *,
     forget: Records = "",
     retain: Records | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     retrained: Logs | None = None,
     output: str | Path = "runs/attack",
     overwrite: bool = False,
@@ -59,72 +62,61 @@ def attack(
     Raises:
         UserError: something in the input is wrong; the message names the value and the cure.
     """
-    folder = Path(output)
-    if forget is None or (isinstance(forget, str) and not forget):
+    forget, retain, folder = as_rows(forget, "forget"), as_rows(retain, "retain"), Path(output)
+    log = describe(retrained) if isinstance(retrained, (str, Path)) else None
+    inputs = AttackData(describe(forget), describe(retain), describe(data), log, folder, overwrite)
+    if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
     if (folder / SUMMARY).exists() and not overwrite:
         raise UserError(f"{folder} holds an attack; name another --output or add --overwrite")
-    suite = tofu_suite(data, forget, retain, utility=False)
+    suite = tofu_suite(inputs.data, forget, retain, utility=False)
+    forget_records = suite[FORGET]
     share = attacks.relearn_share if "relearn" in attacks.names else 0.0
-    split = Split.of(len(suite[FORGET]), share, training.seed)
+    split = Split.of(len(forget_records), share, training.seed)
     compared = None
     if retrained is not None:
         check_forget_quality(suite)
-        compared = retrained_log(logs_of(retrained), len(suite[FORGET]), split.rest)
+        logs = logs_of(retrained, "retrained")
+        compared = retrained_log(logs, len(forget_records), split.rest)
     source = ModelSource(model, loading, tokenizer)
     template = source.template()
     with source.loaded() as lm:
-        check_vocabulary({"forget": template.encode_all(suite[FORGET])[0]}, lm.vocabulary)
-        logger.info(
-            f"{len(split.seen)} forget records to relearn from, {len(split.rest)} to measure"
-        )
-        settings = EvaluationSettings(
-            training.micro_batch_tokens, max_new_tokens=attacks.max_new_tokens
-        )
+        check_vocabulary({"forget": template.encode_all(forget_records)[0]}, lm.vocabulary)
+        seen = [forget_records[i] for i in split.seen]
+        rest = [forget_records[i] for i in split.rest]
+        logger.info(f"{len(seen)} forget records to relearn from, {len(rest)} to measure")
+        measured = tokenize_suite(template, {**suite, FORGET: rest})
+        tokens = training.micro_batch_tokens
+        settings = EvaluationSettings(tokens, max_new_tokens=attacks.max_new_tokens)
+        scores: dict[str, Scores] = {}
 
-        forget_records = suite[FORGET]
-        rest = {**suite, FORGET: [forget_records[i] for i in split.rest]}
-        measured = tokenize_suite(template, rest)
-
-        def measure(attacked: CausalLM, name: str) -> Scores:
+        def measure(attacked: CausalLM, name: str) -> None:
             with progress(name) as update:
                 logs = evaluate_suite(attacked, template, measured, settings, update)
             save_result(logs, folder / name)
-            return Scores(logs, compared)
+            scores[name] = Scores(logs, compared)
 
-        scores = {"before": measure(lm, "before")}
+        measure(lm, "before")
         if "relearn" in attacks.names:
-            seen, _ = template.encode_all(forget_records[i] for i in split.seen)
-            with steps_bar("relearn") as on_step:
-                attacked = relearn(lm, seen, training, on_step)
-            scores["relearn"] = measure(attacked, "relearn")
+            bar = ProgressBar("relearn")
+            attacked = relearn(lm, template.encode_all(seen)[0], training, bar.on_step)
+            bar.on_end()
+            measure(attacked, "relearn")
         for bits in attacks.widths if "quantize" in attacks.names else ():
             attacked = copy.deepcopy(lm)
-            part = quantize_(attacked, bits, attacks.group)
-            logger.info(
-                f"int{bits}: {part:.1%} of the weights without embedding and head are rounded"
-            )
-            scores[f"int{bits}"] = measure(attacked, f"int{bits}")
+            part, name = quantize_(attacked, bits, attacks.group), f"int{bits}"
+            logger.info(f"{name}: {part:.1%} of the weights without embedding and head are rounded")
+            measure(attacked, name)
+    groups: dict[str, Any] = {
+        "model": source.options, "data": inputs, "attack": attacks, "training": training,
+    }  # fmt: skip
     summary = {
         "measures": scores,
         "relearned_records": split.seen,
         "measured_records": split.rest,
-        "settings": {
-            "model": asdict(source.options),
-            "data": asdict(
-                AttackData(
-                    describe(forget),
-                    None if retain is None else describe(retain),
-                    data,
-                    Path(retrained) if isinstance(retrained, (str, Path)) else None,
-                    folder,
-                    overwrite,
-                )
-            ),
-            "attack": asdict(attacks),
-            "training": asdict(training),
-        },
+        "settings": {name: asdict(group) for name, group in groups.items()},
     }
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1, default=str), encoding="utf-8")
+    text = json.dumps(summary, indent=1, default=str)
+    save_file(folder / SUMMARY, lambda file: file.write_text(text, encoding="utf-8"))
     logger.info(f"logs saved in {folder}")
     return scores

@@ -92,14 +92,14 @@ class EvaluationCallback(Callback):
     """Evaluates every ``eval_every`` steps, keeps the best model, and says when to stop.
 
     Args:
-        evaluate: measures the model as it is.
+        evaluate: measures a model as it is.
         retrained: logs of the retrained model on the same items, for forget quality.
     """
 
     def __init__(
         self,
         options: EvaluationOptions,
-        evaluate: Callable[[], Result],
+        evaluate: Callable[[CausalLM], Result],
         retrained: Result | None = None,
     ) -> None:
         self.options, self.evaluate, self.retrained = options, evaluate, retrained
@@ -107,20 +107,15 @@ class EvaluationCallback(Callback):
         self.first: dict[str, Any] = {}
         self.best: dict[str, Any] = {}  # empty until an evaluation after step 0 qualifies
         self.pending: StepRecord | None = None  # the last step, where it was not evaluated
-        self.training: Training | None = None
 
-    def check(self) -> dict[str, Any]:
-        """The evaluation of step 0.
-
-        Raises:
-            UserError: a measure that the options name cannot be computed from this data.
-        """
-        self.first = self._scores(0, 0.0)
-        needed = [self.options.keep_best, self.condition.measure if self.condition else None]
-        needed.append("model_utility" if self.options.min_utility else None)
-        for measure in filter(None, needed):
-            value_of(self.first, measure)
-        if self.options.min_utility and not self.first["model_utility"] > 0:
+    def check(self, lm: CausalLM) -> dict[str, Any]:
+        """The evaluation of step 0; ``UserError`` if it lacks a measure that the options name."""
+        self.first = self._scores(lm, 0, 0.0)
+        if self.options.keep_best is not None:
+            value_of(self.first, self.options.keep_best)
+        if self.condition is not None:
+            value_of(self.first, self.condition.measure)
+        if self.options.min_utility and not value_of(self.first, "model_utility") > 0:
             raise UserError(
                 "--min-utility is a share of the utility at the start, and that is 0: leave it out"
             )
@@ -138,26 +133,24 @@ class EvaluationCallback(Callback):
         if record.step % self.options.eval_every == 0 or record.step == record.steps:
             self._evaluate(record)
 
-    def _evaluate(self, record: StepRecord) -> None:
-        assert self.training is not None
-        self.pending = None
-        scores = self._scores(record.step, record.epoch)
-        self.training.folder.log_evaluation(scores)
-        if self.is_best(scores):
-            self.best = scores
-            self.training.folder.keep_best(self.training.lm, self.training.tokenizer, scores)
-        if self.condition is not None and self.condition.holds(scores):
-            self.should_stop = f"{self.options.stop_when} at step {record.step}"
-        self.training.emit("on_evaluation", scores)
-
     def on_trained(self) -> None:
-        assert self.training is not None
         if self.pending is not None:  # stopped between two evaluations
             self._evaluate(self.pending)
         if self.best:
             best = {"measure": self.options.keep_best, **self.best}
             self.training.final_metadata["best"] = best
             self.training.folder.restore_best(self.training.lm)
+
+    def _evaluate(self, record: StepRecord) -> None:
+        training, self.pending = self.training, None
+        scores = self._scores(training.lm, record.step, record.epoch)
+        training.folder.log_evaluation(scores)
+        if self.is_best(scores):
+            self.best = scores
+            training.folder.keep_best(training.lm, training.tokenizer, scores)
+        if self.condition is not None and self.condition.holds(scores):
+            self.should_stop = f"{self.options.stop_when} at step {record.step}"
+        training.emit("on_evaluation", scores)
 
     def is_best(self, scores: Mapping[str, Any]) -> bool:
         """Whether ``keep_best`` names a measure, and no earlier evaluation has a better value."""
@@ -170,8 +163,8 @@ class EvaluationCallback(Callback):
         gain = direction * value_of(scores, measure)
         return not self.best or gain > direction * value_of(self.best, measure)
 
-    def _scores(self, step: int, epoch: float) -> dict[str, Any]:
-        return {"step": step, "epoch": epoch, **measures(self.evaluate(), self.retrained)}
+    def _scores(self, lm: CausalLM, step: int, epoch: float) -> dict[str, Any]:
+        return {"step": step, "epoch": epoch, **measures(self.evaluate(lm), self.retrained)}
 
 
 class CheckpointCallback(Callback):
@@ -204,18 +197,14 @@ class CheckpointCallback(Callback):
 
 
 class TrackerCallback(Callback):
-    """Logs every step and evaluation to an experiment tracker, through accelerate's trackers.
-
-    Raises:
-        UserError: accelerate or the tracker's own library is not installed.
-    """
+    """Logs every step and evaluation to an experiment tracker, through accelerate's trackers."""
 
     def __init__(self, name: Tracker) -> None:
         for library in ("accelerate", name):
             if find_spec(library) is None:
                 raise UserError(f"--track {name} needs {library}: pip install {library}")
         self.name = name
-        self.tracker: Any = None
+        self.tracker: Any = None  # of the main process
 
     def on_start(self, training: Training) -> None:
         if not training.is_main_process:
@@ -225,22 +214,22 @@ class TrackerCallback(Callback):
 
         PartialState()  # the trackers ask it which process they run in
         folder, kind = training.folder.folder, LOGGER_TYPE_TO_CLASS[self.name]
-        arguments = [folder.name]
-        if kind.requires_logging_directory:
-            arguments.append(str(folder / self.name))
-        self.tracker = kind(*arguments)
+        where = [str(folder / self.name)] if kind.requires_logging_directory else []
+        self.tracker = kind(folder.name, *where)
         self.tracker.start()
         self.tracker.store_init_configuration(_flat(training.folder.metadata["settings"]))
 
     def on_step(self, record: StepRecord) -> None:
-        if self.tracker is not None:
-            values = _flat({k: v for k, v in asdict(record).items() if k not in ("step", "steps")})
-            self.tracker.log(values, step=record.step)
+        self._log(asdict(record), record.step)
 
     def on_evaluation(self, scores: Mapping[str, Any]) -> None:
+        measured = {key: value for key, value in scores.items() if key not in ("step", "epoch")}
+        self._log({"evaluation": measured}, scores["step"])
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
         if self.tracker is not None:
-            values = {key: value for key, value in scores.items() if key not in ("step", "epoch")}
-            self.tracker.log(_flat({"evaluation": values}), step=scores["step"])
+            values = _flat({k: v for k, v in values.items() if k not in ("step", "steps")})
+            self.tracker.log(values, step=step)
 
     def on_end(self) -> None:
         if self.tracker is not None:

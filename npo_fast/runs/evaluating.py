@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from npo_fast import metrics
-from npo_fast.data import Records, Template, TokenizedExample, check_vocabulary
+from npo_fast.data import Records, Template, TokenizedExample, as_rows, check_vocabulary, describe
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -18,10 +18,11 @@ from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
+from npo_fast.validation import with_checked_keywords
 
 logger = logging.getLogger(__name__)
 
-Logs = Union[str, Path, "Run", "Scores", Result]
+Logs = Union[str, Path, Run, "Scores", Result]
 
 
 class Scores(dict[str, float]):
@@ -32,12 +33,13 @@ class Scores(dict[str, float]):
         self.logs = logs
 
 
+@with_checked_keywords
 def evaluate(
     model: Model | None = None,
     *,
     forget: Records | None = None,
     retain: Records | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     holdout: Records | None = None,
     reference: Model | None = None,
     retrained: Logs | None = None,
@@ -71,9 +73,9 @@ def evaluate(
         raise UserError(f"the output {folder} is a file; name a folder")
     if folder is not None and (folder / AGGREGATED).exists() and not overwrite:
         raise UserError(f"{folder} holds logs; name another --output or add --overwrite")
-    compared = None if retrained is None else logs_of(retrained)
+    compared = None if retrained is None else logs_of(retrained, "retrained")
     if log is not None:
-        logs = dict(logs_of(log))
+        logs = dict(logs_of(log, "log"))
         if compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
             raise UserError(
                 "--retrained compares truth ratios of the forget set, and the log has none: "
@@ -86,7 +88,9 @@ def evaluate(
             raise UserError("say what to evaluate on with --forget, --retain or both")
         if holdout is not None and forget is None:
             raise UserError("--holdout is compared with --forget: name both")
-        suite = tofu_suite(data, forget, retain, holdout, utility=utility)
+        sets = {"forget": forget, "retain": retain, "holdout": holdout}
+        rows = {name: as_rows(source, name) for name, source in sets.items()}
+        suite = tofu_suite(describe(data), **rows, utility=utility)
         if compared is not None:
             check_forget_quality(suite)
         for name, records in suite.items():
@@ -99,13 +103,13 @@ def evaluate(
     return Scores(logs, compared)
 
 
-def logs_of(logs: Logs) -> Result:
-    """Evaluation logs by name: of a file, a folder, a run, scores, or as they are."""
-    if isinstance(logs, Scores):
-        return logs.logs
+def logs_of(logs: Logs, role: str) -> Result:
+    """Evaluation logs by name, of whatever the argument ``role`` may be."""
     if isinstance(logs, (str, Path, Run)):
         return load_result(logs.folder if isinstance(logs, Run) else logs)
-    return logs
+    if not isinstance(logs, Mapping):
+        raise UserError(f"{role} must be a file, a folder, a run, scores or logs, got {logs!r}")
+    return logs.logs if isinstance(logs, Scores) else logs
 
 
 def _measure(
@@ -116,14 +120,14 @@ def _measure(
     examples = {name: tokens.answers for name, tokens in tokenized.items()}
     reference = None
     if other is not None:
-        reference_source = ModelSource(other, replace(source.options, model=""))
-        _check_tokens(reference_source, template, examples)
-        reference_lm = reference_source.load()
-        check_vocabulary(examples, reference_lm.vocabulary)
+        other_source = ModelSource(other, replace(source.options, model=""), role="reference")
+        _check_tokens(other_source, template, examples)
+        other_lm = other_source.load()
+        check_vocabulary(examples, other_lm.vocabulary)
         reference = open_reference_states(
-            reference_lm, examples, None, "answer", settings.micro_batch_tokens
+            other_lm, examples, None, "answer", settings.micro_batch_tokens
         )
-        del reference_lm  # before the next one takes its memory
+        del other_lm  # before the next model takes its memory
     with source.loaded() as lm:
         check_vocabulary(examples, lm.vocabulary)
         if reference is not None and len(reference.head.weight) != len(lm.head.weight):
@@ -138,17 +142,17 @@ def _measure(
 def _check_tokens(
     reference: ModelSource, template: Template, examples: Mapping[str, list[TokenizedExample]]
 ) -> None:
-    """The tokens to be compared mean the same to both models, as far as the reference can tell."""
+    """Checks that the tokens mean the same to both models, as far as the reference can tell."""
     try:
         other = reference.template().tokenizer
     except UserError:
         return  # a folder with weights alone
     used = sorted({i for each in examples.values() for example in each for i in example.input_ids})
     ours, theirs = (t.convert_ids_to_tokens(used) for t in (template.tokenizer, other))
-    if differ := [pair for pair in zip(used, ours, theirs, strict=True) if pair[1] != pair[2]]:
-        token, expected, actual = differ[0]
-        raise UserError(
-            f"--reference {reference.options.model} has another vocabulary than the model: its "
-            f"token {token} is {actual!r}, not {expected!r}, and KL compares models with the same "
-            "tokens"
-        )
+    for token, expected, actual in zip(used, ours, theirs, strict=True):
+        if expected != actual:
+            raise UserError(
+                f"--reference {reference.options.model} has another vocabulary than the model: "
+                f"its token {token} is {actual!r}, not {expected!r}, and KL compares models with "
+                "the same tokens"
+            )

@@ -45,15 +45,15 @@ CONTENT = (
 
 
 class RunFolder:
-    """Keeps the folder consistent; one process at a time has it."""
+    """Keeps the folder consistent; one run at a time has it.
 
-    def __init__(
-        self, folder: Path, metadata: Mapping[str, Any], steps: TextIO | None = None
-    ) -> None:
-        """Use ``begin`` or ``resume``."""
+    The main process makes its folder with ``begin`` or ``resume``. Other processes of a run write
+    nothing, and help to gather weights; theirs is made without ``steps``.
+    """
+
+    def __init__(self, folder: Path, metadata: Mapping[str, Any], steps: Any = None) -> None:
         self.folder, self.metadata = folder, dict(metadata)
-        self._write_metadata()
-        self._steps = _locked(folder) if steps is None else steps
+        self._steps = steps  # steps.jsonl, to append to
 
     @classmethod
     def begin(
@@ -63,11 +63,9 @@ class RunFolder:
         metadata: Mapping[str, Any],
         references: Mapping[str, Any] | None = None,
     ) -> "RunFolder":
-        """An empty folder for a new run, which keeps the ``references`` to resume with.
+        """A folder for a new run, which keeps the ``references`` to resume with.
 
-        Raises:
-            UserError: the folder holds another run and ``overwrite`` is false, or files that are
-                not a run's, or a run that goes on.
+        Raises ``UserError`` as ``check_output`` and ``check_unused`` do.
         """
         check_output(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,44 +78,41 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         beginning = {"status": "running", "started": _now(), "versions": versions()}
         run = cls(folder, {**beginning, **metadata})
+        run.note()
+        run._steps = _locked(folder)
         if references:
-            partial = folder / f"{REFERENCES}.partial"
             try:
-                save_tensors(references, partial)
-                sync(partial)
+                save_file(folder / REFERENCES, lambda file: save_tensors(references, file))
             except OSError as error:
-                partial.unlink(missing_ok=True)  # else it keeps the disk full
                 raise UserError(f"cannot save {folder / REFERENCES}: {error}") from error
-            partial.replace(folder / REFERENCES)
-            sync(folder)
         return run
 
     @classmethod
     def resume(cls, folder: Path, metadata: Mapping[str, Any], step: int) -> "RunFolder":
         """The folder as it was after ``step`` steps: later records are those of lost steps."""
-        lines = _locked(folder)
-        record = step_of(folder, step)
-        lines.truncate(record[1] if record else 0)
-        if (folder / EVALUATIONS).exists():
-            evaluations = _lines(folder / EVALUATIONS)
-            kept = [end for evaluation, end in evaluations if evaluation["step"] <= step]
-            os.truncate(folder / EVALUATIONS, kept[-1] if kept else 0)
+        steps = _locked(folder)
+        for file in (folder / STEPS, folder / EVALUATIONS):
+            if file.exists():
+                kept = [end for line, end in lines_of(file) if line["step"] <= step]
+                os.truncate(file, kept[-1] if kept else 0)
         recover(folder / "checkpoints" / "best")
         names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
-        so_far = [
-            name for name in names if re.fullmatch(r"step-\d+", name) and name <= step_name(step)
-        ]
-        for name in {*names} - {"best", *so_far[-1:]}:
+        complete = [name for name in names if re.fullmatch(r"step-\d+", name)]
+        newest = [name for name in complete if name <= step_name(step)][-1:]
+        for name in {*names} - {"best", *newest}:
             shutil.rmtree(folder / "checkpoints" / name)
+        run = cls(folder, metadata, steps)
+        for name in ("ended", "error"):
+            run.metadata.pop(name, None)
         resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
-        ended = ("ended", "error")
-        metadata = {name: value for name, value in metadata.items() if name not in ended}
-        return cls(folder, {**metadata, "status": "running", "resumed": resumed}, lines)
+        run.note(status="running", resumed=resumed)
+        return run
 
     def log(self, record: StepRecord) -> None:
         """Appends the record of a step to ``steps.jsonl``."""
-        self._steps.write(json.dumps(asdict(record)) + "\n")
-        self._steps.flush()
+        if is_main_process():
+            self._steps.write(json.dumps(asdict(record)) + "\n")
+            self._steps.flush()
 
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Appends an evaluation to ``evaluations.jsonl``, and waits until it is on the disk."""
@@ -128,7 +123,7 @@ class RunFolder:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far."""
-        return [evaluation for evaluation, _ in _lines(self.folder / EVALUATIONS)]
+        return [evaluation for evaluation, _ in lines_of(self.folder / EVALUATIONS)]
 
     def checkpoint(
         self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
@@ -137,25 +132,22 @@ class RunFolder:
 
         Once a checkpoint to go on from is complete, older ones are deleted.
         """
-        os.fsync(self._steps.fileno())  # the records of its steps are never behind a checkpoint
         folder = self.folder / "checkpoints" / step_name(step)
         weights, more = whole_weights(lm), None if state is None else state.writer()
-        if not folder.exists():
+        if is_main_process() and not folder.exists():
+            os.fsync(self._steps.fileno())  # a checkpoint is never ahead of its step records
             save_model(lm, tokenizer, folder, more, weights)
         wait_for_all(lm)
-        for old in sorted(folder.parent.glob("step-*")):
-            if old != folder and state is not None:
+        if is_main_process() and state is not None:
+            for old in {*folder.parent.glob("step-*")} - {folder}:
                 # out of sight first: what is half deleted must not look like a checkpoint
                 shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
         return folder
 
     def keep_best(self, lm: CausalLM, tokenizer: Any, evaluation: Mapping[str, Any]) -> None:
         """Saves the model as the best one, with its evaluation."""
-
-        def write(folder: Path) -> None:
-            (folder / EVALUATION).write_text(json.dumps(evaluation), encoding="utf-8")
-
-        save_model(lm, tokenizer, self._best, write)
+        text = json.dumps(evaluation)
+        save_model(lm, tokenizer, self._best, lambda new: (new / EVALUATION).write_text(text))
 
     def best(self) -> dict[str, Any]:
         """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
@@ -170,64 +162,31 @@ class RunFolder:
     def _best(self) -> Path:
         return self.folder / "checkpoints" / "best"
 
-    def note(self, **metadata: Any) -> None:
-        """Puts metadata into ``run.json`` at once."""
-        self.metadata |= metadata
-        self._write_metadata()
-
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         """Saves the final model and tokenizer; returns their folder."""
         folder = self.folder / "model"
-        save_model(lm, tokenizer, folder, weights=whole_weights(lm))
+        weights = whole_weights(lm)
+        if is_main_process():
+            save_model(lm, tokenizer, folder, weights=weights)
         wait_for_all(lm)
         return folder
 
+    def note(self, **metadata: Any) -> None:
+        """Puts metadata into ``run.json`` at once."""
+        self.metadata |= metadata
+        if is_main_process():
+            text = json.dumps(self.metadata, indent=2, default=str)
+            save_file(self.folder / RUN, lambda file: file.write_text(text))
+
     def finish(self, status: str = "finished", **metadata: Any) -> None:
         """Closes the records and writes how the run ended into ``run.json``."""
-        self._steps.close()
-        if status == "finished":  # nothing goes on from here
-            (self.folder / REFERENCES).unlink(missing_ok=True)
+        if is_main_process():
+            self._steps.close()
+            if status == "finished":  # nothing goes on from here
+                (self.folder / REFERENCES).unlink(missing_ok=True)
         if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
             metadata["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        self.metadata |= {"status": status, "ended": _now(), **metadata}
-        self._write_metadata()
-
-    def _write_metadata(self) -> None:
-        partial = self.folder / f"{RUN}.partial"
-        partial.write_text(json.dumps(self.metadata, indent=2, default=str), encoding="utf-8")
-        sync(partial)
-        partial.replace(self.folder / RUN)
-        sync(self.folder)
-
-
-class NullRun(RunFolder):
-    """A run folder for the processes that write nothing: they only help to gather weights."""
-
-    def __init__(self, folder: Path, metadata: Mapping[str, Any]) -> None:
-        self.folder, self.metadata = folder, dict(metadata)
-
-    def log(self, record: StepRecord) -> None:
-        pass
-
-    def checkpoint(
-        self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
-    ) -> Path:
-        whole_weights(lm)
-        if state is not None:
-            state.writer()
-        wait_for_all(lm)
-        return self.folder / "checkpoints" / step_name(step)
-
-    def note(self, **metadata: Any) -> None:
-        self.metadata |= metadata
-
-    def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
-        whole_weights(lm)
-        wait_for_all(lm)
-        return self.folder / "model"
-
-    def finish(self, status: str = "finished", **metadata: Any) -> None:
-        self.metadata |= {"status": status, **metadata}
+        self.note(status=status, ended=_now(), **metadata)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -246,27 +205,16 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """``run.json``; empty where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """``run.json``, or {} where there is none; raises ``UserError`` where it is damaged."""
     file = folder / RUN
     try:
-        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+        return dict(json.loads(file.read_bytes())) if file.exists() else {}
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
-    return metadata
 
 
 def check_unused(folder: Path) -> None:
-    """Checks that no other process writes to the run in the folder.
-
-    Raises:
-        UserError: another process writes to the run in the folder.
-    """
+    """Raises ``UserError`` where another process writes to the run in the folder."""
     if is_main_process() and (folder / STEPS).exists():
         _locked(folder).close()
 
@@ -289,14 +237,8 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def step_of(folder: Path, step: int) -> tuple[dict[str, Any], int] | None:
-    """The record of a step, and the byte of ``steps.jsonl`` where it ends."""
-    matching = (line for line in _lines(folder / STEPS) if line[0]["step"] == step)
-    return next(matching, None)
-
-
-def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line and where it ends; a process that was killed may leave half of one."""
+def lines_of(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole line and where it ends; a process that was killed may leave half a line."""
     end = 0
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
         end += len(line)
@@ -307,16 +249,14 @@ def _lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def whole_weights(lm: CausalLM) -> dict[str, Tensor] | None:
-    """Those of a model that ranks divide, on the first of them; None where it is whole."""
-    return (
-        None
-        if lm.vocabulary_slice is None
-        else gather_state_dict(lm.model.state_dict(keep_vars=True))
-    )
+    """The weights of a sharded model, gathered on the first rank; None where it is whole."""
+    if lm.vocabulary_slice is None:
+        return None
+    return gather_state_dict(lm.model.state_dict(keep_vars=True))
 
 
 def wait_for_all(lm: CausalLM) -> None:
-    """Until the first rank has written: where one ends with an error, the others are killed."""
+    """Waits until the first rank has written; where it fails, the others are killed."""
     if lm.world_size > 1:
         all_reduce_max(0, lm.device)
 
@@ -325,7 +265,7 @@ def save_model(
     lm: CausalLM,
     tokenizer: Any,
     folder: Path,
-    more: Callable[[Path], None] | None = None,
+    more: Callable[[Path], object] | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent."""
@@ -338,6 +278,19 @@ def save_model(
             more(where)
 
     save_folder(folder, write)
+
+
+def save_file(file: Path, write: Callable[[Path], object]) -> None:
+    """A file that is complete or absent: ``write`` fills it under another name."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        write(partial)
+        sync(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)  # else it keeps the disk full
+        raise
+    partial.replace(file)
+    sync(file.parent)
 
 
 def _now() -> str:

@@ -1,6 +1,6 @@
 """Model cards, and uploads to the Hugging Face hub."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
+from npo_fast.runs.folder import save_file
 
 CARD = "README.md"
 
@@ -28,45 +29,43 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     """
     settings, name = metadata["settings"], metadata["settings"]["model"]["model"]
     on_hub = not Path(name).exists() and name.count("/") == 1
-    base = name if on_hub else Path(name).name  # no path of this machine
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    unlearned = metadata["command"] == "unlearn"
-    method = settings["method"]["method"] if unlearned else "fine-tuning"
-    records = metadata["data"]["forget" if unlearned else "train"]["examples"]
-    groups = [settings.get(group, {}) for group in ("method", "training")]
+    method = settings.get("method", {}).get("method")  # None: it was fine-tuned
     data = [
         (source, each["examples"], each["answer_tokens"], each["sha256"])
         for source, each in metadata["data"].items()
     ]
-    sample = sample_rows(metadata)
+    options = {**settings.get("method", {}), **settings["training"]}
+    measures = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=base if on_hub else None,
+            base_model=name if on_hub else None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag="text-generation",
-            tags=["npo_fast", *(["unlearning", method] if unlearned else [])],
+            tags=["npo_fast", "unlearning", method] if method else ["npo_fast"],
         ),
         template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
-        title=f"{base}, {'unlearned' if unlearned else 'fine-tuned'}",
-        what=f"Made to forget {records} records with {method}"
-        if unlearned
-        else f"Fine-tuned on {records} records",
-        base=base,
+        base=name if on_hub else Path(name).name,  # no path of this machine
+        method=method,
+        records=metadata["data"]["forget" if method else "train"]["examples"],
         version=__version__,
-        data=tables.markdown(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
-        settings=tables.markdown(
-            [item for group in groups for item in group.items() if item[1] is not None],
-            ("setting", "value"),
-        ),
-        sample=tables.markdown(sample, SAMPLE_HEADER) if sample else "",
-        evaluation=_evaluation(scores),
+        data=_table(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
+        settings=_table(options.items(), ("setting", "value")),
+        sample=_table(sample_rows(metadata), SAMPLE_HEADER),
+        evaluation=_table(measures, ("measure", "value")),
         step=scores.get("step"),
         eval_records=settings.get("watch", {}).get("eval_records"),
         report_records=settings.get("report", {}).get("report_records"),
         adapter=adapter,
         repository=settings["run"].get("push_to_hub") or "PATH_OR_REPOSITORY",
     )
-    card.save(folder / CARD)
+    save_file(folder / CARD, card.save)
+
+
+def _table(rows: Iterable[tuple[Any, ...]], header: Sequence[str]) -> str:
+    """A Markdown table of the rows that have a value; empty where there are none."""
+    rows = [row for row in rows if row[-1] is not None]
+    return tables.markdown(rows, header) if rows else ""
 
 
 def create_repository(repo: str, private: bool = False, token: str | None = None) -> str:
@@ -84,22 +83,13 @@ def create_repository(repo: str, private: bool = False, token: str | None = None
         ) from error
 
 
-def upload(folder: Path, repo: str, private: bool = False, token: str | None = None) -> str:
-    """Uploads a model folder as it is; returns the address of the repository."""
-    address = create_repository(repo, private, token)
-    api = HfApi(token=token)
+def upload(folder: Path, repo: str, token: str | None = None) -> None:
+    """Uploads a model folder as it is to a repository that exists."""
+    message = "Upload from npo_fast"
     try:
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from npo_fast")
+        HfApi(token=token).upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:
         raise UserError(
             f"cannot upload to {repo!r}: {error} The model stays in {folder}; "
             f"npo_fast.Run({str(folder.parent)!r}).push_to_hub({repo!r}) tries again"
         ) from error
-    return address
-
-
-def _evaluation(scores: Mapping[str, Any]) -> str:
-    """The measures of an evaluation, as a table."""
-    values = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
-    rows = [row for row in values if row[1] is not None]
-    return tables.markdown(rows, ("measure", "value")) if rows else ""

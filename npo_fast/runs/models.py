@@ -15,16 +15,15 @@ from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import default_dtype, load_model, load_tokenizer
 from npo_fast.runs.options import ModelOptions
+from npo_fast.runs.resume import ResumableRun
+from npo_fast.runs.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from npo_fast.runs.resume import ResumableRun
-    from npo_fast.runs.run import Run
-
 logger = logging.getLogger(__name__)
 
-Model = Union[str, Path, "Run", "PreTrainedModel", CausalLM]
+Model = Union[str, Path, Run, "PreTrainedModel", CausalLM]
 
 
 class ModelSource:
@@ -33,48 +32,49 @@ class ModelSource:
     Args:
         model: hub name, folder, GGUF file, run, transformers model or ``CausalLM``; a model in
             memory is trained in place.
-        tokenizer: of a model in memory; else the one that its ``name_or_path`` names.
+        tokenizer: of a model in memory; else that of its ``name_or_path``.
+        role: the argument's name in messages.
     """
 
-    def __init__(self, model: Model, options: ModelOptions, tokenizer: Any = None) -> None:
-        from npo_fast.runs.run import Run
-
+    def __init__(
+        self, model: Model, options: ModelOptions, tokenizer: Any = None, role: str = "model"
+    ) -> None:
         self.in_memory: Any = None
-        self.name = ""  # what the tokenizer, and an adapter's base, are found by
         if isinstance(model, Run):
-            name = str(model.folder)
+            name = self.name = str(model.folder)
             if options.template == "auto":
                 options = replace(options, template=model.metadata.get("template", "auto"))
         elif isinstance(model, (str, Path)):
-            name = str(model)
+            name = self.name = str(model)
             if not name:
-                raise UserError("say which model with --model (a hub name, a folder, a GGUF file)")
+                raise UserError(
+                    f"say which model with --{role} (a hub name, a folder, a GGUF file)"
+                )
         else:
             self.in_memory = model
             network = model.model if isinstance(model, CausalLM) else model
             if not hasattr(network, "get_output_embeddings"):
                 raise UserError(
-                    "model must be a name, a folder, a run or a causal language model, "
+                    f"{role} must be a name, a folder, a run or a causal language model, "
                     f"got {model!r}"
                 )
+            # by this name the tokenizer is found, and the base of an adapter
             self.name = getattr(network, "name_or_path", "") or type(network).__name__
             name = f"{self.name} (in memory)"
-        self.name = self.name or name
         self.options = replace(options, model=name)
         self._tokenizer = tokenizer
 
     def template(self) -> Template:
         """The template that turns records into tokens, with the model's tokenizer."""
-        options = self.options
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        return Template(self._tokenizer, options.template, options.max_length)
+        return Template(self._tokenizer, self.options.template, self.options.max_length)
 
     @contextmanager
-    def loaded(self, resumable: "ResumableRun | None" = None) -> Iterator[CausalLM]:
-        """The model of ``load``, which has its own attention again afterwards, and evaluation mode.
+    def loaded(self, resumable: ResumableRun | None = None) -> Iterator[CausalLM]:
+        """The model of ``load``; afterwards it has its own attention and evaluation mode again.
 
         A ``CausalLM`` that was passed stays as it is.
         """
@@ -86,7 +86,7 @@ class ModelSource:
                 set_attention(lm.model, lm.native_attention)
                 lm.model.eval()
 
-    def load(self, resumable: "ResumableRun | None" = None) -> CausalLM:
+    def load(self, resumable: ResumableRun | None = None) -> CausalLM:
         """The model before training; several processes shard it.
 
         Args:
@@ -99,12 +99,9 @@ class ModelSource:
         options = self.options
         if self.in_memory is not None:
             lm = self._wrap()
-        elif world_size() > 1:
-            lm = self._load_shard(resumable)
         else:
             logger.info(f"loading {options.model}")
-            lm = self._load(options.device, options.dtype, options.attention)
-        parameters = lm.model.num_parameters()
+            lm = self._load_shard(resumable) if world_size() > 1 else self._load()
         trained = ""
         if options.lora_rank:
             count = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
@@ -112,31 +109,23 @@ class ModelSource:
         width = "4 bit" if lm.quantized else str(lm.dtype).removeprefix("torch.")
         processes = f" in {world_size()} processes" if world_size() > 1 else ""
         logger.info(
-            f"{lm.name}, {parameters / 1e6:.1f}M parameters{trained}, {width} on "
+            f"{lm.name}, {lm.model.num_parameters() / 1e6:.1f}M parameters{trained}, {width} on "
             f"{lm.device}{processes}, attention {lm.attention}"
         )
         return lm
 
-    def _load(self, device: str, dtype: str, attention: str) -> CausalLM:
-        options = self.options
-        return load_model(
-            options.model,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            quantize=options.quantize,
-            lora_rank=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-        )
+    def _load(self, **changes: str) -> CausalLM:
+        names = ("dtype", "device", "attention", "quantize", "lora_rank", "lora_alpha")
+        arguments = {name: getattr(self.options, name) for name in names}
+        return load_model(self.options.model, **{**arguments, **changes})
 
-    def _load_shard(self, resumable: "ResumableRun | None") -> CausalLM:
+    def _load_shard(self, resumable: ResumableRun | None) -> CausalLM:
         from npo_fast.model.sharding import shard
 
         options = self.options
-        logger.info(f"loading {options.model}")
         device = local_device(options.device)
         dtype = default_dtype(device) if options.dtype == "auto" else options.dtype
-        lm = self._load("cpu", dtype, "auto")
+        lm = self._load(device="cpu", dtype=dtype, attention="auto")
         mesh, step = init_process_group(device), -1
         if resumable is not None and resumable.weights is not None:
             step = resumable.state.step
@@ -156,10 +145,11 @@ class ModelSource:
             raise UserError("several processes load the model by name: a model in memory is whole")
         if options.quantize != "none":
             raise UserError('quantize="4bit" loads weights by name: pass the name of the model')
+        if isinstance(model, CausalLM):
+            if not options.lora_rank:
+                return model
+            model = model.model
         if options.lora_rank:
-            network = model.model if isinstance(model, CausalLM) else model
             alpha = options.lora_alpha or 2 * options.lora_rank
-            return CausalLM(
-                add_lora(network, self.name, options.lora_rank, alpha), options.attention
-            )
-        return model if isinstance(model, CausalLM) else CausalLM(model, options.attention)
+            model = add_lora(model, self.name, options.lora_rank, alpha)
+        return CausalLM(model, options.attention)

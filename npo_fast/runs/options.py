@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -11,7 +11,7 @@ from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.validation import check_types
+from npo_fast.validation import Checked
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 FINETUNING = TrainSettings(epochs=5)
@@ -19,7 +19,7 @@ RELEARNING = TrainSettings(epochs=5, batch_size=8)
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Checked):
     """Which model, where, and how text becomes tokens."""
 
     model: str = ""
@@ -41,11 +41,8 @@ class ModelOptions:
     lora_alpha: int | None = None
     """The adapter's scale times its rank; else twice the rank."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
     def check_training(self) -> None:
-        """Raises ``UserError`` for settings that cannot train, before any weight is loaded."""
+        """Raises ``UserError`` for settings that cannot train."""
         from npo_fast.model.adapters import check_libraries
 
         check_libraries(self.quantize, self.lora_rank)
@@ -60,7 +57,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class _Method:
+class _Method(Checked):
     method: str = "NPO+RT"
     kl_positions: Literal["answer", "all"] = "answer"
     """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
@@ -68,16 +65,11 @@ class _Method:
     reference_cache: Path | None = None
     """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":
         """A method with these coefficients."""
-        given: dict[str, Any] = {
-            COEFFICIENTS[name].flag: value for name, value in coefficients.given().items()
-        }
-        return cls(method, **given)
+        given = {COEFFICIENTS[name].flag: value for name, value in coefficients.given().items()}
+        return cls(method, **given)  # type: ignore[arg-type]
 
     def coefficients(self) -> Coefficients:
         """Those that are set, as ``build_method`` takes them."""
@@ -89,12 +81,10 @@ if TYPE_CHECKING:
 else:
     MethodOptions = make_dataclass(
         "MethodOptions",
-        [
-            ("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT"),
-            *(
-                (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
-                for each in COEFFICIENTS.values()
-            ),
+        [("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT")]
+        + [
+            (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
+            for each in COEFFICIENTS.values()
         ],
         bases=(_Method,),
         frozen=True,
@@ -103,7 +93,7 @@ else:
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Checked):
     """A short look at the model before and after; ``npo-fast evaluate`` measures in full."""
 
     no_report: bool = False
@@ -112,7 +102,7 @@ class ReportOptions:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if self.report_records < 0:
             raise UserError(f"report_records must be 0 or more, got {self.report_records}")
         if self.max_new_tokens < 1:
@@ -120,7 +110,7 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(Checked):
     """Evaluation while training: ``evaluations.jsonl`` in the run folder."""
 
     eval_every: int = 0
@@ -137,7 +127,7 @@ class EvaluationOptions:
     """Condition that ends the run at an evaluation, such as 'forget_quality>0.05'."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for name in ("eval_every", "eval_records", "min_utility"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -156,7 +146,7 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Checked):
     """Where the run goes, and who hears of it."""
 
     output: Path = Path("runs/latest")
@@ -175,13 +165,11 @@ class RunOptions:
     push_to_hub: str | None = None
     """Upload the final model with its card to this repository, such as me/my-model."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
     def check(self, model: ModelOptions) -> None:
-        """Raises ``UserError`` where the run cannot go into the output folder."""
+        """Raises ``UserError`` where the model cannot train, or not into the output folder."""
         from npo_fast.runs.folder import check_output
 
+        model.check_training()
         if self.save_every < 0:
             raise UserError(f"save_every must be 0 (off) or more, got {self.save_every}")
         if self.merge and (not model.lora_rank or model.quantize != "none"):
@@ -198,7 +186,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class UnlearnData:
+class UnlearnData(Checked):
     """What to forget and what to keep."""
 
     forget: str = ""
@@ -214,7 +202,7 @@ class UnlearnData:
 
 
 @dataclass(frozen=True)
-class FinetuneData:
+class FinetuneData(Checked):
     """What to teach."""
 
     train: str = ""
@@ -224,7 +212,7 @@ class FinetuneData:
 
 
 @dataclass(frozen=True)
-class AttackData:
+class AttackData(Checked):
     """What was forgotten, and what was kept."""
 
     forget: str = ""

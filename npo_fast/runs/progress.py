@@ -1,8 +1,8 @@
 """Progress bars, on standard error of the first process. ``TQDM_DISABLE=1`` turns them off."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -35,39 +35,23 @@ class ProgressBar(Callback):
 
 
 @contextmanager
-def steps_bar(title: str) -> Iterator[Callable[[StepRecord], None]]:
-    """A function of step records that draws them as one bar."""
-    bar = ProgressBar(title)
-    try:
-        yield bar.on_step
-    finally:
-        bar.on_end()
-
-
-@contextmanager
 def progress(title: str) -> Iterator[Any]:
     """A function ``(part, done, total)`` that draws one bar a part."""
     bars: dict[str, tqdm[Any]] = {}
+    with ExitStack() as current:
 
-    def update(part: str, done: int, total: int) -> None:
-        if part not in bars:
-            for bar in bars.values():
-                bar.close()
-            name = part.replace("eval_", "").replace(".json", "").replace("_wo_options", "")
-            bars[part] = _bar(total, f"{title} {name}", "")
-        bars[part].update(done - bars[part].n)
+        def update(part: str, done: int, total: int) -> None:
+            if part not in bars:
+                current.close()
+                name = part.replace("eval_", "").replace(".json", "").replace("_wo_options", "")
+                bars[part] = current.enter_context(_bar(total, f"{title} {name}", ""))
+            bars[part].update(done - bars[part].n)
 
-    try:
         yield update
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def _bar(total: int, title: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     silent: dict[str, Any] = {} if is_main_process() else {"disable": True}
-    return tqdm(
-        total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, mininterval=pause,
-        **silent,
-    )  # fmt: skip
+    options = {"unit": unit, "dynamic_ncols": True, "mininterval": pause, **silent}
+    return tqdm(total=total, initial=done, desc=title, **options)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from npo_fast.errors import UserError
 from npo_fast.reports.html import MARK
@@ -9,8 +10,10 @@ from npo_fast.reports.page import Report
 from npo_fast.reports.runs import load_runs
 from npo_fast.runs.evaluating import Logs, logs_of
 from npo_fast.runs.run import Run
+from npo_fast.validation import with_checked_keywords
 
 
+@with_checked_keywords
 def report(
     runs: Run | str | Path | Iterable[Run | str | Path],
     *,
@@ -35,9 +38,12 @@ def report(
         UserError: a folder that is not a run's, or a file that is not a report and would be lost.
     """
     page = Path(output)
-    if isinstance(runs, (str, Path, Run)):
-        runs = [runs]
-    folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
+    several = isinstance(runs, Iterable) and not isinstance(runs, str)
+    given: Any = list(runs) if several else [runs]  # type: ignore[arg-type]
+    for run in given:
+        if not isinstance(run, (str, Path, Run)):
+            raise UserError(f"runs must be runs or their folders, got {run!r}")
+    folders = [run.folder if isinstance(run, Run) else Path(run) for run in given]
     if not folders:
         raise UserError("name one run folder or more: npo-fast report runs/npo runs/ga")
     if answers < 0:
@@ -49,8 +55,8 @@ def report(
         _check_replaceable(file)
     result = Report(
         load_runs(folders),
-        {} if original is None else logs_of(original),
-        {} if retrained is None else logs_of(retrained),
+        {} if original is None else logs_of(original, "original"),
+        {} if retrained is None else logs_of(retrained, "retrained"),
         answers,
     )
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """A run in a folder that did not end: whether it is the same run, and where it can resume."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.runs.folder import REFERENCES, UNFINISHED, check_unused, read_metadata, step_of
+from npo_fast.runs.folder import (
+    REFERENCES,
+    STEPS,
+    UNFINISHED,
+    check_unused,
+    lines_of,
+    read_metadata,
+)
+from npo_fast.runs.options import RunOptions
 from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
+from npo_fast.versions import versions
+
+logger = logging.getLogger(__name__)
 
 # where hidden states are kept, and what only memory depends on
 _IGNORED = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
@@ -23,18 +35,12 @@ class ResumableRun:
     metadata: dict[str, Any]  # its run.json
     weights: Path | None  # of its last complete checkpoint; None: it has to start anew
     state: TrainState = field(default_factory=TrainState)
-    references: dict[str, Any] | None = (
-        None  # log-probs of the model as it was; None: lost, or none
-    )
+    references: dict[str, Any] | None = None  # log-probs of the model as it was, if not lost
     trained: bool = False  # the weights are the final ones
     damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
 
     def check(self, metadata: Mapping[str, Any]) -> None:
-        """Checks that it is the run that ``metadata`` describes.
-
-        Raises:
-            UserError: a fact that this run shares with the one in the folder is another there.
-        """
+        """Raises ``UserError`` unless it is the run that ``metadata`` describes."""
         here = json.loads(json.dumps(metadata, default=str))
         if differences := list(_differences(self.metadata, here)):
             raise UserError(
@@ -44,12 +50,41 @@ class ResumableRun:
             )
 
 
-def resumable_run(folder: Path) -> ResumableRun | None:
-    """The run in ``folder`` if it has not come to its end.
+def find_resumable(
+    options: RunOptions, metadata: Mapping[str, Any], in_memory: bool
+) -> ResumableRun | None:
+    """The run in the output folder to go on with, if there is one.
 
     Raises:
-        UserError: another process is at work on it, or none of its checkpoints can be read.
+        UserError: it is not the run that ``metadata`` describes, another process is at work on it,
+            none of its checkpoints can be read, or it may have changed the model ``in_memory``.
     """
+    folder = options.output
+    resumable = None if options.overwrite else _resumable_run(folder)
+    if resumable is None:
+        return None
+    resumable.check(metadata)
+    for damage in resumable.damaged:
+        logger.info(f"ignored, for it is damaged: {damage}")
+    if resumable.weights is None and in_memory:
+        raise UserError(
+            f"the run in {folder} ended without a checkpoint, and may have changed the model in "
+            "memory: load the model again, and add --overwrite to begin anew"
+        )
+    if resumable.weights is None:
+        logger.info(f"the run in {folder} ended without a checkpoint: it starts again at step 0")
+        return None
+    if resumable.trained:
+        logger.info(f"the run in {folder} was trained already: going on after the last step")
+    else:
+        logger.info(f"going on with the run in {folder} after step {resumable.state.step}")
+    before, now = resumable.metadata.get("versions", {}), versions()
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        logger.info(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
+    return resumable
+
+
+def _resumable_run(folder: Path) -> ResumableRun | None:
     metadata = read_metadata(folder)
     if metadata.get("status") not in UNFINISHED:
         return None
@@ -62,7 +97,7 @@ def resumable_run(folder: Path) -> ResumableRun | None:
     for checkpoint in _newest_first(folder / "checkpoints"):
         try:
             state = TrainState.load(checkpoint)
-            if step_of(folder, state.step) is None:
+            if all(line["step"] != state.step for line, _ in lines_of(folder / STEPS)):
                 raise DamagedError(f"steps.jsonl has no line for step {state.step}")
         except DamagedError as error:
             damaged.append(f"{checkpoint}: {error}")
@@ -87,29 +122,24 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """A phrase for each setting, and each other fact of ``here``, that is not the same there."""
     old, new = _settings(there), _settings(here)
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            yield f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
-    for name in here:
-        if name != "settings" and there.get(name) != here[name]:
-            yield from _differences_within(name, there.get(name), here[name])
+    facts = [(name, old.get(name), new.get(name)) for name in {**old, **new}]
+    facts += [(name, there.get(name), here[name]) for name in here if name != "settings"]
+    for name, was, now in facts:
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+            for key in changed:
+                yield f"data {key} has changed" if name == "data" else f"the {name}'s {key} differs"
+        elif was != now:
+            yield f"{name} is {was!r} there and {now!r} here"
 
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, without those of the run folder."""
+    """Settings by name, without those of the run folder."""
     return {
         name: value
         for group, values in metadata.get("settings", {}).items()
         for name, value in values.items()
         if group != "run" and name not in _IGNORED
     }
-
-
-def _differences_within(name: str, old: Any, new: Any) -> Iterator[str]:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        yield f"{name} is {old!r} there and {new!r} here"
-        return
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            yield f"{name} {key} has changed" if name == "data" else f"the {name}'s {key} differs"

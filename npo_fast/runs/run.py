@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, folder: str | Path, model: Any = None, tokenizer: Any = None) -> None:
         self.folder = Path(folder)
-        self._record: RunRecord = load_run(self.folder, self.folder.name)
+        self._record = load_run(self.folder, self.folder.name)
         if model is not None:
             self.model, self.tokenizer = model, tokenizer
 
@@ -32,8 +32,7 @@ class Run:
     def planned(cls, folder: Path, metadata: Mapping[str, Any]) -> "Run":
         """The result of a dry run: metadata, and no folder yet."""
         run = cls.__new__(cls)
-        run.folder = folder
-        run._record = RunRecord(folder.name, folder, metadata, [], [], {})
+        run.folder, run._record = folder, RunRecord(folder.name, folder, metadata, [], [], {})
         return run
 
     @property
@@ -87,7 +86,9 @@ class Run:
             repo: such as "me/my-model"; made where it does not exist.
             token: of the hub; else the one that ``hf auth login`` keeps.
         """
-        return hub.upload(self.folder / "model", repo, private, token)
+        address = hub.create_repository(repo, private, token)
+        hub.upload(self.folder / "model", repo, token)
+        return address
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {self._record.method}, {self.metadata.get('status')})"

@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from npo_fast.data import check_vocabulary
 from npo_fast.distributed import is_main_process, world_size
 from npo_fast.errors import (
     Interrupted,
@@ -15,121 +14,65 @@ from npo_fast.errors import (
     OutOfMemory,
     PartialUpdateError,
     PartialUpdateOutOfMemory,
-    UserError,
 )
-from npo_fast.methods import Term
 from npo_fast.model.adapters import merge_adapter, read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.runs import hub
 from npo_fast.runs.callbacks import (
-    Callback,
     CheckpointCallback,
     EvaluationCallback,
     TrackerCallback,
     Training,
 )
-from npo_fast.runs.folder import NullRun, RunFolder, wait_for_all
-from npo_fast.runs.options import RunOptions
-from npo_fast.runs.resume import ResumableRun, resumable_run
-from npo_fast.runs.tokens import TokenizedData
+from npo_fast.runs.folder import RunFolder, wait_for_all
+from npo_fast.runs.preparing import PreparedRun
+from npo_fast.runs.progress import ProgressBar
+from npo_fast.runs.run import Run
 from npo_fast.trainer.interrupt import StopSignal
-from npo_fast.trainer.loop import check_settings, train
-from npo_fast.trainer.settings import StepRecord, TrainSettings
+from npo_fast.trainer.loop import train
+from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References
-from npo_fast.versions import versions
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ReferenceData:
-    """What only the model before training can tell."""
+    """What only the model before training can tell: measured before the first step."""
 
     before: Mapping[str, Any] = field(default_factory=dict)  # of the report
     log_probs: References | None = None
     hidden: ReferenceStates | None = None
 
 
-def find_resumable(
-    options: RunOptions, metadata: Mapping[str, Any], in_memory: bool = False
-) -> ResumableRun | None:
-    """The run in the output folder to go on with, if there is one.
-
-    Raises:
-        UserError: it is not the run that ``metadata`` describes.
-    """
-    resumable = None if options.overwrite else resumable_run(options.output)
-    if resumable is None:
-        return None
-    resumable.check(metadata)
-    for damage in resumable.damaged:
-        logger.info(f"ignored, for it is damaged: {damage}")
-    if resumable.weights is None and in_memory:
-        raise UserError(
-            f"the run in {options.output} ended without a checkpoint, and may have changed the "
-            "model in memory: load the model again, and add --overwrite to begin anew"
-        )
-    if resumable.weights is None:
-        logger.info(
-            f"the run in {options.output} ended without a checkpoint: it starts again at step 0"
-        )
-        return None
-    if resumable.trained:
-        logger.info(
-            f"the run in {options.output} was trained already: going on after the last step"
-        )
-    else:
-        logger.info(f"going on with the run in {options.output} after step {resumable.state.step}")
-    before, now = resumable.metadata.get("versions", {}), versions()
-    if changed := [name for name in now if before.get(name) != now[name]]:
-        logger.info(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
-    return resumable
-
-
-def check_fit(
-    lm: CausalLM, data: TokenizedData, terms: tuple[Term, ...], settings: TrainSettings
-) -> None:
-    """Raises ``UserError`` for what only the loaded model can tell, before hours are spent."""
-    check_vocabulary(data.sources, lm.vocabulary)
-    check_settings(lm, data.sources, terms, settings)
-
-
 def run_training(
     lm: CausalLM,
-    data: TokenizedData,
-    terms: tuple[Term, ...],
-    settings: TrainSettings,
-    options: RunOptions,
-    metadata: Mapping[str, Any],
-    *,
-    resumable: ResumableRun | None = None,
+    prepared: PreparedRun,
     reference: ReferenceData = ReferenceData(),
     evaluation: EvaluationCallback | None = None,
-    callbacks: Iterable[Callback] = (),
     report: Callable[[], Mapping[str, Any]] = dict,
-) -> dict[str, Any]:
-    """Trains in a run folder, or goes on with a run that did not end; call ``check_fit`` before.
+) -> Run:
+    """Trains in a run folder, or goes on with a run that did not end.
 
     Args:
-        metadata: what ``run.json`` says of the run before it begins.
         evaluation: the callback that evaluates while training.
-        report: measures the final model; its result goes into ``run.json``.
-
-    Returns:
-        What ``run.json`` says in the end.
+        report: answers of the final model, for ``run.json``.
     """
+    options, resumable = prepared.options, prepared.resumable
+    tokenizer = prepared.template.tokenizer
     state = TrainState() if resumable is None else resumable.state
     hint = "the same command" + (" without --overwrite" if options.overwrite else "")
     trackers = [] if options.track is None else [TrackerCallback(options.track)]
     if options.push_to_hub is not None and is_main_process():
         hub.create_repository(options.push_to_hub)  # first: it may refuse
-    folder = _open_folder(options, metadata, lm, resumable, reference, evaluation)
+    folder = _open_folder(lm, prepared, reference, evaluation)
     signal = StopSignal()
-    training = Training(folder, lm, data.template.tokenizer, settings, state, [
+    training = Training(folder, lm, tokenizer, prepared.training, state, [
         *([] if evaluation is None else [evaluation]),
-        CheckpointCallback(options.save_every, signal, hint), *trackers, *callbacks,
+        CheckpointCallback(options.save_every, signal, hint), *trackers,
+        ProgressBar(options.output.name), *prepared.callbacks,
     ])  # fmt: skip
     for callback in training.callbacks:
         callback.should_stop = None  # it may have stopped an earlier run
@@ -140,28 +83,29 @@ def run_training(
                 training.emit("on_evaluation", evaluation.first)
             if "final" not in folder.metadata:
                 steps = train(
-                    lm, data.sources, terms, settings, reference.log_probs, reference.hidden, state
-                )
-                _run_steps(training, steps, options)
+                    lm, prepared.sources, prepared.terms, prepared.training,
+                    reference.log_probs, reference.hidden, state,
+                )  # fmt: skip
+                _run_steps(training, steps, options.merge)
             if signal.number:
                 raise Interrupted(
                     f"interrupted after the last step; {hint} makes the report", signal.number
                 )
         with _closed(training, hint):
-            results = report()
+            after = report()
     finally:
         training.emit_end()
-    folder.finish("finished", **results)
+    folder.finish("finished", **({"after": after} if after else {}))
     wait_for_all(lm)  # the others read what the first process has written
     if is_main_process():
         scores = folder.metadata.get("best") or [{}, *folder.evaluations()][-1]
         hub.write_card(folder.folder / "model", folder.metadata, scores)
         if options.push_to_hub is not None:
             hub.upload(folder.folder / "model", options.push_to_hub)
-    return folder.metadata
+    return Run(options.output, lm.model, tokenizer)
 
 
-def _run_steps(training: Training, steps: Iterator[StepRecord], options: RunOptions) -> None:
+def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> None:
     """Every step with its record and callbacks, then the final model."""
     folder, lm = training.folder, training.lm
     tokens = training.state.micro_batch_tokens or training.settings.micro_batch_tokens
@@ -179,7 +123,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], options: RunOpti
     if record is None:  # resumed after the last step
         return
     training.emit("on_trained")
-    if options.merge:
+    if merge:
         merge_adapter(lm)
     logger.info(f"model saved in {folder.save_model(lm, training.tokenizer)}")
     folder.note(final=dataclasses.asdict(record), **training.final_metadata)
@@ -187,7 +131,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], options: RunOpti
 
 @contextmanager
 def _closed(training: Training, hint: str) -> Iterator[None]:
-    """Whatever ends the run, the folder says so and keeps what it takes to go on."""
+    """Whatever ends the run, ``run.json`` says so, and the folder keeps what it takes to go on."""
     folder, lm, state = training.folder, training.lm, training.state
     try:
         yield
@@ -215,24 +159,24 @@ def _closed(training: Training, hint: str) -> Iterator[None]:
 
 
 def _open_folder(
-    options: RunOptions,
-    metadata: Mapping[str, Any],
     lm: CausalLM,
-    resumable: ResumableRun | None,
+    prepared: PreparedRun,
     reference: ReferenceData,
     evaluation: EvaluationCallback | None,
 ) -> RunFolder:
-    """A new run folder, or that of ``resumable`` with its weights read into ``lm``."""
-    metadata = {**metadata, "attention": lm.attention}
+    """A new run folder, or the folder of the resumed run with its weights read into ``lm``."""
+    options, resumable = prepared.options, prepared.resumable
+    metadata = {**prepared.metadata, "attention": lm.attention}
     if not is_main_process():
-        return NullRun(options.output, metadata if resumable is None else resumable.metadata)
+        return RunFolder(options.output, metadata if resumable is None else resumable.metadata)
     if reference.hidden is not None:
         metadata["reference"] = reference.hidden.made_from
     if resumable is None:
         # evaluated first: it may refuse, and the folder may hold an earlier run
-        scores = None if evaluation is None else evaluation.check()
-        before = {"before": reference.before} if reference.before else {}
-        metadata = {**metadata, **before, "processes": world_size()}
+        scores = None if evaluation is None else evaluation.check(lm)
+        if reference.before:
+            metadata["before"] = reference.before
+        metadata["processes"] = world_size()
         folder = RunFolder.begin(options.output, options.overwrite, metadata, reference.log_probs)
         if scores is not None:
             folder.log_evaluation(scores)

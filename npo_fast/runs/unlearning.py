@@ -24,8 +24,8 @@ from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
-from npo_fast.methods import METHODS, Term, build_method
-from npo_fast.metrics import FORGET, Result, probability, retrained_log, rouge_l_recall
+from npo_fast.methods import Term, build_method
+from npo_fast.metrics import FORGET, probability, retrained_log, rouge_l_recall
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
 from npo_fast.runs.models import Model, ModelSource
@@ -37,18 +37,19 @@ from npo_fast.runs.options import (
     RunOptions,
     UnlearnData,
 )
-from npo_fast.runs.progress import ProgressBar, progress
-from npo_fast.runs.resume import ResumableRun
+from npo_fast.runs.preparing import PreparedRun, prepare_run
+from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
-from npo_fast.runs.tokens import TokenizedData, describe_run, tokenize_sources
-from npo_fast.runs.training import ReferenceData, check_fit, find_resumable, run_training
+from npo_fast.runs.training import ReferenceData, run_training
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import References
+from npo_fast.validation import with_checked_keywords
 
 logger = logging.getLogger(__name__)
 
 
+@with_checked_keywords
 def unlearn(
     model: Model,
     *,
@@ -56,9 +57,9 @@ def unlearn(
     retain: Records | None = None,
     method: str | MethodOptions | tuple[Term, ...] = "NPO+RT",
     output: str | Path | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     idk: str | Path | None = None,
-    alternate: str | None = None,
+    alternate: str | Path | None = None,
     tokenizer: Any = None,
     loading: ModelOptions = ModelOptions(),
     training: TrainSettings = TrainSettings(),
@@ -92,74 +93,59 @@ def unlearn(
         OutOfMemory: one sequence alone does not fit.
         Interrupted: Ctrl-C or SIGTERM, after the step and with a checkpoint.
     """
-    options = run if output is None else replace(run, output=Path(output))
     source = ModelSource(model, loading, tokenizer)
-    forget, retain = as_rows(forget), None if retain is None else as_rows(retain)
+    options = run if output is None else replace(run, output=Path(output))
+    forget, retain = as_rows(forget, "forget"), as_rows(retain, "retain")
+    inputs = UnlearnData(
+        describe(forget), describe(retain), describe(data), describe(idk), describe(alternate)
+    )
+    method, terms = _resolve(method)
+    needed = {source for term in terms for source in term.reads}
     if forget == "":
         raise UserError("say what to forget with --forget (a file, or a split of --data)")
-    method, terms = _resolve(method)
-    wanted = {source for term in terms for source in term.reads}
-    if retain is None and "retain" in wanted:
+    if retain is None and "retain" in needed:
         raise UserError(f"{method.method} keeps what --retain names; name it, or use NPO")
-    for answers, value in (("idk", idk), ("alternate", alternate)):
-        if value is not None and answers not in wanted:
+    for answers in ("idk", "alternate"):
+        if getattr(inputs, answers) is not None and answers not in needed:
             raise UserError(f"{method.method} reads no such answers; leave out --{answers}")
-    source.options.check_training()
     options.check(source.options)
-    suite = _evaluation_suite(evaluation, data, forget, retain)
-    records = {"forget": load_records(forget, data, "forget")}
+
+    records = {"forget": load_records(forget, inputs.data, "forget")}
     if retain is not None:
-        records["retain"] = load_records(retain, data, "retain")
-    answers_too = dict(records)
-    if "idk" in wanted:
-        refusals = load_refusals(None if idk is None else Path(idk), data)
-        answers_too["idk"] = refused(records["forget"], refusals, training.seed)
-    if "alternate" in wanted:
-        answers_too["alternate"] = alternated(records["forget"], training.seed, alternate, data)
-    inputs = UnlearnData(
-        describe(forget),
-        None if retain is None else describe(retain),
-        data,
-        None if idk is None else Path(idk),
-        alternate,
-    )
+        records["retain"] = load_records(retain, inputs.data, "retain")
+    sampled = dict(records)
+    if "idk" in needed:
+        refusals = load_refusals(inputs.idk, inputs.data)
+        records["idk"] = refused(records["forget"], refusals, training.seed)
+    if "alternate" in needed:
+        records["alternate"] = alternated(
+            records["forget"], training.seed, inputs.alternate, inputs.data
+        )
     names = {"idk": "refusals", "alternate": "alternate answers"}
     names |= {name: str(value) for name, value in vars(inputs).items() if value}
-    tokens = tokenize_sources(answers_too, names, source.template(), terms, training)
     settings = {
         "model": source.options, "data": inputs, "method": method, "training": training,
         "report": report, "watch": evaluation, "run": options,
     }  # fmt: skip
-    metadata = describe_run("unlearn", settings, tokens)
-    if method.method not in METHODS:
-        metadata["terms"] = [repr(term) for term in terms]  # so that other ones do not resume
-    resumable = find_resumable(options, metadata, source.in_memory is not None)
+    prepared = prepare_run("unlearn", source, records, names, terms, settings, callbacks)
+    suite = tofu_suite(inputs.data, forget, retain) if evaluation.eval_every else {}
+    watch = _evaluation_callback(prepared, evaluation, report, suite)
     if options.dry_run:
-        return Run.planned(options.output, metadata)
+        return Run.planned(options.output, prepared.metadata)
 
-    with source.loaded(resumable) as lm:
-        check_fit(lm, tokens, terms, training)
-        sample = _Sample(lm, tokens.template, records, report)
-        if resumable is None:
-            before = sample.answer("before")
-            log_probs: References = reference_log_probs(
-                lm, tokens.sources, terms, training.micro_batch_tokens
-            )
-        else:
-            before = resumable.metadata.get("before", {})
-            log_probs = _resumed_log_probs(lm, resumable, tokens, terms, training)
-        hidden = reference_cache_for(
-            terms, lm, tokens.sources, training.micro_batch_tokens, method.reference_cache
+    with prepared.loaded() as lm:
+
+        def answers_now(when: str) -> dict[str, Any]:
+            return _answers(lm, prepared.template, sampled, report, when)
+
+        reference = ReferenceData(
+            before={} if prepared.resumable else answers_now("before"),
+            log_probs=_log_probs(lm, prepared),
+            hidden=reference_cache_for(
+                terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
+            ),
         )
-        run_training(
-            lm, tokens, terms, training, options, metadata,
-            resumable=resumable,
-            reference=ReferenceData(before, log_probs, hidden),
-            evaluation=_evaluation_callback(lm, tokens.template, evaluation, report, suite),
-            callbacks=[ProgressBar(options.output.name), *callbacks],
-            report=lambda: {"after": after} if (after := sample.answer("after")) else {},
-        )  # fmt: skip
-    return Run(options.output, lm.model, tokens.template.tokenizer)
+        return run_training(lm, prepared, reference, watch, lambda: answers_now("after"))
 
 
 def _resolve(
@@ -180,96 +166,70 @@ def _resolve(
     return options, terms
 
 
-def _resumed_log_probs(
-    lm: CausalLM,
-    resumable: ResumableRun,
-    tokens: TokenizedData,
-    terms: tuple[Term, ...],
-    training: TrainSettings,
-) -> References:
-    """The reference log-probs that the folder kept; made again where none are needed, or lost."""
-    if resumable.references or resumable.trained:
+def _evaluation_callback(
+    prepared: PreparedRun, options: EvaluationOptions, report: ReportOptions, suite: Suite
+) -> EvaluationCallback | None:
+    """Evaluates the first records of each set of ``suite``, if there is any."""
+    if not suite:
+        return None
+    if world_size() > 1:
+        raise UserError(f"--eval-every answers questions on one process, not on {world_size()}")
+    first = {name: rows[: options.eval_records] for name, rows in suite.items()}
+    retrained = None
+    if options.retrained is not None:
+        check_forget_quality(suite)
+        examples = range(len(first[FORGET]))
+        retrained = retrained_log(options.retrained, len(suite[FORGET]), examples)
+    tokenized = tokenize_suite(prepared.template, first)
+    settings = EvaluationSettings(max_new_tokens=report.max_new_tokens)
+    return EvaluationCallback(
+        options, lambda lm: evaluate(lm, prepared.template, tokenized, settings), retrained
+    )
+
+
+def _log_probs(lm: CausalLM, prepared: PreparedRun) -> References:
+    """The reference's log-probs: kept by a resumed run, else of the model as it is now."""
+    resumable, terms = prepared.resumable, prepared.terms
+    if resumable and (resumable.references or resumable.trained):
         return dict(resumable.references or {})
     compares = any(term.loss.reference in ("sequence", "token") for term in terms)
-    if world_size() > 1 and compares:
+    if resumable and world_size() > 1 and compares:
         raise UserError(  # sharded models have the weights of the checkpoint by now
             f"the reference's log-probs in {resumable.folder} are lost: go on with one process, "
             "which makes them again"
         )
-    return reference_log_probs(lm, tokens.sources, terms, training.micro_batch_tokens)
+    return reference_log_probs(lm, prepared.sources, terms, prepared.training.micro_batch_tokens)
 
 
-def _evaluation_suite(
-    options: EvaluationOptions, data: str | None, forget: Records, retain: Records | None
-) -> tuple[Suite, Result | None] | None:
-    """The records to evaluate while training, and the retrained model's log of the same."""
-    if not options.eval_every:
-        return None
-    if world_size() > 1:
-        raise UserError(f"--eval-every answers questions on one process, not on {world_size()}")
-    suite = tofu_suite(data, forget, retain)
-    records = {name: rows[: options.eval_records] for name, rows in suite.items()}
-    if options.retrained is None:
-        return records, None
-    check_forget_quality(suite)
-    examples = range(len(records[FORGET]))
-    return records, retrained_log(options.retrained, len(suite[FORGET]), examples)
-
-
-def _evaluation_callback(
+def _answers(
     lm: CausalLM,
     template: Template,
-    options: EvaluationOptions,
-    report: ReportOptions,
-    suite: tuple[Suite, Result | None] | None,
-) -> EvaluationCallback | None:
-    if suite is None:
-        return None
-    records, retrained = suite
-    settings = EvaluationSettings(max_new_tokens=report.max_new_tokens)
-    tokenized = tokenize_suite(template, records)
-    return EvaluationCallback(
-        options, lambda: evaluate(lm, template, tokenized, settings), retrained
-    )
-
-
-class _Sample:
-    """The first records of each set, which the report answers before and after."""
-
-    def __init__(
-        self,
-        lm: CausalLM,
-        template: Template,
-        records: Mapping[str, list[Record]],
-        options: ReportOptions,
-    ) -> None:
-        self.lm, self.template, self.options = lm, template, options
-        self.records = {
-            name: [Record(row.messages, row.answer) for row in rows[: options.report_records]]
-            for name, rows in records.items()
+    records: Mapping[str, list[Record]],
+    options: ReportOptions,
+    when: str,
+) -> dict[str, Any]:
+    """Probability, ROUGE-L and answers of the first records of each set, "before" or "after"."""
+    if options.no_report or options.report_records < 1:
+        return {}
+    if world_size() > 1:
+        if when == "after":
+            logger.info("no answers in the report: npo-fast evaluate makes them on one process")
+        return {}
+    first = {  # without wrong answers, which the report does not need
+        name: [Record(row.messages, row.answer) for row in rows[: options.report_records]]
+        for name, rows in records.items()
+    }
+    settings = EvaluationSettings(max_new_tokens=options.max_new_tokens)
+    with progress(when) as update:
+        logs = evaluate(lm, template, first, settings, update)
+    return {
+        name: {
+            "probability": float(probability(log).mean()),
+            "rouge_l_recall": float(np.mean(rouge_l_recall(log))),
+            "answers": [
+                {"question": record.question, "answer": text, "truth": record.answer}
+                for record, (_, text, _) in zip(first[name], log["generated_text"], strict=True)
+            ],
         }
-
-    def answer(self, when: str) -> dict[str, Any]:
-        """Probability, ROUGE-L and answers by set; empty where the options want no report."""
-        if self.options.no_report or self.options.report_records < 1:
-            return {}
-        if world_size() > 1:
-            if when == "after":
-                logger.info("no answers in the report: npo-fast evaluate makes them on one process")
-            return {}
-        settings = EvaluationSettings(max_new_tokens=self.options.max_new_tokens)
-        with progress(when) as update:
-            logs = evaluate(self.lm, self.template, self.records, settings, update)
-        return {
-            name: {
-                "probability": float(probability(log).mean()),
-                "rouge_l_recall": float(np.mean(rouge_l_recall(log))),
-                "answers": [
-                    {"question": record.question, "answer": text, "truth": record.answer}
-                    for record, (_, text, _) in zip(
-                        self.records[name], log["generated_text"], strict=True
-                    )
-                ],
-            }
-            for name, log in logs.items()
-        }
+        for name, log in logs.items()
+    }

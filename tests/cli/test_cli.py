@@ -151,6 +151,14 @@ def test_a_dry_run_checks_and_writes_nothing(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "dry", "--dry-run", "--method", "NPU") == 2
 
 
+def test_json_output_has_null_where_a_number_is_infinite(home, tmp_path, capsys):
+    capsys.readouterr()
+    assert unlearn(home, tmp_path / "dry", "--dry-run", "--json", "--max-grad-norm", "inf") == 0
+    output = capsys.readouterr().out
+    assert not {"Infinity", "NaN"} & set(output.replace(",", " ").split())
+    assert json.loads(output)["settings"]["training"]["max_grad_norm"] is None
+
+
 def test_flags_override_the_settings_file(home, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text("method: GA+RT\nlr: 1e-3\nepochs: 1\nretain_coefficient: 2\n")

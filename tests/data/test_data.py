@@ -238,5 +238,7 @@ def test_alternates_come_from_the_records_or_a_file_of_the_same_questions(tmp_pa
     with pytest.raises(UserError, match="record 1 asks 'Q0', the forget record 'Q1'"):
         alternated(own[::-1], 0, file)
     bare = [Record(r.messages, r.answer) for r in own]
-    with pytest.raises(UserError, match='forget record 1 has no "alternate" answer.*--alternate'):
+    with pytest.raises(
+        UserError, match='forget record 1 has no "alternate" answer.*with alternate'
+    ):
         alternated(bare, 0)

@@ -122,8 +122,8 @@ def test_the_best_is_sought_among_those_that_keep_the_utility():
         ({"stop_when": "forget_quality=0.5"}, "write it as 'forget_quality>0.05'"),
         ({"stop_when": "forget_quality>much"}, "write it as"),
         ({"eval_every": -1}, "eval_every must be 0 or more"),
-        ({"eval_every": 0, "keep_best": "model_utility"}, "add --eval-every"),
-        ({"min_utility": 0.5}, "add --keep-best"),
+        ({"eval_every": 0, "keep_best": "model_utility"}, "add eval_every"),
+        ({"min_utility": 0.5}, "add keep_best"),
         ({"eval_records": 0}, "at least 1"),
     ],
 )

@@ -136,7 +136,7 @@ def test_recorded_measures_are_those_of_the_summary():
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("forget_quality", "--retrained and a forget set with wrong answers"),
+        ("forget_quality", "retrained and a forget set with wrong answers"),
         ("model_utility", "a retain set, real authors and world facts with wrong answers and"),
         ("retain.probability", "a retain set"),
     ],

@@ -212,5 +212,5 @@ def test_a_missing_library_is_named_with_its_installation(base, monkeypatch):
     monkeypatch.setattr("npo_fast.model.adapters.find_spec", lambda name: None)
     with pytest.raises(UserError, match="LoRA needs peft: pip install peft"):
         load_model(str(base), lora_rank=4)
-    with pytest.raises(UserError, match="--quantize 4bit needs bitsandbytes: pip install bits"):
+    with pytest.raises(UserError, match="quantize 4bit needs bitsandbytes: pip install bits"):
         load_model(str(base), quantize="4bit")

@@ -18,6 +18,7 @@ from npo_fast.cli import main
 from npo_fast.errors import UserError
 from npo_fast.methods import NPO, Term
 from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.runs.hub import write_card
 from npo_fast.runs.options import EvaluationOptions, MethodOptions, ReportOptions, RunOptions
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import FACTS, read_jsonl, save_tiny_model, write_jsonl
@@ -173,6 +174,62 @@ def test_an_option_of_another_type_is_refused(options, message):
         options()
 
 
+class Rows:
+    """As a data frame: iterating gives the names of the columns."""
+
+    def __iter__(self):
+        return iter(["question", "answer"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"forget": 5}, "forget must be a file, a split or rows .*, got int"),
+        ({"forget": Rows()}, "forget must be a file, a split or rows .*, got Rows"),
+        ({"forget": FACTS[0]}, "forget must be a file, a split or rows .*, got dict"),
+        ({"retain": 5}, "retain must be a file, a split or rows .*, got int"),
+        ({"data": 5}, "data must be str or Path or None, got 5"),
+        ({"idk": 5}, "idk must be str or Path or None, got 5"),
+        ({"output": 5}, "output must be str or Path or None, got 5"),
+        ({"training": {"lr": 1}}, "training must be TrainSettings, got {'lr': 1}"),
+        ({"callbacks": Rows}, "callbacks must be Callback objects, got <class"),
+        ({"callbacks": [print]}, "callbacks must be Callback objects, got "),
+        ({"model": 5}, "model must be a name, a folder, a run or a causal language model, got 5"),
+        ({"method": 5}, "method must be a name, MethodOptions or terms, got 5"),
+    ],
+)
+def test_an_argument_of_a_wild_type_is_named(tmp_path, arguments, message):
+    usual = {"model": "none", "forget": FORGET, "method": "NPO", "output": tmp_path / "run"}
+    arguments = {**usual, **arguments}
+    with pytest.raises(UserError, match=message):
+        npo_fast.unlearn(arguments.pop("model"), **arguments)
+
+
+def test_the_other_functions_name_wild_arguments_too(tmp_path):
+    for call, message in (
+        (lambda: npo_fast.finetune("none", train=5), "train must be a file, a split or rows"),
+        (lambda: npo_fast.evaluate("none", holdout=5, forget=FORGET), "holdout must be a file"),
+        (lambda: npo_fast.evaluate(log=5), "log must be a file, a folder, a run, scores or logs"),
+        (lambda: npo_fast.attack("none", forget=FACTS[0]), "forget must be a file, a split"),
+        (lambda: npo_fast.report(tmp_path, answers="5"), "answers must be int, got '5'"),
+        (lambda: npo_fast.report([5]), "runs must be runs or their folders, got 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_a_message_names_settings_as_its_caller_does(base, tmp_path, capsys):
+    """Keywords to a caller from Python, flags to a user of the command line."""
+    mistake = "NPO+RT keeps what {} names; name it, or use NPO"
+    with pytest.raises(UserError) as caught:
+        npo_fast.unlearn(str(base), forget=FORGET, output=tmp_path / "run")
+    assert str(caught.value) == mistake.format("retain")
+    assert main(["unlearn", "--model", str(base), "--forget", "f", "--output", "none"]) == 2
+    assert mistake.format("--retain") in capsys.readouterr().err
+    error = UserError("write `npo-fast report --answers 5`, or (--max-length) in runs/a--b")
+    assert str(error) == "write `npo-fast report --answers 5`, or (max_length) in runs/a--b"
+
+
 class Failing(npo_fast.Callback):
     def __init__(self) -> None:
         self.ended = 0
@@ -237,6 +294,14 @@ def test_a_callback_that_fails_leaves_a_run_that_goes_on(base, run, tmp_path):
     assert losses(resumed) == losses(run)
 
 
+def test_the_report_names_no_command_that_would_need_rows(run, tmp_path):
+    report = npo_fast.report(run, output=tmp_path / "page.html")
+    assert "(rows)" not in " ".join(report.missing)
+    logs = str(run.folder / "eval")
+    call = f"npo_fast.evaluate({str(run.folder)!r}, forget=ROWS, retain=ROWS, output={logs!r})"
+    assert any(call in sentence for sentence in report.missing)
+
+
 @pytest.mark.slow
 def test_evaluate_attack_and_report_take_runs(run, base, tmp_path):
     settings = npo_fast.EvaluationSettings(max_new_tokens=2)
@@ -291,7 +356,7 @@ def test_every_step_reaches_the_tracker(base, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named_before_the_run(base, tmp_path, monkeypatch):
     monkeypatch.setattr("npo_fast.runs.callbacks.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--track wandb needs accelerate: pip install accelerate"):
+    with pytest.raises(UserError, match="track wandb needs accelerate: pip install accelerate"):
         npo_fast.unlearn(str(base), forget=FORGET, method="NPO", output=tmp_path / "run",
                          run=RunOptions(track="wandb"))  # fmt: skip
     assert not (tmp_path / "run").exists()
@@ -350,6 +415,43 @@ def hub(monkeypatch):
 def test_push_to_hub_uploads_the_model_with_its_card(run, hub):
     assert run.push_to_hub("me/model", token="hf_none").endswith("/me/model")
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub)
+
+
+def test_a_run_that_is_pushed_makes_its_repository_once(base, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo, **options):
+            calls.append(("create", repo))
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            calls.append(("upload", repo_id))
+            assert (folder_path / "README.md").exists()
+
+    monkeypatch.setattr("npo_fast.runs.hub.HfApi", Hub)
+    npo_fast.unlearn(
+        str(base), forget=FORGET, method="NPO", output=tmp_path / "run", training=TRAINING,
+        report=QUIET, run=RunOptions(push_to_hub="me/model"),
+    )  # fmt: skip
+    assert calls == [("create", "me/model"), ("upload", "me/model")]
+
+
+def test_a_card_that_cannot_be_written_leaves_the_earlier_one(run, monkeypatch):
+    card = run.folder / "model/README.md"
+    before = card.read_text()
+
+    def save(self, path) -> None:
+        Path(path).write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("huggingface_hub.ModelCard.save", save)
+    with pytest.raises(OSError, match="no space left"):
+        write_card(run.folder / "model", run.metadata, {})
+    assert card.read_text() == before
+    assert not list(run.folder.rglob("*.partial"))
 
 
 def test_a_push_that_cannot_work_is_refused_before_the_run(base, tmp_path, monkeypatch):

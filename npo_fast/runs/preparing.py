@@ -1,0 +1,106 @@
+"""A run before any weight is loaded: its tokens, what ``run.json`` says of it, where it resumes."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from npo_fast.data import Record, Template, TokenizedExample, check_vocabulary, data_fingerprint
+from npo_fast.distributed import world_size
+from npo_fast.errors import UserError
+from npo_fast.methods import METHODS, Term, schedule_steps
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.runs.callbacks import Callback
+from npo_fast.runs.models import ModelSource
+from npo_fast.runs.options import RunOptions
+from npo_fast.runs.resume import ResumableRun, find_resumable
+from npo_fast.trainer.loop import check_settings
+from npo_fast.trainer.optimizers import check_optimizer
+from npo_fast.trainer.order import check_step_in_backward, primary_sources, steps_per_epoch
+from npo_fast.trainer.settings import TrainSettings, check_world_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All of a run that is known before a weight is loaded."""
+
+    model: ModelSource
+    template: Template
+    sources: dict[str, list[TokenizedExample]]  # by source of the terms
+    terms: tuple[Term, ...]
+    training: TrainSettings
+    options: RunOptions
+    metadata: dict[str, Any]  # of run.json
+    resumable: ResumableRun | None  # the run in the output folder that goes on
+    callbacks: list[Callback]  # the user's
+
+    @contextmanager
+    def loaded(self) -> Iterator[CausalLM]:
+        """The model, checked against data and settings before hours are spent."""
+        with self.model.loaded(self.resumable) as lm:
+            check_vocabulary(self.sources, lm.vocabulary)
+            check_settings(lm, self.sources, self.terms, self.training)
+            yield lm
+
+
+def prepare_run(
+    verb: str,
+    model: ModelSource,
+    records: Mapping[str, list[Record]],  # source -> its records
+    names: Mapping[str, str],  # source -> what the user calls it
+    terms: tuple[Term, ...],
+    settings: Mapping[str, Any],  # dataclasses by group, "training" and "run" among them
+    callbacks: Iterable[Callback],
+) -> PreparedRun:
+    """Tokenises every source once, and looks for a run to go on with.
+
+    Raises:
+        UserError: settings, records, tokenizer and output folder that do not fit together.
+    """
+    training, options = settings["training"], settings["run"]
+    heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    if not all(isinstance(callback, Callback) for callback in heard):
+        raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")
+    template = model.template()
+    check_world_size(terms, training, world_size())
+    check_optimizer(training.optimizer)
+    step_terms = schedule_steps(terms, training.schedule)
+    sources, described = {}, {}
+    for source, rows in records.items():
+        try:
+            examples, truncated = template.encode_all(rows)
+        except UserError as error:
+            raise UserError(f"{source} ({names[source]}): {error}") from error
+        tokens = sum(len(example.input_ids) for example in examples)
+        cut = f", {truncated} cut to {template.max_length}" if truncated else ""
+        logger.info(f"{source}: {len(rows)} records, {tokens} tokens{cut} ({names[source]})")
+        sources[source] = examples
+        described[source] = {
+            "examples": len(examples),
+            "tokens": tokens,
+            "answer_tokens": sum(example.answer_length for example in examples),
+            "truncated": truncated,
+            "sha256": data_fingerprint(examples),
+        }
+    if training.step_in_backward:
+        check_step_in_backward(sources, terms, training)
+    (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})
+    per_epoch = steps_per_epoch(len(sources[primary]), training.batch_size)
+    steps = training.epochs * per_epoch * len(step_terms)
+    logger.info(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
+    metadata = {
+        "command": verb,
+        "settings": {name: asdict(group) for name, group in settings.items()},
+        "template": template.name,
+        "data": described,
+        "steps": steps,
+    }
+    if "method" in settings and settings["method"].method not in METHODS:
+        metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
+    resumable = find_resumable(options, metadata, model.in_memory is not None)
+    return PreparedRun(
+        model, template, sources, terms, training, options, metadata, resumable, heard
+    )
