@@ -15,7 +15,7 @@ from npo_fast.data.answers import REFUSALS
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.ablations.trials import OVERLAPS, AblationSettings, Trial
-from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
+from npo_fast.experiments.demo.dataset import AuthorDataset
 from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.runs import Callback, ReportOptions, finetune, unlearn
@@ -32,7 +32,6 @@ class TrainedPair:
     dataset: AuthorDataset
     original: dict[str, Tensor]
     retrained: metrics.Result
-    retrained_utility: float
 
 
 class EvaluateSteps(Callback):
@@ -56,14 +55,13 @@ class Runner:
 
     def __init__(self, seed: int, settings: AblationSettings) -> None:
         self.seed, self.settings = seed, settings
-        texts = [text for overlap in OVERLAPS for text in self._dataset(overlap).texts()]
+        datasets = [settings.world.dataset(seed, overlap) for overlap in OVERLAPS]
+        texts = [text for dataset in datasets for text in dataset.texts()]
         self.tokenizer = train_tokenizer([*texts, *REFUSALS])
         self.template = Template(self.tokenizer, LOADING.template, LOADING.max_length)
         self.lm = new_model(self.tokenizer, seed)
-        dataset = self._dataset(OVERLAPS[0])  # what comes first does not depend on the overlap
-        self._learn(
-            dataset.background + dataset.common * COMMON_REPEATS, settings.world.pretraining
-        )
+        first = datasets[0]  # background and common facts are the same for every overlap
+        self._learn(first.background + first.common * COMMON_REPEATS, settings.world.pretraining)
         self.pretrained = weights(self.lm)
         self.pairs: dict[float, TrainedPair] = {}
 
@@ -71,16 +69,9 @@ class Runner:
         """The evaluations of a trial, step 0 first, and what it took."""
         pair = self._trained_pair(trial.overlap)
         self.lm.model.load_state_dict(pair.original)
-        started = time.perf_counter()
-        return {
-            "looks": self._unlearn(trial, pair),
-            "retrained_utility": pair.retrained_utility,
-            "time_s": time.perf_counter() - started,
-        }
-
-    def _unlearn(self, trial: Trial, pair: TrainedPair) -> list[Scores]:
         turns = 2 if trial.schedule == "alternating" else 1
         callback = EvaluateSteps(lambda: self._scores(pair), turns * self.settings.looks_every)
+        started = time.perf_counter()
         with TemporaryDirectory() as folder:
             unlearn(
                 self.lm,
@@ -94,18 +85,22 @@ class Runner:
                 report=ReportOptions(no_report=True),
                 callbacks=[callback],
             )
-        return callback.evaluations
+        return {
+            "looks": callback.evaluations,
+            "retrained_utility": metrics.model_utility(pair.retrained),
+            "time_s": time.perf_counter() - started,
+        }
 
     def _trained_pair(self, overlap: float) -> TrainedPair:
         if overlap not in self.pairs:
-            dataset = self._dataset(overlap)
+            dataset = self.settings.world.dataset(self.seed, overlap)
+            teaching = self.settings.world.teaching
             self.lm.model.load_state_dict(self.pretrained)
-            self._learn(dataset.retain, self.settings.world.teaching)
+            self._learn(dataset.retain, teaching)
             retrained = self._measure(dataset)
             self.lm.model.load_state_dict(self.pretrained)
-            self._learn(dataset.retain + dataset.forget, self.settings.world.teaching)
-            utility = metrics.model_utility(retrained)
-            self.pairs[overlap] = TrainedPair(dataset, weights(self.lm), retrained, utility)
+            self._learn(dataset.retain + dataset.forget, teaching)
+            self.pairs[overlap] = TrainedPair(dataset, weights(self.lm), retrained)
         return self.pairs[overlap]
 
     def _scores(self, pair: TrainedPair) -> Scores:
@@ -132,17 +127,6 @@ class Runner:
             **evaluate(self.lm, self.template, kept, how),
             **evaluate(self.lm, self.template, {metrics.FORGET: dataset.forget}, losses),
         }
-
-    def _dataset(self, overlap: float) -> AuthorDataset:
-        sizes = self.settings.world
-        return make_dataset(
-            self.seed,
-            background=sizes.background,
-            famous=sizes.famous,
-            authors=sizes.authors,
-            forget_share=sizes.forget_share,
-            overlap=overlap,
-        )
 
     def _learn(self, records: list[Record], settings: TrainSettings) -> None:
         with TemporaryDirectory() as folder:

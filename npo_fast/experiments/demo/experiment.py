@@ -17,7 +17,7 @@ from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import Coefficients
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.reports import Point, plot_unlearning
+from npo_fast.reports.figures import Point, plot_unlearning
 from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
 from npo_fast.runs.callbacks import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings
@@ -44,6 +44,13 @@ class DemoSettings:
     )
     unlearning: TrainSettings = TrainSettings(epochs=10, lr=1e-3, micro_batch_tokens=4096)
     coefficients: Coefficients = Coefficients(beta=0.1, retain=5.0)  # the paper's, to forget half
+
+    def dataset(self, seed: int, overlap: float | None = None) -> AuthorDataset:
+        """The data set of these sizes; ``make_dataset`` says what the overlap is."""
+        return make_dataset(
+            seed, background=self.background, famous=self.famous, authors=self.authors,
+            forget_share=self.forget_share, overlap=overlap,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,9 @@ class Demo:
 
     def __init__(self, folder: Path, seed: int, settings: DemoSettings) -> None:
         self.folder, self.seed, self.settings = folder, seed, settings
-        self.dataset: AuthorDataset = make_dataset(
-            seed,
-            background=settings.background,
-            famous=settings.famous,
-            authors=settings.authors,
-            forget_share=settings.forget_share,
-        )
+        self.dataset = settings.dataset(seed)
         self.tokenizer = train_tokenizer(self.dataset.texts())
+        self.template = Template(self.tokenizer, LOADING.template, LOADING.max_length)
         self.suite = {
             metrics.RETAIN: self.dataset.retain,
             metrics.REAL_AUTHORS: self.dataset.famous,
@@ -108,10 +110,8 @@ class Demo:
         pretrained = weights(lm)
         outcomes = {}
         # the retrained model comes first: forget quality compares every other one with it
-        for name, records in (
-            ("retrained", dataset.retain),
-            ("original", dataset.retain + dataset.forget),
-        ):
+        taught = {"retrained": dataset.retain, "original": dataset.retain + dataset.forget}
+        for name, records in taught.items():
             lm.model.load_state_dict(pretrained)
             self._finetune(lm, records, name, settings.teaching)
             logs = self._evaluate(lm, name)
@@ -160,18 +160,14 @@ class Demo:
 
     def _forget_quality(self, lm: CausalLM) -> float:
         suite = {metrics.FORGET: self.dataset.forget}
-        logs = evaluate_suite(lm, self._template, suite, EvaluationSettings(generate=False))
+        logs = evaluate_suite(lm, self.template, suite, EvaluationSettings(generate=False))
         return metrics.forget_quality(logs, self.retrained)
 
     def _evaluate(self, lm: CausalLM, name: str) -> metrics.Result:
         settings = EvaluationSettings(generation_batch=256, max_new_tokens=24)
-        logs = evaluate_suite(lm, self._template, self.suite, settings)
+        logs = evaluate_suite(lm, self.template, self.suite, settings)
         metrics.save_result(logs, self.folder / name / "eval")
         return logs
-
-    @property
-    def _template(self) -> Template:
-        return Template(self.tokenizer, LOADING.template, LOADING.max_length)
 
     def _point(self, epoch: int, result: metrics.Result) -> Point:
         return Point(
