@@ -2,7 +2,7 @@
 
 import re
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -10,16 +10,8 @@ from markupsafe import Markup, escape
 from npo_fast import tables
 from npo_fast._version import __version__
 
-MARK = (
-    "<!-- made by npo-fast report -->"  # a file with this comment may be replaced by a new report
-)
-
-
-class Figure(NamedTuple):
-    """Inline SVG with the sentence below it."""
-
-    svg: Markup
-    caption: str = ""
+# a file with this comment may be replaced by a new report
+MARK = "<!-- made by npo-fast report -->"
 
 
 def render(template: str, **values: Any) -> str:

@@ -4,9 +4,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from npo_fast.errors import UserError
 from npo_fast.experiments.ablations.trials import AblationSettings, Trial
@@ -17,8 +17,7 @@ Evaluations = Sequence[Mapping[str, float]]  # of one run, step 0 first
 Runs = dict[Trial, dict[int, Evaluations]]  # by seed
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A mean over seeds and one standard deviation about it."""
 
     mean: float
@@ -48,6 +47,11 @@ def collapse_step(evaluations: Evaluations) -> float | None:
 def utility_share(evaluations: Evaluations, index: int = -1) -> float:
     """Utility at an evaluation (the last one by default) as a share of that at step 0."""
     return evaluations[index]["model_utility"] / evaluations[0]["model_utility"]
+
+
+def forget_quality(evaluations: Evaluations, index: int = -1) -> float:
+    """Forget quality at an evaluation, by default the last one."""
+    return evaluations[index]["forget_quality"]
 
 
 def best_quality(evaluations: Evaluations) -> float:
