@@ -1,7 +1,7 @@
 """Trains reference and retrained model, unlearns by every method, and measures the distances."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,10 +38,11 @@ class Curves:
     methods: list[Method]
     forget: Tensor  # (steps, methods, seeds)
     retain: Tensor  # (steps, methods, seeds)
-    names: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", [method.name for method in self.methods])
+    @property
+    def names(self) -> list[str]:
+        """The names of the methods."""
+        return [method.name for method in self.methods]
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
         """Forget and retain distance of one method: (steps, seeds) each."""
@@ -95,13 +96,20 @@ def _curves(
     runs: Sequence[tuple[Sequence[Method], int, int]],  # methods, steps, how often to measure
     log: Callable[[str], None],
 ) -> list[Curves]:
+    """Unlearns by every method, and measures distances to the retrained model."""
     dataset = draw_dataset(seeds, alpha)
     log(f"alpha {alpha:g}: {learning_steps} steps on all data and on the retain data")
     reference, retrained = learn(dataset, learning_steps)
     curves = []
     for tried, steps, every in runs:
         log(f"alpha {alpha:g}: {steps} steps of {', '.join(method.name for method in tried)}")
-        curves.append(measure(alpha, dataset, reference, retrained, tried, steps, every))
+        start = reference.repeat(1, len(tried), 1)
+        at_steps, distances = [], []
+        for step, theta in descend(start, tried, dataset.sources(), steps, every):
+            at_steps.append(step)
+            distances.append(dataset.distances(theta, retrained).mT)
+        forget, retain = torch.stack(distances, 1)
+        curves.append(Curves(alpha, at_steps, list(tried), forget, retain))
     return curves
 
 
@@ -112,22 +120,3 @@ def learn(dataset: SyntheticDataset, steps: int) -> tuple[Tensor, Tensor]:
     start = torch.zeros(seeds, 2, FEATURES, dtype=torch.float64)
     *_, (_, theta) = descend(start, both, dataset.sources(), steps, steps)
     return theta[:, :1].clone(), theta[:, 1:].clone()
-
-
-def measure(
-    alpha: float,
-    dataset: SyntheticDataset,
-    reference: Tensor,  # (seeds, 1, K)
-    retrained: Tensor,  # (seeds, 1, K)
-    tried: Sequence[Method],
-    steps: int,
-    every: int,
-) -> Curves:
-    """Unlearns from the reference by every method, and measures distances to ``retrained``."""
-    start = reference.repeat(1, len(tried), 1)
-    at_steps, distances = [], []
-    for step, theta in descend(start, tried, dataset.sources(), steps, every):
-        at_steps.append(step)
-        distances.append(dataset.distances(theta, retrained).mT)
-    forget, retain = torch.stack(distances, 1)
-    return Curves(alpha, at_steps, list(tried), forget, retain)
