@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -165,7 +165,7 @@ def test_runs_without_a_seed_in_common_make_no_claim():
 
 def test_a_setting_that_came_later_counts_as_usual(tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "__init__", lambda *_: pytest.fail("taught again"))
-    content = {"settings": AblationSettings().describe(), "runs": [], "time_s": 0.0}
+    content = {"settings": asdict(AblationSettings()), "runs": [], "time_s": 0.0}
     del content["settings"]["unlearning"]["weight_decay"]
     file = tmp_path / "seed-0.json"
     file.write_text(json.dumps(content))

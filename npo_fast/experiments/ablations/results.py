@@ -76,18 +76,12 @@ def run_seed(
     Raises:
         UserError: the file holds results of other settings.
     """
-    content: dict[str, Any] = {
-        "seed": seed,
-        "settings": json.loads(json.dumps(settings.describe())),
-        "time_s": 0.0,
-        "runs": [],
-    }
+    wanted, defaults = (json.loads(json.dumps(asdict(x))) for x in (settings, AblationSettings()))
+    content: dict[str, Any] = {"seed": seed, "settings": wanted, "time_s": 0.0, "runs": []}
     if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        defaults = json.loads(json.dumps(AblationSettings().describe()))
-        if not _agrees(stored["settings"], content["settings"], defaults):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not _agrees(content["settings"], wanted, defaults):
             raise UserError(f"{file} holds ablations of other settings; name another folder")
-        content = stored
     done = {Trial(**run["trial"]) for run in content["runs"]}
     left = [trial for trial in dict.fromkeys(trials) if trial not in done]
     if not left:

@@ -1,7 +1,6 @@
 """Trials (one unlearning run each) and the experiments that they make up."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from npo_fast.experiments.demo.experiment import DemoSettings
 from npo_fast.methods import Coefficients, Schedule, Term, build_method, coefficients_of
@@ -54,10 +53,6 @@ class AblationSettings:
     looks_every: int = 4  # batches of forget data between evaluations
     look_records: int = 20  # first records of each set to keep, for the utility
     look_tokens: int = 14  # longest answer there
-
-    def describe(self) -> dict[str, Any]:
-        """The settings as they are stored with results."""
-        return asdict(self)
 
 
 NPO_RT, GA_RT = Trial("NPO+RT"), Trial("GA+RT")
