@@ -31,6 +31,7 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Array = NDArray[np.float64]
+Interval = tuple[float, float, float]  # mean over seeds, and the ends of its spread
 Series = Mapping[str, tuple[int, Sequence[float], Sequence[float]]]  # run -> its index, x, y
 
 
@@ -85,7 +86,7 @@ def tradeoff(
     def draw(axes: Any) -> None:
         names = list(dict.fromkeys([*paths, *finals]))
         for i, name in enumerate(names):
-            style = line_style(i)
+            style = _line_style(i)
             if name in paths:
                 axes.plot(*_at(paths[name]), **style, markersize=4, label=name)
             if name in finals:
@@ -115,7 +116,7 @@ def truth_ratios(
 
     def draw(axes: Any) -> None:
         for name, (i, values) in ratios.items():
-            _ecdf(axes, values, **line_style(i) | {"marker": ""}, label=name)
+            _ecdf(axes, values, **_line_style(i) | {"marker": ""}, label=name)
         for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
             _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=name)
         axes.set_ylim(0, 1)
@@ -133,8 +134,8 @@ def curves(
 
     def draw(axes: Any) -> None:
         for name, (i, x, y) in series.items():
-            marker = line_style(i)["marker"] if len(x) < 30 else ""
-            axes.plot(x, y, **line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
+            marker = _line_style(i)["marker"] if len(x) < 30 else ""
+            axes.plot(x, y, **_line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
                       label=name)  # fmt: skip
         axes.legend()
 
@@ -142,7 +143,51 @@ def curves(
     return Frame(key, title, "step", unit, "y" * log, line).figure(draw, (4.6, 3.1))
 
 
-def line_style(i: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SeedCurve:
+    """A mean curve with its spread; ``index`` chooses colour and marker."""
+
+    index: int
+    x: Sequence[float]
+    y: Sequence[Interval]
+    mark: float | None = None  # value of ``x`` at which a cross marks the line
+
+
+def seed_curves(frame: Frame, series: Mapping[str, SeedCurve]) -> Figure:
+    """Curves in shaded bands; a curve of eight points or fewer has error bars instead."""
+
+    def draw(axes: Any) -> None:
+        for name, curve in series.items():
+            style = _line_style(curve.index) | {"label": name, "linewidth": 1.4, "markersize": 4}
+            middle, low, high = np.array(curve.y).T
+            if len(curve.x) > 8:
+                axes.plot(curve.x, middle, **style | {"markersize": 3})
+                axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            else:
+                axes.errorbar(curve.x, middle, (middle - low, high - middle), capsize=3, **style)
+            if curve.mark is not None:
+                at = list(curve.x).index(curve.mark)
+                axes.plot(curve.x[at], middle[at], "X", color=style["color"], markersize=10,
+                          markeredgecolor=INK, zorder=5)  # fmt: skip
+        axes.figure.legend(loc="outside lower center", ncols=3)
+
+    return frame.figure(draw, (4.6, 3.9))
+
+
+def seed_points(frame: Frame, points: Mapping[str, tuple[int, Interval, Interval]]) -> Figure:
+    """Points (index, x, y) with an error bar along each axis."""
+
+    def draw(axes: Any) -> None:
+        for name, (index, x, y) in points.items():
+            x_bar, y_bar = ([[mean - low], [high - mean]] for mean, low, high in (x, y))
+            style = _line_style(index) | {"linestyle": "none", "markersize": 7, "label": name}
+            axes.errorbar(x[0], y[0], y_bar, x_bar, capsize=3, elinewidth=1, **style)
+        axes.figure.legend(loc="outside lower center", ncols=3)
+
+    return frame.figure(draw, (4.6, 3.9))
+
+
+def _line_style(i: int) -> dict[str, Any]:
     """Colour, marker and dashes of the line with this index."""
     return {
         "color": _COLORS[i % len(_COLORS)],

@@ -16,9 +16,8 @@ from npo_fast.experiments.ablations.results import (
     by_trial,
     collapse_step,
     load_seeds,
-    run_seed,
 )  # fmt: skip
-from npo_fast.experiments.ablations.runner import Runner
+from npo_fast.experiments.ablations.runner import Runner, run_seed
 from npo_fast.experiments.ablations.trials import (
     EXPERIMENTS,
     GA_RT,

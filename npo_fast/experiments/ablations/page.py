@@ -29,8 +29,7 @@ from npo_fast.experiments.ablations.trials import (
 )
 from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import render
-from npo_fast.reports.seed_plots import SeedCurve, seed_curves, seed_points
-from npo_fast.reports.svg import SMALLEST, Figure, Frame
+from npo_fast.reports.svg import SMALLEST, Figure, Frame, SeedCurve, seed_curves, seed_points
 
 TITLE = "Ablations of unlearning on a small made-up data set"
 NPO_BETA = 0.1  # the paper's

@@ -15,6 +15,7 @@ from itertools import product
 import yaml
 
 from npo_fast.data import Record
+from npo_fast.metrics import REAL_AUTHORS, RETAIN, WORLD_FACTS
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class AuthorDataset:
         for record in (*self.background, *self.common, *self.forget, *self.retain):
             yield f"Question: {record.question}\nAnswer: {record.answer}"
             yield from (f" {answer}" for answer in record.perturbed_answers)
+
+    def kept(self, count: int | None = None) -> dict[str, list[Record]]:
+        """The first ``count`` records of each set to keep, by the name of its evaluation log."""
+        sets = {RETAIN: self.retain, REAL_AUTHORS: self.famous, WORLD_FACTS: self.countries}
+        return {log: records[:count] for log, records in sets.items()}
 
 
 def make_dataset(

@@ -35,14 +35,11 @@ class SyntheticDataset:
         "forget over idk" is ``log P(y | x) - log P(y_idk | x)``: DPO, which prefers the second
         answer, is NPO of this log-ratio.
         """
-
-        def log_ratio(theta: Tensor) -> Tensor:
-            return self.forget.log_probs(theta) - self.idk.log_probs(theta)
-
+        forget, idk = self.forget.log_probs, self.idk.log_probs
         return {
-            "forget": self.forget.log_probs,
-            "idk": self.idk.log_probs,
-            "forget over idk": log_ratio,
+            "forget": forget,
+            "idk": idk,
+            "forget over idk": lambda theta: forget(theta) - idk(theta),
             "retain": self.retain.log_probs,
             "everything": self.everything.log_probs,
         }

@@ -1,6 +1,8 @@
 """Figures of the experiment and the theorem; bands and bars are one standard deviation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from npo_fast.experiments.synthetic.experiment import Curves, Experiment
-from npo_fast.experiments.synthetic.theory import RATE, RATES, SIZE, SIZES, Theory
+from npo_fast.experiments.synthetic.theory import RATE, SIZE, Theory, varied
 
 STYLES: dict[str, tuple[Any, str]] = {  # one colour a loss; dashed without retain data
     "GA": ("C3", "--"), "NPO": ("C0", "--"), "DPO": ("C2", "--"), "GA+RT": ("C3", "-"),
@@ -86,28 +88,23 @@ def _pareto(curves: Curves) -> Figure:
 def _theorem(theory: Theory) -> Figure:
     figure = Figure(figsize=(16, 4), layout="constrained")
     grid = figure.subplots(1, 4)
-    for law in sorted(theory.laws, key=lambda law: (law.samples, law.eta)):
-        first = ("GA", "NPO").index(law.loss)
-        panels: list[tuple[int, Sequence[float], float, str]] = []
-        if law.eta == RATE:
-            panels.append((first, SIZES, law.samples, f"n_f {law.samples}"))
-        if law.samples == SIZE:
-            panels.append((first + 2, RATES, law.eta, f"eta {law.eta:g}"))
-        for panel, axis, value, label in panels:
-            color = colormaps["viridis"](0.9 * list(axis).index(value) / (len(axis) - 1))
-            axes = grid[panel]
+    panels = product(
+        (("samples", "n_f"), ("eta", "eta")), (("GA", "linear"), ("NPO", "logarithmic"))
+    )
+    for axes, ((axis, symbol), (loss, shape)) in zip(grid, panels, strict=True):
+        laws = sorted(varied(theory.laws, loss, axis), key=attrgetter(axis))
+        shades = colormaps["viridis"](np.linspace(0, 0.9, len(laws)))
+        for law, color in zip(laws, shades, strict=True):
             some = slice(0, None, max(1, len(law.steps) // 12))
             steps = np.array(law.steps)
             axes.errorbar(
                 steps[some], law.mean[some], law.std[some], fmt="o", markersize=3, color=color,
-                label=label,
+                label=f"{symbol} {getattr(law, axis):g}",
             )  # fmt: skip
             x = law.eta * steps
             fitted = law.scale * (x if law.c is None else np.log1p(law.c * x / law.samples))
             axes.plot(steps, fitted, "-", color=color, linewidth=1)
-    for axes, loss in zip(grid, ("GA", "NPO", "GA", "NPO"), strict=True):
-        axes.set_title(f"{loss}: {'linear' if loss == 'GA' else 'logarithmic'} fits")
-        axes.set_xlabel("step")
+        axes.set(title=f"{loss}: {shape} fits", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(f"left: eta {RATE:g}; right: n_f {SIZE}; points measured, lines fitted")

@@ -9,7 +9,7 @@ losses, gradient descent with step ``eta``. Distance from the start in the norm 
 Source: arXiv 2404.05868, theorem 2 and proposition 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,9 +160,14 @@ def fit(
     return scale, c, 1 - rest / total
 
 
-def _exponent(laws: Sequence[Law], loss: str, axis: str, theorem: float) -> Exponent:
+def varied(laws: Iterable[Law], loss: str, axis: str) -> list[Law]:
+    """The laws of a loss over "samples" or "eta", with the other one fixed."""
     fixed, value = ("eta", RATE) if axis == "samples" else ("samples", SIZE)
-    chosen = [law for law in laws if law.loss == loss and getattr(law, fixed) == value]
+    return [law for law in laws if law.loss == loss and getattr(law, fixed) == value]
+
+
+def _exponent(laws: Sequence[Law], loss: str, axis: str, theorem: float) -> Exponent:
+    chosen = varied(laws, loss, axis)
     slope = _slope([getattr(law, axis) for law in chosen], [law.scale for law in chosen])
     return Exponent(loss, axis, slope, theorem)
 
