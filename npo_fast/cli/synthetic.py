@@ -105,21 +105,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def _curves(outcome: "Experiment") -> dict[str, Any]:
     """Distances as [method][distance][seed][step], to five digits."""
-    return {
-        name: {
-            "alpha": curves.alpha,
-            "steps": curves.steps,
-            "methods": {
-                method.name: {
-                    "lr": method.lr,
-                    "forget": _rounded(curves.of(method.name)[0].T.tolist()),
-                    "retain": _rounded(curves.of(method.name)[1].T.tolist()),
-                }
-                for method in curves.methods
-            },
-        }
-        for name, curves in vars(outcome).items()
-    }
+    content = {}
+    for name, curves in vars(outcome).items():
+        methods = {}
+        for method in curves.methods:
+            forget, retain = (_rounded(x.T.tolist()) for x in curves.of(method.name))
+            methods[method.name] = {"lr": method.lr, "forget": forget, "retain": retain}
+        content[name] = {"alpha": curves.alpha, "steps": curves.steps, "methods": methods}
+    return content
 
 
 def _rounded(rows: list[list[float]]) -> list[list[float]]:

@@ -35,26 +35,24 @@ class Report:
     retrained: Result = field(default_factory=dict)
     answers: int = 20  # how many questions of each set are shown
 
-    @cached_property
-    def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Table rows, and a sentence for each log that could not be compared."""
-        rows, errors = [], []
+    def __post_init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []  # cells by column, of runs and models to compare with
+        self._errors: list[str] = []  # a sentence for each log that cannot be compared
         for run in self.runs:
             try:
                 measured, source = run.measured(self.retrained)
             except UserError as error:
-                errors.append(f"{run.name}: {error}")
+                self._errors.append(f"{run.name}: {error}")
                 measured, source = run.measured({})
-            rows.append(_row(run, measured, source))
+            self.rows.append(_row(run, measured, source))
         baseline = self.retrained if _has_ratio(self.retrained) else None
         for name, result in self._anchors.items():
             try:
                 measured = measures(result, baseline)
             except UserError as error:
-                errors.append(f"{name}: {error}")
+                self._errors.append(f"{name}: {error}")
                 measured = measures(result)
-            rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
-        return rows, errors
+            self.rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
 
     @property
     def _anchors(self) -> dict[str, Result]:
@@ -62,15 +60,10 @@ class Report:
         anchors = {"original": self.original, "retrained": self.retrained}
         return {name: result for name, result in anchors.items() if result}
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The cells of every run and of the models to compare with, by column."""
-        return self._table[0]
-
     @cached_property
     def missing(self) -> list[str]:
         """What the page lacks, each with the command that makes it; code between backticks."""
-        missing = list(self._table[1])
+        missing = list(self._errors)
         if not self.retrained:
             missing.append(
                 "Forget quality and the retrained model's answers: train a model without the "
@@ -107,7 +100,7 @@ class Report:
             runs=tables.from_records(self.rows),
             tradeoff=self._tradeoff(),
             truth_ratios=self._truth_ratios(),
-            has_npo=bool(self._series(npo_weight)),
+            has_npo=any("NPO" in step["terms"] for run in self.runs for step in run.steps),
             curves=[*self._evaluation_curves(), *self._step_curves()],
             answers={part: self._answers(part) for part in ("forget", "retain") if self.answers},
             settings=self._settings(),
@@ -210,16 +203,15 @@ class Report:
         for question, truth in list(questions)[: self.answers]:
             texts = {"truth": truth}
             for name, answers in models.items():
-                for answer in answers:
-                    if answer.answers(question, truth):
-                        texts[name] = answer.text
-                        break
+                same = (answer for answer in answers if answer.answers(question, truth))
+                if answer := next(same, None):
+                    texts[name] = answer.text
             cards.append((question, texts))
         return cards
 
     def _settings(self) -> tuple[tables.Cells, list[str]]:
         """Rows and header of the settings of each run; those that differ come first."""
-        settings = {run.name: {**dict(run.flat_settings()), **_origin(run)} for run in self.runs}
+        settings = {run.name: run.flat_settings() for run in self.runs}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name) for values in settings.values())] for name in names]
         rows.sort(key=lambda row: len({str(value) for value in row[1:]}) == 1)
@@ -269,16 +261,6 @@ def _point(scores: Mapping[str, Any], quality: str, utility: str) -> Point | Non
 
 def _has_ratio(result: Result) -> bool:
     return has_truth_ratio(result.get(FORGET, {}))
-
-
-def _origin(run: RunRecord) -> dict[str, Any]:
-    """What else can change a number: versions, and fingerprints of the data."""
-    data = run.metadata.get("data", {})
-    return {
-        **run.metadata.get("versions", {}),
-        "attention kernel": run.metadata.get("attention"),
-        **{f"{name} data, SHA-256": str(file.get("sha256"))[:12] for name, file in data.items()},
-    }
 
 
 def _capitalised(title: str) -> str:

@@ -10,13 +10,6 @@ import pytest
 from npo_fast.errors import UserError
 from npo_fast.experiments.ablations.claims import claims
 from npo_fast.experiments.ablations.page import AblationPage
-from npo_fast.experiments.ablations.results import (
-    Spread,
-    best_quality,
-    by_trial,
-    collapse_step,
-    load_seeds,
-)  # fmt: skip
 from npo_fast.experiments.ablations.runner import Runner, run_seed
 from npo_fast.experiments.ablations.trials import (
     EXPERIMENTS,
@@ -24,7 +17,12 @@ from npo_fast.experiments.ablations.trials import (
     LIMIT,
     NPO_RT,
     AblationSettings,
+    Spread,
     Trial,
+    best_quality,
+    by_trial,
+    collapse_step,
+    load_seeds,
 )
 from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_dataset
 from npo_fast.trainer.settings import TrainSettings
@@ -267,3 +265,12 @@ def test_the_page_shows_what_unfinished_ablations_have(folder):
     page = Page(AblationPage(load_seeds(folder)).html())
     assert "Beta of NPO+RT" not in page.texts
     assert "When utility collapses" in page.texts
+
+
+@pytest.mark.slow
+def test_a_page_of_two_methods_alone_is_drawn():
+    results = load_seeds(COMMITTED)
+    for content in results:
+        content["runs"] = content["runs"][:2]
+    page = Page(AblationPage(results).html())
+    assert page.tags.count("svg") == 3

@@ -5,22 +5,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from npo_fast.experiments.ablations.results import (
-    KEPT,
-    Evaluations,
-    Runs,
-    best_quality,
-    collapse_step,
-    utility_share,
-)
 from npo_fast.experiments.ablations.trials import (
     BETAS,
     EXPERIMENTS,
     GA_RT,
+    KEPT,
     LIMIT,
     NPO_RT,
     OVERLAPS,
+    Evaluations,
+    Runs,
     Trial,
+    best_quality,
+    collapse_step,
+    utility_share,
 )
 from npo_fast.reports.figures import MEANINGFUL
 

@@ -8,24 +8,22 @@ from typing import Any
 
 from npo_fast import tables
 from npo_fast.experiments.ablations.claims import claims
-from npo_fast.experiments.ablations.results import (
+from npo_fast.experiments.ablations.trials import (
+    BETAS,
+    EXPERIMENTS,
+    GA_RT,
     KEPT,
+    LIMIT,
+    NPO_RT,
+    OVERLAPS,
     Evaluations,
     Spread,
+    Trial,
     best_quality,
     by_trial,
     collapse_step,
     forget_quality,
     utility_share,
-)
-from npo_fast.experiments.ablations.trials import (
-    BETAS,
-    EXPERIMENTS,
-    GA_RT,
-    LIMIT,
-    NPO_RT,
-    OVERLAPS,
-    Trial,
 )
 from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import render

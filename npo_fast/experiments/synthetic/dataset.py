@@ -61,16 +61,14 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 def draw_dataset(seeds: Sequence[int], alpha: float) -> SyntheticDataset:
     """Draws the data of each seed, which depends on that seed and alpha alone."""
     columns = zip(*(_draw_one(seed, alpha) for seed in seeds), strict=True)
-    forget, forget_signs, idk_signs, retain, retain_signs, fresh_forget, fresh_retain = (
-        torch.stack(column) for column in columns
-    )
+    forget, forget_signs, idk_signs, retain, retain_signs, *fresh = map(torch.stack, columns)
+    everything = torch.cat([forget, retain], 1), torch.cat([forget_signs, retain_signs], 1)
     return SyntheticDataset(
         Samples(forget, forget_signs),
         Samples(forget, idk_signs),
         Samples(retain, retain_signs),
-        Samples(torch.cat([forget, retain], 1), torch.cat([forget_signs, retain_signs], 1)),
-        fresh_forget,
-        fresh_retain,
+        Samples(*everything),
+        *fresh,
     )
 
 

@@ -82,35 +82,26 @@ class Experiment:
 
 def run(seeds: Sequence[int], steps: Steps, log: Callable[[str], None]) -> Experiment:
     """Runs the whole experiment; ``log`` gets a sentence before each part."""
-    short = steps.unlearn, steps.unlearn_every
-    long = steps.small_beta, steps.small_beta_every
-    gap, small_beta = _curves(seeds, 1.0, steps.learn, [(GAP, *short), (SMALL_BETA, *long)], log)
-    (no_gap,) = _curves(seeds, 0.0, steps.learn, [(NO_GAP, *short)], log)
-    return Experiment(gap, no_gap, small_beta)
-
-
-def _curves(
-    seeds: Sequence[int],
-    alpha: float,
-    learning_steps: int,
-    runs: Sequence[tuple[Sequence[Method], int, int]],  # methods, steps, how often to measure
-    log: Callable[[str], None],
-) -> list[Curves]:
-    """Unlearns by every method, and measures distances to the retrained model."""
-    dataset = draw_dataset(seeds, alpha)
-    log(f"alpha {alpha:g}: {learning_steps} steps on all data and on the retain data")
-    reference, retrained = learn(dataset, learning_steps)
-    curves = []
-    for tried, steps, every in runs:
-        log(f"alpha {alpha:g}: {steps} steps of {', '.join(method.name for method in tried)}")
-        start = reference.repeat(1, len(tried), 1)
-        at_steps, distances = [], []
-        for step, theta in descend(start, tried, dataset.sources(), steps, every):
-            at_steps.append(step)
-            distances.append(dataset.distances(theta, retrained).mT)
-        forget, retain = torch.stack(distances, 1)
-        curves.append(Curves(alpha, at_steps, list(tried), forget, retain))
-    return curves
+    short, long = (steps.unlearn, steps.unlearn_every), (steps.small_beta, steps.small_beta_every)
+    parts = {  # alpha -> the curves to measure: methods, steps, steps between two measurements
+        1.0: {"gap": (GAP, *short), "small_beta": (SMALL_BETA, *long)},
+        0.0: {"no_gap": (NO_GAP, *short)},
+    }
+    curves = {}
+    for alpha, runs in parts.items():
+        dataset = draw_dataset(seeds, alpha)
+        log(f"alpha {alpha:g}: {steps.learn} steps on all data and on the retain data")
+        reference, retrained = learn(dataset, steps.learn)
+        for part, (tried, count, every) in runs.items():
+            log(f"alpha {alpha:g}: {count} steps of {', '.join(method.name for method in tried)}")
+            start = reference.repeat(1, len(tried), 1)
+            at_steps, distances = [], []
+            for step, theta in descend(start, tried, dataset.sources(), count, every):
+                at_steps.append(step)
+                distances.append(dataset.distances(theta, retrained).mT)
+            forget, retain = torch.stack(distances, 1)
+            curves[part] = Curves(alpha, at_steps, tried, forget, retain)
+    return Experiment(**curves)
 
 
 def learn(dataset: SyntheticDataset, steps: int) -> tuple[Tensor, Tensor]:
