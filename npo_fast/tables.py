@@ -8,7 +8,7 @@ from typing import Any
 
 Cells = list[list[Any]]
 
-_ESCAPES = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "}  # in Markdown
+_ESCAPES = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})  # in Markdown
 
 
 def number(value: float) -> str:
@@ -48,4 +48,4 @@ def markdown(rows: Iterable[Iterable[Any]], header: Sequence[str]) -> str:
 
 
 def _markdown_cell(cell: Any) -> str:
-    return text(cell).translate(str.maketrans(_ESCAPES))
+    return text(cell).translate(_ESCAPES)

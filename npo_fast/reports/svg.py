@@ -148,9 +148,8 @@ class SeedCurve:
     """A mean curve with its spread; ``index`` chooses colour and marker."""
 
     index: int
-    x: Sequence[float]
-    y: Sequence[Interval]
-    mark: float | None = None  # value of ``x`` at which a cross marks the line
+    points: Sequence[tuple[float, Interval]]  # x, y
+    mark: float | None = None  # the x at which a cross marks the line
 
 
 def seed_curves(frame: Frame, series: Mapping[str, SeedCurve]) -> Figure:
@@ -159,15 +158,16 @@ def seed_curves(frame: Frame, series: Mapping[str, SeedCurve]) -> Figure:
     def draw(axes: Any) -> None:
         for name, curve in series.items():
             style = _line_style(curve.index) | {"label": name, "linewidth": 1.4, "markersize": 4}
-            middle, low, high = np.array(curve.y).T
-            if len(curve.x) > 8:
-                axes.plot(curve.x, middle, **style | {"markersize": 3})
-                axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            x = [value for value, _ in curve.points]
+            middle, low, high = np.array([interval for _, interval in curve.points]).T
+            if len(x) > 8:
+                axes.plot(x, middle, **style | {"markersize": 3})
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
             else:
-                axes.errorbar(curve.x, middle, (middle - low, high - middle), capsize=3, **style)
+                axes.errorbar(x, middle, (middle - low, high - middle), capsize=3, **style)
             if curve.mark is not None:
-                at = list(curve.x).index(curve.mark)
-                axes.plot(curve.x[at], middle[at], "X", color=style["color"], markersize=10,
+                at = x.index(curve.mark)
+                axes.plot(x[at], middle[at], "X", color=style["color"], markersize=10,
                           markeredgecolor=INK, zorder=5)  # fmt: skip
         axes.figure.legend(loc="outside lower center", ncols=3)
 

@@ -172,11 +172,11 @@ class AblationPage:
         figures = []
         for quantity in (UTILITY, QUALITY):
             series = {}
-            for name, points in lines.items():
-                run = [(value, self.runs[trial]) for value, trial in points if trial in self.runs]
-                spreads = [quantity.spread(seeds) for _, seeds in run]
-                if run:
-                    series[name] = SeedCurve(_INDEX[name], [value for value, _ in run], spreads)
+            for name, line in lines.items():
+                run = [(value, self.runs[trial]) for value, trial in line if trial in self.runs]
+                points = [(value, quantity.spread(seeds)) for value, seeds in run]
+                if points:
+                    series[name] = SeedCurve(_INDEX[name], points)
             title = f"{quantity.name} after the last step"
             caption = self._describe_ends(quantity, described)
             frame = quantity.frame(f"{setting}-{quantity.key}", title, setting, caption, log)
@@ -221,10 +221,9 @@ class AblationPage:
         curves = {}
         for n, (name, trial) in enumerate(group.items()):
             seeds = self.runs[trial]
-            spreads = [quantity.spread(seeds, i) for i in range(len(seeds[0]))]
+            points = [(e[frame.x], quantity.spread(seeds, i)) for i, e in enumerate(seeds[0])]
             collapse = _median_collapse(seeds, frame.x) if quantity is UTILITY else None
-            xs = [evaluation[frame.x] for evaluation in seeds[0]]
-            curves[name] = SeedCurve(_INDEX.get(name, n), xs, spreads, collapse)
+            curves[name] = SeedCurve(_INDEX.get(name, n), points, collapse)
         return seed_curves(frame, curves)
 
     def _describe_collapse(self, group: Mapping[str, Trial]) -> str:

@@ -128,9 +128,9 @@ def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> li
     mean, std = curves.mean(1).numpy(), curves.std(1, correction=0).numpy()
     laws = []
     for i, method in enumerate(methods):
-        fitted = fit(method.name, np.array(at_steps) * method.lr, mean[:, i], n)
+        scale, c, r2 = fit(method.name, np.array(at_steps) * method.lr, mean[:, i], n)
         curve = mean[:, i].tolist(), std[:, i].tolist()
-        laws.append(Law(method.name, n, method.lr, at_steps, *curve, *fitted))
+        laws.append(Law(method.name, n, method.lr, at_steps, *curve, scale, c, r2))
     return laws
 
 
