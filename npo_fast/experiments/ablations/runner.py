@@ -69,11 +69,13 @@ class Runner:
         self.student.lm.model.load_state_dict(pair.original)
         turns = 2 if trial.schedule == "alternating" else 1
         callback = EvaluateSteps(lambda: self._scores(pair), turns * self.settings.looks_every)
-        terms = trial.terms(self.settings.retain)
         training = replace(self.settings.unlearning, schedule=trial.schedule)
         started = time.perf_counter()
         with TemporaryDirectory() as folder:
-            self.student.unlearn(pair.dataset, terms, training, Path(folder) / "run", callback)
+            self.student.unlearn(
+                pair.dataset, training, output=Path(folder) / "run",
+                method=trial.terms(self.settings.retain), callbacks=[callback],
+            )  # fmt: skip
         return {
             "looks": callback.evaluations,
             "retrained_utility": metrics.model_utility(pair.retrained),

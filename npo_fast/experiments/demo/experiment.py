@@ -15,7 +15,7 @@ from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
-from npo_fast.methods import Coefficients, Term
+from npo_fast.methods import Coefficients
 from npo_fast.reports.figures import Point, plot_unlearning
 from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
 from npo_fast.trainer.settings import StepRecord, TrainSettings
@@ -77,20 +77,12 @@ class Student:
             training=replace(settings, seed=self.seed),
         )  # fmt: skip
 
-    def unlearn(
-        self,
-        dataset: AuthorDataset,
-        method: MethodOptions | tuple[Term, ...],
-        settings: TrainSettings,
-        output: Path,
-        callback: Callback,
-    ) -> None:
-        """Forgets the forget set of the data set."""
+    def unlearn(self, dataset: AuthorDataset, settings: TrainSettings, **more: Any) -> None:
+        """Forgets the forget set; ``more`` is the method, the output and the callbacks."""
         unlearn(
-            self.lm, forget=dataset.forget, retain=dataset.retain, method=method, output=output,
-            tokenizer=self.tokenizer, loading=LOADING,
-            training=replace(settings, seed=self.seed), report=ReportOptions(no_report=True),
-            callbacks=[callback],
+            self.lm, forget=dataset.forget, retain=dataset.retain, tokenizer=self.tokenizer,
+            loading=LOADING, training=replace(settings, seed=self.seed),
+            report=ReportOptions(no_report=True), **more,
         )  # fmt: skip
 
     def evaluate(self, suite: Mapping[str, list[Record]], **settings: Any) -> metrics.Result:
@@ -153,9 +145,11 @@ class Demo:
         started = time.perf_counter()
         callback = PeakCallback(self.student, self._forget_quality)
         name = method.lower().replace("+", "-")
-        options = MethodOptions.of(method, self.settings.coefficients.for_method(method))
-        training, output = self.settings.unlearning, self.folder / name
-        self.student.unlearn(self.dataset, options, training, output, callback)
+        self.student.unlearn(
+            self.dataset, self.settings.unlearning, output=self.folder / name,
+            method=MethodOptions.of(method, self.settings.coefficients.for_method(method)),
+            callbacks=[callback],
+        )  # fmt: skip
         path = callback.path
         logs = self._evaluate(name)
         path[-1] = self._point(path[-1].epoch, logs)
@@ -176,9 +170,8 @@ class Demo:
         return logs
 
     def _point(self, epoch: int, result: metrics.Result) -> Point:
-        return Point(
-            epoch, metrics.forget_quality(result, self.retrained), metrics.model_utility(result)
-        )
+        quality = metrics.forget_quality(result, self.retrained)
+        return Point(epoch, quality, metrics.model_utility(result))
 
     def _answers(self, result: metrics.Result) -> dict[str, str]:
         """What the model says to the first question about a forgotten and about a kept author."""
