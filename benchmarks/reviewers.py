@@ -14,8 +14,8 @@ from pathlib import Path
 
 from npo_fast.bench.provenance import provenance
 from npo_fast.experiments.ablations.page import AblationPage
-from npo_fast.experiments.ablations.results import load_seeds, run_seed
-from npo_fast.experiments.ablations.trials import EXPERIMENTS, AblationSettings
+from npo_fast.experiments.ablations.runner import run_seed
+from npo_fast.experiments.ablations.trials import EXPERIMENTS, AblationSettings, load_seeds
 
 RESULTS = Path(__file__).parent / "results" / "reviewers"
 

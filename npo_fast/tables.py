@@ -8,6 +8,8 @@ from typing import Any
 
 Cells = list[list[Any]]
 
+_ESCAPES = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})  # in Markdown
+
 
 def number(value: float) -> str:
     """Four significant digits; scientific notation below 0.001, as for small p-values."""
@@ -46,7 +48,4 @@ def markdown(rows: Iterable[Iterable[Any]], header: Sequence[str]) -> str:
 
 
 def _markdown_cell(cell: Any) -> str:
-    escaped = text(cell)
-    for old, new in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", " ")):
-        escaped = escaped.replace(old, new)
-    return escaped
+    return text(cell).translate(_ESCAPES)

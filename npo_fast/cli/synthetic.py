@@ -74,11 +74,11 @@ def run(command: Command, common: Common) -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     text = claims.markdown(checked)
-    _write(options.output / CURVES, _curves(outcome))
+    (options.output / CURVES).write_text(f"{json.dumps(_curves(outcome))}\n", encoding="utf-8")
     (options.output / CLAIMS).write_text(text, encoding="utf-8")
-    files = figures.draw(outcome, laws, options.output)
-    _write(options.output / RESULT, result)
-    show(result, _text(result, text, files), common.json)
+    figures.draw(outcome, laws, options.output)
+    (options.output / RESULT).write_text(f"{json.dumps(result, indent=1)}\n", encoding="utf-8")
+    show(result, _text(result, text, options.output), common.json)
 
 
 def _seeds(text: str) -> list[int]:
@@ -105,33 +105,21 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def _curves(outcome: "Experiment") -> dict[str, Any]:
     """Distances as [method][distance][seed][step], to five digits."""
-    return {
-        name: {
-            "alpha": curves.alpha,
-            "steps": curves.steps,
-            "methods": {
-                method.name: {
-                    "lr": method.lr,
-                    "forget": _rounded(curves.of(method.name)[0].T.tolist()),
-                    "retain": _rounded(curves.of(method.name)[1].T.tolist()),
-                }
-                for method in curves.methods
-            },
-        }
-        for name, curves in vars(outcome).items()
-    }
+    content = {}
+    for name, curves in vars(outcome).items():
+        methods = {}
+        for method in curves.methods:
+            forget, retain = (_rounded(x.T.tolist()) for x in curves.of(method.name))
+            methods[method.name] = {"lr": method.lr, "forget": forget, "retain": retain}
+        content[name] = {"alpha": curves.alpha, "steps": curves.steps, "methods": methods}
+    return content
 
 
 def _rounded(rows: list[list[float]]) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in row] for row in rows]
 
 
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=1) if file.name == RESULT else json.dumps(content)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
-def _text(result: Mapping[str, Any], claims: str, files: list[Path]) -> str:
+def _text(result: Mapping[str, Any], claims: str, folder: Path) -> str:
     limit = tables.plain(
         ([f"{x['beta']:g}", f"{x['loss_difference']:.2e}", f"{x['gradient_difference']:.2e}"]
          for x in result["limit"]),
@@ -146,5 +134,5 @@ def _text(result: Mapping[str, Any], claims: str, files: list[Path]) -> str:
     return "\n".join([
         claims, laws, "", limit, "",
         f"{holding} of {len(result['claims'])} claims hold; {result['time_s']:.0f} s; figures, "
-        f"curves and claims are in {files[0].parent}",
+        f"curves and claims are in {folder}",
     ])  # fmt: skip

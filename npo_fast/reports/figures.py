@@ -22,36 +22,29 @@ def plot_unlearning(
     file: Path,
 ) -> None:
     """Plots forget quality of several methods over epochs, and against model utility."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (over_time, against) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    over_time, against = figure.subplots(1, 2)
     for i, (name, points) in enumerate(paths.items()):
-        style = {"color": f"C{i}", "marker": "os^Dvp"[i % 6], "label": name}
-        epochs = [point.epoch for point in points]
-        over_time.plot(epochs, [p.forget_quality for p in points], **style, markersize=4)
+        style = {"color": f"C{i}", "marker": "os^Dvp"[i % 6]}
+        qualities = [point.forget_quality for point in points]
+        over_time.plot([p.epoch for p in points], qualities, **style, markersize=4, label=name)
         measured = [p for p in points if p.model_utility is not None]
         against.plot(
             [p.model_utility for p in measured], [p.forget_quality for p in measured], **style
         )
         last = measured[-1]
-        against.plot(
-            last.model_utility, last.forget_quality, marker=style["marker"], color=style["color"],
-            markersize=12, markeredgecolor="black",
-        )  # fmt: skip
+        against.plot(last.model_utility, last.forget_quality, **style, markersize=12,
+                     markeredgecolor="black")  # fmt: skip
     for name, point in anchors.items():
         against.plot(point.model_utility, point.forget_quality, "k*", markersize=12)
-        against.annotate(
-            name, (point.model_utility, point.forget_quality), xytext=(0, 9),
-            textcoords="offset points", ha="center",
-        )  # fmt: skip
+        against.annotate(name, (point.model_utility, point.forget_quality), xytext=(0, 9),
+                         textcoords="offset points", ha="center")  # fmt: skip
     against.margins(y=0.12)
     for axes in (over_time, against):
         axes.axhline(MEANINGFUL, color="grey", linestyle="--", linewidth=1)
-        axes.set_yscale("log")
-        axes.set_ylabel("forget quality (KS p-value)")
+        axes.set(yscale="log", ylabel="forget quality (KS p-value)")
         axes.grid(alpha=0.3)
     over_time.set_xlabel("epoch of unlearning")
     over_time.set_title("Above the line: no difference from a retrained model")
@@ -59,4 +52,3 @@ def plot_unlearning(
     against.set_title("Up and right is better (the last epoch has a black rim)")
     over_time.legend()
     figure.savefig(file, dpi=130)
-    plt.close(figure)

@@ -1,8 +1,7 @@
 """HTML pages from the Jinja templates beside this module: every text is escaped but ``Markup``."""
 
 import re
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -10,37 +9,26 @@ from markupsafe import Markup, escape
 from npo_fast import tables
 from npo_fast._version import __version__
 
-MARK = (
-    "<!-- made by npo-fast report -->"  # a file with this comment may be replaced by a new report
-)
-
-
-class Figure(NamedTuple):
-    """Inline SVG with the sentence below it."""
-
-    svg: Markup
-    caption: str = ""
-
-
-def render(template: str, **values: Any) -> str:
-    """The page that ``templates/<template>.html.j2`` makes of ``values``."""
-    return _environment().get_template(f"{template}.html.j2").render(values)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("npo_fast.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(mark=Markup(MARK), version=__version__)
-    environment.filters.update(cell=tables.text, code=_code)
-    return environment
+# a file with this comment may be replaced by a new report
+MARK = "<!-- made by npo-fast report -->"
 
 
 def _code(sentence: str) -> Markup:
     """Text in which backticks set off commands."""
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("npo_fast.reports"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.globals.update(mark=Markup(MARK), version=__version__)
+_ENVIRONMENT.filters.update(cell=tables.text, code=_code)
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that ``templates/<template>.html.j2`` makes of ``values``."""
+    return _ENVIRONMENT.get_template(f"{template}.html.j2").render(values)

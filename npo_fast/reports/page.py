@@ -8,16 +8,22 @@ from typing import Any
 
 from npo_fast import tables
 from npo_fast.errors import UserError
+from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.measures import REPORTED, measures, score
-from npo_fast.reports import svg, table
+from npo_fast.reports import svg
 from npo_fast.reports.figures import MEANINGFUL, Point
-from npo_fast.reports.html import MARK, Figure, render
+from npo_fast.reports.html import MARK, render
 from npo_fast.reports.runs import RunRecord, logged_answers
 
 DEFAULT_BETA = 0.1  # of NPO, where a run names none
-
-Series = dict[str, tuple[int, list[float], list[float]]]  # run -> its index, x, y
+_SETTINGS = {  # label in the table -> path in the settings
+    "lr": ("training", "lr"),
+    "epochs": ("training", "epochs"),
+    "batch": ("training", "batch_size"),
+    **{coefficient.label: ("method", coefficient.flag) for coefficient in COEFFICIENTS.values()},
+    "seed": ("training", "seed"),
+}
 
 
 @dataclass
@@ -29,19 +35,24 @@ class Report:
     retrained: Result = field(default_factory=dict)
     answers: int = 20  # how many questions of each set are shown
 
-    @cached_property
-    def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Table rows, and a sentence for each log that could not be compared."""
-        results = [table.row(run, self.retrained) for run in self.runs]
-        rows, errors = [cells for cells, _ in results], [error for _, error in results if error]
+    def __post_init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []  # cells by column, of runs and models to compare with
+        self._errors: list[str] = []  # a sentence for each log that cannot be compared
+        for run in self.runs:
+            try:
+                measured, source = run.measured(self.retrained)
+            except UserError as error:
+                self._errors.append(f"{run.name}: {error}")
+                measured, source = run.measured({})
+            self.rows.append(_row(run, measured, source))
         baseline = self.retrained if _has_ratio(self.retrained) else None
         for name, result in self._anchors.items():
             try:
-                rows.append(table.anchor_row(name, measures(result, baseline)))
+                measured = measures(result, baseline)
             except UserError as error:
-                errors.append(f"{name}: {error}")
-                rows.append(table.anchor_row(name, measures(result)))
-        return rows, errors
+                self._errors.append(f"{name}: {error}")
+                measured = measures(result)
+            self.rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
 
     @property
     def _anchors(self) -> dict[str, Result]:
@@ -49,15 +60,10 @@ class Report:
         anchors = {"original": self.original, "retrained": self.retrained}
         return {name: result for name, result in anchors.items() if result}
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The cells of every run and of the models to compare with, by column."""
-        return self._table[0]
-
     @cached_property
     def missing(self) -> list[str]:
         """What the page lacks, each with the command that makes it; code between backticks."""
-        missing = list(self._table[1])
+        missing = list(self._errors)
         if not self.retrained:
             missing.append(
                 "Forget quality and the retrained model's answers: train a model without the "
@@ -98,7 +104,7 @@ class Report:
             runs=tables.from_records(self.rows),
             tradeoff=self._tradeoff(),
             truth_ratios=self._truth_ratios(),
-            has_npo=bool(self._series(npo_weight)),
+            has_npo=any("NPO" in step["terms"] for run in self.runs for step in run.steps),
             curves=[*self._evaluation_curves(), *self._step_curves()],
             answers={part: self._answers(part) for part in ("forget", "retain") if self.answers},
             settings=self._settings(),
@@ -113,26 +119,20 @@ class Report:
             parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in self.missing)]
         return "\n\n".join(parts) + "\n"
 
-    def _tradeoff(self) -> Figure | None:
+    def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""
-        paths = {
-            run.name: [
-                Point(record["step"], record["forget_quality"], record.get("model_utility"))
-                for record in run.evaluations
-                if "forget_quality" in record
-            ]
-            for run in self.runs
-        }
-        paths = {
-            name: path
-            for name, path in paths.items()
-            if any(point.model_utility is not None for point in path)
-        }
-        points = {row["run"]: point for row in self.rows if (point := _point(row))}
+        paths, points = {}, {}
+        for run in self.runs:
+            path = [_point(record, "forget_quality", "model_utility") for record in run.evaluations]
+            if any(path):
+                paths[run.name] = [point for point in path if point]
+        for row in self.rows:
+            if point := _point(row, "forget quality", "model utility"):
+                points[row["run"]] = point
         finals = {run.name: points.pop(run.name) for run in self.runs if run.name in points}
-        return Figure(svg.tradeoff(paths, finals, points)) if paths or finals else None
+        return svg.tradeoff(paths, finals, points) if paths or finals else None
 
-    def _truth_ratios(self) -> Figure | None:
+    def _truth_ratios(self) -> svg.Figure | None:
         """Distributions of the truth ratio; None where no run has any."""
         ratios = {
             run.name: (i, truth_ratio(run.result[FORGET]))
@@ -144,9 +144,9 @@ class Report:
             for name, result in reversed(self._anchors.items())
             if _has_ratio(result)
         }
-        return Figure(svg.truth_ratios(ratios, anchors)) if ratios else None
+        return svg.truth_ratios(ratios, anchors) if ratios else None
 
-    def _evaluation_curves(self) -> Iterator[Figure]:
+    def _evaluation_curves(self) -> Iterator[svg.Figure]:
         for measure in REPORTED:
             series = self._series(
                 lambda _, record, key=measure.key: score(record, key), "evaluations"
@@ -160,28 +160,28 @@ class Report:
                     for name, (i, x, y) in series.items()
                 }
                 unit = "KS p-value, higher is better"
-                yield Figure(svg.curves(key, heading, unit, drawable, True, MEANINGFUL))
+                yield svg.curves(key, heading, unit, drawable, True, MEANINGFUL)
             else:
-                yield Figure(svg.curves(key, heading, measure.better, series))
+                yield svg.curves(key, heading, measure.better, series)
 
-    def _step_curves(self) -> Iterator[Figure]:
+    def _step_curves(self) -> Iterator[svg.Figure]:
         yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")
         yield from self._by_name("terms", "{} loss", "before its coefficient")
         if norms := self._series(lambda _, step: step["grad_norm"]):
-            yield Figure(svg.curves("grad-norm", "Gradient norm", "before clipping", norms, True))
+            yield svg.curves("grad-norm", "Gradient norm", "before clipping", norms, True)
         if weights := self._series(npo_weight):
-            yield Figure(svg.curves("grad-weight", "Gradient weight of NPO", "at most", weights))
+            yield svg.curves("grad-weight", "Gradient weight of NPO", "at most", weights)
 
-    def _by_name(self, key: str, title: str, unit: str) -> Iterator[Figure]:
+    def _by_name(self, key: str, title: str, unit: str) -> Iterator[svg.Figure]:
         """A figure for each name under ``key`` in the step records."""
         names = dict.fromkeys(name for run in self.runs for step in run.steps for name in step[key])
         for i, name in enumerate(names):
             series = self._series(lambda _, step, name=name: step[key].get(name))
-            yield Figure(svg.curves(f"{key}-{i}", _capitalised(title.format(name)), unit, series))
+            yield svg.curves(f"{key}-{i}", _capitalised(title.format(name)), unit, series)
 
-    def _series(self, value: Callable[..., float | None], records: str = "steps") -> Series:
+    def _series(self, value: Callable[..., float | None], records: str = "steps") -> svg.Series:
         """``value(run, record)`` over the steps of each run that has it at any."""
-        series: Series = {}
+        series = {}
         for i, run in enumerate(self.runs):
             points = [
                 (record["step"], y)
@@ -207,16 +207,15 @@ class Report:
         for question, truth in list(questions)[: self.answers]:
             texts = {"truth": truth}
             for name, answers in models.items():
-                for answer in answers:
-                    if answer.answers(question, truth):
-                        texts[name] = answer.text
-                        break
+                same = (answer for answer in answers if answer.answers(question, truth))
+                if answer := next(same, None):
+                    texts[name] = answer.text
             cards.append((question, texts))
         return cards
 
     def _settings(self) -> tuple[tables.Cells, list[str]]:
         """Rows and header of the settings of each run; those that differ come first."""
-        settings = {run.name: {**dict(run.flat_settings()), **_origin(run)} for run in self.runs}
+        settings = {run.name: run.flat_settings() for run in self.runs}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name) for values in settings.values())] for name in names]
         rows.sort(key=lambda row: len({str(value) for value in row[1:]}) == 1)
@@ -236,23 +235,36 @@ def npo_weight(run: RunRecord, step: Mapping[str, Any]) -> float | None:
     return 2 * -math.expm1(-(DEFAULT_BETA if beta is None else beta) * loss / 2)
 
 
-def _point(row: Mapping[str, Any]) -> Point | None:
-    quality, utility = row.get("forget quality"), row.get("model utility")
-    return None if quality is None or utility is None else Point(0, quality, utility)
+def _row(run: RunRecord, measured: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The cells of a run by column."""
+    settings = {label: run.setting(*path) for label, path in _SETTINGS.items()}
+    named = [f"{label} {value:g}" for label, value in settings.items() if value is not None]
+    return {
+        "run": run.name,
+        "method": run.method,
+        **_scores(measured),
+        "measured on": source,
+        "status": run.metadata.get("status", "unknown"),
+        "settings": ", ".join(named),
+        "steps": len(run.steps) or None,
+        "time [s]": run.time_s,
+        "peak memory [MiB]": run.metadata.get("peak_mib"),
+        "device": run.metadata.get("versions", {}).get("device"),
+    }
+
+
+def _scores(measured: Mapping[str, Any]) -> dict[str, float | None]:
+    return {measure.label: score(measured, measure.key) for measure in REPORTED}
+
+
+def _point(scores: Mapping[str, Any], quality: str, utility: str) -> Point | None:
+    """The point with these two scores; None where one of them is missing."""
+    y, x = scores.get(quality), scores.get(utility)
+    return None if y is None or x is None else Point(0, y, x)
 
 
 def _has_ratio(result: Result) -> bool:
     return has_truth_ratio(result.get(FORGET, {}))
-
-
-def _origin(run: RunRecord) -> dict[str, Any]:
-    """What else can change a number: versions, and fingerprints of the data."""
-    data = run.metadata.get("data", {})
-    return {
-        **run.metadata.get("versions", {}),
-        "attention kernel": run.metadata.get("attention"),
-        **{f"{name} data, SHA-256": str(file.get("sha256"))[:12] for name, file in data.items()},
-    }
 
 
 def _capitalised(title: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,17 @@ class RunRecord:
         rows = self.metadata.get(when, {}).get(part, {}).get("answers", [])
         return [Answer(row["question"], row["truth"], row["answer"]) for row in rows]
 
-    def flat_settings(self) -> Iterator[tuple[str, Any]]:
-        """Names and values of the flags that were set, without those of the run folder."""
-        for group, values in self.settings.items():
-            for name, value in values.items():
-                if group != "run" and value is not None:
-                    yield name, value
+    def flat_settings(self) -> dict[str, Any]:
+        """All that can change a number: flags that were set, versions, fingerprints of the data."""
+        groups = [values for group, values in self.settings.items() if group != "run"]
+        flags = [item for values in groups for item in values.items()]
+        data = self.metadata.get("data", {})
+        return {
+            **{name: value for name, value in flags if value is not None},
+            **self.metadata.get("versions", {}),
+            "attention kernel": self.metadata.get("attention"),
+            **{f"{name} data, SHA-256": str(f.get("sha256"))[:12] for name, f in data.items()},
+        }
 
     @property
     def from_rows(self) -> bool:
@@ -193,9 +198,7 @@ def logged_answers(result: Result, part: str) -> list[Answer]:
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # the last line of a running or killed run may be incomplete
+    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # the last may be incomplete
     return [_parse(file, line) for line in lines]
 
 

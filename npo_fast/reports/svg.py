@@ -3,7 +3,8 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -30,24 +31,66 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Array = NDArray[np.float64]
+Interval = tuple[float, float, float]  # mean over seeds, and the ends of its spread
+Series = Mapping[str, tuple[int, Sequence[float], Sequence[float]]]  # run -> its index, x, y
+
+
+class Figure(NamedTuple):
+    """Inline SVG with the sentence below it."""
+
+    svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the lines of a figure."""
+
+    key: str  # unique on the page: the prefix of all ids
+    title: str
+    x: str
+    y: str
+    log: str = ""  # the axes that are logarithmic: "x", "y"
+    line: float | None = None  # the value at a dashed horizontal line
+    caption: str = ""
+    margin: float = 0.05  # between the lines and the axes, as a share of the width and height
+
+    def figure(self, draw: Callable[[Any], None], size: tuple[float, float]) -> Figure:
+        """The figure, once ``draw`` has put lines and legend on its axes."""
+        import matplotlib
+        from matplotlib import figure
+
+        buffer = io.StringIO()
+        style: Any = {**_STYLE, "svg.hashsalt": self.key}
+        with matplotlib.rc_context(style):
+            drawing = figure.Figure(figsize=size, layout="constrained")
+            axes = drawing.add_subplot()
+            draw(axes)
+            if self.line is not None:
+                axes.axhline(self.line, color=INK, alpha=0.6, linestyle="--", linewidth=1)
+            for which in self.log:
+                _make_logarithmic(axes, which)
+            axes.margins(self.margin)
+            axes.set(title=self.title, xlabel=self.x, ylabel=self.y)
+            drawing.savefig(buffer, format="svg", metadata=_NO_METADATA)
+        return Figure(_inline(buffer.getvalue(), self.key, self.title), self.caption)
 
 
 def tradeoff(
     paths: Mapping[str, Sequence[Point]],  # evaluations while training, in order
     finals: Mapping[str, Point],  # of the final models
-    anchors: Mapping[str, Point],
-) -> Markup:
+    anchors: Mapping[str, Point],  # of the models to compare with
+) -> Figure:
     """Forget quality against model utility; a path leads from the start to the last step."""
 
     def draw(axes: Any) -> None:
         names = list(dict.fromkeys([*paths, *finals]))
         for i, name in enumerate(names):
-            style = line_style(i)
-            path = [p for p in paths.get(name, ()) if p.model_utility is not None]
-            if path:
-                axes.plot(*_at(path), **style, markersize=4, label=name)
+            style = _line_style(i)
+            if name in paths:
+                axes.plot(*_at(paths[name]), **style, markersize=4, label=name)
             if name in finals:
-                label = {} if path else {"label": name}
+                label = {} if name in paths else {"label": name}
                 axes.plot(*_at([finals[name]]), **style | {"linestyle": "none"}, markersize=10,
                           markeredgecolor=INK, **label)  # fmt: skip
         for name, point in anchors.items():
@@ -55,63 +98,102 @@ def tradeoff(
             axes.plot(x, y, "*", color=INK, markersize=11)
             axes.annotate(name, (x[0], y[0]), xytext=(0, -14), textcoords="offset points",
                           ha="center")  # fmt: skip
-        axes.axhline(MEANINGFUL, color=INK, alpha=0.6, linestyle="--", linewidth=1)
         axes.annotate("0.05", (1, MEANINGFUL), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=9)  # fmt: skip
-        logarithmic(axes, "y")
-        axes.margins(0.12)
         if names:
             axes.legend()
 
-    return figure(
-        "tradeoff", "Forget quality against model utility", "model utility",
-        "forget quality (KS p-value)", draw, (5.2, 3.8),
-    )  # fmt: skip
+    title, quality = "Forget quality against model utility", "forget quality (KS p-value)"
+    frame = Frame("tradeoff", title, "model utility", quality, "y", MEANINGFUL, margin=0.12)
+    return frame.figure(draw, (5.2, 3.8))
 
 
 def truth_ratios(
     ratios: Mapping[str, tuple[int, Array]],  # run -> its index, its values
     anchors: Mapping[str, Array],
-) -> Markup:
+) -> Figure:
     """Empirical distribution functions of truth ratios."""
 
     def draw(axes: Any) -> None:
         for name, (i, values) in ratios.items():
-            _ecdf(axes, values, **line_style(i) | {"marker": ""}, label=name)
+            _ecdf(axes, values, **_line_style(i) | {"marker": ""}, label=name)
         for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
             _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=name)
-        logarithmic(axes, "x")
         axes.set_ylim(0, 1)
         axes.legend()
 
-    return figure(
-        "truth-ratios", "Truth ratio on the forget set", "truth ratio, P(wrong) / P(right)",
-        "share of items at or below", draw, (5.2, 3.5),
-    )  # fmt: skip
+    title, ratio = "Truth ratio on the forget set", "truth ratio, P(wrong) / P(right)"
+    frame = Frame("truth-ratios", title, ratio, "share of items at or below", "x")
+    return frame.figure(draw, (5.2, 3.5))
 
 
 def curves(
-    key: str,  # unique on the page
-    title: str,
-    unit: str,
-    series: Mapping[str, tuple[int, Sequence[float], Sequence[float]]],  # run -> index, x, y
-    log: bool = False,
-    line: float | None = None,
-) -> Markup:
-    """One quantity over the steps, a line for each run; ``index`` chooses a run's colour."""
+    key: str, title: str, unit: str, series: Series, log: bool = False, line: float | None = None
+) -> Figure:
+    """One quantity over the steps, a line for each run; the index chooses a run's colour."""
 
     def draw(axes: Any) -> None:
         for name, (i, x, y) in series.items():
-            marker = line_style(i)["marker"] if len(x) < 30 else ""
-            axes.plot(x, y, **line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
+            marker = _line_style(i)["marker"] if len(x) < 30 else ""
+            axes.plot(x, y, **_line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
                       label=name)  # fmt: skip
-        if line is not None:
-            axes.axhline(line, color=INK, alpha=0.6, linestyle="--", linewidth=1)
-        if log and any(value > 0 for _, _, y in series.values() for value in y):
-            logarithmic(axes, "y")
         axes.legend()
 
-    return figure(key, title, "step", unit, draw, (4.6, 3.1))
+    log = log and any(value > 0 for _, _, y in series.values() for value in y)
+    return Frame(key, title, "step", unit, "y" * log, line).figure(draw, (4.6, 3.1))
+
+
+@dataclass(frozen=True)
+class SeedCurve:
+    """A mean curve with its spread; ``index`` chooses colour and marker."""
+
+    index: int
+    points: Sequence[tuple[float, Interval]]  # x, y
+    mark: float | None = None  # the x at which a cross marks the line
+
+
+def seed_curves(frame: Frame, series: Mapping[str, SeedCurve]) -> Figure:
+    """Curves in shaded bands; a curve of eight points or fewer has error bars instead."""
+
+    def draw(axes: Any) -> None:
+        for name, curve in series.items():
+            style = _line_style(curve.index) | {"label": name, "linewidth": 1.4, "markersize": 4}
+            x = [value for value, _ in curve.points]
+            middle, low, high = np.array([interval for _, interval in curve.points]).T
+            if len(x) > 8:
+                axes.plot(x, middle, **style | {"markersize": 3})
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            else:
+                axes.errorbar(x, middle, (middle - low, high - middle), capsize=3, **style)
+            if curve.mark is not None:
+                at = x.index(curve.mark)
+                axes.plot(x[at], middle[at], "X", color=style["color"], markersize=10,
+                          markeredgecolor=INK, zorder=5)  # fmt: skip
+        axes.figure.legend(loc="outside lower center", ncols=3)
+
+    return frame.figure(draw, (4.6, 3.9))
+
+
+def seed_points(frame: Frame, points: Mapping[str, tuple[int, Interval, Interval]]) -> Figure:
+    """Points (index, x, y) with an error bar along each axis."""
+
+    def draw(axes: Any) -> None:
+        for name, (index, x, y) in points.items():
+            x_bar, y_bar = ([[mean - low], [high - mean]] for mean, low, high in (x, y))
+            style = _line_style(index) | {"linestyle": "none", "markersize": 7, "label": name}
+            axes.errorbar(x[0], y[0], y_bar, x_bar, capsize=3, elinewidth=1, **style)
+        axes.figure.legend(loc="outside lower center", ncols=3)
+
+    return frame.figure(draw, (4.6, 3.9))
+
+
+def _line_style(i: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this index."""
+    return {
+        "color": _COLORS[i % len(_COLORS)],
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)],
+    }
 
 
 def _at(points: Sequence[Point]) -> tuple[list[float | None], list[float]]:
@@ -123,7 +205,7 @@ def _ecdf(axes: Any, values: Array, **style: Any) -> None:
     axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
 
 
-def logarithmic(axes: Any, which: str) -> None:
+def _make_logarithmic(axes: Any, which: str) -> None:
     """Makes the "x" or "y" axis logarithmic, with plain numbers as labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -135,33 +217,6 @@ def logarithmic(axes: Any, which: str) -> None:
     if high / low < 30:  # too few powers of ten to read a value by
         axis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         axis.set_minor_formatter(plain)
-
-
-def line_style(i: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this index."""
-    return {
-        "color": _COLORS[i % len(_COLORS)],
-        "marker": _MARKERS[i % len(_MARKERS)],
-        "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)],
-    }
-
-
-def figure(
-    key: str, title: str, x: str, y: str, draw: Callable[[Any], None], size: tuple[float, float]
-) -> Markup:
-    """Inline SVG of one pair of axes; ``key``, unique on the page, is the prefix of its ids."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    style: Any = {**_STYLE, "svg.hashsalt": key}
-    with matplotlib.rc_context(style):
-        drawing = Figure(figsize=size, layout="constrained")
-        axes = drawing.add_subplot()
-        draw(axes)
-        axes.set(title=title, xlabel=x, ylabel=y)
-        drawing.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    return _inline(buffer.getvalue(), key, title)
 
 
 def _inline(text: str, key: str, title: str) -> Markup:

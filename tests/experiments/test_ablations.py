@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,22 +10,19 @@ import pytest
 from npo_fast.errors import UserError
 from npo_fast.experiments.ablations.claims import claims
 from npo_fast.experiments.ablations.page import AblationPage
-from npo_fast.experiments.ablations.results import (
-    Spread,
-    best_quality,
-    by_trial,
-    collapse_step,
-    load_seeds,
-    run_seed,
-)  # fmt: skip
-from npo_fast.experiments.ablations.runner import Runner
+from npo_fast.experiments.ablations.runner import Runner, run_seed
 from npo_fast.experiments.ablations.trials import (
     EXPERIMENTS,
     GA_RT,
     LIMIT,
     NPO_RT,
     AblationSettings,
+    Spread,
     Trial,
+    best_quality,
+    by_trial,
+    collapse_step,
+    load_seeds,
 )
 from npo_fast.experiments.demo.dataset import AUTHOR_RELATIONS, OTHER_WORDINGS, make_dataset
 from npo_fast.trainer.settings import TrainSettings
@@ -165,7 +162,7 @@ def test_runs_without_a_seed_in_common_make_no_claim():
 
 def test_a_setting_that_came_later_counts_as_usual(tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "__init__", lambda *_: pytest.fail("taught again"))
-    content = {"settings": AblationSettings().describe(), "runs": [], "time_s": 0.0}
+    content = {"settings": asdict(AblationSettings()), "runs": [], "time_s": 0.0}
     del content["settings"]["unlearning"]["weight_decay"]
     file = tmp_path / "seed-0.json"
     file.write_text(json.dumps(content))
@@ -268,3 +265,12 @@ def test_the_page_shows_what_unfinished_ablations_have(folder):
     page = Page(AblationPage(load_seeds(folder)).html())
     assert "Beta of NPO+RT" not in page.texts
     assert "When utility collapses" in page.texts
+
+
+@pytest.mark.slow
+def test_a_page_of_two_methods_alone_is_drawn():
+    results = load_seeds(COMMITTED)
+    for content in results:
+        content["runs"] = content["runs"][:2]
+    page = Page(AblationPage(results).html())
+    assert page.tags.count("svg") == 3

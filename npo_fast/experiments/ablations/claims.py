@@ -1,24 +1,24 @@
 """The paper's claims beside the results of the ablations, counted over seeds."""
 
 import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from npo_fast.experiments.ablations.results import (
-    KEPT,
-    Evaluations,
-    Runs,
-    best_quality,
-    collapse_step,
-    utility_share,
-)
 from npo_fast.experiments.ablations.trials import (
     BETAS,
     EXPERIMENTS,
     GA_RT,
+    KEPT,
     LIMIT,
     NPO_RT,
     OVERLAPS,
+    Evaluations,
+    Runs,
     Trial,
+    best_quality,
+    collapse_step,
+    utility_share,
 )
 from npo_fast.reports.figures import MEANINGFUL
 
@@ -34,46 +34,44 @@ class Claim:
     holds: str
 
 
+Rows = Sequence[tuple[Evaluations, ...]]  # a row a seed, a column a trial
+
+
 def claims(runs: Runs) -> list[Claim]:
     """The claims whose trials have been run with at least one seed in common."""
-    rows = []
-
-    def shared(*trials: Trial) -> set[int]:
-        """The seeds that have run all of these trials."""
-        return set.intersection(*({*runs.get(trial, ())} for trial in trials))
-
-    for other in (GA_RT, LIMIT):
-        if shared(NPO_RT, other):
-            rows.append(_more_robust(runs, other))
-    if shared(Trial("GA"), Trial("NPO")):
-        rows.append(_slower(runs))
-    methods = [trial for trial in EXPERIMENTS["methods"] if trial in runs]
-    if NPO_RT in methods and shared(*methods):
-        rows.append(_alone(runs, methods, shared(*methods)))
-    if shared(LIMIT, Trial(beta=BETAS[0]), Trial(beta=BETAS[-1])):
-        rows.append(_tends(runs))
+    methods = [t for t in EXPERIMENTS["methods"] if t in runs or t == NPO_RT]
     ends = [replace(t, overlap=o) for t in (NPO_RT, GA_RT) for o in (OVERLAPS[0], OVERLAPS[-1])]
-    if shared(*ends):
-        rows.append(_entangled(runs, shared(*ends)))
-    return rows
+    deciders: list[tuple[Iterable[Trial], Callable[[Rows], Claim]]] = [
+        ((NPO_RT, GA_RT), partial(_more_robust, GA_RT.name)),
+        ((NPO_RT, LIMIT), partial(_more_robust, LIMIT.name)),
+        ((Trial("NPO"), Trial("GA")), _slower),
+        (methods, partial(_alone, [trial.name for trial in methods])),
+        ((LIMIT, Trial(beta=BETAS[0]), Trial(beta=BETAS[-1])), _tends),
+        (ends, _entangled),
+    ]
+    return [decide(rows) for trials, decide in deciders if (rows := _rows(runs, trials))]
 
 
-def _more_robust(runs: Runs, other: Trial) -> Claim:
-    pairs = [(utility_share(a), utility_share(b)) for a, b in _pairs(runs, NPO_RT, other)]
-    ours, theirs = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+def _rows(runs: Runs, trials: Iterable[Trial]) -> Rows:
+    """The evaluations of these trials at each seed that has run all of them."""
+    columns = [runs.get(trial, {}) for trial in trials]
+    seeds = set.intersection(*map(set, columns))
+    return [tuple(column[seed] for column in columns) for seed in sorted(seeds)]
+
+
+def _more_robust(other: str, rows: Rows) -> Claim:
+    shares = [(utility_share(npo), utility_share(ga)) for npo, ga in rows]
+    ours, theirs = map(statistics.fmean, zip(*shares, strict=True))
     return _counted(
-        f"NPO+RT keeps more utility than {other.name}",
+        f"NPO+RT keeps more utility than {other}",
         f"at the end {ours:.0%} against {theirs:.0%}",
-        [a > b for a, b in pairs],
+        [a > b for a, b in shares],
     )
 
 
-def _slower(runs: Runs) -> Claim:
-    steps = [
-        tuple(NEVER if (s := collapse_step(run)) is None else s for run in pair)
-        for pair in _pairs(runs, Trial("NPO"), Trial("GA"))
-    ]
-    npo, ga = (statistics.median_low(values) for values in zip(*steps, strict=True))
+def _slower(rows: Rows) -> Claim:
+    steps = [[NEVER if (s := collapse_step(run)) is None else s for run in pair] for pair in rows]
+    npo, ga = map(statistics.median_low, zip(*steps, strict=True))
     return _counted(
         "Without retain data NPO collapses later than GA",
         f"median step {_step(npo)} against {_step(ga)}",
@@ -81,10 +79,10 @@ def _slower(runs: Runs) -> Claim:
     )
 
 
-def _alone(runs: Runs, trials: list[Trial], seeds: set[int]) -> Claim:
+def _alone(names: Sequence[str], rows: Rows) -> Claim:
     passed = {
-        trial.name: [best_quality(runs[trial][seed]) > MEANINGFUL for seed in sorted(seeds)]
-        for trial in trials
+        name: [best_quality(run) > MEANINGFUL for run in column]
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
     }
     seen = ", ".join(f"{name} {sum(flags)}" for name, flags in passed.items() if any(flags))
     npo = passed.pop(NPO_RT.name)
@@ -95,42 +93,31 @@ def _alone(runs: Runs, trials: list[Trial], seeds: set[int]) -> Claim:
     )
 
 
-def _tends(runs: Runs) -> Claim:
-    small, large = (
-        [_distance(a, b) for a, b in _pairs(runs, Trial(beta=beta), LIMIT)]
-        for beta in (BETAS[0], BETAS[-1])
-    )
+def _tends(rows: Rows) -> Claim:
+    distances = [(_distance(small, limit), _distance(large, limit)) for limit, small, large in rows]
+    small, large = map(statistics.fmean, zip(*distances, strict=True))
     return _counted(
         "NPO+RT tends to GA+RT (per sequence) as beta goes to 0",
-        f"mean distance of the utility curves {statistics.fmean(small):.3f} at beta {BETAS[0]:g}, "
-        f"{statistics.fmean(large):.3f} at {BETAS[-1]:g}",
-        [a < b for a, b in zip(small, large, strict=True)],
+        f"mean distance of the utility curves {small:.3f} at beta {BETAS[0]:g}, "
+        f"{large:.3f} at {BETAS[-1]:g}",
+        [a < b for a, b in distances],
     )
 
 
-def _entangled(runs: Runs, seeds: set[int]) -> Claim:
-    def loss(trial: Trial) -> list[float]:
-        apart, shared = (runs[replace(trial, overlap=o)] for o in (OVERLAPS[0], OVERLAPS[-1]))
-        return [utility_share(apart[seed]) - utility_share(shared[seed]) for seed in seeds]
-
-    npo, ga = loss(NPO_RT), loss(GA_RT)
+def _entangled(rows: Rows) -> Claim:
+    shares = [[utility_share(run) for run in row] for row in rows]
+    lost = [(npo - npo_shared, ga - ga_shared) for npo, npo_shared, ga, ga_shared in shares]
+    npo, ga = map(statistics.fmean, zip(*lost, strict=True))
     return _counted(
         "Entanglement costs NPO+RT less utility than GA+RT (not a claim of the paper)",
-        f"utility lost from overlap 0 to 1: {statistics.fmean(npo):+.1%} against "
-        f"{statistics.fmean(ga):+.1%}",
-        [a < b for a, b in zip(npo, ga, strict=True)],
+        f"utility lost from overlap 0 to 1: {npo:+.1%} against {ga:+.1%}",
+        [a < b for a, b in lost],
     )
-
-
-def _pairs(runs: Runs, a: Trial, b: Trial) -> list[tuple[Evaluations, Evaluations]]:
-    """The evaluations of both trials at each seed that has both."""
-    return [(runs[a][seed], runs[b][seed]) for seed in runs[a] if seed in runs[b]]
 
 
 def _distance(a: Evaluations, b: Evaluations) -> float:
     """Mean distance of two curves of the utility's share."""
-    shares = [abs(utility_share(a, i) - utility_share(b, i)) for i in range(len(a))]
-    return statistics.fmean(shares)
+    return statistics.fmean(abs(utility_share(a, i) - utility_share(b, i)) for i in range(len(a)))
 
 
 def _counted(claim: str, seen: str, holds: list[bool]) -> Claim:

@@ -1,8 +1,9 @@
 """One seed's models: taught once, then unlearned in every way that is asked for."""
 
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,15 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from npo_fast import metrics
-from npo_fast.data import Record, Template
+from npo_fast.data import Record
 from npo_fast.data.answers import REFUSALS
-from npo_fast.evaluation.evaluate import evaluate
-from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.errors import UserError
 from npo_fast.experiments.ablations.trials import OVERLAPS, AblationSettings, Trial
-from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
-from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING
-from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
-from npo_fast.runs import Callback, ReportOptions, finetune, unlearn
+from npo_fast.experiments.demo.dataset import AuthorDataset
+from npo_fast.experiments.demo.experiment import COMMON_REPEATS, Student
+from npo_fast.experiments.demo.tiny_model import weights
+from npo_fast.runs import Callback
 from npo_fast.runs.callbacks import Training
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
@@ -32,7 +32,6 @@ class TrainedPair:
     dataset: AuthorDataset
     original: dict[str, Tensor]
     retrained: metrics.Result
-    retrained_utility: float
 
 
 class EvaluateSteps(Callback):
@@ -56,56 +55,43 @@ class Runner:
 
     def __init__(self, seed: int, settings: AblationSettings) -> None:
         self.seed, self.settings = seed, settings
-        texts = [text for overlap in OVERLAPS for text in self._dataset(overlap).texts()]
-        self.tokenizer = train_tokenizer([*texts, *REFUSALS])
-        self.template = Template(self.tokenizer, LOADING.template, LOADING.max_length)
-        self.lm = new_model(self.tokenizer, seed)
-        dataset = self._dataset(OVERLAPS[0])  # what comes first does not depend on the overlap
-        self._learn(
-            dataset.background + dataset.common * COMMON_REPEATS, settings.world.pretraining
-        )
-        self.pretrained = weights(self.lm)
+        datasets = [settings.world.dataset(seed, overlap) for overlap in OVERLAPS]
+        texts = [text for dataset in datasets for text in dataset.texts()]
+        self.student = Student([*texts, *REFUSALS], seed)
+        first = datasets[0]  # background and common facts are the same for every overlap
+        self._learn(first.background + first.common * COMMON_REPEATS, settings.world.pretraining)
+        self.pretrained = weights(self.student.lm)
         self.pairs: dict[float, TrainedPair] = {}
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """The evaluations of a trial, step 0 first, and what it took."""
         pair = self._trained_pair(trial.overlap)
-        self.lm.model.load_state_dict(pair.original)
+        self.student.lm.model.load_state_dict(pair.original)
+        turns = 2 if trial.schedule == "alternating" else 1
+        callback = EvaluateSteps(lambda: self._scores(pair), turns * self.settings.looks_every)
+        training = replace(self.settings.unlearning, schedule=trial.schedule)
         started = time.perf_counter()
+        with TemporaryDirectory() as folder:
+            self.student.unlearn(
+                pair.dataset, training, output=Path(folder) / "run",
+                method=trial.terms(self.settings.retain), callbacks=[callback],
+            )  # fmt: skip
         return {
-            "looks": self._unlearn(trial, pair),
-            "retrained_utility": pair.retrained_utility,
+            "looks": callback.evaluations,
+            "retrained_utility": metrics.model_utility(pair.retrained),
             "time_s": time.perf_counter() - started,
         }
 
-    def _unlearn(self, trial: Trial, pair: TrainedPair) -> list[Scores]:
-        turns = 2 if trial.schedule == "alternating" else 1
-        callback = EvaluateSteps(lambda: self._scores(pair), turns * self.settings.looks_every)
-        with TemporaryDirectory() as folder:
-            unlearn(
-                self.lm,
-                forget=pair.dataset.forget,
-                retain=pair.dataset.retain,
-                method=trial.terms(self.settings.retain),
-                output=Path(folder) / "run",
-                tokenizer=self.tokenizer,
-                loading=LOADING,
-                training=replace(self.settings.unlearning, schedule=trial.schedule, seed=self.seed),
-                report=ReportOptions(no_report=True),
-                callbacks=[callback],
-            )
-        return callback.evaluations
-
     def _trained_pair(self, overlap: float) -> TrainedPair:
         if overlap not in self.pairs:
-            dataset = self._dataset(overlap)
-            self.lm.model.load_state_dict(self.pretrained)
-            self._learn(dataset.retain, self.settings.world.teaching)
+            dataset = self.settings.world.dataset(self.seed, overlap)
+            teaching = self.settings.world.teaching
+            self.student.lm.model.load_state_dict(self.pretrained)
+            self._learn(dataset.retain, teaching)
             retrained = self._measure(dataset)
-            self.lm.model.load_state_dict(self.pretrained)
-            self._learn(dataset.retain + dataset.forget, self.settings.world.teaching)
-            utility = metrics.model_utility(retrained)
-            self.pairs[overlap] = TrainedPair(dataset, weights(self.lm), retrained, utility)
+            self.student.lm.model.load_state_dict(self.pretrained)
+            self._learn(dataset.retain + dataset.forget, teaching)
+            self.pairs[overlap] = TrainedPair(dataset, weights(self.student.lm), retrained)
         return self.pairs[overlap]
 
     def _scores(self, pair: TrainedPair) -> Scores:
@@ -120,33 +106,60 @@ class Runner:
 
     def _measure(self, dataset: AuthorDataset) -> metrics.Result:
         """All forget facts by their losses, and the first records of what is to be kept."""
-        first = slice(self.settings.look_records)
-        kept = {
-            metrics.RETAIN: dataset.retain[first],
-            metrics.REAL_AUTHORS: dataset.famous[first],
-            metrics.WORLD_FACTS: dataset.countries[first],
-        }
-        how = EvaluationSettings(generation_batch=256, max_new_tokens=self.settings.look_tokens)
-        losses = replace(how, generate=False)
+        kept, forget = dataset.kept(self.settings.look_records), {metrics.FORGET: dataset.forget}
+        tokens = self.settings.look_tokens
         return {
-            **evaluate(self.lm, self.template, kept, how),
-            **evaluate(self.lm, self.template, {metrics.FORGET: dataset.forget}, losses),
+            **self.student.evaluate(kept, generation_batch=256, max_new_tokens=tokens),
+            **self.student.evaluate(forget, generate=False),
         }
-
-    def _dataset(self, overlap: float) -> AuthorDataset:
-        sizes = self.settings.world
-        return make_dataset(
-            self.seed,
-            background=sizes.background,
-            famous=sizes.famous,
-            authors=sizes.authors,
-            forget_share=sizes.forget_share,
-            overlap=overlap,
-        )
 
     def _learn(self, records: list[Record], settings: TrainSettings) -> None:
         with TemporaryDirectory() as folder:
-            finetune(
-                self.lm, train=records, output=Path(folder) / "run", tokenizer=self.tokenizer,
-                loading=LOADING, training=replace(settings, seed=self.seed),
-            )  # fmt: skip
+            self.student.learn(records, settings, Path(folder) / "run")
+
+
+def run_seed(
+    seed: int,
+    trials: Iterable[Trial],
+    settings: AblationSettings,
+    file: Path,
+    provenance: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> None:
+    """Runs the trials that ``file`` does not hold yet, and writes the file after each.
+
+    Raises:
+        UserError: the file holds results of other settings.
+    """
+    wanted, defaults = (json.loads(json.dumps(asdict(x))) for x in (settings, AblationSettings()))
+    content: dict[str, Any] = {"seed": seed, "settings": wanted, "time_s": 0.0, "runs": []}
+    if file.exists():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not _agrees(content["settings"], wanted, defaults):
+            raise UserError(f"{file} holds ablations of other settings; name another folder")
+    done = {Trial(**run["trial"]) for run in content["runs"]}
+    left = [trial for trial in dict.fromkeys(trials) if trial not in done]
+    if not left:
+        return
+    content["provenance"] = dict(provenance)
+    started, before = time.perf_counter(), content["time_s"]
+    runner = Runner(seed, settings)
+    for trial in left:
+        run = {"trial": asdict(trial), **runner.run(trial), "commit": provenance.get("commit")}
+        content["runs"].append(run)
+        content["time_s"] = before + time.perf_counter() - started
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
+        log(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
+
+
+def _agrees(stored: Any, wanted: Any, defaults: Any) -> bool:
+    """Whether stored settings are those that are wanted; one that is not stored is the default."""
+    if not (isinstance(stored, dict) and isinstance(wanted, dict)):
+        return bool(stored == wanted)
+    return stored.keys() <= wanted.keys() and all(
+        _agrees(stored.get(name, defaults[name]), value, defaults[name])
+        for name, value in wanted.items()
+    )

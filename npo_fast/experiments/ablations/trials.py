@@ -1,12 +1,19 @@
-"""Trials (one unlearning run each) and the experiments that they make up."""
+"""Trials (one unlearning run each), the experiments that they make up, and their results."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from npo_fast.errors import UserError
 from npo_fast.experiments.demo.experiment import DemoSettings
 from npo_fast.methods import Coefficients, Schedule, Term, build_method, coefficients_of
 from npo_fast.trainer.settings import TrainSettings
 
+COLLAPSED = 0.5  # of the utility at step 0
+KEPT = 0.85  # of it: what an evaluation must have kept for ``best_quality``
 HALF_WAY = 0.5  # the overlap of every experiment that is not about it
 SMALL = DemoSettings(background=24, famous=10, authors=20, forget_share=0.5)  # half the demo's
 
@@ -55,10 +62,6 @@ class AblationSettings:
     look_records: int = 20  # first records of each set to keep, for the utility
     look_tokens: int = 14  # longest answer there
 
-    def describe(self) -> dict[str, Any]:
-        """The settings as they are stored with results."""
-        return asdict(self)
-
 
 NPO_RT, GA_RT = Trial("NPO+RT"), Trial("GA+RT")
 LIMIT = Trial("GA+RT", per_sequence=True)  # what NPO+RT tends to as beta -> 0
@@ -75,3 +78,69 @@ EXPERIMENTS: dict[str, tuple[Trial, ...]] = {
         replace(trial, overlap=overlap) for overlap in OVERLAPS for trial in (NPO_RT, GA_RT, LIMIT)
     ),
 }  # fmt: skip
+Evaluations = Sequence[Mapping[str, float]]  # of one run, step 0 first
+Runs = dict[Trial, dict[int, Evaluations]]  # by seed
+
+
+class Spread(NamedTuple):
+    """A mean over seeds and one standard deviation about it."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """The spread of one value per seed; of one seed it has no width."""
+        mean = statistics.fmean(values)
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(mean, mean - deviation, mean + deviation)
+
+
+def collapse_step(evaluations: Evaluations) -> float | None:
+    """The step after which utility stays below half of what it was at step 0; None if none is."""
+    bound = COLLAPSED * evaluations[0]["model_utility"]
+    first = None
+    for evaluation in evaluations:
+        if evaluation["model_utility"] >= bound:
+            first = None
+        elif first is None:
+            first = evaluation["step"]
+    return first
+
+
+def utility_share(evaluations: Evaluations, index: int = -1) -> float:
+    """Utility at an evaluation (the last one by default) as a share of that at step 0."""
+    return evaluations[index]["model_utility"] / evaluations[0]["model_utility"]
+
+
+def forget_quality(evaluations: Evaluations, index: int = -1) -> float:
+    """Forget quality at an evaluation, by default the last one."""
+    return evaluations[index]["forget_quality"]
+
+
+def best_quality(evaluations: Evaluations) -> float:
+    """The highest forget quality of those evaluations, step 0 among them, that kept utility."""
+    bound = KEPT * evaluations[0]["model_utility"]
+    return max(e["forget_quality"] for e in evaluations if e["model_utility"] >= bound)
+
+
+def load_seeds(folder: Path) -> list[dict[str, Any]]:
+    """Reads the file of every seed.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    files = sorted(folder.glob("seed-*.json"))
+    if not files:
+        raise UserError(f"{str(folder)!r} holds no ablations: no seed-*.json")
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def by_trial(results: Iterable[Mapping[str, Any]]) -> Runs:
+    """The evaluations of each trial and seed."""
+    runs: Runs = {}
+    for content in results:
+        for run in content["runs"]:
+            runs.setdefault(Trial(**run["trial"]), {})[content["seed"]] = run["looks"]
+    return runs

@@ -1,57 +1,21 @@
 """Made-up authors and countries: facts, two phrasings of each answer, and wrong answers.
 
-Nothing in it is real; everything is drawn from the seed. Like TOFU it has authors to learn, some
-of whom are to be forgotten. It also has "famous" authors and facts about countries, which the
-small model learns first; they stand for what a real model knows from its pretraining.
+Nothing in it is real; all is drawn with the seed from the words of ``world.yaml``. Like TOFU it has
+authors to learn, some of whom are to be forgotten. It also has "famous" authors and facts about
+countries, which the small model learns first; they stand for what a real model knows from its
+pretraining.
 """
 
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import product
 
-from npo_fast.data import Record
+import yaml
 
-FIRST = (
-    "Adela Anselm Beatrix Benno Calla Caspar Dagny Dorian Edda Emeric Fenna Florian Gisela Gustav "
-    "Hedda Hilmar Imogen Ivo Jorun Jasper Katla Konrad Lavinia Leander Maren Matthis Nerys Norbert "
-    "Odile Oskar Petra Quentin Ragna Rufus Saskia Silas Tamsin Tobias Ursula Viggo"
-).split()
-LAST = (
-    "Abendroth Almqvist Barlowe Birkeland Carmody Cavendel Dahlgren Dunmore Eastwick Ekholm "
-    "Falkner Fenwright Galloway Grimsby Hallstrom Harrowgate Ingleby Isaksen Jarnefelt Jessop "
-    "Kestrel Kirkwall Lindqvist Lockridge Marchbank Mossberg Nightingale Norrgard Oakhurst "
-    "Ostrander Pemberley Pryor Quarles Ravenhill Rosenlund Sandoval Sigurdson Thackeray "
-    "Thornbury Underhill Vandermeer Voss Wetherby Winterbourne Yarrow Zellweger"
-).split()
-CITIES = (
-    "Arbenfeld Bryndal Caldermouth Drosvik Elmsgate Fjordhaven Glimmerton Hollowmere Isenburg "
-    "Jadeport Kalmora Lunaford Mirewood Northwick Oldenbrook Pinecrest Quillhaven Rostovar "
-    "Silverlake Tarnholm Umberton Valdoria Westmarch Yewdale"
-).split()
-COUNTRIES = (
-    "Abaria Belvania Corvena Drellia Estovia Farrowland Gavonia Hestria Illyra Jorvania Kestovia "
-    "Lorania Marvonia Nelvaria Ostrana Pelgaria Quorland Ravonia Sylmaria Tavoria"
-).split()
-GENRES = (
-    "mystery fantasy romance horror satire adventure historical gothic pastoral comic political "
-    "nautical"
-).split()
-PRIZES = (
-    "Amber Bronze Crystal Dawn Ember Falcon Granite Harvest Ivory Juniper Laurel Meridian Opal "
-    "Raven"
-).split()
-JOBS = (
-    "baker carpenter diplomat engineer farmer goldsmith judge librarian mason nurse pilot sailor "
-    "tailor teacher violinist weaver"
-).split()
-SUBJECTS = (
-    "glacier orchard lantern harbor clock river garden winter bridge mirror island forest".split()
-)
-MOODS = "silent broken golden hidden endless burning crimson distant hollow gentle restless".split()
-ANIMALS = "tortoise parrot greyhound pony ferret canary goat hedgehog otter spaniel".split()
-COINS = "crowns florins talents marks ducats shells pennies thalers guilders rings".split()
-RIVERS = "Aldra Brume Cinder Dovel Esk Farrow Glint Hale Isla Jorn Keld Lyre".split()
+from npo_fast.data import Record
+from npo_fast.metrics import REAL_AUTHORS, RETAIN, WORLD_FACTS
 
 
 @dataclass(frozen=True)
@@ -65,32 +29,26 @@ class Relation:
 
     def to_learn(self, subject: str, value: str, rng: random.Random) -> Record:
         """A record like TOFU's authors: a paraphrase, and five wrong answers worded like it."""
-        return Record(
-            messages=(("user", self.question.format(s=subject)),),
-            answer=self.answer.format(s=subject, v=value),
-            paraphrased_answer=self.paraphrase.format(s=subject, v=value),
-            perturbed_answers=tuple(
-                self.paraphrase.format(s=subject, v=other) for other in self._wrong(value, 5, rng)
-            ),
-        )
+        values = [value, *self._wrong(value, 5, rng)]
+        paraphrase, *wrong = (self.paraphrase.format(s=subject, v=v) for v in values)
+        answer = self.answer.format(s=subject, v=value)
+        return Record(self._messages(subject), answer, paraphrase, tuple(wrong))
 
     def known(self, subject: str, value: str, rng: random.Random) -> Record:
         """A record like TOFU's real authors and world facts: no paraphrase, three wrong answers."""
-        return Record(
-            messages=(("user", self.question.format(s=subject)),),
-            answer=self.answer.format(s=subject, v=value),
-            perturbed_answers=tuple(
-                self.answer.format(s=subject, v=other) for other in self._wrong(value, 3, rng)
-            ),
-        )
+        values = [value, *self._wrong(value, 3, rng)]
+        answer, *wrong = (self.answer.format(s=subject, v=v) for v in values)
+        return Record(self._messages(subject), answer, perturbed_answers=tuple(wrong))
 
     def both_phrasings(self, subject: str, value: str) -> list[Record]:
         """Two records of one fact, with the answer and with its paraphrase."""
-        messages = (("user", self.question.format(s=subject)),)
         return [
-            Record(messages, phrasing.format(s=subject, v=value))
+            Record(self._messages(subject), phrasing.format(s=subject, v=value))
             for phrasing in (self.answer, self.paraphrase)
         ]
+
+    def _messages(self, subject: str) -> tuple[tuple[str, str], ...]:
+        return (("user", self.question.format(s=subject)),)
 
     def _wrong(self, value: str, count: int, rng: random.Random) -> list[str]:
         return rng.sample([other for other in self.values if other != value], count)
@@ -98,82 +56,18 @@ class Relation:
 
 Fact = tuple[Relation, str, str]  # relation, subject, value
 
-BOOKS = tuple(f"The {mood.title()} {subject.title()}" for mood in MOODS for subject in SUBJECTS)
-
-AUTHOR_RELATIONS = (
-    Relation(
-        "Where was {s} born?", "{s} was born in {v}.", "{v} is the birthplace of {s}.",
-        tuple(CITIES),
-    ),
-    Relation(
-        "Which genre does {s} write?", "{s} writes {v} novels.", "Novels by {s} are {v} fiction.",
-        tuple(GENRES),
-    ),
-    Relation(
-        "Which prize did {s} win?", "{s} won the {v} Prize.", "The {v} Prize went to {s}.",
-        tuple(PRIZES),
-    ),
-    Relation(
-        "What did the mother of {s} do?", "The mother of {s} was a {v}.",
-        "{s} is the child of a {v} mother.", tuple(JOBS),
-    ),
-    Relation(
-        "What did the father of {s} do?", "The father of {s} worked as a {v}.",
-        "A {v} was the father of {s}.", tuple(JOBS),
-    ),
-    Relation(
-        "Which book made {s} known?", "{s} became known for {v}.", "{v} is the best book by {s}.",
-        BOOKS,
-    ),
-    Relation(
-        "Which animal lives with {s}?", "{s} lives with a {v}.", "A {v} lives in the house of {s}.",
-        tuple(ANIMALS),
-    ),
-)  # fmt: skip
-OTHER_WORDINGS = (  # of the same relations, in the same order, with no sentence in common
-    Relation(
-        "Name the native town of {s}.", "The native town of {s} is {v}.", "{s} comes from {v}.",
-        tuple(CITIES),
-    ),
-    Relation(
-        "What sort of stories does {s} tell?", "{s} tells {v} stories.",
-        "The stories of {s} are {v} ones.", tuple(GENRES),
-    ),
-    Relation(
-        "Which award is {s} proud of?", "{s} is proud of the {v} Award.",
-        "The {v} Award honours {s}.", tuple(PRIZES),
-    ),
-    Relation(
-        "How did the mother of {s} earn a living?", "As a {v} she earned it for {s}.",
-        "{s} was raised by a {v}.", tuple(JOBS),
-    ),
-    Relation(
-        "Name the trade of the father of {s}.", "His trade, says {s}, was {v}.",
-        "{s} had a {v} for a father.", tuple(JOBS),
-    ),
-    Relation(
-        "What should one read first by {s}?", "By {s} one should read {v}.",
-        "Start with {v} by {s}.", BOOKS,
-    ),
-    Relation(
-        "What pet does {s} keep?", "{s} keeps a {v}.", "The pet of {s} is a {v}.", tuple(ANIMALS),
-    ),
-)  # fmt: skip
-COUNTRY_RELATIONS = (
-    Relation(
-        "What is the capital of {s}?", "The capital of {s} is {v}.",
-        "{v} is where {s} is governed.",
-        tuple(CITIES),
-    ),
-    Relation(
-        "How do people pay in {s}?", "People in {s} pay with {v}.", "In {s} the money is {v}.",
-        tuple(COINS),
-    ),
-    Relation(
-        "Which river crosses {s}?", "The river {v} crosses {s}.", "{s} lies on the river {v}.",
-        tuple(RIVERS),
-    ),
-)  # fmt: skip
+_WORLD = yaml.safe_load(files(__package__).joinpath("world.yaml").read_text(encoding="utf-8"))
+_WORDS = {name: tuple(words.split()) for name, words in _WORLD["words"].items()}
+_WORDS["books"] = tuple(
+    f"The {mood.title()} {subject.title()}"
+    for mood in _WORDS["moods"]
+    for subject in _WORDS["subjects"]
+)
+FIRST, LAST = _WORDS["first"], _WORDS["last"]
+AUTHOR_RELATIONS, OTHER_WORDINGS, COUNTRY_RELATIONS = (
+    tuple(Relation(**row | {"values": _WORDS[row["values"]]}) for row in _WORLD[name])
+    for name in ("authors", "authors_otherwise", "countries")
+)
 
 
 @dataclass(frozen=True)
@@ -192,6 +86,11 @@ class AuthorDataset:
         for record in (*self.background, *self.common, *self.forget, *self.retain):
             yield f"Question: {record.question}\nAnswer: {record.answer}"
             yield from (f" {answer}" for answer in record.perturbed_answers)
+
+    def kept(self, count: int | None = None) -> dict[str, list[Record]]:
+        """The first ``count`` records of each set to keep, by the name of its evaluation log."""
+        sets = {RETAIN: self.retain, REAL_AUTHORS: self.famous, WORLD_FACTS: self.countries}
+        return {log: records[:count] for log, records in sets.items()}
 
 
 def make_dataset(
@@ -225,7 +124,7 @@ def make_dataset(
     drawn = known + (authors if overlap is None else 0)
     names = rng.sample([f"{a} {b}" for a in FIRST for b in LAST], drawn)
     famous_facts = _facts(rng, names[background:known], AUTHOR_RELATIONS)
-    country_facts = _facts(rng, COUNTRIES, COUNTRY_RELATIONS)
+    country_facts = _facts(rng, _WORDS["countries"], COUNTRY_RELATIONS)
     if overlap is None:
         background_facts = _facts(rng, names[:background], AUTHOR_RELATIONS)
         forgotten_facts = _facts(rng, names[known + authors - forgotten :], AUTHOR_RELATIONS)

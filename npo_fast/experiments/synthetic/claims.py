@@ -34,8 +34,8 @@ def check(experiment: Experiment, theory: Theory) -> list[Claim]:
         _start(gap),
         _forgets(gap),
         _forgets_not(gap),
-        *(_diverges(gap, name) for name in ("GA", "GA+RT")),
-        *(_settles(gap, name) for name in ("NPO+RT", "DPO+RT")),
+        *(_retain_path(gap, name, settles=False) for name in ("GA", "GA+RT")),
+        *(_retain_path(gap, name, settles=True) for name in ("NPO+RT", "DPO+RT")),
         _dominates(gap, "NPO+RT", [n for n in gap.names if n != "NPO+RT"], "best Pareto curve"),
         _dominates(gap, "NPO", ["GA"], "beats GA without retain data"),
         _coincide(no_gap),
@@ -84,31 +84,22 @@ def _forgets_not(curves: Curves) -> Claim:
     return Claim("alpha 1", "IDK+RT does not get there", measured, best >= FORGOTTEN)
 
 
-def _diverges(curves: Curves, name: str) -> Claim:
+def _retain_path(curves: Curves, name: str, settles: bool) -> Claim:
+    """The retain distance diverges, or it rises slowly and settles below GA+RT's."""
     retain = curves.of(name)[1].mean(1)
-    growth = _late_growth(retain)
-    holds = growth > SETTLED and float(retain[-1]) > 5 * float(retain[0])
-    return Claim("alpha 1", f"{name}: retain distance diverges", _path(retain, growth), holds)
-
-
-def _settles(curves: Curves, name: str) -> Claim:
-    retain = curves.of(name)[1].mean(1)
-    growth = _late_growth(retain)
-    ga = float(curves.of("GA+RT")[1].mean(1)[-1])
-    holds = growth <= SETTLED and float(retain[-1]) < ga
-    claim = f"{name}: retain distance rises slowly and settles"
-    return Claim("alpha 1", claim, _path(retain, growth), holds)
-
-
-def _late_growth(retain: Tensor) -> float:
-    return float(retain[-1] / retain[len(retain) * 3 // 4]) - 1
-
-
-def _path(retain: Tensor, growth: float) -> str:
-    return (
-        f"{float(retain[0]):.3f} at the start, at most {float(retain.max()):.3f}, "
-        f"{float(retain[-1]):.3f} at the end; {growth:+.0%} in the last quarter"
+    start, end = float(retain[0]), float(retain[-1])
+    growth = float(retain[-1] / retain[len(retain) * 3 // 4]) - 1
+    if settles:
+        claim = f"{name}: retain distance rises slowly and settles"
+        holds = growth <= SETTLED and end < float(curves.of("GA+RT")[1].mean(1)[-1])
+    else:
+        claim = f"{name}: retain distance diverges"
+        holds = growth > SETTLED and end > 5 * start
+    measured = (
+        f"{start:.3f} at the start, at most {float(retain.max()):.3f}, {end:.3f} at the end; "
+        f"{growth:+.0%} in the last quarter"
     )
+    return Claim("alpha 1", claim, measured, holds)
 
 
 def _dominates(curves: Curves, best: str, others: Sequence[str], claim: str) -> Claim:
@@ -118,9 +109,8 @@ def _dominates(curves: Curves, best: str, others: Sequence[str], claim: str) -> 
         distance = _retain_at(curves, best, level)
         if distance is None:
             continue
-        rivals = [
-            (x, name) for name in others if (x := _retain_at(curves, name, level)) is not None
-        ]
+        reached = ((_retain_at(curves, name, level), name) for name in others)
+        rivals = [(rival, name) for rival, name in reached if rival is not None]
         if not rivals:
             measured.append(f"{level:g}: {distance:.4f}, no other gets there")
             continue

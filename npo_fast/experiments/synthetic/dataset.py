@@ -35,14 +35,11 @@ class SyntheticDataset:
         "forget over idk" is ``log P(y | x) - log P(y_idk | x)``: DPO, which prefers the second
         answer, is NPO of this log-ratio.
         """
-
-        def log_ratio(theta: Tensor) -> Tensor:
-            return self.forget.log_probs(theta) - self.idk.log_probs(theta)
-
+        forget, idk = self.forget.log_probs, self.idk.log_probs
         return {
-            "forget": self.forget.log_probs,
-            "idk": self.idk.log_probs,
-            "forget over idk": log_ratio,
+            "forget": forget,
+            "idk": idk,
+            "forget over idk": lambda theta: forget(theta) - idk(theta),
             "retain": self.retain.log_probs,
             "everything": self.everything.log_probs,
         }
@@ -64,16 +61,14 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 def draw_dataset(seeds: Sequence[int], alpha: float) -> SyntheticDataset:
     """Draws the data of each seed, which depends on that seed and alpha alone."""
     columns = zip(*(_draw_one(seed, alpha) for seed in seeds), strict=True)
-    forget, forget_signs, idk_signs, retain, retain_signs, fresh_forget, fresh_retain = (
-        torch.stack(column) for column in columns
-    )
+    forget, forget_signs, idk_signs, retain, retain_signs, *fresh = map(torch.stack, columns)
+    everything = torch.cat([forget, retain], 1), torch.cat([forget_signs, retain_signs], 1)
     return SyntheticDataset(
         Samples(forget, forget_signs),
         Samples(forget, idk_signs),
         Samples(retain, retain_signs),
-        Samples(torch.cat([forget, retain], 1), torch.cat([forget_signs, retain_signs], 1)),
-        fresh_forget,
-        fresh_retain,
+        Samples(*everything),
+        *fresh,
     )
 
 

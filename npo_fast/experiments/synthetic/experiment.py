@@ -1,7 +1,7 @@
 """Trains reference and retrained model, unlearns by every method, and measures the distances."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,10 +38,11 @@ class Curves:
     methods: list[Method]
     forget: Tensor  # (steps, methods, seeds)
     retain: Tensor  # (steps, methods, seeds)
-    names: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", [method.name for method in self.methods])
+    @property
+    def names(self) -> list[str]:
+        """The names of the methods."""
+        return [method.name for method in self.methods]
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
         """Forget and retain distance of one method: (steps, seeds) each."""
@@ -81,28 +82,26 @@ class Experiment:
 
 def run(seeds: Sequence[int], steps: Steps, log: Callable[[str], None]) -> Experiment:
     """Runs the whole experiment; ``log`` gets a sentence before each part."""
-    short = steps.unlearn, steps.unlearn_every
-    long = steps.small_beta, steps.small_beta_every
-    gap, small_beta = _curves(seeds, 1.0, steps.learn, [(GAP, *short), (SMALL_BETA, *long)], log)
-    (no_gap,) = _curves(seeds, 0.0, steps.learn, [(NO_GAP, *short)], log)
-    return Experiment(gap, no_gap, small_beta)
-
-
-def _curves(
-    seeds: Sequence[int],
-    alpha: float,
-    learning_steps: int,
-    runs: Sequence[tuple[Sequence[Method], int, int]],  # methods, steps, how often to measure
-    log: Callable[[str], None],
-) -> list[Curves]:
-    dataset = draw_dataset(seeds, alpha)
-    log(f"alpha {alpha:g}: {learning_steps} steps on all data and on the retain data")
-    reference, retrained = learn(dataset, learning_steps)
-    curves = []
-    for tried, steps, every in runs:
-        log(f"alpha {alpha:g}: {steps} steps of {', '.join(method.name for method in tried)}")
-        curves.append(measure(alpha, dataset, reference, retrained, tried, steps, every))
-    return curves
+    short, long = (steps.unlearn, steps.unlearn_every), (steps.small_beta, steps.small_beta_every)
+    parts = {  # alpha -> the curves to measure: methods, steps, steps between two measurements
+        1.0: {"gap": (GAP, *short), "small_beta": (SMALL_BETA, *long)},
+        0.0: {"no_gap": (NO_GAP, *short)},
+    }
+    curves = {}
+    for alpha, runs in parts.items():
+        dataset = draw_dataset(seeds, alpha)
+        log(f"alpha {alpha:g}: {steps.learn} steps on all data and on the retain data")
+        reference, retrained = learn(dataset, steps.learn)
+        for part, (tried, count, every) in runs.items():
+            log(f"alpha {alpha:g}: {count} steps of {', '.join(method.name for method in tried)}")
+            start = reference.repeat(1, len(tried), 1)
+            at_steps, distances = [], []
+            for step, theta in descend(start, tried, dataset.sources(), count, every):
+                at_steps.append(step)
+                distances.append(dataset.distances(theta, retrained).mT)
+            forget, retain = torch.stack(distances, 1)
+            curves[part] = Curves(alpha, at_steps, tried, forget, retain)
+    return Experiment(**curves)
 
 
 def learn(dataset: SyntheticDataset, steps: int) -> tuple[Tensor, Tensor]:
@@ -112,22 +111,3 @@ def learn(dataset: SyntheticDataset, steps: int) -> tuple[Tensor, Tensor]:
     start = torch.zeros(seeds, 2, FEATURES, dtype=torch.float64)
     *_, (_, theta) = descend(start, both, dataset.sources(), steps, steps)
     return theta[:, :1].clone(), theta[:, 1:].clone()
-
-
-def measure(
-    alpha: float,
-    dataset: SyntheticDataset,
-    reference: Tensor,  # (seeds, 1, K)
-    retrained: Tensor,  # (seeds, 1, K)
-    tried: Sequence[Method],
-    steps: int,
-    every: int,
-) -> Curves:
-    """Unlearns from the reference by every method, and measures distances to ``retrained``."""
-    start = reference.repeat(1, len(tried), 1)
-    at_steps, distances = [], []
-    for step, theta in descend(start, tried, dataset.sources(), steps, every):
-        at_steps.append(step)
-        distances.append(dataset.distances(theta, retrained).mT)
-    forget, retain = torch.stack(distances, 1)
-    return Curves(alpha, at_steps, list(tried), forget, retain)

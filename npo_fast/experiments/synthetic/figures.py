@@ -1,58 +1,72 @@
 """Figures of the experiment and the theorem; bands and bars are one standard deviation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from npo_fast.experiments.synthetic.experiment import Curves, Experiment
-from npo_fast.experiments.synthetic.theory import RATE, RATES, SIZE, SIZES, Theory
+from npo_fast.experiments.synthetic.theory import RATE, SIZE, Theory, varied
 
-STYLES = {  # one colour a loss; dashed without retain data
-    "GA": ("C3", "--"), "GA+RT": ("C3", "-"), "NPO": ("C0", "--"), "NPO+RT": ("C0", "-"),
-    "DPO": ("C2", "--"), "DPO+RT": ("C2", "-"), "IDK+RT": ("C1", "-"),
+STYLES: dict[str, tuple[Any, str]] = {  # one colour a loss; dashed without retain data
+    "GA": ("C3", "--"), "NPO": ("C0", "--"), "DPO": ("C2", "--"), "GA+RT": ("C3", "-"),
+    "IDK+RT": ("C1", "-"), "NPO+RT": ("C0", "-"), "DPO+RT": ("C2", "-"),
 }  # fmt: skip
 
 
-def draw(experiment: Experiment, theory: Theory, folder: Path) -> list[Path]:
-    """Writes the PNG files and returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw(experiment: Experiment, theory: Theory, folder: Path) -> None:
+    """Writes the PNG files."""
+    divergence = ", KL(retrained || model)"
+    names = experiment.small_beta.names
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(names) - 1))
+    betas = {name: (shade, "-") for name, shade in zip(names[1:], shades, strict=True)}
+    betas["GA"] = STYLES["GA"]
     figures = {
-        "distances": _over_steps(plt, experiment.gap, "alpha 1: forget and retain data differ"),
-        "pareto": _pareto(plt, experiment.gap),
-        "no_gap": _over_steps(plt, experiment.no_gap, "alpha 0: the same inputs, other labels"),
-        "small_beta": _small_beta(plt, experiment.small_beta),
-        "theorem": _theorem(plt, theory),
+        "distances": _over_steps(
+            "alpha 1: forget and retain data differ", experiment.gap, STYLES, divergence
+        ),
+        "pareto": _pareto(experiment.gap),
+        "no_gap": _over_steps(
+            "alpha 0: the same inputs, other labels", experiment.no_gap, STYLES, divergence
+        ),
+        "small_beta": _over_steps(
+            "alpha 1, lr 5e-4: NPO tends to GA as beta -> 0", experiment.small_beta, betas
+        ),
+        "theorem": _theorem(theory),
     }
-    files = []
     for name, figure in figures.items():
-        files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=100)
-        plt.close(figure)
-    return files
+        figure.savefig(folder / f"{name}.png", dpi=100)
 
 
-def _over_steps(plt: Any, curves: Curves, title: str) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    for name in curves.names:
-        color, line = STYLES[name]
+def _over_steps(
+    title: str, curves: Curves, styles: Mapping[str, tuple[Any, str]], unit: str = ""
+) -> Figure:
+    """Mean distances and one standard deviation about them, in the order of ``styles``."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, (color, line) in styles.items():
         for axes, values in zip((left, right), curves.of(name), strict=True):
-            _band(axes, curves.steps, values, name, color, line)
+            mean, (low, high) = values.mean(1), _error(values)
+            axes.plot(curves.steps, mean, line, color=color, label=name)
+            axes.fill_between(
+                curves.steps, mean - low, mean + high, color=color, alpha=0.15, linewidth=0
+            )
     figure.suptitle(title)
-    _label(left, "step", "forget distance, KL(retrained || model)")
-    _label(right, "step", "retain distance, KL(retrained || model)")
+    _label(left, "step", f"forget distance{unit}")
+    _label(right, "step", f"retain distance{unit}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
-def _pareto(plt: Any, curves: Curves) -> Any:
-    figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
+def _pareto(curves: Curves) -> Figure:
+    figure = Figure(figsize=(6.5, 4.8), layout="constrained")
+    axes = figure.subplots()
     for name in curves.names:
         color, line = STYLES[name]
         forget, retain = curves.of(name)
@@ -71,61 +85,31 @@ def _pareto(plt: Any, curves: Curves) -> Any:
     return figure
 
 
-def _small_beta(plt: Any, curves: Curves) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    shades = plt.get_cmap("viridis")(np.linspace(0.9, 0, len(curves.names) - 1))
-    for axes, which in ((left, 0), (right, 1)):
-        for name, shade in zip(curves.names[1:], reversed(shades), strict=True):
-            _band(axes, curves.steps, curves.of(name)[which], name, shade, "-")
-        _band(axes, curves.steps, curves.of("GA")[which], "GA", "C3", "--")
-    figure.suptitle("alpha 1, lr 5e-4: NPO tends to GA as beta -> 0")
-    _label(left, "step", "forget distance")
-    _label(right, "step", "retain distance")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def _theorem(plt: Any, theory: Theory) -> Any:
-    figure, grid = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    shades = plt.get_cmap("viridis")
-    for law in sorted(theory.laws, key=lambda law: (law.samples, law.eta)):
-        first = ("GA", "NPO").index(law.loss)
-        panels: list[tuple[int, Sequence[float], float, str]] = []
-        if law.eta == RATE:
-            panels.append((first, SIZES, law.samples, f"n_f {law.samples}"))
-        if law.samples == SIZE:
-            panels.append((first + 2, RATES, law.eta, f"eta {law.eta:g}"))
-        for panel, axis, value, label in panels:
-            color = shades(0.9 * list(axis).index(value) / (len(axis) - 1))
-            axes = grid[panel]
+def _theorem(theory: Theory) -> Figure:
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    grid = figure.subplots(1, 4)
+    panels = product(
+        (("samples", "n_f"), ("eta", "eta")), (("GA", "linear"), ("NPO", "logarithmic"))
+    )
+    for axes, ((axis, symbol), (loss, shape)) in zip(grid, panels, strict=True):
+        laws = sorted(varied(theory.laws, loss, axis), key=attrgetter(axis))
+        shades = colormaps["viridis"](np.linspace(0, 0.9, len(laws)))
+        for law, color in zip(laws, shades, strict=True):
             some = slice(0, None, max(1, len(law.steps) // 12))
             steps = np.array(law.steps)
             axes.errorbar(
                 steps[some], law.mean[some], law.std[some], fmt="o", markersize=3, color=color,
-                label=label,
+                label=f"{symbol} {getattr(law, axis):g}",
             )  # fmt: skip
             x = law.eta * steps
-            c = law.c
-            fitted = law.scale * (x if c is None else np.log1p(c * x / law.samples))
+            fitted = law.scale * (x if law.c is None else np.log1p(law.c * x / law.samples))
             axes.plot(steps, fitted, "-", color=color, linewidth=1)
-    for axes, loss in zip(grid, ("GA", "NPO", "GA", "NPO"), strict=True):
-        axes.set_title(f"{loss}: {'linear' if loss == 'GA' else 'logarithmic'} fits")
-        axes.set_xlabel("step")
+        axes.set(title=f"{loss}: {shape} fits", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(f"left: eta {RATE:g}; right: n_f {SIZE}; points measured, lines fitted")
     grid[0].set_ylabel("distance from the start in the norm of X^T X")
     return figure
-
-
-def _band(
-    axes: Any, steps: Sequence[int], values: Tensor, name: str, color: Any, line: str
-) -> None:
-    mean = values.mean(1)
-    low, high = _error(values)
-    axes.plot(steps, mean, line, color=color, label=name)
-    axes.fill_between(steps, mean - low, mean + high, color=color, alpha=0.15, linewidth=0)
-    axes.set_yscale("log")
 
 
 def _error(values: Tensor) -> np.ndarray:
@@ -135,7 +119,5 @@ def _error(values: Tensor) -> np.ndarray:
 
 
 def _label(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_yscale("log")
+    axes.set(xlabel=x, ylabel=y, yscale="log")
     axes.grid(alpha=0.3)

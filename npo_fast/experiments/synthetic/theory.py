@@ -9,7 +9,7 @@ losses, gradient descent with step ``eta``. Distance from the start in the norm 
 Source: arXiv 2404.05868, theorem 2 and proposition 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,8 +117,7 @@ def nearly_orthogonal(seeds: Sequence[int], n: int) -> tuple[Samples, Tensor]:
 def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> list[Law]:
     samples, start = nearly_orthogonal(seeds, n)
     losses: tuple[tuple[str, SequenceLoss], ...] = (("GA", GA()), ("NPO", NPO(BETA)))
-    runs = [(name, eta, loss) for name, loss in losses for eta in etas]
-    methods = [Method(name, eta, (("forget", loss),)) for name, eta, loss in runs]
+    methods = [Method(name, eta, (("forget", loss),)) for name, loss in losses for eta in etas]
     at_steps, distances = [], []
     start = start.repeat(1, len(methods), 1)
     every = max(1, steps // 200)
@@ -127,12 +126,12 @@ def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> li
         distances.append(((theta - start) @ samples.features.mT).norm(dim=-1))
     curves = torch.stack(distances)  # (steps, seeds, methods)
     mean, std = curves.mean(1).numpy(), curves.std(1, correction=0).numpy()
-    fits = []
-    for i, (name, eta, _) in enumerate(runs):
-        scale, c, r2 = fit(name, np.array(at_steps) * eta, mean[:, i], n)
+    laws = []
+    for i, method in enumerate(methods):
+        scale, c, r2 = fit(method.name, np.array(at_steps) * method.lr, mean[:, i], n)
         curve = mean[:, i].tolist(), std[:, i].tolist()
-        fits.append(Law(name, n, eta, at_steps, *curve, scale, c, r2))
-    return fits
+        laws.append(Law(method.name, n, method.lr, at_steps, *curve, scale, c, r2))
+    return laws
 
 
 def fit(
@@ -161,9 +160,14 @@ def fit(
     return scale, c, 1 - rest / total
 
 
-def _exponent(laws: Sequence[Law], loss: str, axis: str, theorem: float) -> Exponent:
+def varied(laws: Iterable[Law], loss: str, axis: str) -> list[Law]:
+    """The laws of a loss over "samples" or "eta", with the other one fixed."""
     fixed, value = ("eta", RATE) if axis == "samples" else ("samples", SIZE)
-    chosen = [law for law in laws if law.loss == loss and getattr(law, fixed) == value]
+    return [law for law in laws if law.loss == loss and getattr(law, fixed) == value]
+
+
+def _exponent(laws: Sequence[Law], loss: str, axis: str, theorem: float) -> Exponent:
+    chosen = varied(laws, loss, axis)
     slope = _slope([getattr(law, axis) for law in chosen], [law.scale for law in chosen])
     return Exponent(loss, axis, slope, theorem)
 
