@@ -6,19 +6,17 @@ A target is *already shifted*: ``target[b, t]`` is the token that ``hidden[b, t]
 batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from npo_fast.kernels.transform import TransformOptions
 from npo_fast.losses import DPO, GA, NLL, NPO, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
 from npo_fast.ops.checks import check_cu_seqlens
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class FusedLinearSequenceLoss(nn.Module):
@@ -41,7 +39,7 @@ class FusedLinearSequenceLoss(nn.Module):
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         chunk_rows: int | None = None,
-        **transform: "Unpack[TransformOptions]",
+        **transform: Unpack[TransformOptions],
     ) -> None:
         super().__init__()
         self.loss = loss

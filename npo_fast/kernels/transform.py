@@ -10,8 +10,8 @@ three files:
     csrc/transform.h                 the same for the C++ kernels, which are then built anew
     npo_fast/model/causal_lm.py      the name that configs of models have for it
 
-Triton kernels leave a setting that they do not know to the reference, until ``triton/math.py`` and
-the launchers have it.
+Triton kernels leave a setting that they do not know to the reference, until ``triton/math.py`` has
+it and hands it to them.
 """
 
 import inspect
@@ -34,12 +34,12 @@ class HeadTransform(NamedTuple):
             raw = (raw / self.softcap).tanh_() * self.softcap
         return raw * self.logit_scale
 
-    def apply_with_slope(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns z and the slope with ``dz / da = logit_scale * slope``; None stands for 1."""
+    def apply_with_slope(self, raw: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """Returns z, and slope and factor with ``dz / da = factor * slope``; None stands for 1."""
         if self.softcap is None:
-            return raw * self.logit_scale, None
+            return raw * self.logit_scale, None, self.logit_scale
         tanh = (raw / self.softcap).tanh_()
-        return tanh * self.softcap * self.logit_scale, 1 - tanh.square()
+        return tanh * self.softcap * self.logit_scale, 1 - tanh.square(), self.logit_scale
 
     @property
     def largest_slope(self) -> float:
@@ -47,9 +47,9 @@ class HeadTransform(NamedTuple):
         return abs(self.logit_scale)
 
     @property
-    def is_scale(self) -> bool:
-        """Whether z is a multiple of the raw logits, ``logit_scale * a``."""
-        return self == HeadTransform(logit_scale=self.logit_scale)
+    def scale(self) -> float | None:
+        """The number s of ``z = s * a``; None where z is no multiple of the raw logits."""
+        return self.logit_scale if self == HeadTransform(logit_scale=self.logit_scale) else None
 
 
 class TransformOptions(TypedDict, total=False):

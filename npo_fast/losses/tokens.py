@@ -27,9 +27,8 @@ class TNPO(OfTokens):
     def __post_init__(self) -> None:
         check_positive(self, "beta")
 
-    def weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
-        assert ref_log_probs is not None
-        return 2 * torch.sigmoid(self.beta * (log_probs - ref_log_probs))
+    def weight(self, log_probs: Tensor) -> Tensor:  # (n,) log-ratios
+        return 2 * torch.sigmoid(self.beta * log_probs)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class WGA(OfTokens):
     def __post_init__(self) -> None:
         check_positive(self, "beta")
 
-    def weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+    def weight(self, log_probs: Tensor) -> Tensor:
         return torch.exp(self.beta * log_probs)
 
 
@@ -56,9 +55,10 @@ class SatImp(OfTokens):
     beta2: float = 1.0
 
     def __post_init__(self) -> None:
-        check_finite(self, ["beta1", "beta2"], least=0.0)
+        check_finite(self, "beta1", least=0.0)
+        check_finite(self, "beta2", least=0.0)
 
-    def weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+    def weight(self, log_probs: Tensor) -> Tensor:
         return torch.exp(self.beta1 * log_probs) * _one_minus_p(log_probs) ** self.beta2
 
 
@@ -72,7 +72,7 @@ class CEU(OfTokens):
     clamped to 8 units of rounding (1e-6 in fp32). Source: arXiv 2503.01224.
     """
 
-    def weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+    def weight(self, log_probs: Tensor) -> Tensor:
         smallest = 8 * torch.finfo(log_probs.dtype).eps
         return torch.exp(log_probs) / _one_minus_p(log_probs).clamp(min=smallest)
 

@@ -4,22 +4,28 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform, check_transform
+from npo_fast.ops.autocast import autocast_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_head(
+def checked_head(
     op: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     transform: HeadTransform,
     prefix: str = "",
-) -> None:
-    """Raises ValueError unless shapes, dtypes, devices and transform of a head fit together.
+    constant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the tensors of a head in autocast's dtype, detached where ``constant`` or no grad.
 
     ``prefix`` stands before the names of the arguments in the messages.
+
+    Raises:
+        ValueError: shapes, dtypes, devices and transform do not fit together.
     """
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {prefix}hidden must be (N, D) and {prefix}weight (V, D) with the same D, "
@@ -37,6 +43,10 @@ def check_head(
     check_transform(op, transform, prefix)
     for name, tensor in (("weight", weight), ("bias", bias)):
         _check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
+    if constant or not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    return hidden, weight, bias
 
 
 def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
@@ -68,8 +78,7 @@ def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
     if labels.device.type == "cuda":
         # no host synchronisation: the device raises when it evaluates this
         torch._assert_async(inside, f"{op}: a label is outside [0, {vocabulary})")
-        return
-    if labels.device.type == "cpu" and not bool(inside):
+    elif labels.device.type == "cpu" and not bool(inside):
         row = int(((labels < 0) | (labels >= vocabulary)).nonzero()[0])
         raise ValueError(
             f"{op}: labels[{row}] = {int(labels[row])} is outside the vocabulary "
@@ -104,37 +113,29 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.devic
     if cu_seqlens.device.type == "cuda":
         torch._assert_async(well_formed, f"{op}: cu_seqlens must rise from 0 to {rows}")
     elif cu_seqlens.device.type == "cpu" and not bool(well_formed):
+        shown = ", ".join(str(int(offset)) for offset in cu_seqlens[:8])
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to the {rows} rows of hidden, "
-            f"got {_preview(cu_seqlens)}"
+            f"got [{shown}{', …' if len(cu_seqlens) > 8 else ''}]"
         )
 
 
 def check_ref_log_probs(
-    op: str,
-    loss: object,
-    ref_log_probs: Tensor | None,
-    sequences: int,
-    rows: int,
-    device: torch.device,
+    op: str, loss: object, ref_log_probs: Tensor | None, sequences: int, hidden: Tensor
 ) -> None:
     """Raises ValueError where the loss needs a reference that is missing or of another shape."""
-    reference = getattr(loss, "reference", None)
-    name = type(loss).__name__
+    reference, name = getattr(loss, "reference", None), type(loss).__name__
     if reference is None:
         return
     if ref_log_probs is None:
         raise ValueError(f"{op}: {name} compares with a reference: pass ref_log_probs")
-    expected = sequences if reference == "sequence" else rows
+    expected = sequences if reference == "sequence" else len(hidden)
     if ref_log_probs.shape != (expected,):
         raise ValueError(
             f"{op}: {name} needs ref_log_probs of shape ({expected},), one a {reference}, "
             f"got {tuple(ref_log_probs.shape)}"
         )
-    if ref_log_probs.device != device:
-        raise ValueError(f"{op}: hidden is on {device} but ref_log_probs on {ref_log_probs.device}")
-
-
-def _preview(values: Tensor, length: int = 8) -> str:
-    shown = ", ".join(str(int(v)) for v in values[:length])
-    return f"[{shown}{', …' if len(values) > length else ''}]"
+    if ref_log_probs.device != hidden.device:
+        raise ValueError(
+            f"{op}: hidden is on {hidden.device} but ref_log_probs on {ref_log_probs.device}"
+        )

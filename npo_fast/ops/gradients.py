@@ -1,17 +1,51 @@
 """Gradients of hidden states, weight and bias of a head: their memory, and GEMMs 2 and 3."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from npo_fast.kernels import layout
-from npo_fast.kernels.layout import column_stride, empty_gradients
-from npo_fast.kernels.pages import in_huge_pages
+from npo_fast.kernels.layout import column_stride, empty_gradients, in_huge_pages
 from npo_fast.kernels.products import add_product_
 from npo_fast.ops import cost
 from npo_fast.ops.head import Head
 
 Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+
+class OnePass(torch.autograd.Function):
+    """A loss whose forward pass computes the gradients of hidden, weight and bias too.
+
+    ``compute(needs, tensors)`` returns the loss, other results without gradient, and the gradients
+    times ``scale``. Another backward through a retained graph calls ``again`` in its place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[[Needs, Sequence[Any]], Any],
+        again: Callable[[Needs, Sequence[Any]], Any],
+        scale: float,
+        *tensors: Tensor | None,  # hidden, weight, bias, and what else ``compute`` takes
+    ) -> Any:
+        ctx.again, ctx.scale = again, scale
+        ctx.save_for_backward(*tensors)
+        loss, *others, ctx.gradients = compute(ctx.needs_input_grad[3:6], tensors)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            *_, gradients = ctx.again(ctx.needs_input_grad[3:6], ctx.saved_tensors)
+        others = [None] * (len(ctx.needs_input_grad) - 6)
+        return None, None, None, *scale_(gradients, upstream, ctx.scale), *others
 
 
 class HeadGradients:
@@ -142,10 +176,18 @@ def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
     return slices
 
 
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    """Returns None for each gradient that ``needs`` does not name: operators return no None."""
+    d_hidden, d_weight, d_bias = (
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
+
+
 def or_empty(
     gradients: Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns an empty tensor for each None: operators return no None."""
+    """Returns an empty tensor for each None."""
     nothing = empty_gradients(hidden, weight, bias, (False, False, False))
     d_hidden, d_weight, d_bias = (
         empty if gradient is None else gradient

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.kernels import layout
-from npo_fast.kernels.layout import empty_logits, opmath_dtype, padded_rows
+from npo_fast.kernels.layout import empty_logits, opmath_dtype, pad_rows, padded_rows, spans
+from npo_fast.kernels.products import linear_
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
@@ -78,9 +78,7 @@ class Head:
 
     def operand(self, hidden: Tensor) -> Tensor:  # (R, D) -> (padded R, D)
         """Returns ``hidden`` in the dtype of the logits, padded with zeros."""
-        more = self.padded(len(hidden)) - len(hidden)
-        hidden = hidden.to(self.logits_dtype)
-        return F.pad(hidden, (0, 0, 0, more)) if more else hidden
+        return pad_rows(hidden.to(self.logits_dtype), self.padded(len(hidden)))
 
     def logits(
         self, hidden: Tensor, buffer: Tensor
@@ -89,11 +87,8 @@ class Head:
         hidden = self.operand(hidden)
         logits = buffer[: len(hidden)]
         for columns, weight in self._weight_slices():
-            if self.bias is None:
-                torch.mm(hidden, weight.t(), out=logits[:, columns])
-            else:
-                bias = self.bias[columns].to(hidden.dtype)
-                torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
+            bias = None if self.bias is None else self.bias[columns]
+            linear_(logits[:, columns], hidden, weight, bias)
         return logits
 
     def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z
@@ -151,11 +146,5 @@ class Head:
             yield slice(0, vocabulary), self.weight
             return
         step = max(1, UPCAST_BYTES // (width * self.logits_dtype.itemsize))
-        for first in range(0, vocabulary, step):
-            columns = slice(first, min(first + step, vocabulary))
+        for columns in spans(vocabulary, step):
             yield columns, self.weight[columns].to(self.logits_dtype)
-
-
-def pad_rows(values: Tensor, rows: int) -> Tensor:  # (R,) -> (rows,)
-    """Returns ``values`` with zeros after them."""
-    return F.pad(values, (0, rows - len(values))) if rows > len(values) else values

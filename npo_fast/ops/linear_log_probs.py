@@ -1,20 +1,18 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from npo_fast.kernels.layout import empty_gradients
+from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
-from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.gradients import HeadGradients, or_empty
+from npo_fast.ops.autocast import no_autocast
+from npo_fast.ops.checks import check_label_values, check_labels, checked_head
+from npo_fast.ops.gradients import HeadGradients, or_empty, wanted
 from npo_fast.ops.head import Head
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def linear_log_probs(
@@ -24,7 +22,7 @@ def linear_log_probs(
     *,
     bias: Tensor | None = None,  # (V,)
     chunk_rows: int | None = None,
-    **transform: "Unpack[TransformOptions]",
+    **transform: Unpack[TransformOptions],
 ) -> Tensor:  # (N,)
     """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
 
@@ -51,9 +49,8 @@ def linear_log_probs(
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
     op = "linear_log_probs"
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     head_transform = HeadTransform(**transform)
-    check_head(op, hidden, weight, bias, head_transform)
+    hidden, weight, bias = checked_head(op, hidden, weight, bias, head_transform)
     check_labels(op, hidden, labels)
     step = resolve_chunk_rows(op, Head(weight, bias), len(hidden), chunk_rows)
     log_probs, _ = _forward(hidden, weight, bias, labels.long(), step, *head_transform)
@@ -114,9 +111,9 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Any, labels: Any, chunk_rows: int, *_: Any
+    hidden: Tensor, weight: Any, bias: Any, labels: Any, chunk_rows: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    log_probs = hidden.new_empty(hidden.shape[:1], dtype=Head(weight).opmath_dtype)
+    log_probs = empty_per_row(hidden)
     return log_probs, log_probs.new_empty(0 if chunk_rows else hidden.shape[0])
 
 
@@ -171,10 +168,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = _backward(g, *ctx.saved_tensors, needs, *ctx.settings)
-    wanted = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return *wanted, None, *[None] * len(ctx.settings)
+    return *wanted(gradients, needs), None, *[None] * len(ctx.settings)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

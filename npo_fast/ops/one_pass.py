@@ -19,9 +19,9 @@ operator, loss and g, backward operator. The parts of a problem have one name ea
     slab    the part of a chunk that plain PyTorch code takes at a time, so that it stays in cache
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale
+from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale, wanted
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
 from npo_fast.ops.skipping import Skipped, without_small_rows
@@ -82,7 +82,6 @@ class LossConfig:
     count: int  # the sum over sequences is divided by it
     chunk_rows: int  # 0: no logits at all
     skip_below: float = 0.0
-    skipped: Skipped | None = None
     vocabulary: VocabularySlice | None = None  # weight and bias are those of a slice
 
     def head(self, inputs: Inputs) -> Head:
@@ -102,12 +101,8 @@ class Group(NamedTuple):
     cu_seqlens: Tensor  # (s + 1,) counted from the first row, on the device of the rows
     ref_log_probs: Tensor | None  # (s,), (n,) or None
 
-    @property
-    def row_count(self) -> int:
-        """Rows of all its sequences."""
-        return self.rows.stop - self.rows.start
 
-
+@torch.no_grad()
 def loss_alone(config: LossConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     """Returns the loss and the log-probs of the sequences, and makes no gradient."""
     log_probs = config.head(inputs).log_probs(inputs.hidden, inputs.labels)
@@ -117,9 +112,13 @@ def loss_alone(config: LossConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:  # 
 
 
 def loss_and_gradients(
-    config: LossConfig, needs: Needs, inputs: Inputs
+    config: LossConfig,
+    needs: Needs,
+    tensors: Sequence[Any],  # those of Inputs
+    skipped: Skipped | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,), gradients times config.gradient_scale
     """Returns the loss, the log-probs of the sequences, and the gradients that ``needs`` names."""
+    inputs = Inputs(*tensors)
     if config.chunk_rows == 0:
         return _loss_and_gradients_without_logits(config, needs, inputs)
     hidden, labels, head = inputs.hidden, inputs.labels, config.head(inputs)
@@ -139,7 +138,7 @@ def loss_and_gradients(
 
     for group in _groups(config, inputs):
         g, chunks = None, [group.rows]
-        if group.row_count > config.chunk_rows:
+        if group.rows.stop - group.rows.start > config.chunk_rows:
             # a longer sequence needs all of its log-probs before g: one more GEMM 1
             chunks = split_rows(group.rows, config.chunk_rows)
             g = differentiate_loss(group, head.log_probs(hidden[group.rows], labels[group.rows]))
@@ -152,7 +151,7 @@ def loss_and_gradients(
             g_rows, kept = g[rows.start - group.rows.start :][:count], None
             if config.skip_below > 0:
                 logits, h, softmax, g_rows, kept = without_small_rows(
-                    head, logits, h, softmax, g_rows, alpha, config.skip_below, config.skipped
+                    head, logits, h, softmax, g_rows, alpha, config.skip_below, skipped
                 )
             head.differentiate_(logits, softmax, g_rows)  # in place: logits <- d loss / d logits
             gradients.set_hidden(rows, logits, alpha, kept)  # GEMM 2: logits @ weight
@@ -175,10 +174,7 @@ def _loss_and_gradients_without_logits(
         g * (scale * config.gradient_scale(weight.dtype)),
         hidden, weight, labels, bias, log_probs, lse, *config.transform, needs,
     )  # fmt: skip
-    d_hidden, d_weight, d_bias = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return value * scale, sequence_log_probs, (d_hidden, d_weight, d_bias)
+    return value * scale, sequence_log_probs, wanted(gradients, needs)
 
 
 def _groups(config: LossConfig, inputs: Inputs) -> Iterator[Group]:

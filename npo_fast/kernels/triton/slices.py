@@ -10,6 +10,7 @@ nothing crosses lanes before the slice ends. The label may stay apart:
 ``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
 """
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, processors
-from npo_fast.kernels.triton.math import activate
+from npo_fast.kernels.triton.math import activate, transform_arguments
 
 # finite, so that the difference of two of them is 0 and not NaN
 LOWEST = tl.constexpr(-3.0e38)
+# of a program that calls ``join``: its rows, and the slices that it joins at a time
+JOIN = MappingProxyType({"BLOCK_R": 32, "BLOCK_S": 32})
 ALIGNED = 16  # rows: what Triton takes for divisible, and more than 16 bytes
 
 
@@ -165,8 +168,7 @@ def slice_sums(
     slice_sums_kernel[(grid.row_blocks, grid.slices)](
         logits, None if labels is None else labels.contiguous(), peaks, totals,
         rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
-        transform.softcap or 1.0, transform.logit_scale,
-        HAS_LABELS=labels is not None, SOFTCAP=transform.softcap is not None,
+        **transform_arguments(transform), HAS_LABELS=labels is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return Sums(peaks, totals)
