@@ -2,16 +2,9 @@
 
     z = logit_scale * softcap * tanh(a / softcap)      (softcap optional)
 
-This is the one place in Python that lists the settings: operators take the fields as numbers, by
-``schema``, and every function above and below passes a ``HeadTransform`` on. A new setting needs
-three files:
-
-    npo_fast/kernels/transform.py    its field, option, formula, slope and bound, schema argument
-    csrc/transform.h                 the same for the C++ kernels, which are then built anew
-    npo_fast/model/causal_lm.py      the name that configs of models have for it
-
-Triton kernels leave a setting that they do not know to the reference, until ``triton/math.py`` has
-it and hands it to them.
+This is the one place in Python that lists the settings (``csrc/transform.h`` in C++): operators
+take the fields as numbers, by ``schema``, and every function above and below passes a
+``HeadTransform`` on. ``docs/design.md`` says what a new setting needs.
 """
 
 import inspect

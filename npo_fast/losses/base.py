@@ -1,5 +1,6 @@
 """Base classes of the losses: a formula written once gives the values and their derivative."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -11,10 +12,22 @@ from npo_fast.ops import Reference, segment_sum
 
 
 class _Loss(ABC):
-    """A loss that follows ``npo_fast.ops.SequenceLoss``."""
+    """A dataclass of coefficients that follows ``npo_fast.ops.SequenceLoss``."""
 
     reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
+    least: ClassVar[float] = -math.inf  # of every coefficient
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a coefficient makes no sense; beta must be positive."""
+        for name, value in vars(self).items():
+            if name == "beta":
+                sound, rule = 0 < value < math.inf, "positive and finite"
+            else:
+                at_least = "" if self.least == -math.inf else f" and at least {self.least:g}"
+                sound, rule = self.least <= value < math.inf, f"finite{at_least}"
+            if not (sound and value > -math.inf):
+                raise ValueError(f"{type(self).__name__}: {name} must be {rule}, got {value}")
 
     def __call__(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -91,18 +104,3 @@ def log_sigmoid_penalty(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``-(2 / beta) * logsigmoid(-x)`` and its derivative in x / beta, 2 sigmoid(x)."""
     return -(2 / beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x)
-
-
-def check_positive(loss: object, field: str) -> None:
-    """Raises ValueError unless the field is positive and finite."""
-    value = getattr(loss, field)
-    if not 0 < value < torch.inf:
-        raise ValueError(f"{type(loss).__name__}: {field} must be positive and finite, got {value}")
-
-
-def check_finite(loss: object, field: str, least: float = -torch.inf) -> None:
-    """Raises ValueError unless the field is finite and at least ``least``."""
-    value = getattr(loss, field)
-    if not (least <= value < torch.inf and value > -torch.inf):
-        at_least = "" if least == -torch.inf else f" and at least {least:g}"
-        raise ValueError(f"{type(loss).__name__}: {field} must be finite{at_least}, got {value}")

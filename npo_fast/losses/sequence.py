@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from npo_fast.losses.base import OfSequence, check_finite, check_positive, log_sigmoid_penalty
+from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
 from npo_fast.ops import Reference, linear_sequence_loss
 
 
@@ -44,9 +44,6 @@ class NPO(OfSequence):
     beta: float = 0.1
     reference: ClassVar[Reference] = "sequence"
 
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
-
     def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return log_sigmoid_penalty(self.beta * r, self.beta)
 
@@ -66,10 +63,6 @@ class SimNPO(OfSequence):
 
     beta: float = 2.5
     delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
-        check_finite(self, "delta")
 
     def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         length = tokens.clamp(min=1)
@@ -92,9 +85,6 @@ class DPO(OfSequence):
     reference: ClassVar[Reference] = "sequence"
     group: ClassVar[int] = 2
 
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
-
     def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         values, slope = log_sigmoid_penalty(self.beta * (r[1::2] - r[::2]), self.beta)
         return values, torch.stack([-slope, slope], dim=1).flatten()
@@ -115,10 +105,6 @@ class KTO(OfSequence):
     beta: float = 0.1
     z: float = 0.0
     reference: ClassVar[Reference] = "sequence"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
-        check_finite(self, "z")
 
     def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         values, slope = log_sigmoid_penalty(self.beta * r - self.z, self.beta)

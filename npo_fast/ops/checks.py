@@ -1,12 +1,25 @@
-"""Checks of the public operators: ValueErrors that name the offending shape or value."""
+"""What the public operators are given: ValueErrors that name the shape or value; autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform, check_transform
-from npo_fast.ops.autocast import autocast_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# computed at import: torch.compile of PyTorch 2.11 cannot ask
+DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
+WITH_AUTOCAST = frozenset(name for name in DEVICES if torch.amp.is_autocast_available(name))
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Returns a context without autocast on the device of ``tensor``.
+
+    The operators choose the dtype of each GEMM, and fp32 sums must stay fp32.
+    """
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else nullcontext()
 
 
 def checked_head(
@@ -18,14 +31,21 @@ def checked_head(
     prefix: str = "",
     constant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the tensors of a head in autocast's dtype, detached where ``constant`` or no grad.
+    """Returns the tensors of a head as its operator takes them.
 
-    ``prefix`` stands before the names of the arguments in the messages.
+    Where autocast is on they are cast as ``torch.nn.functional.linear`` casts them; gradients pass
+    through. They are detached where ``constant`` or where gradients are off. ``prefix`` stands
+    before the names of the arguments in the messages.
 
     Raises:
         ValueError: shapes, dtypes, devices and transform do not fit together.
     """
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    device = hidden.device.type
+    autocast = device in WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {prefix}hidden must be (N, D) and {prefix}weight (V, D) with the same D, "

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from npo_fast.kernels.layout import empty_gradients, opmath_dtype
 from npo_fast.kernels.transform import HeadTransform, schema
-from npo_fast.ops.autocast import no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_label_values
-from npo_fast.ops.gradients import Gradients, gradient_scale, or_empty, scale_, wanted
+from npo_fast.ops.checks import check_cu_seqlens, check_label_values, no_autocast
+from npo_fast.ops.gradients import Gradients, gradient_scale, scale_, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 
 # in these versions Dynamo cannot pass a frozen dataclass to a function: the loss breaks the graph
@@ -80,7 +79,7 @@ def _backward_operator(
     if gradients is None:  # another backward through a retained graph starts anew
         _, _, gradients = _evaluate(inputs, *operands[6:])
     scale_(gradients, upstream, gradient_scale(inputs.weight.dtype, count))
-    return or_empty(gradients, inputs.hidden, inputs.weight, inputs.bias)
+    return gradients
 
 
 def _evaluate(

@@ -12,8 +12,7 @@ from typing_extensions import Unpack
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
 from npo_fast.ops import cost
-from npo_fast.ops.autocast import no_autocast
-from npo_fast.ops.checks import check_label_values, check_labels, checked_head
+from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
 from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, OnePass, gradient_scale
 from npo_fast.ops.graph_break import breaks_graph
 from npo_fast.ops.head import Head
@@ -49,18 +48,15 @@ def linear_kl(
     With ``labels`` the reference is taken to like them less by ``demotion``: the target of UNDIAL.
 
     Args:
-        hidden: rows of the model, (N, D), fp32, bf16, fp16 or fp64.
-        weight: the head, (V, D), in the dtype of ``hidden``. Frozen: its GEMM is not done.
+        hidden, weight, bias, softcap, logit_scale: as in ``linear_sequence_loss``.
         ref_hidden: the same rows under the reference, (N, D'), in the dtype of ``hidden``.
         ref_weight: the reference's head, (V, D'), in the same dtype.
-        bias, ref_bias: (V,) or None.
+        ref_bias, ref_softcap, ref_logit_scale: as those of the model.
         labels: the tokens to demote, (N,), int64 or int32, in [0, V); None demotes nothing.
         demotion: nats that the reference's logit of each label is lowered by, 0 or more.
         reduction: "mean" over rows, or "sum".
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``, and what 96 MiB hold of the reference's.
-        softcap, ref_softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
-        logit_scale, ref_logit_scale: factors on the (capped) logits, by default 1.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The

@@ -9,9 +9,8 @@ from typing_extensions import Unpack
 
 from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
-from npo_fast.ops.autocast import no_autocast
-from npo_fast.ops.checks import check_label_values, check_labels, checked_head
-from npo_fast.ops.gradients import HeadGradients, or_empty, wanted
+from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
+from npo_fast.ops.gradients import HeadGradients, wanted
 from npo_fast.ops.head import Head
 
 
@@ -31,16 +30,10 @@ def linear_log_probs(
     ``torch.compile`` takes it into its graph and checks the labels when the graph runs.
 
     Args:
-        hidden: rows that predict a label, (N, D), fp32, bf16, fp16 or fp64.
-        weight: the head, (V, D), in the dtype of ``hidden``.
-        labels: the token each row predicts, (N,), int64 or int32, in [0, V): already shifted.
-        bias: (V,) or None.
+        hidden, weight, labels, bias, softcap, logit_scale: as in ``linear_sequence_loss``.
         chunk_rows: rows whose logits are alive at a time in the backward pass; None takes the
-            fastest way of ``npo_fast.ops.cost``, which is all of them where they fit the memory
-            that the weight's gradient takes later; 0 makes none. The forward pass never has more
+            fastest way of ``npo_fast.ops.cost``; 0 makes none. The forward pass never has more
             than a tile of 32 MiB.
-        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
-        logit_scale: factor on the (capped) logits, by default 1.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -94,19 +87,12 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
     schema=f"({_HEAD}, int chunk_rows, {schema()}) -> (Tensor, Tensor)",
 )
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chunk_rows: int,
-    *transform: Any,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, step: int, *fields: Any
 ) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
     check_label_values("linear_log_probs", labels, len(weight))
     with no_autocast(hidden):
-        log_probs, lse = torch.ops.npo_fast.linear_log_probs(
-            hidden, weight, labels, bias, *transform
-        )
-    return log_probs, lse if chunk_rows == 0 else lse.new_empty(0)
+        log_probs, lse = torch.ops.npo_fast.linear_log_probs(hidden, weight, labels, bias, *fields)
+    return log_probs, lse if step == 0 else lse.new_empty(0)
 
 
 @_forward.register_fake
@@ -148,7 +134,7 @@ def _backward(
             head.differentiate_(logits, softmax, g[rows])
             gradients.set_hidden(rows, logits)  # GEMM 2
             gradients.add_weight(logits, hidden[rows])  # GEMM 3
-    return or_empty(gradients.finish(), hidden, weight, bias)
+    return gradients.finish()
 
 
 @_backward.register_fake

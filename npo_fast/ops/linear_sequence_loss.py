@@ -9,13 +9,13 @@ from typing_extensions import Unpack
 
 from npo_fast.kernels.transform import HeadTransform, TransformOptions
 from npo_fast.ops import compiled
-from npo_fast.ops.autocast import no_autocast
 from npo_fast.ops.checks import (
     check_cu_seqlens,
     check_label_values,
     check_labels,
     check_ref_log_probs,
     checked_head,
+    no_autocast,
 )
 from npo_fast.ops.gradients import OnePass
 from npo_fast.ops.graph_break import breaks_graph

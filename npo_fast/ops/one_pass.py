@@ -29,7 +29,7 @@ from torch import Tensor
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale, wanted
+from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
 from npo_fast.ops.skipping import Skipped, without_small_rows
@@ -174,7 +174,7 @@ def _loss_and_gradients_without_logits(
         g * (scale * config.gradient_scale(weight.dtype)),
         hidden, weight, labels, bias, log_probs, lse, *config.transform, needs,
     )  # fmt: skip
-    return value * scale, sequence_log_probs, wanted(gradients, needs)
+    return value * scale, sequence_log_probs, gradients
 
 
 def _groups(config: LossConfig, inputs: Inputs) -> Iterator[Group]:

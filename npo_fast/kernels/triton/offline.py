@@ -101,22 +101,16 @@ def table(records: Iterable[Record]) -> list[dict[str, str | int | float]]:
 
 def _record(variant: Variant) -> Record:
     target = TARGETS_OFFLINE[variant.target]
-    compiled = triton.compile(
-        _source(variant), target=target.gpu, options={**variant.options, "enable_fp_fusion": True}
-    )
-    if target.gpu.backend == "cuda":
-        registers, spill_bytes, code = _read_cubin(compiled.asm["cubin"])
-    else:
-        registers, spill_bytes, code = _read_amdgcn(compiled.asm["amdgcn"])
-    return Record(
-        variant.kernel, variant.name, variant.dtype, variant.target, variant.config,
-        registers=registers,
-        spill_bytes=spill_bytes,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit_bytes=target.shared_limit_bytes,
-        wide_loads=len(re.findall(target.wide_load, code)),
-        h100_floor_ms=h100_floor_ms(0.0, variant.moved_bytes) if variant.moved_bytes else None,
-    )  # fmt: skip
+    options = {**variant.options, "enable_fp_fusion": True}
+    compiled = triton.compile(_source(variant), target=target.gpu, options=options)
+    cuda = target.gpu.backend == "cuda"
+    code_of = _read_cubin if cuda else _read_amdgcn
+    registers, spill_bytes, code = code_of(compiled.asm["cubin" if cuda else "amdgcn"])
+    identity = variant.kernel, variant.name, variant.dtype, variant.target, variant.config
+    shared = compiled.metadata.shared, target.shared_limit_bytes
+    wide_loads = len(re.findall(target.wide_load, code))
+    floor = h100_floor_ms(0.0, variant.moved_bytes) if variant.moved_bytes else None
+    return Record(*identity, registers, spill_bytes, *shared, wide_loads, floor)
 
 
 def _source(variant: Variant) -> ASTSource:
