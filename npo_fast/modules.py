@@ -42,11 +42,9 @@ class FusedLinearSequenceLoss(nn.Module):
         **transform: Unpack[TransformOptions],
     ) -> None:
         super().__init__()
-        self.loss = loss
-        self.transform = transform
+        self.loss, self.transform, self.chunk_rows = loss, transform, chunk_rows
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
-        self.chunk_rows = chunk_rows
 
     def forward(
         self,
@@ -81,10 +79,10 @@ class FusedLinearSequenceLoss(nn.Module):
                 f"got {tuple(hidden.shape)} and {tuple(target.shape)}"
             )
         if (hidden.dim() == 2) != (cu_seqlens is not None):
+            offsets = None if cu_seqlens is None else tuple(cu_seqlens.shape)
             raise ValueError(
                 f"{op}: cu_seqlens belongs to flat (N, D) hidden states and to no other, got "
-                f"hidden {tuple(hidden.shape)} and cu_seqlens "
-                f"{None if cu_seqlens is None else tuple(cu_seqlens.shape)}"
+                f"hidden {tuple(hidden.shape)} and cu_seqlens {offsets}"
             )
         keep = target != self.ignore_index
         if self.loss.reference == "token" and ref_log_probs is not None:

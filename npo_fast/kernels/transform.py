@@ -61,9 +61,8 @@ class PairedTransformOptions(TransformOptions, total=False):
 
 def paired_transforms(**options: Any) -> tuple[HeadTransform, HeadTransform]:
     """Returns the transforms of a model and its reference from ``PairedTransformOptions``."""
-    ref = {name: value for name, value in options.items() if name.startswith("ref_")}
-    model = {name: value for name, value in options.items() if name not in ref}
-    ref = {name.removeprefix("ref_"): value for name, value in ref.items()}
+    ref = {k.removeprefix("ref_"): v for k, v in options.items() if k.startswith("ref_")}
+    model = {k: v for k, v in options.items() if not k.startswith("ref_")}
     return HeadTransform(**model), HeadTransform(**ref)
 
 

@@ -3,11 +3,13 @@
 The forward operator computes the gradients and keeps them outside of the graph, under the address
 of a small tensor that the graph passes to the backward operator. If they were values of the graph,
 scaling them would allocate a second gradient of the head. Operators take only numbers and tensors,
-so a loss is passed as its number in a table.
+so a loss is passed as its number in a table. ``breaks_graph`` is for what cannot be traced.
 """
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +24,34 @@ from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gra
 # in these versions Dynamo cannot pass a frozen dataclass to a function: the loss breaks the graph
 IN_GRAPH = not "2.11" <= torch.__version__[:4] < "2.13"
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _numbered: dict[SequenceLoss, int] = {}
 _kept: dict[int, Gradients] = {}  # by the address of their key, as long as that lives
+
+
+def breaks_graph(
+    unless: Callable[..., bool] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function that runs between two graphs of ``torch.compile``.
+
+    With ``unless``, a function of the same arguments, calls for which it is true are traced.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        outside: Any = torch.compiler.disable(function)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            traced = unless is not None and unless(*args, **kwargs)
+            if torch.compiler.is_compiling() and not traced:
+                return outside(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @torch.compiler.assume_constant_result
@@ -87,7 +115,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, Gradients]:
     config = LossConfig(list(_numbered)[loss], HeadTransform(*transform), count, chunk_rows)
     with no_autocast(inputs.hidden):
-        return loss_and_gradients(config, (needs[0], needs[1], needs[2]), inputs)
+        return loss_and_gradients(config, needs, inputs)
 
 
 def _keep(gradients: Gradients) -> Tensor:  # (1,) on the CPU

@@ -13,7 +13,7 @@ from npo_fast.kernels.products import add_product_
 from npo_fast.ops import cost
 from npo_fast.ops.head import Head
 
-Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
+Needs = Sequence[bool]  # whether hidden, weight and bias want a gradient
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; empty where not wanted
 
 
@@ -178,7 +178,7 @@ def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
     return slices
 
 
-def wanted(gradients: Gradients, needs: Sequence[bool]) -> list[Tensor | None]:
+def wanted(gradients: Gradients, needs: Needs) -> list[Tensor | None]:
     """Returns the gradients as autograd takes them, with None for those that are not wanted."""
     return [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
 

@@ -13,8 +13,8 @@ from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
 from npo_fast.ops import cost
 from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
+from npo_fast.ops.compiled import breaks_graph
 from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, OnePass, gradient_scale
-from npo_fast.ops.graph_break import breaks_graph
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
 

@@ -1,6 +1,5 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from typing_extensions import Unpack
 from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
 from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
-from npo_fast.ops.gradients import HeadGradients, wanted
+from npo_fast.ops.gradients import Gradients, HeadGradients, wanted
 from npo_fast.ops.head import Head
 
 
@@ -86,19 +85,19 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
     mutates_args=(),
     schema=f"({_HEAD}, int chunk_rows, {schema()}) -> (Tensor, Tensor)",
 )
-def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, step: int, *fields: Any
-) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
+def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
+    """Returns log_probs (N,), and lse (N,) or, where the backward pass has chunks, nothing."""
+    hidden, weight, bias, labels, chunk_rows, *transform = operands
     check_label_values("linear_log_probs", labels, len(weight))
     with no_autocast(hidden):
-        log_probs, lse = torch.ops.npo_fast.linear_log_probs(hidden, weight, labels, bias, *fields)
-    return log_probs, lse if step == 0 else lse.new_empty(0)
+        log_probs, lse = torch.ops.npo_fast.linear_log_probs(
+            hidden, weight, labels, bias, *transform
+        )
+    return log_probs, lse if chunk_rows == 0 else lse.new_empty(0)
 
 
 @_forward.register_fake
-def _(
-    hidden: Tensor, weight: Any, bias: Any, labels: Any, chunk_rows: int, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Any, bias: Any, labels: Any, chunk_rows: int, *_: Any) -> Any:
     log_probs = empty_per_row(hidden)
     return log_probs, log_probs.new_empty(0 if chunk_rows else hidden.shape[0])
 
@@ -109,25 +108,15 @@ def _(
     schema=f"(Tensor g, {_HEAD}, Tensor log_probs, Tensor lse, bool[] needs, int chunk_rows, "
     f"{schema()}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(
-    g: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    log_probs: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
-    chunk_rows: int,
-    *transform: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
+def _backward(*operands: Any) -> Gradients:
+    g, hidden, weight, bias, labels, log_probs, lse, needs, chunk_rows, *transform = operands
     with no_autocast(hidden):
         if chunk_rows == 0:
             return torch.ops.npo_fast.linear_log_probs_backward(
                 g, hidden, weight, labels, bias, log_probs, lse, *transform, needs
             )
         head = Head(weight, bias, HeadTransform(*transform))
-        gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]), chunk_rows)
+        gradients = HeadGradients(head, hidden, needs, chunk_rows)
         for rows in split_rows(slice(0, len(hidden)), chunk_rows):
             logits = head.logits(hidden[rows], gradients.logits)  # GEMM 1
             softmax = head.softmax(logits, hidden[rows], labels[rows])
@@ -138,11 +127,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Any, log_probs: Any,
-    lse: Any, needs: Sequence[bool], *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return empty_gradients(hidden, weight, bias, needs)
+def _(g: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradients:
+    return empty_gradients(hidden, weight, bias, needs=rest[3])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

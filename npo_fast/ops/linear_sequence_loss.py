@@ -18,7 +18,6 @@ from npo_fast.ops.checks import (
     no_autocast,
 )
 from npo_fast.ops.gradients import OnePass
-from npo_fast.ops.graph_break import breaks_graph
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
@@ -43,7 +42,7 @@ def _fits_a_graph(
     return in_graph and skip_below == 0 and vocabulary is None
 
 
-@breaks_graph(unless=_fits_a_graph)
+@compiled.breaks_graph(unless=_fits_a_graph)
 def linear_sequence_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

@@ -96,12 +96,12 @@ def row_kl(
     config = config or row_config()
     sums = _row_sums(logits, transform, config)
     ref_sums = _row_sums(ref_logits, ref_transform, config)
-    grid = grid_of(logits, config)
-    kls = logits.new_empty(grid.slices, rows, dtype=torch.float32)
-    row_kl_kernel[(grid.row_blocks, grid.slices)](
+    grid, slice_columns = grid_of(logits, config)
+    kls = logits.new_empty(grid[1], rows, dtype=torch.float32)
+    row_kl_kernel[grid](
         logits, ref_logits, *sums, *ref_sums, kls,
         rows, min(reachable_rows(logits), reachable_rows(ref_logits)), columns,
-        *logits.stride(), *ref_logits.stride(), grid.slice_columns,
+        *logits.stride(), *ref_logits.stride(), slice_columns,
         **transform_arguments(transform), **transform_arguments(ref_transform, "ref_"),
         BLOCK_R=config.block_rows, BLOCK_C=config.kl_block_columns, num_warps=config.num_warps,
     )  # fmt: skip

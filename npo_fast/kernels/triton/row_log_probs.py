@@ -117,13 +117,13 @@ def row_gradient(
 ) -> None:
     """Launches the gradient kernel: logits become the gradient of the loss in them."""
     config = config or row_config()
-    grid = grid_of(logits, config)
     if not logits.numel():
         return
+    grid, slice_columns = grid_of(logits, config)
     row_operands = (t.contiguous() for t in (labels, log_probs, shift, share, g))
-    gradient_kernel[(grid.row_blocks, grid.slices)](
+    gradient_kernel[grid](
         logits, *row_operands,
-        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), grid.slice_columns,
+        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), slice_columns,
         **transform_arguments(transform),
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip

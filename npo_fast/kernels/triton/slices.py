@@ -36,22 +36,17 @@ class Sums(NamedTuple):
     totals: Tensor  # (S, N) fp32, of exp(z - peak)
 
 
-class Grid(NamedTuple):
-    """The launch grid over (N, C) logits: a program takes a block of rows times a slice."""
+def grid_of(logits: Tensor, config: RowConfig) -> tuple[tuple[int, int], int]:  # (N, C)
+    """Returns the launch grid, blocks of rows times slices, and the columns of a slice.
 
-    row_blocks: int
-    slices: int
-    slice_columns: int
-
-
-def grid_of(logits: Tensor, config: RowConfig) -> Grid:  # (N, C)
-    """Returns enough slices to fill the GPU, each a multiple of a block's columns."""
+    Slices are as many as fill the GPU, each a multiple of a block's columns.
+    """
     rows, columns = logits.shape
     row_blocks = max(1, triton.cdiv(rows, config.block_rows))
     blocks = triton.cdiv(columns, config.block_columns)
     wanted = triton.cdiv(processors(logits.device) * config.programs, row_blocks)
     slice_columns = triton.cdiv(blocks, min(wanted, blocks)) * config.block_columns
-    return Grid(row_blocks, triton.cdiv(columns, slice_columns), slice_columns)
+    return (row_blocks, triton.cdiv(columns, slice_columns)), slice_columns
 
 
 def reachable_rows(logits: Tensor) -> int:  # (N, C)
@@ -160,14 +155,14 @@ def slice_sums(
 ) -> Sums:
     """Launches the kernel: logsumexp of each row over each slice."""
     rows, columns = logits.shape
-    grid = grid_of(logits, config)
-    peaks = logits.new_empty(grid.slices, rows, dtype=torch.float32)
+    grid, slice_columns = grid_of(logits, config)
+    peaks = logits.new_empty(grid[1], rows, dtype=torch.float32)
     totals = torch.empty_like(peaks)
     if not rows:
         return Sums(peaks, totals)
-    slice_sums_kernel[(grid.row_blocks, grid.slices)](
+    slice_sums_kernel[grid](
         logits, None if labels is None else labels.contiguous(), peaks, totals,
-        rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
+        rows, reachable_rows(logits), columns, *logits.stride(), slice_columns,
         **transform_arguments(transform), HAS_LABELS=labels is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
