@@ -62,7 +62,7 @@ def checked_head(
         )
     check_transform(op, transform, prefix)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        _check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
+        check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
     if constant or not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
@@ -78,10 +78,11 @@ def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    _check_device(op, "hidden", hidden, "labels", labels)
+    check_device(op, "hidden", hidden, "labels", labels)
 
 
-def _check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor | None) -> None:
+def check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor | None) -> None:
+    """Raises ValueError where ``moved`` is not on the device of ``tensor``."""
     if moved is not None and moved.device != tensor.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device} but {other} on {moved.device}; "
@@ -155,7 +156,4 @@ def check_ref_log_probs(
             f"{op}: {name} needs ref_log_probs of shape ({expected},), one a {reference}, "
             f"got {tuple(ref_log_probs.shape)}"
         )
-    if ref_log_probs.device != hidden.device:
-        raise ValueError(
-            f"{op}: hidden is on {hidden.device} but ref_log_probs on {ref_log_probs.device}"
-        )
+    check_device(op, "hidden", hidden, "ref_log_probs", ref_log_probs)

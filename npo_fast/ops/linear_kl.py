@@ -12,7 +12,13 @@ from typing_extensions import Unpack
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
 from npo_fast.ops import cost
-from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
+from npo_fast.ops.checks import (
+    check_device,
+    check_label_values,
+    check_labels,
+    checked_head,
+    no_autocast,
+)
 from npo_fast.ops.compiled import breaks_graph
 from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, OnePass, gradient_scale
 from npo_fast.ops.head import Head
@@ -111,11 +117,10 @@ def _kl_and_gradients(
     """Returns the scaled sum of KL over rows, and the gradients of hidden, weight and bias."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = tensors
     head, ref_head = Head(weight, bias, transforms[0]), Head(ref_weight, ref_bias, transforms[1])
-    step = chunk_rows
-    if step is None and needs[1]:
+    if chunk_rows is None and needs[1]:
         problem = replace(head.problem(len(hidden), True), makes_logits=True)
-        step = problem.choose().chunk_rows
-    step = step or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
+        chunk_rows = problem.choose().chunk_rows
+    step = chunk_rows or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
     gradients = HeadGradients(head, hidden, needs, step)
     alpha = scale * gradient_factor
     total = hidden.new_zeros((), dtype=torch.float64)
@@ -162,9 +167,8 @@ def divergences(
                 part_labels = pad_rows(labels[part], len(ref_logits))
                 ref_transform = _demote_(ref_logits, part_labels, demotion, ref_transform)
             part_logits = logits[part.start - rows.start :][: len(ref_logits)]
-            kl = torch.ops.npo_fast.row_kl_(
-                part_logits, ref_logits, *head.transform, *ref_transform
-            )
+            transforms = *head.transform, *ref_transform
+            kl = torch.ops.npo_fast.row_kl_(part_logits, ref_logits, *transforms)
             kls.append(kl[: part.stop - part.start])
         yield rows, torch.cat(kls), logits
 
@@ -201,7 +205,4 @@ def _check_pair(
             f"{op}: model and reference must have one dtype, got {hidden.dtype} and "
             f"{ref_hidden.dtype}"
         )
-    if ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"{op}: hidden is on {hidden.device} but ref_hidden on {ref_hidden.device}"
-        )
+    check_device(op, "hidden", hidden, "ref_hidden", ref_hidden)

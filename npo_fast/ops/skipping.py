@@ -65,15 +65,9 @@ def without_small_rows(
     if not bool(small.any()):
         return logits, hidden, softmax, g, None
     kept = (~small).nonzero().squeeze(1)
-    compact_(logits, kept)
+    step = max(1, SLAB_BYTES // (max(1, len(kept)) * logits.itemsize))
+    front = logits[: len(kept)]
+    for target, source in zip(front.split(step, dim=1), logits.split(step, dim=1), strict=True):
+        target.copy_(source.index_select(0, kept))
     padded = head.padded(len(kept))
     return logits[:padded], hidden[kept], softmax.select(kept, padded), g[kept], kept
-
-
-def compact_(chunk: Tensor, rows: Tensor) -> Tensor:  # (R, V), (K,) -> (K, V), a view of chunk
-    """Moves ``rows`` (ascending) to the front of the chunk, a slab of columns at a time."""
-    front = chunk[: len(rows)]
-    step = max(1, SLAB_BYTES // (max(1, len(rows)) * chunk.itemsize))
-    for target, source in zip(front.split(step, dim=1), chunk.split(step, dim=1), strict=True):
-        target.copy_(source.index_select(0, rows))
-    return front
