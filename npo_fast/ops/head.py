@@ -25,6 +25,7 @@ class Softmax(NamedTuple):
     """
 
     log_probs: Tensor  # (R,) of the labels
+    lse: Tensor  # (R,)
     labels: Tensor  # (R,)
     shift: Tensor  # (R,)
     share: Tensor  # (R,)
@@ -106,12 +107,15 @@ class Head:
         self, logits: Tensor, hidden: Tensor, labels: Tensor
     ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
         """Runs the first row kernel: log-probs of the labels and the softmax of raw logits."""
-        target = self._target_logits(hidden, labels, len(logits))
+        target = None
+        if self.logits_dtype != self.opmath_dtype:  # half precision: the label's from an fp32 dot
+            target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
+            target = pad_rows(target, len(logits))
         labels = pad_rows(labels, len(logits))
-        log_probs, _, shift, share = torch.ops.npo_fast.row_log_probs(
+        log_probs, lse, shift, share = torch.ops.npo_fast.row_log_probs(
             logits, labels, target, *self.transform
         )
-        return Softmax(log_probs, labels, shift, share)
+        return Softmax(log_probs, lse, labels, shift, share)
 
     def differentiate_(self, logits: Tensor, softmax: Softmax, g: Tensor) -> None:
         """Runs the second row kernel: logits <- the gradient in them, in place.
@@ -131,13 +135,6 @@ class Head:
         for columns, weight in self._weight_slices():
             beta = int(columns.start > 0)
             out.addmm_(logits_gradient[:, columns], weight, beta=beta, alpha=alpha)
-
-    def _target_logits(self, hidden: Tensor, labels: Tensor, padded: int) -> Tensor | None:
-        """Returns raw logits of the labels from an fp32 dot where logits are half precision."""
-        if self.logits_dtype == self.opmath_dtype:
-            return None
-        target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
-        return pad_rows(target, padded)
 
     def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the weight in ``logits_dtype``: itself, or converted slices of its rows."""

@@ -94,17 +94,11 @@ class SlicedHead(Head):
         self, logits: Tensor, hidden: Tensor, labels: Tensor
     ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
         """Runs the row kernel on this slice, and normalises over the whole vocabulary."""
-        padded = len(logits)
-        target = self._target_logits(hidden, self.vocabulary.localize(labels)[0], padded)
-        column, mine = self.vocabulary.localize(pad_rows(labels, padded))
-        log_probs, local_lse, shift, share = torch.ops.npo_fast.row_log_probs(
-            logits, column, target, *self.transform
-        )
-        log_probs, lse = self._combine(log_probs, local_lse, mine)
-        outside = column.new_full((), -1)
-        return Softmax(
-            log_probs, torch.where(mine, column, outside), shift, share * torch.exp(local_lse - lse)
-        )
+        column, mine = self.vocabulary.localize(pad_rows(labels, len(logits)))
+        local = super().softmax(logits, hidden, column[: len(labels)])
+        log_probs, lse = self._combine(local.log_probs, local.lse, mine)
+        share = local.share * torch.exp(local.lse - lse)
+        return Softmax(log_probs, lse, torch.where(mine, column, -1), local.shift, share)
 
     def _combine(
         self,
