@@ -6,19 +6,17 @@ A target is *already shifted*: ``target[b, t]`` is the token that ``hidden[b, t]
 batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from npo_fast.kernels.transform import TransformOptions
 from npo_fast.losses import DPO, GA, NLL, NPO, SimNPO
 from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
 from npo_fast.ops.checks import check_cu_seqlens
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class FusedLinearSequenceLoss(nn.Module):
@@ -41,14 +39,12 @@ class FusedLinearSequenceLoss(nn.Module):
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         chunk_rows: int | None = None,
-        **transform: "Unpack[TransformOptions]",
+        **transform: Unpack[TransformOptions],
     ) -> None:
         super().__init__()
-        self.loss = loss
-        self.transform = transform
+        self.loss, self.transform, self.chunk_rows = loss, transform, chunk_rows
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
-        self.chunk_rows = chunk_rows
 
     def forward(
         self,
@@ -83,10 +79,10 @@ class FusedLinearSequenceLoss(nn.Module):
                 f"got {tuple(hidden.shape)} and {tuple(target.shape)}"
             )
         if (hidden.dim() == 2) != (cu_seqlens is not None):
+            offsets = None if cu_seqlens is None else tuple(cu_seqlens.shape)
             raise ValueError(
                 f"{op}: cu_seqlens belongs to flat (N, D) hidden states and to no other, got "
-                f"hidden {tuple(hidden.shape)} and cu_seqlens "
-                f"{None if cu_seqlens is None else tuple(cu_seqlens.shape)}"
+                f"hidden {tuple(hidden.shape)} and cu_seqlens {offsets}"
             )
         keep = target != self.ignore_index
         if self.loss.reference == "token" and ref_log_probs is not None:

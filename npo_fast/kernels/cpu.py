@@ -17,10 +17,9 @@ def library_path() -> Path | None:
 def load() -> None:
     """Loads the library; raises ImportError where it exists and does not load."""
     path = library_path()
-    if path is None:
-        return
     try:
-        torch.ops.load_library(path)
+        if path is not None:
+            torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
             f"the C++ kernels {path} do not load under PyTorch {torch.__version__}: {error}. "

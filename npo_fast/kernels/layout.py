@@ -1,15 +1,21 @@
 """Memory layout and dtype of logits by device: what kernels and operators agree on."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Sequence
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.kernels.pages import in_huge_pages
 from npo_fast.tracing import constant_result
 
 ROW_MULTIPLE = 16
+HUGE_BYTES = 8 << 20  # of the smallest tensor for which huge pages are worth a request
+PAGE = 4096
+MADV_HUGEPAGE = 14
 
 
 def empty_logits(rows: int, columns: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,6 +30,22 @@ def empty_logits(rows: int, columns: int, weight: Tensor, dtype: torch.dtype) ->
     return in_huge_pages(weight.new_empty(columns, stride, dtype=dtype))[:, :rows].t()
 
 
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns uninitialised gradients of hidden, weight and bias; empty where not needed."""
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else 0),
+    )
+
+
+def empty_per_row(values: Tensor) -> Tensor:  # (R, …) -> (R,)
+    """Returns one uninitialised number a row, in the opmath dtype."""
+    return values.new_empty(values.shape[:1], dtype=opmath_dtype(values.dtype))
+
+
 def product_dtype(weight: Tensor) -> torch.dtype:
     """Returns the dtype in which operands are multiplied and logits kept.
 
@@ -32,7 +54,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     """
     if not runs_on_cpu(weight) or (weight.dtype == torch.bfloat16 and cpu_multiplies_bf16()):
         return weight.dtype
-    return torch.promote_types(weight.dtype, torch.float32)
+    return opmath_dtype(weight.dtype)
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,6 +86,12 @@ def padded_rows(rows: int, on_cpu: bool) -> int:
     return rows if on_cpu else -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+def pad_rows(values: Tensor, rows: int) -> Tensor:  # (R, …) -> (rows, …)
+    """Returns ``values`` with rows of zeros after them."""
+    more = rows - len(values)
+    return F.pad(values, (0, 0) * (values.dim() - 1) + (0, more)) if more > 0 else values
+
+
 def column_stride(rows: int, on_cpu: bool) -> int:
     """Returns the elements from one column of logits to the next.
 
@@ -75,12 +103,25 @@ def column_stride(rows: int, on_cpu: bool) -> int:
     return -(-rows // 64) * 64
 
 
-def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised gradients of hidden, weight and bias; empty where not needed."""
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else 0),
-    )
+def spans(count: int, step: int) -> list[slice]:
+    """Cuts ``range(count)`` into slices of ``step``; the last may be shorter."""
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def in_huge_pages(memory: Tensor) -> Tensor:
+    """Asks Linux for huge pages for an uninitialised tensor on the CPU, and returns the tensor.
+
+    The gradient of the head is new memory at every call, which Linux maps page by page as it is
+    first written: 0.35 ms a MiB in pages of 4 KiB, a third of that in pages of 2 MiB.
+    """
+    real = type(memory) is Tensor and memory.is_cpu  # a fake tensor has no address
+    if real and memory.nbytes >= HUGE_BYTES and (advise := _madvise()) is not None:
+        first = -(-memory.data_ptr() // PAGE) * PAGE
+        last = (memory.data_ptr() + memory.nbytes) // PAGE * PAGE
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_HUGEPAGE)
+    return memory
+
+
+@cache
+def _madvise() -> "ctypes._NamedFuncPointer | None":
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None

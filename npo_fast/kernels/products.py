@@ -1,9 +1,13 @@
-"""Matrix products of half-precision operands that are added up in fp32 memory."""
+"""Matrix products: raw logits, and sums in fp32 memory of half-precision operands."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from npo_fast.kernels.layout import empty_logits, spans
 
 STRIP_BYTES = 32 << 20  # of a product that is stored before it is added
 
@@ -46,13 +50,42 @@ def opmath_product(device: torch.device, dtype: torch.dtype) -> str:
     """
     a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-        return "addmm"
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
-        pass
-    try:
-        torch.mm(a, a, out_dtype=torch.float32)
-        return "mm"
-    except (RuntimeError, TypeError):
-        return "none"
+    products = {
+        "addmm": lambda: torch.addmm(out, a, a, out_dtype=out.dtype, out=out),
+        "mm": lambda: torch.mm(a, a, out_dtype=out.dtype),
+    }
+    for name, product in products.items():
+        with suppress(RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+            product()
+            return name
+    return "none"
+
+
+def linear_(
+    out: Tensor,  # (M, N)
+    hidden: Tensor,  # (M, K) in the dtype of out
+    weight: Tensor,  # (N, K) in the dtype of out
+    bias: Tensor | None,  # (N,)
+) -> None:
+    """Computes ``out = hidden @ weight.T + bias``, in place."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(out.dtype), hidden, weight.t(), out=out)
+
+
+def logits_of_slices(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    dtype: torch.dtype,  # of the product
+    step: int,  # columns of a slice
+) -> Iterator[tuple[slice, Tensor]]:  # columns, (R, C)
+    """Yields slices of the vocabulary and their raw logits, which the next ones overwrite."""
+    hidden = hidden.to(dtype)
+    buffer = empty_logits(len(hidden), min(step, len(weight)), weight, dtype)
+    for columns in spans(len(weight), step):
+        logits = buffer[:, : columns.stop - columns.start]
+        part_of_bias = None if bias is None else bias[columns]
+        linear_(logits, hidden, weight[columns].to(dtype), part_of_bias)
+        yield columns, logits

@@ -2,16 +2,9 @@
 
     z = logit_scale * softcap * tanh(a / softcap)      (softcap optional)
 
-This is the one place in Python that lists the settings: operators take the fields as numbers, by
-``schema``, and every function above and below passes a ``HeadTransform`` on. A new setting needs
-three files:
-
-    npo_fast/kernels/transform.py    its field, option, formula, slope and bound, schema argument
-    csrc/transform.h                 the same for the C++ kernels, which are then built anew
-    npo_fast/model/causal_lm.py      the name that configs of models have for it
-
-Triton kernels leave a setting that they do not know to the reference, until ``triton/math.py`` and
-the launchers have it.
+This is the one place in Python that lists the settings (``csrc/transform.h`` in C++): operators
+take the fields as numbers, by ``schema``, and every function above and below passes a
+``HeadTransform`` on. ``docs/design.md`` says what a new setting needs.
 """
 
 import inspect
@@ -34,12 +27,12 @@ class HeadTransform(NamedTuple):
             raw = (raw / self.softcap).tanh_() * self.softcap
         return raw * self.logit_scale
 
-    def apply_with_slope(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns z and the slope with ``dz / da = logit_scale * slope``; None stands for 1."""
+    def apply_with_slope(self, raw: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """Returns z, and slope and factor with ``dz / da = factor * slope``; None stands for 1."""
         if self.softcap is None:
-            return raw * self.logit_scale, None
+            return raw * self.logit_scale, None, self.logit_scale
         tanh = (raw / self.softcap).tanh_()
-        return tanh * self.softcap * self.logit_scale, 1 - tanh.square()
+        return tanh * self.softcap * self.logit_scale, 1 - tanh.square(), self.logit_scale
 
     @property
     def largest_slope(self) -> float:
@@ -47,9 +40,9 @@ class HeadTransform(NamedTuple):
         return abs(self.logit_scale)
 
     @property
-    def is_scale(self) -> bool:
-        """Whether z is a multiple of the raw logits, ``logit_scale * a``."""
-        return self == HeadTransform(logit_scale=self.logit_scale)
+    def scale(self) -> float | None:
+        """The number s of ``z = s * a``; None where z is no multiple of the raw logits."""
+        return self.logit_scale if self == HeadTransform(logit_scale=self.logit_scale) else None
 
 
 class TransformOptions(TypedDict, total=False):
@@ -68,9 +61,8 @@ class PairedTransformOptions(TransformOptions, total=False):
 
 def paired_transforms(**options: Any) -> tuple[HeadTransform, HeadTransform]:
     """Returns the transforms of a model and its reference from ``PairedTransformOptions``."""
-    ref = {name: value for name, value in options.items() if name.startswith("ref_")}
-    model = {name: value for name, value in options.items() if name not in ref}
-    ref = {name.removeprefix("ref_"): value for name, value in ref.items()}
+    ref = {k.removeprefix("ref_"): v for k, v in options.items() if k.startswith("ref_")}
+    model = {k: v for k, v in options.items() if not k.startswith("ref_")}
     return HeadTransform(**model), HeadTransform(**ref)
 
 

@@ -8,8 +8,7 @@ the whole distribution.
 """
 
 from npo_fast.losses.kl import KL
-from npo_fast.losses.preference import DPO, KTO
-from npo_fast.losses.sequence import GA, NLL, NPO, SimNPO, npo_loss
+from npo_fast.losses.sequence import DPO, GA, KTO, NLL, NPO, SimNPO, npo_loss
 from npo_fast.losses.tokens import CEU, TNPO, WGA, SatImp
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Base classes of the losses: a formula written once gives the values and their derivative."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,24 +11,23 @@ from torch import Tensor
 from npo_fast.ops import Reference, segment_sum
 
 
-class OfSequence(ABC):
-    """Base of losses of sequence log-probs ``l_i``: a subclass gives L and its slope ``dL / dl_i``.
-
-    Instances are called with token log-probs (n,), ``cu_seqlens`` (s + 1,) and the reference's
-    log-probs, and return (s / group,) values. They follow ``npo_fast.ops.SequenceLoss``.
-    """
+class _Loss(ABC):
+    """A dataclass of coefficients that follows ``npo_fast.ops.SequenceLoss``."""
 
     reference: ClassVar[Reference] = None
     group: ClassVar[int] = 1
+    least: ClassVar[float] = -math.inf  # of every coefficient
 
-    @abstractmethod
-    def value_and_slope(
-        self,
-        log_prob: Tensor,  # (s,) of whole sequences
-        tokens: Tensor,  # (s,) their lengths
-        ref: Tensor | None,  # (s,) their log-probs under the reference
-    ) -> tuple[Tensor, Tensor]:  # (s / group,) values, (s,) slopes
-        """Returns the loss values and their derivative in ``log_prob``."""
+    def __post_init__(self) -> None:
+        """Raises ValueError where a coefficient makes no sense; beta must be positive."""
+        for name, value in vars(self).items():
+            if name == "beta":
+                sound, rule = 0 < value < math.inf, "positive and finite"
+            else:
+                at_least = "" if self.least == -math.inf else f" and at least {self.least:g}"
+                sound, rule = self.least <= value < math.inf, f"finite{at_least}"
+            if not (sound and value > -math.inf):
+                raise ValueError(f"{type(self).__name__}: {name} must be {rule}, got {value}")
 
     def __call__(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -39,53 +38,64 @@ class OfSequence(ABC):
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns values (s / group,), sequence log-probs (s,) and the derivative (n,)."""
-        values, log_prob, slope, tokens = self._evaluate(log_probs, cu_seqlens, ref_log_probs)
-        return values, log_prob, slope.repeat_interleave(tokens, output_size=len(log_probs))
+        return self._evaluate(log_probs, cu_seqlens, ref_log_probs)
+
+    @abstractmethod
+    def _evaluate(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def _relative(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+        """Returns log-probs minus those of the reference, where the loss has one."""
+        if self.reference is None:
+            return log_probs
+        assert ref_log_probs is not None
+        return log_probs - ref_log_probs.to(log_probs.dtype)
+
+
+class OfSequence(_Loss):
+    """Base of losses of sequence log-probs ``l_i``: a subclass gives L and its slope ``dL / dl_i``.
+
+    Instances are called with token log-probs (n,), ``cu_seqlens`` (s + 1,) and the reference's
+    log-probs, and return (s / group,) values.
+    """
+
+    @abstractmethod
+    def value_and_slope(
+        self,
+        r: Tensor,  # (s,) log-probs of whole sequences, minus the reference's if there is one
+        tokens: Tensor,  # (s,) their lengths
+    ) -> tuple[Tensor, Tensor]:  # (s / group,) values, (s,) slopes
+        """Returns the loss values and their derivative in ``r``."""
 
     def _evaluate(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         log_prob = segment_sum(log_probs, cu_seqlens)
         tokens = cu_seqlens.diff().to(log_probs.device)
-        ref = None if ref_log_probs is None else ref_log_probs.to(log_probs.dtype)
-        values, slope = self.value_and_slope(log_prob, tokens, ref)
-        return values, log_prob, slope, tokens
+        values, slope = self.value_and_slope(self._relative(log_prob, ref_log_probs), tokens)
+        return values, log_prob, slope.repeat_interleave(tokens, output_size=len(log_probs))
 
 
-class OfTokens(ABC):
+class OfTokens(_Loss):
     """Base of losses ``L_i = sum_n w_n l_n`` over the tokens of a sequence: a subclass gives w.
 
-    No gradient flows through ``w``. Instances follow ``npo_fast.ops.SequenceLoss``.
+    No gradient flows through ``w``.
     """
-
-    reference: ClassVar[Reference] = None
-    group: ClassVar[int] = 1
 
     @abstractmethod
     def weight(
         self,
-        log_probs: Tensor,  # (n,) without gradient
-        ref_log_probs: Tensor | None,  # (n,) of the tokens under the reference
+        log_probs: Tensor,  # (n,) without gradient, minus the reference's if there is one
     ) -> Tensor:  # (n,)
         """Returns the weight of each token."""
 
-    def __call__(
-        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
-    ) -> Tensor:
-        weight = self._weight(log_probs, ref_log_probs)
-        return segment_sum(weight * log_probs, cu_seqlens)
-
-    def value_and_weight(
-        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    def _evaluate(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns values (s,), sequence log-probs (s,) and the derivative (n,)."""
-        weight = self._weight(log_probs, ref_log_probs)
+        weight = self.weight(self._relative(log_probs.detach(), ref_log_probs))
         values = segment_sum(weight * log_probs, cu_seqlens)
         return values, segment_sum(log_probs, cu_seqlens), weight
-
-    def _weight(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
-        ref = None if ref_log_probs is None else ref_log_probs.to(log_probs.dtype)
-        return self.weight(log_probs.detach(), ref)
 
 
 def log_sigmoid_penalty(
@@ -94,24 +104,3 @@ def log_sigmoid_penalty(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``-(2 / beta) * logsigmoid(-x)`` and its derivative in x / beta, 2 sigmoid(x)."""
     return -(2 / beta) * F.logsigmoid(-x), 2 * torch.sigmoid(x)
-
-
-def check_positive(loss: object, *fields: str) -> None:
-    """Raises ValueError unless each field is positive and finite."""
-    for field in fields:
-        value = getattr(loss, field)
-        if not 0 < value < torch.inf:
-            raise ValueError(
-                f"{type(loss).__name__}: {field} must be positive and finite, got {value}"
-            )
-
-
-def check_finite(loss: object, fields: Sequence[str], least: float = -torch.inf) -> None:
-    """Raises ValueError unless each field is finite and at least ``least``."""
-    for field in fields:
-        value = getattr(loss, field)
-        if not (least <= value < torch.inf and value > -torch.inf):
-            at_least = "" if least == -torch.inf else f" and at least {least:g}"
-            raise ValueError(
-                f"{type(loss).__name__}: {field} must be finite{at_least}, got {value}"
-            )

@@ -20,7 +20,6 @@ class KL:
 
     demotion: float = 0.0
     reference: ClassVar[Literal["hidden"]] = "hidden"
-    group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.demotion < float("inf"):

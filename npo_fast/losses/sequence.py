@@ -1,4 +1,4 @@
-"""Losses whose value for a sequence depends on that sequence alone."""
+"""Losses of the log-probs of sequences, or of pairs of them."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from npo_fast.losses.base import OfSequence, check_finite, check_positive, log_sigmoid_penalty
+from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
 from npo_fast.ops import Reference, linear_sequence_loss
 
 
@@ -18,10 +18,8 @@ class GA(OfSequence):
     of the NPO paper); with ``"mean"`` the limit of NPO as beta -> 0, up to a constant.
     """
 
-    def value_and_slope(
-        self, log_prob: Tensor, tokens: Tensor, ref: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return log_prob, torch.ones_like(log_prob)
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return r, torch.ones_like(r)
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,8 @@ class NLL(OfSequence):
     With ``reduction="token_mean"`` the loss that Hugging Face models report.
     """
 
-    def value_and_slope(
-        self, log_prob: Tensor, tokens: Tensor, ref: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return -log_prob, -torch.ones_like(log_prob)
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return -r, -torch.ones_like(r)
 
 
 @dataclass(frozen=True)
@@ -48,14 +44,8 @@ class NPO(OfSequence):
     beta: float = 0.1
     reference: ClassVar[Reference] = "sequence"
 
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
-
-    def value_and_slope(
-        self, log_prob: Tensor, tokens: Tensor, ref: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        assert ref is not None
-        return log_sigmoid_penalty(self.beta * (log_prob - ref), self.beta)
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return log_sigmoid_penalty(self.beta * r, self.beta)
 
     def value_and_weight(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -74,17 +64,51 @@ class SimNPO(OfSequence):
     beta: float = 2.5
     delta: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
-        check_finite(self, ["delta"])
-
-    def value_and_slope(
-        self, log_prob: Tensor, tokens: Tensor, ref: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         length = tokens.clamp(min=1)
-        x = self.beta * (log_prob / length + self.delta)
+        x = self.beta * (r / length + self.delta)
         values, slope = log_sigmoid_penalty(x, self.beta)
         return values, slope / length
+
+
+@dataclass(frozen=True)
+class DPO(OfSequence):
+    """Direct preference optimisation: ``L = -(2 / beta) * logsigmoid(beta * (r_w - r_l))``.
+
+    Sequences come in pairs: 2i is the preferred answer w (a refusal, or an alternative answer in
+    AltPO), 2i + 1 the answer l to forget. One value a pair: "mean" is over pairs.
+
+    Source: arXiv 2404.05868, eq. 2, with the factor 2 that it gives NPO; AltPO: arXiv 2409.13474.
+    """
+
+    beta: float = 0.1
+    reference: ClassVar[Reference] = "sequence"
+    group: ClassVar[int] = 2
+
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        values, slope = log_sigmoid_penalty(self.beta * (r[1::2] - r[::2]), self.beta)
+        return values, torch.stack([-slope, slope], dim=1).flatten()
+
+
+@dataclass(frozen=True)
+class KTO(OfSequence):
+    """Kahneman-Tversky optimisation: ``L_i = 1 - (2 / beta) * logsigmoid(z - beta * r_i)``.
+
+    ``z`` is the mean of r over refusals to the batch's questions, without gradient: a number that
+    the caller computes in one forward pass, so that the forget sequences may come in micro-batches.
+    Where it must stay a tensor, add ``z / beta`` to ``ref_log_probs`` instead: that is the same
+    loss.
+
+    Source: arXiv 2402.01306 in the form of arXiv 2404.05868.
+    """
+
+    beta: float = 0.1
+    z: float = 0.0
+    reference: ClassVar[Reference] = "sequence"
+
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        values, slope = log_sigmoid_penalty(self.beta * r - self.z, self.beta)
+        return 1 + values, slope
 
 
 def npo_loss(

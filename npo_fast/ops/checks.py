@@ -1,4 +1,6 @@
-"""Checks of the public operators: ValueErrors that name the offending shape or value."""
+"""What the public operators are given: ValueErrors that name the shape or value; autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -6,20 +8,44 @@ from torch import Tensor
 from npo_fast.kernels.transform import HeadTransform, check_transform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# computed at import: torch.compile of PyTorch 2.11 cannot ask
+DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
+WITH_AUTOCAST = frozenset(name for name in DEVICES if torch.amp.is_autocast_available(name))
 
 
-def check_head(
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Returns a context without autocast on the device of ``tensor``.
+
+    The operators choose the dtype of each GEMM, and fp32 sums must stay fp32.
+    """
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else nullcontext()
+
+
+def checked_head(
     op: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     transform: HeadTransform,
     prefix: str = "",
-) -> None:
-    """Raises ValueError unless shapes, dtypes, devices and transform of a head fit together.
+    constant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the tensors of a head as its operator takes them.
 
-    ``prefix`` stands before the names of the arguments in the messages.
+    Where autocast is on they are cast as ``torch.nn.functional.linear`` casts them; gradients pass
+    through. They are detached where ``constant`` or where gradients are off. ``prefix`` stands
+    before the names of the arguments in the messages.
+
+    Raises:
+        ValueError: shapes, dtypes, devices and transform do not fit together.
     """
+    device = hidden.device.type
+    autocast = device in WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {prefix}hidden must be (N, D) and {prefix}weight (V, D) with the same D, "
@@ -36,7 +62,11 @@ def check_head(
         )
     check_transform(op, transform, prefix)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        _check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
+        check_device(op, f"{prefix}hidden", hidden, f"{prefix}{name}", tensor)
+    if constant or not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    return hidden, weight, bias
 
 
 def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
@@ -48,10 +78,11 @@ def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    _check_device(op, "hidden", hidden, "labels", labels)
+    check_device(op, "hidden", hidden, "labels", labels)
 
 
-def _check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor | None) -> None:
+def check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor | None) -> None:
+    """Raises ValueError where ``moved`` is not on the device of ``tensor``."""
     if moved is not None and moved.device != tensor.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device} but {other} on {moved.device}; "
@@ -68,8 +99,7 @@ def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
     if labels.device.type == "cuda":
         # no host synchronisation: the device raises when it evaluates this
         torch._assert_async(inside, f"{op}: a label is outside [0, {vocabulary})")
-        return
-    if labels.device.type == "cpu" and not bool(inside):
+    elif labels.device.type == "cpu" and not bool(inside):
         row = int(((labels < 0) | (labels >= vocabulary)).nonzero()[0])
         raise ValueError(
             f"{op}: labels[{row}] = {int(labels[row])} is outside the vocabulary "
@@ -104,37 +134,26 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.devic
     if cu_seqlens.device.type == "cuda":
         torch._assert_async(well_formed, f"{op}: cu_seqlens must rise from 0 to {rows}")
     elif cu_seqlens.device.type == "cpu" and not bool(well_formed):
+        shown = ", ".join(str(int(offset)) for offset in cu_seqlens[:8])
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to the {rows} rows of hidden, "
-            f"got {_preview(cu_seqlens)}"
+            f"got [{shown}{', …' if len(cu_seqlens) > 8 else ''}]"
         )
 
 
 def check_ref_log_probs(
-    op: str,
-    loss: object,
-    ref_log_probs: Tensor | None,
-    sequences: int,
-    rows: int,
-    device: torch.device,
+    op: str, loss: object, ref_log_probs: Tensor | None, sequences: int, hidden: Tensor
 ) -> None:
     """Raises ValueError where the loss needs a reference that is missing or of another shape."""
-    reference = getattr(loss, "reference", None)
-    name = type(loss).__name__
+    reference, name = getattr(loss, "reference", None), type(loss).__name__
     if reference is None:
         return
     if ref_log_probs is None:
         raise ValueError(f"{op}: {name} compares with a reference: pass ref_log_probs")
-    expected = sequences if reference == "sequence" else rows
+    expected = sequences if reference == "sequence" else len(hidden)
     if ref_log_probs.shape != (expected,):
         raise ValueError(
             f"{op}: {name} needs ref_log_probs of shape ({expected},), one a {reference}, "
             f"got {tuple(ref_log_probs.shape)}"
         )
-    if ref_log_probs.device != device:
-        raise ValueError(f"{op}: hidden is on {device} but ref_log_probs on {ref_log_probs.device}")
-
-
-def _preview(values: Tensor, length: int = 8) -> str:
-    shown = ", ".join(str(int(v)) for v in values[:length])
-    return f"[{shown}{', …' if len(values) > length else ''}]"
+    check_device(op, "hidden", hidden, "ref_log_probs", ref_log_probs)

@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npo_fast.kernels.layout import empty_gradients
+from npo_fast.kernels.layout import empty_gradients, opmath_dtype
 from npo_fast.kernels.transform import HeadTransform, schema
-from npo_fast.ops.autocast import no_autocast
-from npo_fast.ops.checks import check_cu_seqlens, check_label_values
-from npo_fast.ops.gradients import Gradients, gradient_scale, or_empty, scale_
-from npo_fast.ops.head import Head
+from npo_fast.ops.checks import check_cu_seqlens, check_label_values, no_autocast
+from npo_fast.ops.gradients import Gradients, gradient_scale, scale_, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 from npo_fast.tracing import constant_result
 
@@ -77,12 +75,12 @@ def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:  # loss, (S,), k
 def _backward_operator(
     upstream: Tensor, key: Tensor, *operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
-    inputs, (loss, count, *settings) = Inputs(*operands[:6]), operands[6:]
+    inputs, count = Inputs(*operands[:6]), operands[7]
     gradients = _kept.pop(key.data_ptr(), None)
     if gradients is None:  # another backward through a retained graph starts anew
-        _, _, gradients = _evaluate(inputs, loss, count, *settings)
+        _, _, gradients = _evaluate(inputs, *operands[6:])
     scale_(gradients, upstream, gradient_scale(inputs.weight.dtype, count))
-    return or_empty(gradients, inputs.hidden, inputs.weight, inputs.bias)
+    return gradients
 
 
 def _evaluate(
@@ -90,7 +88,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, Gradients]:
     config = LossConfig(list(_numbered)[loss], HeadTransform(*transform), count, chunk_rows)
     with no_autocast(inputs.hidden):
-        return loss_and_gradients(config, (needs[0], needs[1], needs[2]), inputs)
+        return loss_and_gradients(config, needs, inputs)
 
 
 def _keep(gradients: Gradients) -> Tensor:  # (1,) on the CPU
@@ -105,7 +103,7 @@ def _keep(gradients: Gradients) -> Tensor:  # (1,) on the CPU
 @_operator.register_fake
 def _(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(*operands[:6])
-    value = inputs.hidden.new_empty((), dtype=Head(inputs.weight).opmath_dtype)
+    value = inputs.hidden.new_empty((), dtype=opmath_dtype(inputs.weight.dtype))
     key = torch.empty(1, dtype=torch.int64, device="cpu")
     return value, value.new_empty(inputs.cu_seqlens.shape[0] - 1), key
 
@@ -125,10 +123,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.settings[3]
     gradients = _backward_operator(upstream, *ctx.saved_tensors, *ctx.settings)
-    wanted = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return *wanted, None, None, None, *[None] * len(ctx.settings)
+    return *wanted(gradients, needs), None, None, None, *[None] * len(ctx.settings)
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -107,7 +107,7 @@ class Problem:
         if stride <= self.width:
             held = strip_rows(self.vocabulary, self.width, self.itemsize) * self.width
             held *= self.itemsize
-        return Way("whole", max(self.rows, 1), 6 * self._ndv, self._row_bytes, held)
+        return self._way("whole", max(self.rows, 1), 6, 0, held)
 
     def chunks(self) -> Way:
         """Returns the way with several chunks whose gradients of the head add up."""
@@ -122,20 +122,25 @@ class Problem:
             held = self.opmath_itemsize * head
             if column_stride(rows, self.on_cpu) > self.width:  # more than the finished gradient
                 held += self.itemsize * rows * self.vocabulary
-        return Way("chunks", rows, 6 * self._ndv, self._row_bytes + moved, held)
+        return self._way("chunks", rows, 6, moved, held)
 
     def slices(self) -> Way:
         """Returns the way over slices of the vocabulary, whose logits are made twice."""
         held = SLICE_BYTES + 4 * self.rows * self.width  # the sum of d_hidden
         slices = -(-self.rows * self.vocabulary * self.itemsize // SLICE_BYTES)
-        moved = self._row_bytes + 8.0 * self.rows * self.width * slices
-        return Way("slices", 0, 8 * self._ndv, moved, held)
+        return self._way("slices", 0, 8, 8 * self.rows * self.width * slices, held)
 
     def frozen(self) -> Way:
         """Returns the way of a head that needs no gradient."""
         rows = self.rows_of_bytes(CHUNK_BYTES if self.on_cpu else FROZEN_BYTES)
         held = self.itemsize * min(rows, self.rows) * self.vocabulary
-        return Way("frozen", rows, 4 * self._ndv, self._row_bytes, held)
+        return self._way("frozen", rows, 4, 0, held)
+
+    def _way(self, name: Name, chunk_rows: int, gemms: int, moved: int, held: int) -> Way:
+        """Counts ``gemms`` times NDV flops, and the row kernels beside ``moved`` bytes."""
+        flops = gemms * float(self.rows) * self.width * self.vocabulary
+        row_bytes = 3.0 * self.itemsize * self.rows * self.vocabulary
+        return Way(name, chunk_rows, flops, row_bytes + moved, held)
 
     def chunk_rows(self) -> int:
         """Returns the rows of a chunk where several add up: those that fit d_weight's memory."""
@@ -153,14 +158,6 @@ class Problem:
         """
         rows = chunk_bytes // max(1, self.vocabulary * self.itemsize)
         return max(1, rows) if self.on_cpu else max(2, rows // ROW_TILE) * ROW_TILE
-
-    @property
-    def _ndv(self) -> float:
-        return float(self.rows) * self.width * self.vocabulary
-
-    @property
-    def _row_bytes(self) -> float:
-        return 3.0 * self.itemsize * self.rows * self.vocabulary
 
 
 def strip_rows(vocabulary: int, width: int, itemsize: int) -> int:

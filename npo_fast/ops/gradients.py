@@ -1,17 +1,52 @@
 """Gradients of hidden states, weight and bias of a head: their memory, and GEMMs 2 and 3."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from npo_fast.kernels import layout
-from npo_fast.kernels.layout import column_stride, empty_gradients
-from npo_fast.kernels.pages import in_huge_pages
+from npo_fast.kernels.layout import column_stride, empty_gradients, in_huge_pages
 from npo_fast.kernels.products import add_product_
 from npo_fast.ops import cost
 from npo_fast.ops.head import Head
 
-Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias want a gradient
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+Needs = Sequence[bool]  # whether hidden, weight and bias want a gradient
+Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; empty where not wanted
+
+
+class OnePass(torch.autograd.Function):
+    """A loss whose forward pass computes the gradients of hidden, weight and bias too.
+
+    ``compute(needs, tensors)`` returns the loss, other results without gradient, and the gradients
+    times ``scale``. Another backward through a retained graph calls ``again`` in its place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[[Needs, Sequence[Any]], Any],
+        again: Callable[[Needs, Sequence[Any]], Any],
+        scale: float,
+        *tensors: Tensor | None,  # hidden, weight, bias, and what else ``compute`` takes
+    ) -> Any:
+        ctx.again, ctx.scale = again, scale
+        ctx.save_for_backward(*tensors)
+        loss, *others, ctx.gradients = compute(ctx.needs_input_grad[3:6], tensors)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            *_, gradients = ctx.again(ctx.needs_input_grad[3:6], ctx.saved_tensors)
+        scale_(gradients, upstream, ctx.scale)
+        others = [None] * (len(ctx.needs_input_grad) - 6)
+        return None, None, None, *wanted(gradients, ctx.needs_input_grad[3:6]), *others
 
 
 class HeadGradients:
@@ -111,17 +146,18 @@ class HeadGradients:
         self.beta = 1
 
     def finish(self) -> Gradients:
-        """Returns the gradients in the dtypes of their parameters; None where not wanted."""
-        weight, bias = self.weight, self.bias
-        if weight is not None and self.beta == 0:  # no rows at all
-            weight.zero_()
-        if weight is not None and self.finished is not None:
-            weight = self.finished.copy_(weight)
-        return (
-            None if self.hidden is None else self.hidden[: self.rows],
-            None if weight is None else weight.to(self.head.weight.dtype),
-            None if bias is None or self.head.bias is None else bias.to(self.head.bias.dtype),
-        )
+        """Returns the gradients in the dtypes of their parameters."""
+        weight, bias = self.head.weight, self.head.bias
+        d_hidden, d_weight, d_bias = empty_gradients(weight, weight, bias, (False, False, False))
+        if self.hidden is not None:
+            d_hidden = self.hidden[: self.rows]
+        if self.weight is not None:
+            if self.beta == 0:  # no rows at all
+                self.weight.zero_()
+            d_weight = self.weight if self.finished is None else self.finished.copy_(self.weight)
+        if self.bias is not None:
+            d_bias = self.bias.to(d_bias.dtype)
+        return d_hidden, d_weight.to(weight.dtype), d_bias
 
 
 def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
@@ -142,16 +178,9 @@ def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
     return slices
 
 
-def or_empty(
-    gradients: Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns an empty tensor for each None: operators return no None."""
-    nothing = empty_gradients(hidden, weight, bias, (False, False, False))
-    d_hidden, d_weight, d_bias = (
-        empty if gradient is None else gradient
-        for gradient, empty in zip(gradients, nothing, strict=True)
-    )
-    return d_hidden, d_weight, d_bias
+def wanted(gradients: Gradients, needs: Needs) -> list[Tensor | None]:
+    """Returns the gradients as autograd takes them, with None for those that are not wanted."""
+    return [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
 
 
 def gradient_scale(dtype: torch.dtype, count: int) -> float:
@@ -164,13 +193,12 @@ def gradient_scale(dtype: torch.dtype, count: int) -> float:
     return float(min(256, 1 << (count.bit_length() - 1))) if dtype == torch.float16 else 1.0
 
 
-def scale_(gradients: Gradients, upstream: Tensor, scale: float = 1.0) -> Gradients:
+def scale_(gradients: Gradients, upstream: Tensor, scale: float = 1.0) -> None:
     """Multiplies gradients that carry the factor ``scale`` by ``upstream / scale``, in place.
 
     In place, autograd keeps these buffers instead of copies. A factor of 1 costs nothing.
     """
     factor = upstream if scale == 1.0 else upstream / scale
     for gradient in gradients:
-        if gradient is not None:
+        if gradient.numel():
             torch.ops.npo_fast.scale_(gradient, factor)
-    return gradients

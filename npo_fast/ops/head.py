@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.kernels import layout
-from npo_fast.kernels.layout import empty_logits, opmath_dtype, padded_rows
+from npo_fast.kernels.layout import empty_logits, opmath_dtype, pad_rows, padded_rows, spans
+from npo_fast.kernels.products import linear_
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
@@ -25,6 +25,7 @@ class Softmax(NamedTuple):
     """
 
     log_probs: Tensor  # (R,) of the labels
+    lse: Tensor  # (R,)
     labels: Tensor  # (R,)
     shift: Tensor  # (R,)
     share: Tensor  # (R,)
@@ -78,9 +79,7 @@ class Head:
 
     def operand(self, hidden: Tensor) -> Tensor:  # (R, D) -> (padded R, D)
         """Returns ``hidden`` in the dtype of the logits, padded with zeros."""
-        more = self.padded(len(hidden)) - len(hidden)
-        hidden = hidden.to(self.logits_dtype)
-        return F.pad(hidden, (0, 0, 0, more)) if more else hidden
+        return pad_rows(hidden.to(self.logits_dtype), self.padded(len(hidden)))
 
     def logits(
         self, hidden: Tensor, buffer: Tensor
@@ -89,11 +88,8 @@ class Head:
         hidden = self.operand(hidden)
         logits = buffer[: len(hidden)]
         for columns, weight in self._weight_slices():
-            if self.bias is None:
-                torch.mm(hidden, weight.t(), out=logits[:, columns])
-            else:
-                bias = self.bias[columns].to(hidden.dtype)
-                torch.addmm(bias, hidden, weight.t(), out=logits[:, columns])
+            bias = None if self.bias is None else self.bias[columns]
+            linear_(logits[:, columns], hidden, weight, bias)
         return logits
 
     def activate(self, logits: Tensor) -> Tensor:  # (R, V) raw -> z
@@ -111,12 +107,15 @@ class Head:
         self, logits: Tensor, hidden: Tensor, labels: Tensor
     ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
         """Runs the first row kernel: log-probs of the labels and the softmax of raw logits."""
-        target = self._target_logits(hidden, labels, len(logits))
+        target = None
+        if self.logits_dtype != self.opmath_dtype:  # half precision: the label's from an fp32 dot
+            target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
+            target = pad_rows(target, len(logits))
         labels = pad_rows(labels, len(logits))
-        log_probs, _, shift, share = torch.ops.npo_fast.row_log_probs(
+        log_probs, lse, shift, share = torch.ops.npo_fast.row_log_probs(
             logits, labels, target, *self.transform
         )
-        return Softmax(log_probs, labels, shift, share)
+        return Softmax(log_probs, lse, labels, shift, share)
 
     def differentiate_(self, logits: Tensor, softmax: Softmax, g: Tensor) -> None:
         """Runs the second row kernel: logits <- the gradient in them, in place.
@@ -137,13 +136,6 @@ class Head:
             beta = int(columns.start > 0)
             out.addmm_(logits_gradient[:, columns], weight, beta=beta, alpha=alpha)
 
-    def _target_logits(self, hidden: Tensor, labels: Tensor, padded: int) -> Tensor | None:
-        """Returns raw logits of the labels from an fp32 dot where logits are half precision."""
-        if self.logits_dtype == self.opmath_dtype:
-            return None
-        target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
-        return pad_rows(target, padded)
-
     def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the weight in ``logits_dtype``: itself, or converted slices of its rows."""
         vocabulary, width = self.weight.shape
@@ -151,11 +143,5 @@ class Head:
             yield slice(0, vocabulary), self.weight
             return
         step = max(1, UPCAST_BYTES // (width * self.logits_dtype.itemsize))
-        for first in range(0, vocabulary, step):
-            columns = slice(first, min(first + step, vocabulary))
+        for columns in spans(vocabulary, step):
             yield columns, self.weight[columns].to(self.logits_dtype)
-
-
-def pad_rows(values: Tensor, rows: int) -> Tensor:  # (R,) -> (rows,)
-    """Returns ``values`` with zeros after them."""
-    return F.pad(values, (0, rows - len(values))) if rows > len(values) else values

@@ -1,25 +1,28 @@
 """KL divergence of one linear head from another, with all its gradients, in one pass."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
 
-from npo_fast.kernels.layout import opmath_dtype
+from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
 from npo_fast.ops import cost
-from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale, scale_
-from npo_fast.ops.head import Head, pad_rows
+from npo_fast.ops.checks import (
+    check_device,
+    check_label_values,
+    check_labels,
+    checked_head,
+    no_autocast,
+)
+from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, OnePass, gradient_scale
+from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
 from npo_fast.tracing import breaks_graph
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 SLAB_LOGITS = 1 << 20  # of a chunk that is capped, a few columns at a time
 
@@ -37,7 +40,7 @@ def linear_kl(
     demotion: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
     chunk_rows: int | None = None,
-    **transforms: "Unpack[PairedTransformOptions]",
+    **transforms: Unpack[PairedTransformOptions],
 ) -> Tensor:  # scalar
     """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, a chunk of logits at a time.
 
@@ -51,18 +54,15 @@ def linear_kl(
     With ``labels`` the reference is taken to like them less by ``demotion``: the target of UNDIAL.
 
     Args:
-        hidden: rows of the model, (N, D), fp32, bf16, fp16 or fp64.
-        weight: the head, (V, D), in the dtype of ``hidden``. Frozen: its GEMM is not done.
+        hidden, weight, bias, softcap, logit_scale: as in ``linear_sequence_loss``.
         ref_hidden: the same rows under the reference, (N, D'), in the dtype of ``hidden``.
         ref_weight: the reference's head, (V, D'), in the same dtype.
-        bias, ref_bias: (V,) or None.
+        ref_bias, ref_softcap, ref_logit_scale: as those of the model.
         labels: the tokens to demote, (N,), int64 or int32, in [0, V); None demotes nothing.
         demotion: nats that the reference's logit of each label is lowered by, 0 or more.
         reduction: "mean" over rows, or "sum".
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``, and what 96 MiB hold of the reference's.
-        softcap, ref_softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
-        logit_scale, ref_logit_scale: factors on the (capped) logits, by default 1.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The
@@ -76,12 +76,10 @@ def linear_kl(
     """
     op = "linear_kl"
     transform, ref_transform = paired_transforms(**transforms)
-    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
-    ref_bias = None if ref_bias is None else ref_bias.detach()
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = autocast_inputs(ref_hidden, ref_weight, ref_bias)
-    check_head(op, hidden, weight, bias, transform)
-    check_head(op, ref_hidden, ref_weight, ref_bias, ref_transform, prefix="ref_")
+    hidden, weight, bias = checked_head(op, hidden, weight, bias, transform)
+    ref_hidden, ref_weight, ref_bias = checked_head(
+        op, ref_hidden, ref_weight, ref_bias, ref_transform, prefix="ref_", constant=True
+    )
     _check_pair(op, hidden, weight, ref_hidden, ref_weight)
     if labels is not None:
         check_labels(op, hidden, labels)
@@ -97,79 +95,43 @@ def linear_kl(
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
-    if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
-        hidden, weight = hidden.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
-    config = _KLConfig(transform, ref_transform, demotion, scale, chunk_rows)
+    factor = gradient_scale(weight.dtype, round(1 / scale))
+    compute = partial(
+        _kl_and_gradients, (transform, ref_transform), demotion, scale, factor, chunk_rows
+    )
+    tensors = hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
     with no_autocast(hidden):
-        return _LinearKL.apply(
-            config, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
-        )
-
-
-@dataclass(frozen=True)
-class _KLConfig:
-    """What one call of ``linear_kl`` is given beside tensors."""
-
-    transform: HeadTransform
-    ref_transform: HeadTransform
-    demotion: float
-    scale: float  # factor on the sum over rows
-    chunk_rows: int | None
-
-    def gradient_scale(self, dtype: torch.dtype) -> float:
-        return gradient_scale(dtype, round(1 / self.scale))
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, config: _KLConfig, *tensors: Any) -> Tensor:
-        ctx.config = config
-        ctx.save_for_backward(*tensors)
-        value, ctx.gradients = _kl_and_gradients(config, ctx.needs_input_grad[1:4], *tensors)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # another backward through a retained graph starts anew
-            needs = ctx.needs_input_grad[1:4]
-            _, gradients = _kl_and_gradients(ctx.config, needs, *ctx.saved_tensors)
-        scale = ctx.config.gradient_scale(ctx.saved_tensors[1].dtype)
-        return None, *scale_(gradients, upstream, scale), None, None, None, None
+        (loss,) = OnePass.apply(compute, compute, factor, *tensors)
+    return loss
 
 
 def _kl_and_gradients(
-    config: _KLConfig,
+    transforms: tuple[HeadTransform, HeadTransform],
+    demotion: float,
+    scale: float,  # factor on the sum over rows
+    gradient_factor: float,  # on the gradients, beside ``scale``
+    chunk_rows: int | None,
     needs: Needs,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    labels: Tensor | None,
+    tensors: Sequence[Any],
 ) -> tuple[Tensor, Gradients]:
     """Returns the scaled sum of KL over rows, and the gradients of hidden, weight and bias."""
-    head = Head(weight, bias, config.transform)
-    ref_head = Head(ref_weight, ref_bias, config.ref_transform)
-    step = config.chunk_rows
-    if step is None and needs[1]:
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = tensors
+    head, ref_head = Head(weight, bias, transforms[0]), Head(ref_weight, ref_bias, transforms[1])
+    if chunk_rows is None and needs[1]:
         problem = replace(head.problem(len(hidden), True), makes_logits=True)
-        step = problem.choose().chunk_rows
-    step = step or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
+        chunk_rows = problem.choose().chunk_rows
+    step = chunk_rows or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
     gradients = HeadGradients(head, hidden, needs, step)
-    alpha = config.scale * config.gradient_scale(weight.dtype)
+    alpha = scale * gradient_factor
     total = hidden.new_zeros((), dtype=torch.float64)
     for rows, kl, logits in divergences(  # GEMM 1 of either head; logits <- d kl / d logits
-        head, hidden, ref_head, ref_hidden, step, labels, config.demotion, gradients.logits
+        head, hidden, ref_head, ref_hidden, step, labels, demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
         logits[len(kl) :] = 0  # of the rows that pad the chunk
         gradients.set_hidden(rows, logits, alpha)  # GEMM 2
         gradients.add_weight(logits, hidden[rows], alpha)  # GEMM 3
-    return (total * config.scale).to(head.opmath_dtype), gradients.finish()
+    return (total * scale).to(head.opmath_dtype), gradients.finish()
 
 
 def divergences(
@@ -205,9 +167,8 @@ def divergences(
                 part_labels = pad_rows(labels[part], len(ref_logits))
                 ref_transform = _demote_(ref_logits, part_labels, demotion, ref_transform)
             part_logits = logits[part.start - rows.start :][: len(ref_logits)]
-            kl = torch.ops.npo_fast.row_kl_(
-                part_logits, ref_logits, *head.transform, *ref_transform
-            )
+            transforms = *head.transform, *ref_transform
+            kl = torch.ops.npo_fast.row_kl_(part_logits, ref_logits, *transforms)
             kls.append(kl[: part.stop - part.start])
         yield rows, torch.cat(kls), logits
 
@@ -219,12 +180,13 @@ def _demote_(
     transform: HeadTransform,
 ) -> HeadTransform:
     """Lowers ``z`` at the labels, in place; returns the transform still to be applied."""
-    if not transform.is_scale:  # a capped logit minus the demotion may lie below the cap
+    scale = transform.scale
+    if scale is None:  # a capped logit minus the demotion may lie below the cap
         opmath = opmath_dtype(logits.dtype)
         for slab in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
             slab.copy_(transform.apply(slab.to(opmath)))
-        transform = HeadTransform()
-    lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / transform.logit_scale
+        transform, scale = HeadTransform(), 1.0
+    lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / scale
     logits.scatter_(1, labels.unsqueeze(1), lowered)
     return transform
 
@@ -243,7 +205,4 @@ def _check_pair(
             f"{op}: model and reference must have one dtype, got {hidden.dtype} and "
             f"{ref_hidden.dtype}"
         )
-    if ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"{op}: hidden is on {hidden.device} but ref_hidden on {ref_hidden.device}"
-        )
+    check_device(op, "hidden", hidden, "ref_hidden", ref_hidden)

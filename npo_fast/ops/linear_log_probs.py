@@ -1,20 +1,16 @@
 """Log-probabilities of labels under a linear head, without the logits."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from npo_fast.kernels.layout import empty_gradients
+from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
-from npo_fast.ops.autocast import autocast_inputs, no_autocast
-from npo_fast.ops.checks import check_head, check_label_values, check_labels
-from npo_fast.ops.gradients import HeadGradients, or_empty
+from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
+from npo_fast.ops.gradients import Gradients, HeadGradients, wanted
 from npo_fast.ops.head import Head
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def linear_log_probs(
@@ -24,7 +20,7 @@ def linear_log_probs(
     *,
     bias: Tensor | None = None,  # (V,)
     chunk_rows: int | None = None,
-    **transform: "Unpack[TransformOptions]",
+    **transform: Unpack[TransformOptions],
 ) -> Tensor:  # (N,)
     """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
 
@@ -33,16 +29,10 @@ def linear_log_probs(
     ``torch.compile`` takes it into its graph and checks the labels when the graph runs.
 
     Args:
-        hidden: rows that predict a label, (N, D), fp32, bf16, fp16 or fp64.
-        weight: the head, (V, D), in the dtype of ``hidden``.
-        labels: the token each row predicts, (N,), int64 or int32, in [0, V): already shifted.
-        bias: (V,) or None.
+        hidden, weight, labels, bias, softcap, logit_scale: as in ``linear_sequence_loss``.
         chunk_rows: rows whose logits are alive at a time in the backward pass; None takes the
-            fastest way of ``npo_fast.ops.cost``, which is all of them where they fit the memory
-            that the weight's gradient takes later; 0 makes none. The forward pass never has more
+            fastest way of ``npo_fast.ops.cost``; 0 makes none. The forward pass never has more
             than a tile of 32 MiB.
-        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
-        logit_scale: factor on the (capped) logits, by default 1.
 
     Returns:
         (N,) in fp32 (fp64 for fp64 inputs).
@@ -51,9 +41,8 @@ def linear_log_probs(
         ValueError: shapes, dtypes, devices or labels that do not fit together.
     """
     op = "linear_log_probs"
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     head_transform = HeadTransform(**transform)
-    check_head(op, hidden, weight, bias, head_transform)
+    hidden, weight, bias = checked_head(op, hidden, weight, bias, head_transform)
     check_labels(op, hidden, labels)
     step = resolve_chunk_rows(op, Head(weight, bias), len(hidden), chunk_rows)
     log_probs, _ = _forward(hidden, weight, bias, labels.long(), step, *head_transform)
@@ -96,14 +85,9 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
     mutates_args=(),
     schema=f"({_HEAD}, int chunk_rows, {schema()}) -> (Tensor, Tensor)",
 )
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chunk_rows: int,
-    *transform: Any,
-) -> tuple[Tensor, Tensor]:  # log_probs (N,), lse (N,), or empty where the backward has chunks
+def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
+    """Returns log_probs (N,), and lse (N,) or, where the backward pass has chunks, nothing."""
+    hidden, weight, bias, labels, chunk_rows, *transform = operands
     check_label_values("linear_log_probs", labels, len(weight))
     with no_autocast(hidden):
         log_probs, lse = torch.ops.npo_fast.linear_log_probs(
@@ -113,10 +97,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Any, labels: Any, chunk_rows: int, *_: Any
-) -> tuple[Tensor, Tensor]:
-    log_probs = hidden.new_empty(hidden.shape[:1], dtype=Head(weight).opmath_dtype)
+def _(hidden: Tensor, weight: Any, bias: Any, labels: Any, chunk_rows: int, *_: Any) -> Any:
+    log_probs = empty_per_row(hidden)
     return log_probs, log_probs.new_empty(0 if chunk_rows else hidden.shape[0])
 
 
@@ -126,40 +108,27 @@ def _(
     schema=f"(Tensor g, {_HEAD}, Tensor log_probs, Tensor lse, bool[] needs, int chunk_rows, "
     f"{schema()}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(
-    g: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    log_probs: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
-    chunk_rows: int,
-    *transform: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
+def _backward(*operands: Any) -> Gradients:
+    g, hidden, weight, bias, labels, log_probs, lse, needs, chunk_rows, *transform = operands
     with no_autocast(hidden):
         if chunk_rows == 0:
             return torch.ops.npo_fast.linear_log_probs_backward(
                 g, hidden, weight, labels, bias, log_probs, lse, *transform, needs
             )
         head = Head(weight, bias, HeadTransform(*transform))
-        gradients = HeadGradients(head, hidden, (needs[0], needs[1], needs[2]), chunk_rows)
+        gradients = HeadGradients(head, hidden, needs, chunk_rows)
         for rows in split_rows(slice(0, len(hidden)), chunk_rows):
             logits = head.logits(hidden[rows], gradients.logits)  # GEMM 1
             softmax = head.softmax(logits, hidden[rows], labels[rows])
             head.differentiate_(logits, softmax, g[rows])
             gradients.set_hidden(rows, logits)  # GEMM 2
             gradients.add_weight(logits, hidden[rows])  # GEMM 3
-    return or_empty(gradients.finish(), hidden, weight, bias)
+    return gradients.finish()
 
 
 @_backward.register_fake
-def _(
-    g: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Any, log_probs: Any,
-    lse: Any, needs: Sequence[bool], *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return empty_gradients(hidden, weight, bias, needs)
+def _(g: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradients:
+    return empty_gradients(hidden, weight, bias, needs=rest[3])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -171,10 +140,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = _backward(g, *ctx.saved_tensors, needs, *ctx.settings)
-    wanted = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return *wanted, None, *[None] * len(ctx.settings)
+    return *wanted(gradients, needs), None, *[None] * len(ctx.settings)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

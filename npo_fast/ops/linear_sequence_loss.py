@@ -1,31 +1,28 @@
 """Any loss of sequence log-probabilities with all its gradients, in one pass over the head."""
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
 
 from npo_fast.kernels.transform import HeadTransform, TransformOptions
 from npo_fast.ops import compiled
-from npo_fast.ops.autocast import autocast_inputs, no_autocast
 from npo_fast.ops.checks import (
     check_cu_seqlens,
-    check_head,
     check_label_values,
     check_labels,
     check_ref_log_probs,
+    checked_head,
+    no_autocast,
 )
-from npo_fast.ops.gradients import scale_
+from npo_fast.ops.gradients import OnePass
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
 from npo_fast.ops.vocab_parallel import VocabularySlice, local_head
 from npo_fast.tracing import breaks_graph
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Reduction = Literal["mean", "token_mean", "sum"]
 
@@ -62,7 +59,7 @@ def linear_sequence_loss(
     skip_below: float = 0.0,
     skipped: Skipped | None = None,
     vocabulary: VocabularySlice | None = None,
-    **transform: "Unpack[TransformOptions]",
+    **transform: Unpack[TransformOptions],
 ) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     """Loss of whole sequences straight from hidden states and the LM head.
 
@@ -119,12 +116,11 @@ def linear_sequence_loss(
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
     op, head_transform = "linear_sequence_loss", HeadTransform(**transform)
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(op, hidden, weight, bias, head_transform)
+    hidden, weight, bias = checked_head(op, hidden, weight, bias, head_transform)
     check_labels(op, hidden, labels)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     sequences = len(cu_seqlens) - 1
-    check_ref_log_probs(op, loss, ref_log_probs, sequences, len(hidden), hidden.device)
+    check_ref_log_probs(op, loss, ref_log_probs, sequences, hidden)
     if reduction not in ("mean", "token_mean", "sum"):
         raise ValueError(
             f"{op}: reduction must be 'mean', 'token_mean' or 'sum', got {reduction!r}"
@@ -150,17 +146,18 @@ def linear_sequence_loss(
             )
         step = head.chunk_rows()
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
-    if not torch.is_grad_enabled():  # autograd functions look at requires_grad alone
-        hidden, weight = hidden.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
     number = compiled.loss_number(loss) if torch.compiler.is_compiling() else -1
-    config = LossConfig(loss, head_transform, max(count, 1), step, skip_below, skipped, vocabulary)
+    config = LossConfig(loss, head_transform, max(count, 1), step, skip_below, vocabulary)
     inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
     if torch.compiler.is_compiling():
         return compiled.sequence_loss(number, config, inputs)
     check_label_values(op, labels, vocabulary.vocabulary if vocabulary else len(weight))
     with no_autocast(hidden):
-        return _LinearSequenceLoss.apply(config, *inputs)
+        if not any(tensor is not None and tensor.requires_grad for tensor in inputs[:3]):
+            return loss_alone(config, inputs)
+        again = partial(loss_and_gradients, config)
+        compute = partial(again, skipped=skipped)
+        return OnePass.apply(compute, again, config.gradient_scale(weight.dtype), *inputs)
 
 
 def _check_slice(
@@ -173,27 +170,3 @@ def _check_slice(
         )
     if chunk_rows == 0:
         raise ValueError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")
-
-
-class _LinearSequenceLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, config: LossConfig, *tensors: Any) -> tuple[Tensor, Tensor]:
-        ctx.config, ctx.gradients, needs = config, None, ctx.needs_input_grad[1:4]
-        ctx.save_for_backward(*tensors)
-        inputs = Inputs(*tensors)
-        if any(needs):
-            value, sequence_log_probs, ctx.gradients = loss_and_gradients(config, needs, inputs)
-        else:
-            value, sequence_log_probs = loss_alone(config, inputs)
-        ctx.mark_non_differentiable(sequence_log_probs)
-        return value, sequence_log_probs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # another backward through a retained graph starts anew
-            config, needs = replace(ctx.config, skipped=None), ctx.needs_input_grad[1:4]
-            _, _, gradients = loss_and_gradients(config, needs, Inputs(*ctx.saved_tensors))
-        scale = ctx.config.gradient_scale(ctx.saved_tensors[1].dtype)
-        return None, *scale_(gradients, upstream, scale), None, None, None

@@ -19,9 +19,9 @@ operator, loss and g, backward operator. The parts of a problem have one name ea
     slab    the part of a chunk that plain PyTorch code takes at a time, so that it stays in cache
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -82,7 +82,6 @@ class LossConfig:
     count: int  # the sum over sequences is divided by it
     chunk_rows: int  # 0: no logits at all
     skip_below: float = 0.0
-    skipped: Skipped | None = None
     vocabulary: VocabularySlice | None = None  # weight and bias are those of a slice
 
     def head(self, inputs: Inputs) -> Head:
@@ -102,24 +101,24 @@ class Group(NamedTuple):
     cu_seqlens: Tensor  # (s + 1,) counted from the first row, on the device of the rows
     ref_log_probs: Tensor | None  # (s,), (n,) or None
 
-    @property
-    def row_count(self) -> int:
-        """Rows of all its sequences."""
-        return self.rows.stop - self.rows.start
 
-
+@torch.no_grad()
 def loss_alone(config: LossConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:  # scalar, (S,)
     """Returns the loss and the log-probs of the sequences, and makes no gradient."""
     log_probs = config.head(inputs).log_probs(inputs.hidden, inputs.labels)
-    offsets = _copy_to(inputs.hidden.device, inputs.cu_seqlens)
+    offsets = _whole(inputs).cu_seqlens
     value = config.loss(log_probs, offsets, inputs.ref_log_probs).sum() / config.count
     return value, segment_sum(log_probs, offsets)
 
 
 def loss_and_gradients(
-    config: LossConfig, needs: Needs, inputs: Inputs
+    config: LossConfig,
+    needs: Needs,
+    tensors: Sequence[Any],  # those of Inputs
+    skipped: Skipped | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,), gradients times config.gradient_scale
     """Returns the loss, the log-probs of the sequences, and the gradients that ``needs`` names."""
+    inputs = Inputs(*tensors)
     if config.chunk_rows == 0:
         return _loss_and_gradients_without_logits(config, needs, inputs)
     hidden, labels, head = inputs.hidden, inputs.labels, config.head(inputs)
@@ -139,7 +138,7 @@ def loss_and_gradients(
 
     for group in _groups(config, inputs):
         g, chunks = None, [group.rows]
-        if group.row_count > config.chunk_rows:
+        if group.rows.stop - group.rows.start > config.chunk_rows:
             # a longer sequence needs all of its log-probs before g: one more GEMM 1
             chunks = split_rows(group.rows, config.chunk_rows)
             g = differentiate_loss(group, head.log_probs(hidden[group.rows], labels[group.rows]))
@@ -152,7 +151,7 @@ def loss_and_gradients(
             g_rows, kept = g[rows.start - group.rows.start :][:count], None
             if config.skip_below > 0:
                 logits, h, softmax, g_rows, kept = without_small_rows(
-                    head, logits, h, softmax, g_rows, alpha, config.skip_below, config.skipped
+                    head, logits, h, softmax, g_rows, alpha, config.skip_below, skipped
                 )
             head.differentiate_(logits, softmax, g_rows)  # in place: logits <- d loss / d logits
             gradients.set_hidden(rows, logits, alpha, kept)  # GEMM 2: logits @ weight
@@ -163,35 +162,28 @@ def loss_and_gradients(
 def _loss_and_gradients_without_logits(
     config: LossConfig, needs: Needs, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,)
-    hidden, weight, bias, labels, cu_seqlens, ref_log_probs = inputs
-    log_probs, lse = torch.ops.npo_fast.linear_log_probs(
-        hidden, weight, labels, bias, *config.transform
-    )
-    offsets = _copy_to(hidden.device, cu_seqlens)
-    everything = Group(slice(0, len(hidden)), slice(0, len(cu_seqlens) - 1), offsets, ref_log_probs)
-    value, sequence_log_probs, g = _value_and_g(config.loss, log_probs, everything)
+    operands = inputs.hidden, inputs.weight, inputs.labels, inputs.bias
+    log_probs, lse = torch.ops.npo_fast.linear_log_probs(*operands, *config.transform)
+    value, sequence_log_probs, g = _value_and_g(config.loss, log_probs, _whole(inputs))
     scale = 1 / config.count
+    g = g * (scale * config.gradient_scale(inputs.weight.dtype))
     gradients = torch.ops.npo_fast.linear_log_probs_backward(
-        g * (scale * config.gradient_scale(weight.dtype)),
-        hidden, weight, labels, bias, log_probs, lse, *config.transform, needs,
-    )  # fmt: skip
-    d_hidden, d_weight, d_bias = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+        g, *operands, log_probs, lse, *config.transform, needs
     )
-    return value * scale, sequence_log_probs, (d_hidden, d_weight, d_bias)
+    return value * scale, sequence_log_probs, gradients
 
 
 def _groups(config: LossConfig, inputs: Inputs) -> Iterator[Group]:
     """As many sequences at a time as fit a chunk, and none of ``loss.group`` without the others."""
-    cu_seqlens, device, ref = inputs.cu_seqlens, inputs.hidden.device, inputs.ref_log_probs
-    rows, sequences, most_rows = len(inputs.hidden), len(cu_seqlens) - 1, config.chunk_rows
+    ref, most_rows = inputs.ref_log_probs, config.chunk_rows
+    rows, sequences = len(inputs.hidden), len(inputs.cu_seqlens) - 1
     step = config.loss.group or max(sequences, 1)
-    offsets = _copy_to(device, cu_seqlens)
+    whole = _whole(inputs)
     # one chunk, or a CUDA graph that cannot look where sequences end: nothing to read from a GPU
-    if rows <= most_rows or step >= sequences or capturing(device):
-        yield Group(slice(0, rows), slice(0, sequences), offsets, ref)
+    if rows <= most_rows or step >= sequences or capturing(inputs.hidden.device):
+        yield whole
         return
-    bounds = cu_seqlens.tolist()
+    bounds = inputs.cu_seqlens.tolist()
     first = 0
     while first < sequences:
         last = first + step
@@ -202,17 +194,20 @@ def _groups(config: LossConfig, inputs: Inputs) -> Iterator[Group]:
         yield Group(
             group_rows,
             group_sequences,
-            offsets[first : last + 1] - bounds[first],
+            whole.cu_seqlens[first : last + 1] - bounds[first],
             None if ref is None else ref[ref_part],
         )
         first = last
 
 
-def _copy_to(device: torch.device, cu_seqlens: Tensor) -> Tensor:
-    """From the host through pinned memory, so that nothing waits."""
-    if cu_seqlens.device.type == "cpu" and device.type == "cuda":
+def _whole(inputs: Inputs) -> Group:
+    """Returns the group of all sequences; offsets leave the host through pinned memory."""
+    cu_seqlens, device = inputs.cu_seqlens, inputs.hidden.device
+    rows, sequences = slice(0, len(inputs.hidden)), slice(0, len(cu_seqlens) - 1)
+    if cu_seqlens.device.type == "cpu" and device.type == "cuda":  # so that nothing waits
         cu_seqlens = cu_seqlens.pin_memory()
-    return cu_seqlens.to(device, non_blocking=True)
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    return Group(rows, sequences, cu_seqlens, inputs.ref_log_probs)
 
 
 def _value_and_g(

@@ -47,49 +47,27 @@ def without_small_rows(
     g: Tensor,  # (R,) d loss / d log_prob, to be multiplied by alpha
     alpha: float,
     fraction: float,  # of the largest bound
-    skipped: Skipped | None,
+    skipped: Skipped | None,  # gets what is left out added
 ) -> tuple[Tensor, Tensor, Softmax, Tensor, Tensor | None]:
     """Returns logits, hidden, softmax and g of the rows that are kept, and their numbers (K,).
 
     The logits move to the front of the chunk, in place. The numbers are None, and all else is as it
     was, where every row is kept. Reads one number a row: on a GPU it waits for the row kernel.
     """
-    kept = rows_that_matter(
-        hidden, softmax.log_probs[: len(g)], g, head.transform.largest_slope * abs(alpha),
-        fraction, skipped,
-    )  # fmt: skip
-    if kept is None:
-        return logits, hidden, softmax, g, None
-    compact_(logits, kept)
-    padded = head.padded(len(kept))
-    return logits[:padded], hidden[kept], softmax.select(kept, padded), g[kept], kept
-
-
-def rows_that_matter(
-    hidden: Tensor,  # (R, D)
-    log_probs: Tensor,  # (R,)
-    g: Tensor,  # (R,) d loss / d log_prob
-    slope: float,  # the largest
-    fraction: float,  # of the largest bound
-    skipped: Skipped | None,  # gets what is left out added
-) -> Tensor | None:  # ascending row numbers
-    """Returns the rows whose bound is at least ``fraction`` of the largest; None: every row."""
-    if not len(g):
-        return None
-    bound = 2 * slope * g.abs() * -torch.expm1(log_probs)
-    small = bound < fraction * bound.max()  # NaN compares false and stays
+    slope = head.transform.largest_slope * abs(alpha)
+    bound = 2 * slope * g.abs() * -torch.expm1(softmax.log_probs[: len(g)])
+    small = bound < fraction * bound.max() if len(g) else bound > 0  # NaN is not small
     if skipped is not None:
         skipped.rows += len(bound)
         skipped.skipped_rows += int(small.sum())
         skipped.logits_error += float(bound[small].sum())
         skipped.weight_error += float((bound[small] * hidden[small].norm(dim=1).to(bound)).sum())
-    return (~small).nonzero().squeeze(1) if bool(small.any()) else None
-
-
-def compact_(chunk: Tensor, rows: Tensor) -> Tensor:  # (R, V), (K,) -> (K, V), a view of chunk
-    """Moves ``rows`` (ascending) to the front of the chunk, a slab of columns at a time."""
-    front = chunk[: len(rows)]
-    step = max(1, SLAB_BYTES // (max(1, len(rows)) * chunk.itemsize))
-    for target, source in zip(front.split(step, dim=1), chunk.split(step, dim=1), strict=True):
-        target.copy_(source.index_select(0, rows))
-    return front
+    if not bool(small.any()):
+        return logits, hidden, softmax, g, None
+    kept = (~small).nonzero().squeeze(1)
+    step = max(1, SLAB_BYTES // (max(1, len(kept)) * logits.itemsize))
+    front = logits[: len(kept)]
+    for target, source in zip(front.split(step, dim=1), logits.split(step, dim=1), strict=True):
+        target.copy_(source.index_select(0, kept))
+    padded = head.padded(len(kept))
+    return logits[:padded], hidden[kept], softmax.select(kept, padded), g[kept], kept

@@ -14,7 +14,7 @@ gradient of their own slice. The gradient of ``hidden`` is a sum over ranks, whi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_fast.distributed import all_reduce_max
-from npo_fast.kernels.layout import opmath_dtype
+from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.cost import Problem
-from npo_fast.ops.head import Head, Softmax, pad_rows
+from npo_fast.ops.head import Head, Softmax
 
 # newer names since PyTorch 2.13, which warns of the older ones
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -74,22 +74,17 @@ class VocabularySlice:
 class SlicedHead(Head):
     """A ``Head`` whose weight and bias are those of ``vocabulary``'s slice."""
 
-    vocabulary: VocabularySlice | None = None
-
-    @property
-    def _slice(self) -> VocabularySlice:
-        assert self.vocabulary is not None
-        return self.vocabulary
+    vocabulary: VocabularySlice = field(kw_only=True)
 
     def problem(self, rows: int, trains_head: bool) -> Problem:
         """Returns the sizes of the largest slice, so that all ranks take the same chunks."""
         largest = super().problem(rows, trains_head)
         # the operators without logits do not know of slices
-        return replace(largest, vocabulary=self._slice.most_rows, makes_logits=True)
+        return replace(largest, vocabulary=self.vocabulary.most_rows, makes_logits=True)
 
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         """Returns log-probs over the whole vocabulary, equal on all ranks."""
-        column, mine = self._slice.localize(labels)
+        column, mine = self.vocabulary.localize(labels)
         log_probs, lse = torch.ops.npo_fast.linear_log_probs(
             hidden, self.weight, column, self.bias, *self.transform
         )
@@ -99,17 +94,11 @@ class SlicedHead(Head):
         self, logits: Tensor, hidden: Tensor, labels: Tensor
     ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
         """Runs the row kernel on this slice, and normalises over the whole vocabulary."""
-        padded = len(logits)
-        target = self._target_logits(hidden, self._slice.localize(labels)[0], padded)
-        column, mine = self._slice.localize(pad_rows(labels, padded))
-        log_probs, local_lse, shift, share = torch.ops.npo_fast.row_log_probs(
-            logits, column, target, *self.transform
-        )
-        log_probs, lse = self._combine(log_probs, local_lse, mine)
-        outside = column.new_full((), -1)
-        return Softmax(
-            log_probs, torch.where(mine, column, outside), shift, share * torch.exp(local_lse - lse)
-        )
+        column, mine = self.vocabulary.localize(pad_rows(labels, len(logits)))
+        local = super().softmax(logits, hidden, column[: len(labels)])
+        log_probs, lse = self._combine(local.log_probs, local.lse, mine)
+        share = local.share * torch.exp(local.lse - lse)
+        return Softmax(log_probs, lse, torch.where(mine, column, -1), local.shift, share)
 
     def _combine(
         self,
@@ -121,7 +110,7 @@ class SlicedHead(Head):
         local = torch.stack(
             [torch.where(mine, without_label, lse), torch.where(mine, log_probs + lse, 0.0)]
         )
-        gathered = _all_gather(local, len(local), self._slice.group)
+        gathered = _all_gather(local, len(local), self.vocabulary.group)
         others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
         log_probs = -torch.nn.functional.softplus(others - z)
         return log_probs, z - log_probs
@@ -136,7 +125,7 @@ def local_head(
     """Returns the head, or this rank's slice of it."""
     if vocabulary is None:
         return Head(weight, bias, transform)
-    return SlicedHead(weight, bias, transform, vocabulary)
+    return SlicedHead(weight, bias, transform, vocabulary=vocabulary)
 
 
 def gather_rows(

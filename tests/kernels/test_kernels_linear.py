@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npo_fast.kernels import OPERATORS
-from npo_fast.kernels.reference import linear
+from npo_fast.kernels import OPERATORS, reference
 
 ops = torch.ops.npo_fast
 HEADS = [(None, 1.0, False), (4.0, 0.7, True)]
@@ -15,8 +14,8 @@ EVERYTHING = [True, True, True]
 @pytest.fixture(autouse=True)
 def _narrow_tiles(monkeypatch):
     """Several slices of the vocabulary, the last one not full; outputs start as NaN."""
-    monkeypatch.setattr(linear, "TILE_BYTES", 1)
-    monkeypatch.setattr(linear, "LEAST_COLUMNS", 48)
+    monkeypatch.setattr(reference, "TILE_BYTES", 1)
+    monkeypatch.setattr(reference, "LEAST_COLUMNS", 48)
 
 
 def case(rows, dtype=torch.float64, bias=True, width=12, vocabulary=131):

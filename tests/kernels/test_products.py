@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels import products, reference
-from npo_fast.kernels.pages import LEAST_BYTES, in_huge_pages
+from npo_fast.kernels.layout import HUGE_BYTES, in_huge_pages
 from npo_fast.kernels.products import add_product_, opmath_product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,7 +173,7 @@ def test_scaling_keeps_the_rules_of_torch_library():
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, LEAST_BYTES - 1, LEAST_BYTES, LEAST_BYTES + 4097])
+@pytest.mark.parametrize("nbytes", [0, 1, HUGE_BYTES - 1, HUGE_BYTES, HUGE_BYTES + 4097])
 def test_huge_pages_are_a_hint_and_change_nothing(nbytes):
     memory = torch.zeros(nbytes + 1, dtype=torch.uint8)[1:]  # at no page's beginning
     assert in_huge_pages(memory) is memory
@@ -184,7 +184,7 @@ def test_huge_pages_are_a_hint_and_change_nothing(nbytes):
 def test_memory_without_an_address_gets_no_hint():
     from torch._subclasses import FakeTensorMode
 
-    assert in_huge_pages(torch.empty(LEAST_BYTES, device="meta")).is_meta
+    assert in_huge_pages(torch.empty(HUGE_BYTES, device="meta")).is_meta
     with FakeTensorMode():
-        memory = torch.empty(LEAST_BYTES)
+        memory = torch.empty(HUGE_BYTES)
         assert in_huge_pages(memory) is memory

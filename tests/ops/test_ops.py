@@ -8,7 +8,7 @@ from torch import Tensor
 
 import npo_fast
 from npo_fast import GA, NLL, NPO, SimNPO, linear_log_probs, linear_sequence_loss, npo_loss
-from npo_fast.kernels.reference import linear
+from npo_fast.kernels import reference
 from tests.helpers import slow_but
 
 LOSSES = [NPO(0.1), NPO(3.0), SimNPO(2.5, 0.1), GA(), NLL()]
@@ -350,8 +350,8 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", watch)
-    monkeypatch.setattr(linear, "TILE_BYTES", 4 * 30 * 500)
-    monkeypatch.setattr(linear, "LEAST_COLUMNS", 8)
+    monkeypatch.setattr(reference, "TILE_BYTES", 4 * 30 * 500)
+    monkeypatch.setattr(reference, "LEAST_COLUMNS", 8)
     tensors = inputs(300, 8, 500, torch.float32)
     npo_fast.linear_sequence_loss(
         labels=torch.zeros(300).long(), cu_seqlens=torch.tensor([0, 20, 300]), loss=GA(),

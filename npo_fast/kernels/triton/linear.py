@@ -13,11 +13,10 @@ quarter longer (H200, bf16, N=4096, D=4096, V=128256: 6.9 against 6.8 ms, 24.0 a
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.kernels.layout import empty_logits, padded_rows
-from npo_fast.kernels.products import add_product_
+from npo_fast.kernels.layout import empty_gradients, pad_rows, padded_rows
+from npo_fast.kernels.products import add_product_, logits_of_slices
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import row_config
 from npo_fast.kernels.triton.label_logits import label_logits
@@ -38,8 +37,8 @@ def linear_forward(
     """Returns log-probs of the labels and the logsumexp of each row."""
     config, rows = row_config(), len(hidden)
     padded = padded_rows(rows, on_cpu=False)
-    target = _padded(label_logits(hidden, weight, labels, bias), padded)
-    labels = _padded(labels, padded)
+    target = pad_rows(label_logits(hidden, weight, labels, bias), padded)
+    labels = pad_rows(labels, padded)
     sums = [
         slice_sums(logits, labels - columns.start, transform, config)
         for columns, logits in _slices(hidden, weight, bias)
@@ -65,11 +64,9 @@ def linear_backward(
     padded = padded_rows(rows, on_cpu=False)
     shape = (padded, hidden.shape[1]) if needs[0] else (0,)
     d_hidden = hidden.new_empty(shape, dtype=torch.float32)
-    d_weight = weight.new_empty(weight.shape if needs[1] else 0)
-    wants_bias = bias is not None and needs[2]
-    d_bias = (hidden if bias is None else bias).new_empty(len(weight) if wants_bias else 0)
-    operand = _padded(hidden, padded)
-    labels, log_probs, lse, g = (_padded(t, padded) for t in (labels, log_probs, lse, g))
+    _, d_weight, d_bias = empty_gradients(hidden, weight, bias, (False, *needs[1:]))
+    operand = pad_rows(hidden, padded)
+    labels, log_probs, lse, g = (pad_rows(t, padded) for t in (labels, log_probs, lse, g))
     share = torch.ones_like(lse)
     for columns, logits in _slices(hidden, weight, bias):
         row_gradient(logits, labels - columns.start, log_probs, lse, share, g, transform)
@@ -78,7 +75,7 @@ def linear_backward(
             add_product_(d_hidden, logits, weight[columns], beta=int(columns.start > 0))
         if needs[1]:
             torch.mm(logits.t(), operand, out=d_weight[columns])
-        if wants_bias:
+        if bias is not None and needs[2]:
             d_bias[columns] = logits.sum(dim=0, dtype=torch.float32).to(d_bias.dtype)
     return d_hidden[:rows].to(hidden.dtype), d_weight, d_bias
 
@@ -86,20 +83,6 @@ def linear_backward(
 def _slices(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:  # columns, raw logits (padded N, C) until the next ones
-    rows, vocabulary = padded_rows(len(hidden), on_cpu=False), len(weight)
-    hidden = _padded(hidden, rows)
-    step = max(LEAST_COLUMNS, SLICE_BYTES // (max(rows, 1) * hidden.itemsize))
-    buffer = empty_logits(rows, min(step, vocabulary), weight, hidden.dtype)
-    for first in range(0, vocabulary, step):
-        columns = slice(first, min(first + step, vocabulary))
-        logits = buffer[:, : columns.stop - first]
-        if bias is None:
-            torch.mm(hidden, weight[columns].t(), out=logits)
-        else:
-            torch.addmm(bias[columns], hidden, weight[columns].t(), out=logits)
-        yield columns, logits
-
-
-def _padded(values: Tensor, rows: int) -> Tensor:  # (N, …) -> (rows, …), with zeros
-    sides = (0, 0) * (values.dim() - 1)
-    return F.pad(values, (*sides, 0, rows - len(values))) if rows > len(values) else values
+    hidden = pad_rows(hidden, padded_rows(len(hidden), on_cpu=False))
+    step = max(LEAST_COLUMNS, SLICE_BYTES // (max(len(hidden), 1) * hidden.itemsize))
+    return logits_of_slices(hidden, weight, bias, hidden.dtype, step)

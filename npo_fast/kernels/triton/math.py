@@ -1,10 +1,15 @@
 """Device functions that Triton lacks, accurate relative to their result, in the interpreter too.
 
-libdevice has them for a GPU, but the interpreter cannot call it.
+libdevice has them for a GPU, but the interpreter cannot call it. ``activate`` is the head's
+transform, and ``transform_arguments`` what a launcher passes for it.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from npo_fast.kernels.transform import HeadTransform
 
 # Chebyshev fit of (tanh(x) / x - 1) / x^2 in x^2 for |x| <= 9/16, relative error 5e-9
 TANH_SWITCH = tl.constexpr(0.5625)
@@ -77,3 +82,12 @@ def activate(raw, softcap, logit_scale, SOFTCAP: tl.constexpr):
         z = raw * logit_scale
         slope = logit_scale
     return z, slope
+
+
+def transform_arguments(transform: HeadTransform, prefix: str = "") -> dict[str, Any]:
+    """Returns the arguments of a kernel that ``activate`` takes, by name."""
+    return {
+        f"{prefix}softcap": transform.softcap or 1.0,
+        f"{prefix}logit_scale": transform.logit_scale,
+        f"{prefix.upper()}SOFTCAP": transform.softcap is not None,
+    }

@@ -40,26 +40,19 @@ TARGETS_OFFLINE = {
 
 # by the name of a kernel's argument; other arguments are 32-bit integers that 16 divides
 TYPES = {
+    **dict.fromkeys("logits ref_logits hidden weight bias gradient".split(), "*bf16"),
     **dict.fromkeys(
-        ("logits", "ref_logits", "hidden", "weight", "bias", "gradient", "d_weight"),
-        "*bf16",
-    ),
-    **dict.fromkeys(
-        (
-            "d_hidden", "log_probs", "lse", "lses", "split_lse", "split_target", "ref_log_probs",
-            "sequence_log_probs", "weights", "g", "kls", "peaks", "totals", "ref_peaks",
-            "ref_totals", "peak_out", "total_out", "targets", "shifts", "shares", "at_labels",
-            "factor", "out", "values",
-        ),
+        "log_probs lses ref_log_probs sequence_log_probs values weights g kls peaks totals "
+        "ref_peaks ref_totals peak_out total_out targets shifts shares factor out".split(),
         "*fp32",
     ),
-    **dict.fromkeys(("softcap", "logit_scale", "beta", "ref_softcap", "ref_logit_scale"), "fp32"),
+    **dict.fromkeys("softcap logit_scale ref_softcap ref_logit_scale beta".split(), "fp32"),
     "labels": "*i64",
     "cu_seqlens": "*i32",
-}  # fmt: skip
+}
 UNIT_STRIDES = ("row_stride", "ref_row_stride")  # in the layout of ``empty_logits``
 # sizes of the problem, as odd as they come: GPT-2 has 50257 tokens, a batch any number of rows
-NOT_DIVISIBLE = ("tiles_per_split", "rows", "row_count", "columns", "vocabulary", "slices")
+NOT_DIVISIBLE = ("rows", "columns", "slices")
 
 
 @dataclass(frozen=True)
@@ -108,27 +101,16 @@ def table(records: Iterable[Record]) -> list[dict[str, str | int | float]]:
 
 def _record(variant: Variant) -> Record:
     target = TARGETS_OFFLINE[variant.target]
-    compiled = triton.compile(
-        _source(variant), target=target.gpu, options={**variant.options, "enable_fp_fusion": True}
-    )
-    if target.gpu.backend == "cuda":
-        registers, spill_bytes, code = _read_cubin(compiled.asm["cubin"])
-    else:
-        registers, spill_bytes, code = _read_amdgcn(compiled.asm["amdgcn"])
+    options = {**variant.options, "enable_fp_fusion": True}
+    compiled = triton.compile(_source(variant), target=target.gpu, options=options)
+    cuda = target.gpu.backend == "cuda"
+    code_of = _read_cubin if cuda else _read_amdgcn
+    registers, spill_bytes, code = code_of(compiled.asm["cubin" if cuda else "amdgcn"])
+    identity = variant.kernel, variant.name, variant.dtype, variant.target, variant.config
+    shared = compiled.metadata.shared, target.shared_limit_bytes
+    wide_loads = len(re.findall(target.wide_load, code))
     floor = h100_floor_ms(0.0, variant.moved_bytes) if variant.moved_bytes else None
-    return Record(
-        kernel=variant.kernel,
-        variant=variant.name,
-        dtype=variant.dtype,
-        target=variant.target,
-        config=variant.config,
-        registers=registers,
-        spill_bytes=spill_bytes,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit_bytes=target.shared_limit_bytes,
-        wide_loads=len(re.findall(target.wide_load, code)),
-        h100_floor_ms=floor,
-    )
+    return Record(*identity, registers, spill_bytes, *shared, wide_loads, floor)
 
 
 def _source(variant: Variant) -> ASTSource:

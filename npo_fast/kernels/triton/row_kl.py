@@ -16,11 +16,8 @@ from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, row_config
-from npo_fast.kernels.triton.math import activate, exp_tail
-from npo_fast.kernels.triton.slices import grid_of, join, reachable_rows, slice_sums
-
-ROWS = 32  # of one program of the join kernel
-SLICES = 32  # that it joins at a time
+from npo_fast.kernels.triton.math import activate, exp_tail, transform_arguments
+from npo_fast.kernels.triton.slices import JOIN, grid_of, join, reachable_rows, slice_sums
 
 
 @triton.jit
@@ -97,19 +94,15 @@ def row_kl(
     if rows == 0:
         return logits.new_empty(0, dtype=torch.float32)
     config = config or row_config()
-    row_sums = (
-        *_row_sums(logits, transform, config),
-        *_row_sums(ref_logits, ref_transform, config),
-    )
-    grid = grid_of(logits, config)
-    kls = logits.new_empty(grid.slices, rows, dtype=torch.float32)
-    row_kl_kernel[(grid.row_blocks, grid.slices)](
-        logits, ref_logits, *row_sums, kls,
+    sums = _row_sums(logits, transform, config)
+    ref_sums = _row_sums(ref_logits, ref_transform, config)
+    grid, slice_columns = grid_of(logits, config)
+    kls = logits.new_empty(grid[1], rows, dtype=torch.float32)
+    row_kl_kernel[grid](
+        logits, ref_logits, *sums, *ref_sums, kls,
         rows, min(reachable_rows(logits), reachable_rows(ref_logits)), columns,
-        *logits.stride(), *ref_logits.stride(), grid.slice_columns,
-        transform.softcap or 1.0, transform.logit_scale,
-        ref_transform.softcap or 1.0, ref_transform.logit_scale,
-        SOFTCAP=transform.softcap is not None, REF_SOFTCAP=ref_transform.softcap is not None,
+        *logits.stride(), *ref_logits.stride(), slice_columns,
+        **transform_arguments(transform), **transform_arguments(ref_transform, "ref_"),
         BLOCK_R=config.block_rows, BLOCK_C=config.kl_block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return kls.sum(dim=0)
@@ -121,7 +114,6 @@ def _row_sums(
     sums = slice_sums(logits, None, transform, config)
     slices, rows = sums.peaks.shape
     peak, total = torch.empty_like(sums.peaks[0]), torch.empty_like(sums.peaks[0])
-    join_kernel[(triton.cdiv(rows, ROWS),)](
-        *sums, peak, total, rows, slices, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4
-    )
+    grid = (triton.cdiv(rows, JOIN["BLOCK_R"]),)
+    join_kernel[grid](*sums, peak, total, rows, slices, **JOIN, num_warps=4)
     return peak, total

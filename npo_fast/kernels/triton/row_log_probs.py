@@ -16,11 +16,8 @@ from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, row_config
-from npo_fast.kernels.triton.math import activate, one_minus_exp, softplus
-from npo_fast.kernels.triton.slices import Sums, grid_of, join, reachable_rows, slice_sums
-
-ROWS = 32  # of one program of the label kernel
-SLICES = 32  # that it joins at a time
+from npo_fast.kernels.triton.math import activate, one_minus_exp, softplus, transform_arguments
+from npo_fast.kernels.triton.slices import JOIN, Sums, grid_of, join, reachable_rows, slice_sums
 
 
 @triton.jit
@@ -101,10 +98,9 @@ def with_labels(
     slices, rows = sums.peaks.shape
     log_probs, lse, shift, share = (sums.peaks.new_empty(rows) for _ in range(4))
     if rows:
-        label_kernel[(triton.cdiv(rows, ROWS),)](
+        label_kernel[(triton.cdiv(rows, JOIN["BLOCK_R"]),)](
             *sums, target_logits.contiguous(), log_probs, lse, shift, share,
-            rows, slices, transform.softcap or 1.0, transform.logit_scale,
-            SOFTCAP=transform.softcap is not None, BLOCK_R=ROWS, BLOCK_S=SLICES, num_warps=4,
+            rows, slices, **transform_arguments(transform), **JOIN, num_warps=4,
         )  # fmt: skip
     return log_probs, lse, shift, share
 
@@ -121,14 +117,13 @@ def row_gradient(
 ) -> None:
     """Launches the gradient kernel: logits become the gradient of the loss in them."""
     config = config or row_config()
-    grid = grid_of(logits, config)
     if not logits.numel():
         return
+    grid, slice_columns = grid_of(logits, config)
     row_operands = (t.contiguous() for t in (labels, log_probs, shift, share, g))
-    gradient_kernel[(grid.row_blocks, grid.slices)](
+    gradient_kernel[grid](
         logits, *row_operands,
-        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), grid.slice_columns,
-        transform.softcap or 1.0, transform.logit_scale,
-        SOFTCAP=transform.softcap is not None,
+        len(labels), reachable_rows(logits), logits.shape[1], *logits.stride(), slice_columns,
+        **transform_arguments(transform),
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip

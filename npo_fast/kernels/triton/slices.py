@@ -10,6 +10,7 @@ nothing crosses lanes before the slice ends. The label may stay apart:
 ``log_prob = -log(1 + exp(logsumexp of the others - z_label))`` does not cancel at a sure token.
 """
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import RowConfig, processors
-from npo_fast.kernels.triton.math import activate
+from npo_fast.kernels.triton.math import activate, transform_arguments
 
 # finite, so that the difference of two of them is 0 and not NaN
 LOWEST = tl.constexpr(-3.0e38)
+# of a program that calls ``join``: its rows, and the slices that it joins at a time
+JOIN = MappingProxyType({"BLOCK_R": 32, "BLOCK_S": 32})
 ALIGNED = 16  # rows: what Triton takes for divisible, and more than 16 bytes
 
 
@@ -33,22 +36,17 @@ class Sums(NamedTuple):
     totals: Tensor  # (S, N) fp32, of exp(z - peak)
 
 
-class Grid(NamedTuple):
-    """The launch grid over (N, C) logits: a program takes a block of rows times a slice."""
+def grid_of(logits: Tensor, config: RowConfig) -> tuple[tuple[int, int], int]:  # (N, C)
+    """Returns the launch grid, blocks of rows times slices, and the columns of a slice.
 
-    row_blocks: int
-    slices: int
-    slice_columns: int
-
-
-def grid_of(logits: Tensor, config: RowConfig) -> Grid:  # (N, C)
-    """Returns enough slices to fill the GPU, each a multiple of a block's columns."""
+    Slices are as many as fill the GPU, each a multiple of a block's columns.
+    """
     rows, columns = logits.shape
     row_blocks = max(1, triton.cdiv(rows, config.block_rows))
     blocks = triton.cdiv(columns, config.block_columns)
     wanted = triton.cdiv(processors(logits.device) * config.programs, row_blocks)
     slice_columns = triton.cdiv(blocks, min(wanted, blocks)) * config.block_columns
-    return Grid(row_blocks, triton.cdiv(columns, slice_columns), slice_columns)
+    return (row_blocks, triton.cdiv(columns, slice_columns)), slice_columns
 
 
 def reachable_rows(logits: Tensor) -> int:  # (N, C)
@@ -157,16 +155,15 @@ def slice_sums(
 ) -> Sums:
     """Launches the kernel: logsumexp of each row over each slice."""
     rows, columns = logits.shape
-    grid = grid_of(logits, config)
-    peaks = logits.new_empty(grid.slices, rows, dtype=torch.float32)
+    grid, slice_columns = grid_of(logits, config)
+    peaks = logits.new_empty(grid[1], rows, dtype=torch.float32)
     totals = torch.empty_like(peaks)
     if not rows:
         return Sums(peaks, totals)
-    slice_sums_kernel[(grid.row_blocks, grid.slices)](
+    slice_sums_kernel[grid](
         logits, None if labels is None else labels.contiguous(), peaks, totals,
-        rows, reachable_rows(logits), columns, *logits.stride(), grid.slice_columns,
-        transform.softcap or 1.0, transform.logit_scale,
-        HAS_LABELS=labels is not None, SOFTCAP=transform.softcap is not None,
+        rows, reachable_rows(logits), columns, *logits.stride(), slice_columns,
+        **transform_arguments(transform), HAS_LABELS=labels is not None,
         BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return Sums(peaks, totals)

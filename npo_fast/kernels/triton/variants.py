@@ -9,7 +9,7 @@ from typing import Any
 
 from npo_fast.kernels.triton import config, label_logits, npo_head, row_kl, row_log_probs, scale
 from npo_fast.kernels.triton.npo_head import npo_head_kernel
-from npo_fast.kernels.triton.slices import slice_sums_kernel
+from npo_fast.kernels.triton.slices import JOIN, slice_sums_kernel
 
 N, D, V = PROBLEM = 4096, 4096, 128256  # tokens, width, vocabulary of Llama 3 8B
 HALF = 2  # bytes of bf16
@@ -44,37 +44,32 @@ class Variant:
 def variants(target: str) -> Iterator[Variant]:
     """Yields all variants for ``target``."""
     row = config.ROW[target]
-    blocks = {"BLOCK_R": row.block_rows, "BLOCK_C": row.block_columns}
-    kl_blocks = {**blocks, "BLOCK_C": row.kl_block_columns}
     options = {"num_warps": row.num_warps}
-    once, joined = N * V * HALF, {"BLOCK_R": row_log_probs.ROWS, "BLOCK_S": row_log_probs.SLICES}
+    tile = {"BLOCK_R": row.block_rows, "BLOCK_C": row.block_columns}
+    kl_tile = {**tile, "BLOCK_C": row.kl_block_columns}
+    gradient, kl, once = row_log_probs.gradient_kernel, row_kl.row_kl_kernel, 1.0 * N * V * HALF
     for capped in (False, True):
         name, softcap = ("softcap" if capped else "plain"), {"SOFTCAP": capped}
+        caps = {**softcap, "REF_SOFTCAP": capped}
         for labels in (False, True):
-            constants = {"HAS_LABELS": labels, **softcap, **blocks}
+            constants = {"HAS_LABELS": labels, **softcap, **tile}
             label = f"{name}, labels" if labels else name
-            yield Variant(slice_sums_kernel, label, target, constants, options, 1.0 * once)
-        yield Variant(row_log_probs.label_kernel, name, target, {**softcap, **joined}, FEW_WARPS)
-        constants = {**softcap, **blocks}
-        gradient = row_log_probs.gradient_kernel
-        yield Variant(gradient, name, target, constants, options, 2.0 * once)
-        constants = {**constants, **kl_blocks, "REF_SOFTCAP": capped}
-        yield Variant(row_kl.row_kl_kernel, name, target, constants, options, 3.0 * once)
-    yield Variant(row_kl.join_kernel, "plain", target, joined, FEW_WARPS)
+            yield Variant(slice_sums_kernel, label, target, constants, options, once)
+        yield Variant(row_log_probs.label_kernel, name, target, {**softcap, **JOIN}, FEW_WARPS)
+        yield Variant(gradient, name, target, {**softcap, **tile}, options, 2 * once)
+        yield Variant(kl, name, target, {**caps, **kl_tile}, options, 3 * once)
+    yield Variant(row_kl.join_kernel, "plain", target, {**JOIN}, FEW_WARPS)
     for bias in (False, True):
         constants = {"HAS_BIAS": bias, "BLOCK": label_logits.BLOCK}
         name = "bias" if bias else "plain"
         yield Variant(label_logits.label_logits_kernel, name, target, constants, FEW_WARPS)
-    moved = 2.0 * V * D * HALF
     constants = {"BLOCK": scale.BLOCK}
-    yield Variant(scale.scale_kernel, "plain", target, constants, FEW_WARPS, moved)
+    yield Variant(scale.scale_kernel, "plain", target, constants, FEW_WARPS, 2.0 * V * D * HALF)
     constants = {"BLOCK": npo_head.BLOCK}
     yield Variant(npo_head_kernel, "plain", target, constants, FEW_WARPS, 8.0 * N)
     # fp32 logits, of all options at once
-    for function in (slice_sums_kernel, row_log_probs.gradient_kernel, row_kl.row_kl_kernel):
-        names = [name for name in function.arg_names if name in ("SOFTCAP", "REF_SOFTCAP")]
-        tile = kl_blocks if function is row_kl.row_kl_kernel else blocks
-        constants = {**dict.fromkeys(names, True), **tile}
-        if "HAS_LABELS" in function.arg_names:
-            constants["HAS_LABELS"] = True
+    every_option = {"SOFTCAP": True, "REF_SOFTCAP": True, "HAS_LABELS": True}
+    for function, blocks in ((slice_sums_kernel, tile), (gradient, tile), (kl, kl_tile)):
+        switches = {k: v for k, v in every_option.items() if k in function.arg_names}
+        constants = {**switches, **blocks}
         yield Variant(function, "softcap", target, constants, options, dtype="fp32")
