@@ -8,6 +8,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import npo_fast
 
 ROOT = Path(npo_fast.__file__).parent
@@ -110,6 +112,7 @@ def test_no_modules_import_each_other_in_a_circle():
     tuple(graphlib.TopologicalSorter(imports).static_order())
 
 
+@pytest.mark.slow
 def test_the_import_leaves_heavy_libraries_to_those_who_use_them():
     heavy = ["torch._dynamo", "triton", "transformers", "datasets", "scipy", "matplotlib"]
     code = f"import sys, npo_fast.cli; print([m for m in {heavy} if m in sys.modules])"

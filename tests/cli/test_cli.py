@@ -29,7 +29,7 @@ def home(tmp_path_factory) -> Path:
     write_jsonl(folder / "forget.jsonl", wrong[6:])
     write_jsonl(folder / "retain.jsonl", wrong[:6])
     write_jsonl(folder / "all.jsonl", wrong)
-    common = ["--epochs", "60", "--batch-size", "5", "--lr", "5e-3"]
+    common = ["--epochs", "30", "--batch-size", "5", "--lr", "5e-3"]
     for name, data in (("taught", "all"), ("retrained", "retain")):
         assert main(["finetune", "--model", str(model), "--train", str(folder / f"{data}.jsonl"),
                      "--output", str(folder / name), *common]) == 0  # fmt: skip

@@ -73,7 +73,14 @@ def gradients(value: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(value, list(tensors.values())))
 
 
-@pytest.mark.parametrize(("rows", "chunk_rows"), [(40, None), (64, None), (120, None), (40, 0)])
+@pytest.mark.parametrize(
+    ("rows", "chunk_rows"),
+    [
+        *((rows, None) for rows in (40, 120)),
+        pytest.param(64, None, marks=pytest.mark.slow),
+        pytest.param(40, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_bf16_products_cost_no_accuracy_beside_plain_pytorch(rows, chunk_rows, monkeypatch):
     """Over draws. The log-probs are better: the label's logit is not rounded."""
     monkeypatch.setattr(layout, "cpu_multiplies_bf16", lambda: True)
