@@ -23,34 +23,11 @@ from npo_fast.ops import (
 )
 
 if TYPE_CHECKING:
-    from npo_fast.runs import (
-        AttackOptions,
-        Callback,
-        EvaluationOptions,
-        EvaluationSettings,
-        MethodOptions,
-        ModelOptions,
-        ReportOptions,
-        Run,
-        RunOptions,
-        Scores,
-        TrainSettings,
-        attack,
-        evaluate,
-        finetune,
-        report,
-        unlearn,
-    )
-
-_FRONT_DOOR = {  # loaded when they are asked for: transformers takes seconds to import
-    "AttackOptions", "Callback", "EvaluationOptions", "EvaluationSettings", "MethodOptions",
-    "ModelOptions", "ReportOptions", "Run", "RunOptions", "Scores", "TrainSettings", "attack",
-    "evaluate", "finetune", "report", "unlearn",
-}  # fmt: skip
+    from npo_fast.runs import *
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FRONT_DOOR:
+    if name in __all__:  # the front door: transformers takes seconds to import
         from npo_fast import runs
 
         return getattr(runs, name)
@@ -58,52 +35,16 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FRONT_DOOR})
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
-    "CEU",
-    "DPO",
-    "GA",
-    "KTO",
-    "NLL",
-    "NPO",
-    "TNPO",
-    "WGA",
-    "AttackOptions",
-    "Callback",
-    "EvaluationOptions",
-    "EvaluationSettings",
-    "FusedLinearDPOLoss",
-    "FusedLinearGALoss",
-    "FusedLinearNLLLoss",
-    "FusedLinearNPOLoss",
-    "FusedLinearSequenceLoss",
-    "FusedLinearSimNPOLoss",
-    "Interrupted",
-    "MethodOptions",
-    "ModelOptions",
-    "NonFiniteError",
-    "OutOfMemory",
-    "ReportOptions",
-    "Run",
-    "RunOptions",
-    "SatImp",
-    "Scores",
-    "SequenceLoss",
-    "SimNPO",
-    "Skipped",
-    "TrainSettings",
-    "UserError",
-    "__version__",
-    "attack",
-    "evaluate",
-    "finetune",
-    "linear_kl",
-    "linear_log_probs",
-    "linear_sequence_loss",
-    "npo_loss",
-    "report",
-    "segment_sum",
-    "unlearn",
-]
+    "CEU", "DPO", "GA", "KTO", "NLL", "NPO", "TNPO", "WGA", "AttackOptions", "Callback",
+    "EvaluationOptions", "EvaluationSettings", "FusedLinearDPOLoss", "FusedLinearGALoss",
+    "FusedLinearNLLLoss", "FusedLinearNPOLoss", "FusedLinearSequenceLoss",
+    "FusedLinearSimNPOLoss", "Interrupted", "MethodOptions", "ModelOptions", "NonFiniteError",
+    "OutOfMemory", "ReportOptions", "Run", "RunOptions", "SatImp", "Scores", "SequenceLoss",
+    "SimNPO", "Skipped", "TrainSettings", "UserError", "__version__", "attack", "evaluate",
+    "finetune", "linear_kl", "linear_log_probs", "linear_sequence_loss", "npo_loss", "report",
+    "segment_sum", "unlearn",
+]  # fmt: skip

@@ -12,21 +12,7 @@ from npo_fast.data.template import (
 )
 
 __all__ = [
-    "PackedBatch",
-    "Record",
-    "Records",
-    "Sources",
-    "Template",
-    "TokenizedExample",
-    "alternated",
-    "as_rows",
-    "check_vocabulary",
-    "concatenate",
-    "data_fingerprint",
-    "describe",
-    "load_records",
-    "load_refusals",
-    "micro_batches",
-    "pack",
-    "refused",
-]
+    "PackedBatch", "Record", "Records", "Sources", "Template", "TokenizedExample", "alternated",
+    "as_rows", "check_vocabulary", "concatenate", "data_fingerprint", "describe",
+    "load_records", "load_refusals", "micro_batches", "pack", "refused",
+]  # fmt: skip

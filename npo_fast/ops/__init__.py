@@ -8,12 +8,6 @@ from npo_fast.ops.one_pass import Reference, SequenceLoss
 from npo_fast.ops.skipping import Skipped
 
 __all__ = [
-    "Reduction",
-    "Reference",
-    "SequenceLoss",
-    "Skipped",
-    "linear_kl",
-    "linear_log_probs",
-    "linear_sequence_loss",
-    "segment_sum",
-]
+    "Reduction", "Reference", "SequenceLoss", "Skipped", "linear_kl", "linear_log_probs",
+    "linear_sequence_loss", "segment_sum",
+]  # fmt: skip

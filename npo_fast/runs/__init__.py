@@ -23,20 +23,7 @@ from npo_fast.runs.unlearning import unlearn
 from npo_fast.trainer.settings import TrainSettings
 
 __all__ = [
-    "AttackOptions",
-    "Callback",
-    "EvaluationOptions",
-    "EvaluationSettings",
-    "MethodOptions",
-    "ModelOptions",
-    "ReportOptions",
-    "Run",
-    "RunOptions",
-    "Scores",
-    "TrainSettings",
-    "attack",
-    "evaluate",
-    "finetune",
-    "report",
-    "unlearn",
-]
+    "AttackOptions", "Callback", "EvaluationOptions", "EvaluationSettings", "MethodOptions",
+    "ModelOptions", "ReportOptions", "Run", "RunOptions", "Scores", "TrainSettings", "attack",
+    "evaluate", "finetune", "report", "unlearn",
+]  # fmt: skip
