@@ -18,12 +18,13 @@ from npo_fast.cli.console import show
 from npo_fast.cli.settings import Common
 from npo_fast.distributed import local_device
 from npo_fast.errors import UserError
+from npo_fast.validation import Checked, PositiveInt
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Checked):
     """What to measure, at which size, beside whom."""
 
     what: tyro.conf.Positional[Literal["loss", "kernels"]]
@@ -39,7 +40,7 @@ class BenchOptions:
     dtype: Dtype = "float32"
     inputs: str = "random,memorised,forgotten"
     """What the model knows of the labels, separated by commas."""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """How often each candidate is timed, in turn; medians are reported."""
     peers: str = "all"
     """all, none, or some of plain,torch-lce,trl,cce,liger."""
@@ -59,8 +60,6 @@ class Command:
 def run(command: Command, common: Common) -> None:
     """Measures what the options name and prints a table."""
     options = command.bench
-    if options.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, got {options.rounds}")
     what = "scaling" if options.what == "loss" and options.scaling else options.what
     origin = provenance()  # now: a commit made meanwhile is not what runs
     measured, text = {"loss": _loss, "scaling": _scaling, "kernels": _kernels}[what](options)

@@ -28,24 +28,16 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class Flags(PlannedRun):
-    """The run to plan; the flags are those of unlearn."""
-
-    def __post_init__(self) -> None:
-        """``run`` checks: what is raised while tyro parses comes out as a box, not as one line."""
-
-
-@dataclass(frozen=True)
 class Command:
     """The options of ``npo-fast plan``, by group."""
 
     plan: PlanOptions
-    run: Flags = field(default_factory=Flags)
+    run: PlannedRun = field(default_factory=PlannedRun)
 
 
 def run(command: Command, common: Common) -> None:
     """Predicts the memory of a run and prints on which card it fits."""
-    options, planned = command.plan, PlannedRun(**vars(command.run))
+    options, planned = command.plan, command.run
     if options.card is not None and not options.card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
     config = load_config(options.model)
