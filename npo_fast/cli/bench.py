@@ -14,8 +14,7 @@ from npo_fast.bench.candidates import find_candidates
 from npo_fast.bench.inputs import KINDS, SHAPES, Dtype, Shape
 from npo_fast.bench.loss import Result, bench
 from npo_fast.bench.provenance import provenance
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.distributed import local_device
 from npo_fast.errors import UserError
 from npo_fast.validation import Checked, PositiveInt
@@ -57,8 +56,8 @@ class Command:
     bench: BenchOptions
 
 
-def run(command: Command, common: Common) -> None:
-    """Measures what the options name and prints a table."""
+def run(command: Command) -> Output:
+    """Measures what the options name; returns a table."""
     options = command.bench
     what = "scaling" if options.what == "loss" and options.scaling else options.what
     origin = provenance()  # now: a commit made meanwhile is not what runs
@@ -67,9 +66,7 @@ def run(command: Command, common: Common) -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result, text, common.json)
-    if result.get("ours_refused"):
-        raise SystemExit(1)
+    return Output(result, text, exit_code=int(result.get("ours_refused", False)))
 
 
 def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ class Command:
     demo: DemoOptions = field(default_factory=DemoOptions)
 
 
-def run(command: Command, common: Common) -> None:
-    """Runs the demo and prints what each method forgot and kept."""
+def run(command: Command) -> Output:
+    """Runs the demo; returns what each method forgot and kept."""
     options = command.demo
     _clear(options.output, options.overwrite)
     started = time.perf_counter()
@@ -56,7 +55,7 @@ def run(command: Command, common: Common) -> None:
     time_s = time.perf_counter() - started
     result = demo.describe(outcomes, time_s)
     demo.write(outcomes, result)
-    show(result, _text(demo, outcomes, time_s), common.json)
+    return Output(result, _text(demo, outcomes, time_s))
 
 
 def _clear(folder: Path, overwrite: bool) -> None:

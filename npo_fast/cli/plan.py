@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.errors import UserError
 from npo_fast.model.load import load_config
 from npo_fast.planner import CARDS_GB, Advice, Footprint, PlannedRun, advise, flags, footprint
@@ -35,8 +34,8 @@ class Command:
     run: PlannedRun = field(default_factory=PlannedRun)
 
 
-def run(command: Command, common: Common) -> None:
-    """Predicts the memory of a run and prints on which card it fits."""
+def run(command: Command) -> Output:
+    """Predicts the memory of a run; returns on which card it fits."""
     options, planned = command.plan, command.run
     if options.card is not None and not options.card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
@@ -69,8 +68,7 @@ def run(command: Command, common: Common) -> None:
             for card in advice
         ],
     }
-    text = _text(config.model_type, planned, options.ranks, measured, advice)
-    show(result, text, common.json)
+    return Output(result, _text(config.model_type, planned, options.ranks, measured, advice))
 
 
 def _text(

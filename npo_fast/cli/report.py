@@ -6,8 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,13 @@ class Command:
     page: PageOptions = field(default_factory=PageOptions)
 
 
-def run(command: Command, common: Common) -> None:
-    """Writes the report and prints what it lacks."""
+def run(command: Command) -> Output:
+    """Writes the report; returns what it lacks."""
     from npo_fast.runs.reporting import report
 
     page, result = command.page.output, report(**vars(command.page))
     table = page.with_suffix(".md")
-    show(
+    return Output(
         {
             "output": str(page),
             "markdown": str(table),
@@ -47,5 +46,4 @@ def run(command: Command, common: Common) -> None:
             "missing": result.missing,
         },
         "\n".join([*result.missing, f"{page} and {table} are written"]),
-        common.json,
     )

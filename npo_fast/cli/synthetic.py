@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ class Command:
     synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
 
 
-def run(command: Command, common: Common) -> None:
-    """Runs the synthetic experiment and prints its claims."""
+def run(command: Command) -> Output:
+    """Runs the synthetic experiment; returns its claims."""
     options = command.synthetic
     seeds = _seeds(options.seeds)
     check_output(options.output, options.overwrite)
@@ -78,7 +77,7 @@ def run(command: Command, common: Common) -> None:
     (options.output / CLAIMS).write_text(text, encoding="utf-8")
     figures.draw(outcome, laws, options.output)
     (options.output / RESULT).write_text(f"{json.dumps(result, indent=1)}\n", encoding="utf-8")
-    show(result, _text(result, text, options.output), common.json)
+    return Output(result, _text(result, text, options.output))
 
 
 def _seeds(text: str) -> list[int]:
