@@ -54,6 +54,26 @@ class Checked:
                     raise UserError(f"{name} must be {mark.words}, got {value}")
 
 
+def check_output(
+    folder: Path, mark: str, content: str, overwrite: bool, alone: bool = False
+) -> None:
+    """Checks that ``folder`` can take new results, whose file ``mark`` tells them from others'.
+
+    Args:
+        content: the results in words, such as "a demo".
+        alone: whether other files in the folder are refused.
+
+    Raises:
+        UserError: a file of that name, earlier results without ``overwrite``, or other files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output {folder} is a file; name a folder")
+    if (folder / mark).exists() and not overwrite:
+        raise UserError(f"{folder} holds {content}; name another --output or add --overwrite")
+    if alone and folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise UserError(f"{folder} is not empty and does not hold {content}; name another --output")
+
+
 def with_checked_keywords(function: Function) -> Function:
     """Decorates a function whose keywords are checked where the annotation names classes."""
     parameters = inspect.signature(function).parameters

@@ -33,7 +33,7 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         UserError: the YAML file cannot be read, or names no setting of this subcommand.
     """
     whole = dataclasses.make_dataclass(
-        command.__name__,
+        name,
         [("common", Common, dataclasses.field(default_factory=Common))],
         bases=(command,),
         frozen=True,
