@@ -42,15 +42,9 @@ if TYPE_CHECKING:
         unlearn,
     )
 
-_FRONT_DOOR = {  # loaded when they are asked for: transformers takes seconds to import
-    "AttackOptions", "Callback", "EvaluationOptions", "EvaluationSettings", "MethodOptions",
-    "ModelOptions", "ReportOptions", "Run", "RunOptions", "Scores", "TrainSettings", "attack",
-    "evaluate", "finetune", "report", "unlearn",
-}  # fmt: skip
-
 
 def __getattr__(name: str) -> Any:
-    if name in _FRONT_DOOR:
+    if name in __all__:  # loaded when it is asked for: transformers takes seconds to import
         from npo_fast import runs
 
         return getattr(runs, name)
@@ -58,7 +52,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FRONT_DOOR})
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What to plan for."""
+class Command:
+    """The options of ``npo-fast plan``: what to plan for, and the run."""
 
     model: str
     """Hub name, folder, or config.json alone: no weights are needed or loaded."""
@@ -24,34 +24,27 @@ class PlanOptions:
     """GB of the card to fit; without it 12, 16, 24, 40, 48 and 80."""
     ranks: int = 1
     """GPUs that share the model (FSDP); the numbers are of one of them."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """The options of ``npo-fast plan``, by group."""
-
-    plan: PlanOptions
     run: PlannedRun = field(default_factory=PlannedRun)
 
 
 def run(command: Command) -> Output:
     """Predicts the memory of a run; returns on which card it fits."""
-    options, planned = command.plan, command.run
-    if options.card is not None and not options.card > 0:
-        raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
-    config = load_config(options.model)
+    card, ranks, planned = command.card, command.ranks, command.run
+    if card is not None and not card > 0:
+        raise UserError(f"card must be its memory in GB, such as 24, got {card:g}")
+    config = load_config(command.model)
 
     @cache
     def measure(run: PlannedRun) -> Footprint:
         logger.info(" ".join(["a step without data", *flags(planned, run)]))
-        return footprint(config, run, options.ranks)
+        return footprint(config, run, ranks)
 
     measured = measure(planned)
-    cards = CARDS_GB if options.card is None else (options.card,)
-    advice = [advise(planned, card, measure, options.ranks) for card in reversed(cards)]
+    cards = CARDS_GB if card is None else (card,)
+    advice = [advise(planned, size, measure, ranks) for size in reversed(cards)]
     advice.reverse()
     result = {
-        "settings": vars(options) | {"model": config.model_type} | vars(planned),
+        "settings": {"model": config.model_type, "card": card, "ranks": ranks, **vars(planned)},
         "parameters": measured.parameters,
         "trained": measured.trained,
         "bytes": measured.bytes,
@@ -60,15 +53,15 @@ def run(command: Command) -> Output:
         "needed_bytes": measured.needed,
         "cards": [
             {
-                "card_gb": card.card_gb,
-                "fits": card.fits and not card.switches,
-                "fits_with": flags(planned, card.planned) if card.fits else None,
-                "needed_bytes": card.footprint.needed,
+                "card_gb": each.card_gb,
+                "fits": each.fits and not each.switches,
+                "fits_with": flags(planned, each.planned) if each.fits else None,
+                "needed_bytes": each.footprint.needed,
             }
-            for card in advice
+            for each in advice
         ],
     }
-    return Output(result, _text(config.model_type, planned, options.ranks, measured, advice))
+    return Output(result, _text(config.model_type, planned, ranks, measured, advice))
 
 
 def _text(

@@ -129,7 +129,7 @@ class RunFolder:
 
         Once a checkpoint to go on from is complete, older ones are deleted.
         """
-        folder = self.folder / "checkpoints" / step_name(step)
+        folder = self.folder / "checkpoints" / f"step-{step:06d}"
         if is_main_process():
             os.fsync(self._steps.fileno())  # a checkpoint is never ahead of its step records
         save_model(lm, tokenizer, folder, None if state is None else state.writer(), replace=False)
@@ -221,11 +221,6 @@ def _locked(folder: Path) -> TextIO:
             f"another process writes to the run in {folder}; stop it or name another --output"
         ) from error
     return file
-
-
-def step_name(step: int) -> str:
-    """The folder name of the checkpoint after a step."""
-    return f"step-{step:06d}"
 
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:
