@@ -2,40 +2,76 @@
 
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from npo_fast.errors import UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def check_types(options: Any) -> None:
-    """Checks each field of a dataclass against its annotation.
+@dataclass(frozen=True)
+class Bound:
+    """The values that a number of an ``Annotated`` type may have, in words for the message."""
+
+    words: str
+    holds: Callable[[float], bool]  # False for NaN
+
+
+NON_NEGATIVE = Bound("0 or more", lambda number: 0 <= number < math.inf)
+PositiveInt = Annotated[int, Bound("at least 1", lambda number: number >= 1)]
+NonNegativeInt = Annotated[int, NON_NEGATIVE]
+PositiveFloat = Annotated[float, Bound("positive", lambda number: 0 < number < math.inf)]
+NonNegativeFloat = Annotated[float, NON_NEGATIVE]
+
+
+class Checked:
+    """Base of option dataclasses whose fields are checked against their annotations when made.
 
     A text becomes a ``Path`` where the annotation asks for one, and a ``Path`` a text.
 
     Raises:
-        UserError: a value of another type, or none of the choices.
+        UserError: a value of another type, none of the choices, or out of bounds.
     """
-    for name, hint in typing.get_type_hints(type(options)).items():
-        value, kinds = getattr(options, name), _kinds(hint)
-        if isinstance(value, str) and Path in kinds and str not in kinds:
-            object.__setattr__(options, name, Path(value))
-        elif isinstance(value, Path) and str in kinds and Path not in kinds:
-            object.__setattr__(options, name, str(value))
-        else:
-            _check(name, value, kinds)
-
-
-class Checked:
-    """Base of option dataclasses that are checked when they are made."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        annotations = typing.get_type_hints(type(self), include_extras=True)
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), _kinds(hint)
+            if isinstance(value, str) and Path in kinds and str not in kinds:
+                object.__setattr__(self, name, Path(value))
+            elif isinstance(value, Path) and str in kinds and Path not in kinds:
+                object.__setattr__(self, name, str(value))
+            else:
+                _check(name, value, kinds)
+            for mark in getattr(annotations[name], "__metadata__", ()):
+                if isinstance(mark, Bound) and value is not None and not mark.holds(value):
+                    raise UserError(f"{name} must be {mark.words}, got {value}")
+
+
+def check_output(
+    folder: Path, mark: str, content: str, overwrite: bool, alone: bool = False
+) -> None:
+    """Checks that ``folder`` can take new results, whose file ``mark`` tells them from others'.
+
+    Args:
+        content: the results in words, such as "a demo".
+        alone: whether other files in the folder are refused.
+
+    Raises:
+        UserError: a file of that name, earlier results without ``overwrite``, or other files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output {folder} is a file; name a folder")
+    if (folder / mark).exists() and not overwrite:
+        raise UserError(f"{folder} holds {content}; name another --output or add --overwrite")
+    if alone and folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise UserError(f"{folder} is not empty and does not hold {content}; name another --output")
 
 
 def with_checked_keywords(function: Function) -> Function:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from npo_fast import metrics
+from npo_fast.cli import main
 from npo_fast.data import TokenizedExample
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import Coefficients, build_method
@@ -181,6 +182,14 @@ def write_jsonl(path: Path, rows: list[object]) -> Path:
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def exit_code(arguments: list[str]) -> int:
+    """That of a command: of ours, or of the parser, which exits where it refuses a value."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
 
 
 def metadata_of(output: Path) -> dict:

@@ -1,33 +1,32 @@
 """Which attacks to run, and how strong they are."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from npo_fast.errors import UserError
+from npo_fast.validation import Bound, Checked, PositiveInt
 
 
 @dataclass(frozen=True)
-class AttackOptions:
+class AttackOptions(Checked):
     """Attacks: relearning a part of the forget set, and rounding the weights."""
 
     attacks: str = "relearn,quantize"
     """One or both, separated by a comma."""
-    relearn_share: float = 0.2
+    relearn_share: Annotated[float, Bound("between 0 and 1", lambda share: 0 < share < 1)] = 0.2
     """Share of the forget set that relearning trains on; the rest is measured."""
     bits: str = "8,4"
     """Widths to round the weights to, separated by commas."""
-    group: int = 128
+    group: PositiveInt = 128
     """Neighbouring weights of an output channel that share a scale."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest answer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.names:
             if name not in ("relearn", "quantize"):
                 raise UserError(f"unknown attack {name!r}: use relearn, quantize or both")
-        if not 0 < self.relearn_share < 1:
-            raise UserError(f"relearn_share must be between 0 and 1, got {self.relearn_share}")
-        if self.group < 1:
-            raise UserError(f"group must be at least 1, got {self.group}")
         if not all(2 <= width <= 8 for width in self.widths):
             raise UserError(f"bits must be whole numbers from 2 to 8, got {self.bits!r}")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from npo_fast import linear_log_probs
 from npo_fast.errors import UserError
 from npo_fast.ops import segment_sum
+from npo_fast.validation import Checked, PositiveInt
 
 Kind = Literal["random", "memorised", "forgotten"]
 Dtype = Literal["float32", "bfloat16"]
@@ -24,20 +25,18 @@ BETA = 0.1
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Checked):
     """Size of one problem."""
 
     name: str
-    rows: int  # N, tokens that carry a loss
-    width: int  # D
-    vocabulary: int  # V
-    sequences: int  # S
+    rows: PositiveInt  # N, tokens that carry a loss
+    width: PositiveInt  # D
+    vocabulary: PositiveInt  # V
+    sequences: PositiveInt  # S
     dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("rows", "width", "vocabulary", "sequences"):
-            if getattr(self, field) < 1:
-                raise UserError(f"--{field} must be at least 1, got {getattr(self, field)}")
+        super().__post_init__()
         if self.sequences > self.rows:
             raise UserError(f"--sequences {self.sequences} is more than --rows {self.rows}")
 

@@ -20,7 +20,7 @@ from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError,
 
 @dataclass(frozen=True)
 class Subcommand:
-    """A module of ``npo_fast.cli`` with ``Command`` (a dataclass) and ``run(command, common)``."""
+    """A module of ``npo_fast.cli`` with a dataclass ``Command`` and ``run(command) -> Output``."""
 
     group: str
     help: str
@@ -118,13 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"{verb} runs on one process, not on {world_size()}: torchrun is for {able}"
             )
-        from npo_fast.cli.console import show_messages
+        from npo_fast.cli.console import show, show_messages
         from npo_fast.cli.settings import parse
 
         show_messages()
         module = importlib.import_module(f"npo_fast.cli.{verb}")
         about = f"{SUBCOMMANDS[verb].help}.\n\nExample: {SUBCOMMANDS[verb].example}"
-        module.run(*parse(module.Command, rest, verb, about))
+        command, common = parse(module.Command, rest, verb, about)
+        output = module.run(command)
+        show(output, common.json)
     except (NonFiniteError, OutOfMemory, OSError) as error:
         return _fail(error, 1)
     except UserError as error:
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; complete checkpoints and records stay where they are", 130)
     if world_size() > 1:
         destroy_process_group()
-    return 0
+    return output.exit_code
 
 
 def overview() -> str:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 from npo_fast import tables
 from npo_fast.attacks.options import AttackOptions
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.trainer.settings import TrainSettings
 
@@ -21,8 +20,8 @@ class Command:
     training: TrainSettings = field(default_factory=lambda: RELEARNING)
 
 
-def run(command: Command, common: Common) -> None:
-    """Attacks the model and prints the measures by attack."""
+def run(command: Command) -> Output:
+    """Attacks the model; returns the measures by attack."""
     from npo_fast.runs.attacking import SUMMARY, attack
 
     scores = attack(
@@ -31,4 +30,4 @@ def run(command: Command, common: Common) -> None:
     )  # fmt: skip
     rows = ([name, *(each[name] for each in scores.values())] for name in scores["before"])
     summary = json.loads((command.data.output / SUMMARY).read_text(encoding="utf-8"))
-    show(summary, tables.plain(rows, ("measure", *scores)), common.json)
+    return Output(summary, tables.plain(rows, ("measure", *scores)))

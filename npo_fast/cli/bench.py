@@ -14,17 +14,17 @@ from npo_fast.bench.candidates import find_candidates
 from npo_fast.bench.inputs import KINDS, SHAPES, Dtype, Shape
 from npo_fast.bench.loss import Result, bench
 from npo_fast.bench.provenance import provenance
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.distributed import local_device
 from npo_fast.errors import UserError
+from npo_fast.validation import Checked, PositiveInt
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """What to measure, at which size, beside whom."""
+class Command(Checked):
+    """The options of ``npo-fast bench``: what to measure, at which size, beside whom."""
 
     what: tyro.conf.Positional[Literal["loss", "kernels"]]
     """loss: time and memory beside peers; kernels: what the Triton kernels compile to."""
@@ -39,7 +39,7 @@ class BenchOptions:
     dtype: Dtype = "float32"
     inputs: str = "random,memorised,forgotten"
     """What the model knows of the labels, separated by commas."""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """How often each candidate is timed, in turn; medians are reported."""
     peers: str = "all"
     """all, none, or some of plain,torch-lce,trl,cce,liger."""
@@ -49,43 +49,31 @@ class BenchOptions:
     """JSON file for the result; with --scaling the plot lies beside it."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """The options of ``npo-fast bench``, by group."""
-
-    bench: BenchOptions
-
-
-def run(command: Command, common: Common) -> None:
-    """Measures what the options name and prints a table."""
-    options = command.bench
-    if options.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, got {options.rounds}")
-    what = "scaling" if options.what == "loss" and options.scaling else options.what
+def run(command: Command) -> Output:
+    """Measures what the command names; returns a table."""
+    what = "scaling" if command.what == "loss" and command.scaling else command.what
     origin = provenance()  # now: a commit made meanwhile is not what runs
-    measured, text = {"loss": _loss, "scaling": _scaling, "kernels": _kernels}[what](options)
+    measured, text = {"loss": _loss, "scaling": _scaling, "kernels": _kernels}[what](command)
     result = {"what": what, "provenance": origin, **measured}
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result, text, common.json)
-    if result.get("ours_refused"):
-        raise SystemExit(1)
+    if command.output is not None:
+        command.output.parent.mkdir(parents=True, exist_ok=True)
+        command.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return Output(result, text, exit_code=int(result.get("ours_refused", False)))
 
 
-def _loss(options: BenchOptions) -> tuple[dict[str, Any], str]:
+def _loss(command: Command) -> tuple[dict[str, Any], str]:
     logger.info("loading the peers")
     device = local_device("auto")
-    kinds, shapes = _kinds(options.inputs), _shapes(options)
-    peers = {"all": None, "none": []}.get(options.peers, _names(options.peers))
+    kinds, shapes = _kinds(command.inputs), _shapes(command)
+    peers = {"all": None, "none": []}.get(command.peers, _names(command.peers))
     candidates, missing = find_candidates(device, peers)
     for name, why in missing.items():
         logger.info(f"{name} is left out: {why}")
     results = [
-        bench(shape, candidates, kinds, options.rounds, device, logger.info) for shape in shapes
+        bench(shape, candidates, kinds, command.rounds, device, logger.info) for shape in shapes
     ]
     record = {
-        "rounds": options.rounds,
+        "rounds": command.rounds,
         "missing_peers": missing,
         "ours_refused": any(result.ours_refused for result in results),
         "results": [asdict(result) for result in results],
@@ -117,16 +105,16 @@ def _loss_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
+def _scaling(command: Command) -> tuple[dict[str, Any], str]:
     points = scaling.scaling(
-        options.width or 576,
-        options.rows or scaling.MOST_ROWS,
-        options.vocabulary or scaling.MOST_VOCABULARY,
-        options.rounds,
+        command.width or 576,
+        command.rows or scaling.MOST_ROWS,
+        command.vocabulary or scaling.MOST_VOCABULARY,
+        command.rounds,
         local_device("auto"),
         logger.info,
     )
-    file = (options.output or Path("bench_scaling.json")).with_suffix(".png")
+    file = (command.output or Path("bench_scaling.json")).with_suffix(".png")
     file.parent.mkdir(parents=True, exist_ok=True)
     scaling.plot(points, file)
     logger.info(f"plot: {file}")
@@ -136,10 +124,10 @@ def _scaling(options: BenchOptions) -> tuple[dict[str, Any], str]:
         for point in points
     )  # fmt: skip
     text = tables.plain(cells, ("growing", "N", "V", "who", "train ms", "peak MiB"))
-    return {"rounds": options.rounds, "points": [asdict(point) for point in points]}, text
+    return {"rounds": command.rounds, "points": [asdict(point) for point in points]}, text
 
 
-def _kernels(options: BenchOptions) -> tuple[dict[str, Any], str]:
+def _kernels(command: Command) -> tuple[dict[str, Any], str]:
     try:
         import triton
     except ImportError as error:
@@ -167,14 +155,14 @@ def _kernels(options: BenchOptions) -> tuple[dict[str, Any], str]:
     return result, "\n".join(lines)
 
 
-def _shapes(options: BenchOptions) -> list[Shape]:
+def _shapes(command: Command) -> list[Shape]:
     names = ("rows", "width", "vocabulary", "sequences")
-    sizes = {name: size for name in names if (size := getattr(options, name)) is not None}
+    sizes = {name: size for name in names if (size := getattr(command, name)) is not None}
     if not sizes:
-        return [replace(shape, dtype=options.dtype) for shape in SHAPES]
+        return [replace(shape, dtype=command.dtype) for shape in SHAPES]
     if "rows" in sizes:
         sizes.setdefault("sequences", max(1, sizes["rows"] // 64))
-    return [replace(SHAPES[0], name="custom", dtype=options.dtype, **sizes)]
+    return [replace(SHAPES[0], name="custom", dtype=command.dtype, **sizes)]
 
 
 def _names(text: str) -> list[str]:

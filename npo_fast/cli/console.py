@@ -4,11 +4,19 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from npo_fast.distributed import is_main_process
+
+
+class Output(NamedTuple):
+    """The result of a subcommand, which ``--json`` prints, and a text for people."""
+
+    result: Mapping[str, Any]
+    text: str
+    exit_code: int = 0
 
 
 class _StandardError(logging.Handler):
@@ -28,13 +36,14 @@ def show_messages() -> None:
     logging.getLogger("npo_fast.runs").setLevel(logging.NOTSET)
 
 
-def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Prints the result of a subcommand: the text, or one JSON object.
+def show(output: Output, as_json: bool) -> None:
+    """Prints the text, or the result as one JSON object.
 
     JSON knows neither NaN nor infinity: they become null.
     """
+    text = output.text
     if as_json:
-        content = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
-        text = json.dumps(content)
+        content = json.dumps(output.result, default=str)
+        text = json.dumps(json.loads(content, parse_constant=lambda name: None))
     if is_main_process():
         print(text, flush=True)

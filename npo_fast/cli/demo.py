@@ -4,14 +4,13 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
-from npo_fast.errors import UserError
+from npo_fast.cli.console import Output
+from npo_fast.validation import check_output
 
 if TYPE_CHECKING:
     from npo_fast.experiments.demo.experiment import Demo, Outcome
@@ -20,32 +19,28 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DemoOptions:
-    """One seed makes one world, one model and one result."""
+class Command:
+    """The options of ``npo-fast demo``."""
 
     output: Path = Path("npo-fast-demo")
     """Folder for the models, evaluation logs, step records and the plot."""
     overwrite: bool = False
     """Replace the demo that is in the output folder."""
     seed: int = 0
+    """One seed makes one world, one model and one result."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """The options of ``npo-fast demo``, by group."""
-
-    demo: DemoOptions = field(default_factory=DemoOptions)
-
-
-def run(command: Command, common: Common) -> None:
-    """Runs the demo and prints what each method forgot and kept."""
-    options = command.demo
-    _clear(options.output, options.overwrite)
+def run(command: Command) -> Output:
+    """Runs the demo; returns what each method forgot and kept."""
+    folder = command.output
+    check_output(folder, "result.json", "a demo", command.overwrite, alone=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     started = time.perf_counter()
     logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings
 
-    demo = Demo(options.output, options.seed, DemoSettings())
+    demo = Demo(folder, command.seed, DemoSettings())
     logging.getLogger("npo_fast.runs").setLevel(logging.WARNING)  # seven runs, a line each is much
     dataset = demo.dataset
     logger.info(
@@ -56,16 +51,7 @@ def run(command: Command, common: Common) -> None:
     time_s = time.perf_counter() - started
     result = demo.describe(outcomes, time_s)
     demo.write(outcomes, result)
-    show(result, _text(demo, outcomes, time_s), common.json)
-
-
-def _clear(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / "result.json").is_file():
-            raise UserError(f"{folder} is not empty and holds no demo; name another --output")
-        if not overwrite:
-            raise UserError(f"{folder} holds a demo; name another --output or add --overwrite")
-        shutil.rmtree(folder)
+    return Output(result, _text(demo, outcomes, time_s))
 
 
 def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str:

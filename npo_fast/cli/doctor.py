@@ -10,8 +10,7 @@ import torch
 
 import npo_fast.kernels
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.kernels import cpu
 from npo_fast.model.choice import Demands, attentions, machine_of
 from npo_fast.versions import version_of
@@ -34,10 +33,10 @@ class Command:
     """The doctor takes no options of its own."""
 
 
-def run(command: Command, common: Common) -> None:
-    """Examines the installation and prints what it finds."""
+def run(command: Command) -> Output:
+    """Examines the installation; returns what it finds."""
     findings = examine()
-    show(findings, report(findings), common.json)
+    return Output(findings, report(findings))
 
 
 def examine() -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Literal
 import tyro
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.runs.options import ModelOptions
 
@@ -57,8 +56,8 @@ class Command:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
-def run(command: Command, common: Common) -> None:
-    """Evaluates a model, or logs, and prints the measures."""
+def run(command: Command) -> Output:
+    """Evaluates a model or logs; returns the measures."""
     from npo_fast.runs.evaluating import evaluate
 
     sources = dict(vars(command.data))
@@ -66,11 +65,10 @@ def run(command: Command, common: Common) -> None:
         command.model.model, utility=not sources.pop("no_utility"), **sources,
         loading=command.model, evaluation=command.evaluation,
     )  # fmt: skip
-    show(
+    return Output(
         {
             "metrics": scores,
             "examples": {name: len(log["avg_gt_loss"]) for name, log in scores.logs.items()},
         },
         tables.plain(scores.items(), ("measure", "value")),
-        common.json,
     )

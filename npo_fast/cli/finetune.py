@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.runs.options import FINETUNING, FinetuneData, ModelOptions, RunOptions
 from npo_fast.trainer.settings import TrainSettings
 
@@ -18,8 +17,8 @@ class Command:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-def run(command: Command, common: Common) -> None:
-    """Fine-tunes a model and prints the final loss."""
+def run(command: Command) -> Output:
+    """Fine-tunes a model; returns the final loss."""
     from npo_fast.runs import finetune
 
     metadata = finetune(
@@ -27,12 +26,10 @@ def run(command: Command, common: Common) -> None:
         training=command.training, run=command.run,
     ).metadata  # fmt: skip
     if command.run.dry_run:
-        show({"dry_run": True, **metadata}, "dry run: all is well", common.json)
-        return
+        return Output({"dry_run": True, **metadata}, "dry run: all is well")
     final = metadata["final"]
-    show(
+    return Output(
         {"output": str(command.run.output), **metadata},
         f"\nloss {final['loss']:.4f} after {final['step']} steps; the model is in "
         f"{command.run.output / 'model'}",
-        common.json,
     )

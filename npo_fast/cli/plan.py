@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.errors import UserError
 from npo_fast.model.load import load_config
 from npo_fast.planner import CARDS_GB, Advice, Footprint, PlannedRun, advise, flags, footprint
@@ -16,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What to plan for."""
+class Command:
+    """The options of ``npo-fast plan``: what to plan for, and the run."""
 
     model: str
     """Hub name, folder, or config.json alone: no weights are needed or loaded."""
@@ -25,42 +24,27 @@ class PlanOptions:
     """GB of the card to fit; without it 12, 16, 24, 40, 48 and 80."""
     ranks: int = 1
     """GPUs that share the model (FSDP); the numbers are of one of them."""
+    run: PlannedRun = field(default_factory=PlannedRun)
 
 
-@dataclass(frozen=True)
-class Flags(PlannedRun):
-    """The run to plan; the flags are those of unlearn."""
-
-    def __post_init__(self) -> None:
-        """``run`` checks: what is raised while tyro parses comes out as a box, not as one line."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """The options of ``npo-fast plan``, by group."""
-
-    plan: PlanOptions
-    run: Flags = field(default_factory=Flags)
-
-
-def run(command: Command, common: Common) -> None:
-    """Predicts the memory of a run and prints on which card it fits."""
-    options, planned = command.plan, PlannedRun(**vars(command.run))
-    if options.card is not None and not options.card > 0:
-        raise UserError(f"card must be its memory in GB, such as 24, got {options.card:g}")
-    config = load_config(options.model)
+def run(command: Command) -> Output:
+    """Predicts the memory of a run; returns on which card it fits."""
+    card, ranks, planned = command.card, command.ranks, command.run
+    if card is not None and not card > 0:
+        raise UserError(f"card must be its memory in GB, such as 24, got {card:g}")
+    config = load_config(command.model)
 
     @cache
     def measure(run: PlannedRun) -> Footprint:
         logger.info(" ".join(["a step without data", *flags(planned, run)]))
-        return footprint(config, run, options.ranks)
+        return footprint(config, run, ranks)
 
     measured = measure(planned)
-    cards = CARDS_GB if options.card is None else (options.card,)
-    advice = [advise(planned, card, measure, options.ranks) for card in reversed(cards)]
+    cards = CARDS_GB if card is None else (card,)
+    advice = [advise(planned, size, measure, ranks) for size in reversed(cards)]
     advice.reverse()
     result = {
-        "settings": vars(options) | {"model": config.model_type} | vars(planned),
+        "settings": {"model": config.model_type, "card": card, "ranks": ranks, **vars(planned)},
         "parameters": measured.parameters,
         "trained": measured.trained,
         "bytes": measured.bytes,
@@ -69,16 +53,15 @@ def run(command: Command, common: Common) -> None:
         "needed_bytes": measured.needed,
         "cards": [
             {
-                "card_gb": card.card_gb,
-                "fits": card.fits and not card.switches,
-                "fits_with": flags(planned, card.planned) if card.fits else None,
-                "needed_bytes": card.footprint.needed,
+                "card_gb": each.card_gb,
+                "fits": each.fits and not each.switches,
+                "fits_with": flags(planned, each.planned) if each.fits else None,
+                "needed_bytes": each.footprint.needed,
             }
-            for card in advice
+            for each in advice
         ],
     }
-    text = _text(config.model_type, planned, options.ranks, measured, advice)
-    show(result, text, common.json)
+    return Output(result, _text(config.model_type, planned, ranks, measured, advice))
 
 
 def _text(

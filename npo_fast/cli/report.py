@@ -1,18 +1,17 @@
 """``npo-fast report``: one page about runs, beside the models they are judged by."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 
 
 @dataclass(frozen=True)
-class PageOptions:
-    """What to show, and where to put it."""
+class Command:
+    """The options of ``npo-fast report``: what to show, and where to put it."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Run folders of npo-fast unlearn (or finetune)."""
@@ -26,20 +25,16 @@ class PageOptions:
     """Questions to show of each set."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """The options of ``npo-fast report``, by group."""
-
-    page: PageOptions = field(default_factory=PageOptions)
-
-
-def run(command: Command, common: Common) -> None:
-    """Writes the report and prints what it lacks."""
+def run(command: Command) -> Output:
+    """Writes the report; returns what it lacks."""
     from npo_fast.runs.reporting import report
 
-    page, result = command.page.output, report(**vars(command.page))
-    table = page.with_suffix(".md")
-    show(
+    page, table = command.output, command.output.with_suffix(".md")
+    result = report(
+        command.runs, original=command.original, retrained=command.retrained, output=page,
+        answers=command.answers,
+    )  # fmt: skip
+    return Output(
         {
             "output": str(page),
             "markdown": str(table),
@@ -47,5 +42,4 @@ def run(command: Command, common: Common) -> None:
             "missing": result.missing,
         },
         "\n".join([*result.missing, f"{page} and {table} are written"]),
-        common.json,
     )

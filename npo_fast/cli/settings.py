@@ -6,7 +6,7 @@ import difflib
 import sys
 import typing
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 import yaml
@@ -33,7 +33,7 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         UserError: the YAML file cannot be read, or names no setting of this subcommand.
     """
     whole = dataclasses.make_dataclass(
-        command.__name__,
+        name,
         [("common", Common, dataclasses.field(default_factory=Common))],
         bases=(command,),
         frozen=True,
@@ -105,7 +105,8 @@ def _settings(command: Any) -> dict[str, tuple[Any, Any]]:
     Positional arguments are not among them.
     """
     settings: dict[str, tuple[Any, Any]] = {}
-    hints = typing.get_type_hints(command, include_extras=True)
+    annotations = typing.get_type_hints(command, include_extras=True)
+    hints = typing.get_type_hints(command)
     for field in dataclasses.fields(command):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -114,8 +115,6 @@ def _settings(command: Any) -> dict[str, tuple[Any, Any]]:
                 name: (kind, getattr(group, name, default))
                 for name, (kind, default) in _settings(hint).items()
             }
-        elif typing.get_origin(hint) is not Annotated:
+        elif tyro.conf.Positional not in getattr(annotations[field.name], "__metadata__", ()):
             settings[field.name] = hint, field.default
-        elif not any("Positional" in str(mark) for mark in hint.__metadata__):
-            settings[field.name] = typing.get_args(hint)[0], field.default
     return settings

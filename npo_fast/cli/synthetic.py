@@ -4,14 +4,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.errors import UserError
+from npo_fast.validation import check_output
 
 if TYPE_CHECKING:
     from npo_fast.experiments.synthetic.experiment import Experiment
@@ -25,31 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SyntheticOptions:
-    """Everything else is as in the paper."""
+class Command:
+    """The options of ``npo-fast synthetic``."""
 
     output: Path = Path("npo-fast-synthetic")
     """Folder for the claims, the figures, the curves and the result."""
     overwrite: bool = False
     """Replace the experiment that is in the output folder."""
     seeds: str = "0,1,2,3,4"
-    """Seeds, separated by commas; figures show their mean and standard deviation."""
+    """Seeds, separated by commas; figures show their mean and standard deviation. Everything else
+    is as in the paper."""
     quick: bool = False
     """A tenth of the steps: to see that it runs. The claims are not expected to hold."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """The options of ``npo-fast synthetic``, by group."""
-
-    synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
-
-
-def run(command: Command, common: Common) -> None:
-    """Runs the synthetic experiment and prints its claims."""
-    options = command.synthetic
-    seeds = _seeds(options.seeds)
-    check_output(options.output, options.overwrite)
+def run(command: Command) -> Output:
+    """Runs the synthetic experiment; returns its claims."""
+    seeds, folder = _seeds(command.seeds), command.output
+    check_output(folder, CURVES, "an experiment", command.overwrite, alone=True)
     started = time.perf_counter()
     logger.info("loading PyTorch")
     from npo_fast.bench.provenance import provenance
@@ -57,13 +50,13 @@ def run(command: Command, common: Common) -> None:
 
     origin = provenance()
 
-    steps = experiment.QUICK if options.quick else experiment.Steps()
+    steps = experiment.QUICK if command.quick else experiment.Steps()
     outcome = experiment.run(seeds, steps, logger.info)
-    laws = theory.run(seeds, QUICK_THEOREM_STEPS if options.quick else THEOREM_STEPS, logger.info)
+    laws = theory.run(seeds, QUICK_THEOREM_STEPS if command.quick else THEOREM_STEPS, logger.info)
     checked = claims.check(outcome, laws)
     result = {
         "seeds": seeds,
-        "quick": options.quick,
+        "quick": command.quick,
         "time_s": time.perf_counter() - started,
         "provenance": origin,
         "steps": asdict(steps),
@@ -72,13 +65,13 @@ def run(command: Command, common: Common) -> None:
         "exponents": [asdict(law) for law in laws.exponents],
         "limit": [asdict(law) for law in laws.limits],
     }
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     text = claims.markdown(checked)
-    (options.output / CURVES).write_text(f"{json.dumps(_curves(outcome))}\n", encoding="utf-8")
-    (options.output / CLAIMS).write_text(text, encoding="utf-8")
-    figures.draw(outcome, laws, options.output)
-    (options.output / RESULT).write_text(f"{json.dumps(result, indent=1)}\n", encoding="utf-8")
-    show(result, _text(result, text, options.output), common.json)
+    (folder / CURVES).write_text(f"{json.dumps(_curves(outcome))}\n", encoding="utf-8")
+    (folder / CLAIMS).write_text(text, encoding="utf-8")
+    figures.draw(outcome, laws, folder)
+    (folder / RESULT).write_text(f"{json.dumps(result, indent=1)}\n", encoding="utf-8")
+    return Output(result, _text(result, text, folder))
 
 
 def _seeds(text: str) -> list[int]:
@@ -91,16 +84,6 @@ def _seeds(text: str) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds: a seed counts once, got {text!r}")
     return seeds
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Nothing is deleted: an experiment that is replaced has the same file names."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CURVES).is_file()):
-        raise UserError(f"{folder} is not an empty folder; name another --output")
-    if (folder / CURVES).is_file() and not overwrite:
-        raise UserError(f"{folder} holds an experiment; name another --output or add --overwrite")
 
 
 def _curves(outcome: "Experiment") -> dict[str, Any]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from npo_fast import tables
-from npo_fast.cli.console import show
-from npo_fast.cli.settings import Common
+from npo_fast.cli.console import Output
 from npo_fast.metrics.measures import value_of
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.options import (
@@ -33,8 +32,8 @@ class Command:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-def run(command: Command, common: Common) -> None:
-    """Unlearns and prints probability, ROUGE-L and answers before and after."""
+def run(command: Command) -> Output:
+    """Unlearns; returns probability, ROUGE-L and answers before and after."""
     from npo_fast.runs import unlearn
 
     metadata = unlearn(
@@ -43,12 +42,10 @@ def run(command: Command, common: Common) -> None:
         run=command.run,
     ).metadata  # fmt: skip
     if command.run.dry_run:
-        show({"dry_run": True, **metadata}, "dry run: all is well", common.json)
-        return
-    show(
+        return Output({"dry_run": True, **metadata}, "dry run: all is well")
+    return Output(
         {"output": str(command.run.output), **metadata},
         f"\n{_text(metadata)}\n{_chosen(command.watch, metadata)} {command.run.output / 'model'}",
-        common.json,
     )
 
 

@@ -9,7 +9,7 @@ computed by formula: optimizer states (``state_bytes``), temporaries inside of o
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.order import batch_keys
 from npo_fast.trainer.step import micro_batch_loss
+from npo_fast.validation import Bound, Checked, NonNegativeInt, PositiveInt
 
 GIB = 1 << 30
 KINDS = {
@@ -45,14 +46,14 @@ FRAGMENTATION = 0.1  # of all bytes that are freed within a step
 
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """Settings that decide the memory of a run, named like the flags of ``npo-fast unlearn``."""
+class PlannedRun(Checked):
+    """What decides the memory of a run; the flags are those of unlearn."""
 
     method: str = "NPO+RT"
     optimizer: Optimizer = "adamw"
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: PositiveInt = 2048
     """Tokens that go through the model at a time."""
-    sequence_length: int = 256
+    sequence_length: Annotated[int, Bound("at least 2", lambda length: length >= 2)] = 256
     """Tokens of a sequence, prompt (a quarter) and answer."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the weights."""
@@ -62,15 +63,13 @@ class PlannedRun:
     """Apply each gradient as it arises and free it."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory."""
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     """Train adapters of this rank instead of the weights."""
     quantize: Quantize = "none"
     """Weights below the adapters."""
 
     def __post_init__(self) -> None:
-        for name, least in (("micro_batch_tokens", 1), ("sequence_length", 2), ("lora_rank", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        super().__post_init__()
         if self.dtype == "fp16" and not self.lora_rank:
             raise UserError("fp16 weights cannot be trained: use --dtype bf16 or --lora-rank 16")
         if self.optimizer == "adamw-bf16" and (self.lora_rank or self.dtype != "bf16"):

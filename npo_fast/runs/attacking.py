@@ -23,7 +23,7 @@ from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.runs.progress import ProgressBar, progress
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.validation import with_checked_keywords
+from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ def attack(
     inputs = AttackData(describe(forget), describe(retain), describe(data), log, folder, overwrite)
     if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
-    if (folder / SUMMARY).exists() and not overwrite:
-        raise UserError(f"{folder} holds an attack; name another --output or add --overwrite")
+    check_output(folder, SUMMARY, "an attack", overwrite)
     suite = tofu_suite(inputs.data, forget, retain, utility=False)
     forget_records = suite[FORGET]
     share = attacks.relearn_share if "relearn" in attacks.names else 0.0

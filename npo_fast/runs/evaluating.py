@@ -18,7 +18,7 @@ from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
-from npo_fast.validation import with_checked_keywords
+from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,8 @@ def evaluate(
         UserError: something in the input is wrong; the message names the value and the cure.
     """
     folder = None if output is None else Path(output)
-    if folder is not None and folder.is_file():
-        raise UserError(f"the output {folder} is a file; name a folder")
-    if folder is not None and (folder / AGGREGATED).exists() and not overwrite:
-        raise UserError(f"{folder} holds logs; name another --output or add --overwrite")
+    if folder is not None:
+        check_output(folder, AGGREGATED, "logs", overwrite)
     compared = None if retrained is None else logs_of(retrained, "retrained")
     if log is not None:
         logs = dict(logs_of(log, "log"))

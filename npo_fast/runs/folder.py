@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
 
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
@@ -95,13 +94,11 @@ class RunFolder:
             if file.exists():
                 kept = [end for line, end in lines_of(file) if line["step"] <= step]
                 os.truncate(file, kept[-1] if kept else 0)
-        recover(folder / "checkpoints" / "best")
-        names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
-        complete = [name for name in names if re.fullmatch(r"step-\d+", name)]
-        newest = [name for name in complete if name <= step_name(step)][-1:]
-        for name in {*names} - {"best", *newest}:
-            shutil.rmtree(folder / "checkpoints" / name)
         run = cls(folder, metadata, steps)
+        recover(run._best)
+        newest = [path for done, path in checkpoints_of(folder).items() if done <= step][-1:]
+        for path in {*(folder / "checkpoints").glob("*")} - {run._best, *newest}:
+            shutil.rmtree(path)
         for name in ("ended", "error"):
             run.metadata.pop(name, None)
         resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
@@ -132,12 +129,10 @@ class RunFolder:
 
         Once a checkpoint to go on from is complete, older ones are deleted.
         """
-        folder = self.folder / "checkpoints" / step_name(step)
-        weights, more = whole_weights(lm), None if state is None else state.writer()
-        if is_main_process() and not folder.exists():
+        folder = self.folder / "checkpoints" / f"step-{step:06d}"
+        if is_main_process():
             os.fsync(self._steps.fileno())  # a checkpoint is never ahead of its step records
-            save_model(lm, tokenizer, folder, more, weights)
-        wait_for_all(lm)
+        save_model(lm, tokenizer, folder, None if state is None else state.writer(), replace=False)
         if is_main_process() and state is not None:
             for old in {*folder.parent.glob("step-*")} - {folder}:
                 # out of sight first: what is half deleted must not look like a checkpoint
@@ -164,12 +159,8 @@ class RunFolder:
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         """Saves the final model and tokenizer; returns their folder."""
-        folder = self.folder / "model"
-        weights = whole_weights(lm)
-        if is_main_process():
-            save_model(lm, tokenizer, folder, weights=weights)
-        wait_for_all(lm)
-        return folder
+        save_model(lm, tokenizer, self.folder / "model")
+        return self.folder / "model"
 
     def note(self, **metadata: Any) -> None:
         """Puts metadata into ``run.json`` at once."""
@@ -232,9 +223,11 @@ def _locked(folder: Path) -> TextIO:
     return file
 
 
-def step_name(step: int) -> str:
-    """The folder name of the checkpoint after a step."""
-    return f"step-{step:06d}"
+def checkpoints_of(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints after steps, in their order."""
+    paths = (folder / "checkpoints").glob("step-*")
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def lines_of(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -248,13 +241,6 @@ def lines_of(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
             return
 
 
-def whole_weights(lm: CausalLM) -> dict[str, Tensor] | None:
-    """The weights of a sharded model, gathered on the first rank; None where it is whole."""
-    if lm.vocabulary_slice is None:
-        return None
-    return gather_state_dict(lm.model.state_dict(keep_vars=True))
-
-
 def wait_for_all(lm: CausalLM) -> None:
     """Waits until the first rank has written; where it fails, the others are killed."""
     if lm.world_size > 1:
@@ -266,9 +252,15 @@ def save_model(
     tokenizer: Any,
     folder: Path,
     more: Callable[[Path], object] | None = None,
-    weights: dict[str, Tensor] | None = None,
+    replace: bool = True,
 ) -> None:
-    """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent."""
+    """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent.
+
+    All processes call it: the weights of a sharded model are gathered, and the first one writes.
+    """
+    weights = None
+    if lm.vocabulary_slice is not None:
+        weights = gather_state_dict(lm.model.state_dict(keep_vars=True))
 
     def write(where: Path) -> None:
         with no_progress_bars():
@@ -277,7 +269,9 @@ def save_model(
         if more is not None:
             more(where)
 
-    save_folder(folder, write)
+    if is_main_process() and (replace or not folder.exists()):
+        save_folder(folder, write)
+    wait_for_all(lm)
 
 
 def save_file(file: Path, write: Callable[[Path], object]) -> None:

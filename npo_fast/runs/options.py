@@ -11,7 +11,7 @@ from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.validation import Checked
+from npo_fast.validation import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 FINETUNING = TrainSettings(epochs=5)
@@ -97,42 +97,30 @@ class ReportOptions(Checked):
     """A short look at the model before and after; ``npo-fast evaluate`` measures in full."""
 
     no_report: bool = False
-    report_records: int = 20
+    report_records: NonNegativeInt = 20
     """Records of each set to answer before and after."""
-    max_new_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.report_records < 0:
-            raise UserError(f"report_records must be 0 or more, got {self.report_records}")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+    max_new_tokens: PositiveInt = 64
 
 
 @dataclass(frozen=True)
 class EvaluationOptions(Checked):
     """Evaluation while training: ``evaluations.jsonl`` in the run folder."""
 
-    eval_every: int = 0
+    eval_every: NonNegativeInt = 0
     """Steps between evaluations, step 0 and the last step among them; 0 makes none."""
-    eval_records: int = 40
+    eval_records: PositiveInt = 40
     """First records of each set to measure; fewer make forget quality a weaker test."""
     retrained: Path | None = None
     """Log of a model trained without the forget set, on all its items: for forget quality."""
     keep_best: str | None = None
     """Measure by which the best evaluated step, not the last, becomes the final model."""
-    min_utility: float = 0.0
+    min_utility: NonNegativeFloat = 0.0
     """Share of the start's model utility that a step must keep to be the best."""
     stop_when: str | None = None
     """Condition that ends the run at an evaluation, such as 'forget_quality>0.05'."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("eval_every", "eval_records", "min_utility"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.eval_every and not self.eval_records:
-            raise UserError("eval_records must be at least 1, got 0")
         if self.keep_best is not None:
             find_measure(self.keep_best)
         if self.stop_when is not None:
@@ -153,7 +141,7 @@ class RunOptions(Checked):
     """Folder for the model, the step records and run.json."""
     overwrite: bool = False
     """Replace the run that is in the output folder."""
-    save_every: int = 0
+    save_every: NonNegativeInt = 0
     """Steps between checkpoints, from which the same command goes on after a crash; 0 makes one
     only when Ctrl-C or SIGTERM interrupts the run."""
     merge: bool = False
@@ -170,8 +158,6 @@ class RunOptions(Checked):
         from npo_fast.runs.folder import check_output
 
         model.check_training()
-        if self.save_every < 0:
-            raise UserError(f"save_every must be 0 (off) or more, got {self.save_every}")
         if self.merge and (not model.lora_rank or model.quantize != "none"):
             raise UserError(
                 "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "

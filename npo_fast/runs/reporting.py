@@ -52,7 +52,10 @@ def report(
         raise UserError(f"--output {page} must end in .html")
     files = page, page.with_suffix(".md")
     for file in files:
-        _check_replaceable(file)
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name a file with --output")
+        if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:200]:
+            raise UserError(f"{file} is not a report of npo-fast; name another --output")
     result = Report(
         load_runs(folders),
         {} if original is None else logs_of(original, "original"),
@@ -63,11 +66,3 @@ def report(
     for file, content in zip(files, (result.html(), result.markdown()), strict=True):
         file.write_text(content, encoding="utf-8")
     return result
-
-
-def _check_replaceable(file: Path) -> None:
-    """A report may be written anew; another file is not overwritten."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file with --output")
-    if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise UserError(f"{file} is not a report of npo-fast; name another --output")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from npo_fast.runs.folder import (
     STEPS,
     UNFINISHED,
     check_unused,
+    checkpoints_of,
     lines_of,
     read_metadata,
 )
@@ -94,7 +94,7 @@ def _resumable_run(folder: Path) -> ResumableRun | None:
         return ResumableRun(folder, metadata, folder / "model", state, trained=True)
     damaged: list[str] = []
     references = None
-    for checkpoint in _newest_first(folder / "checkpoints"):
+    for checkpoint in reversed(checkpoints_of(folder).values()):
         try:
             state = TrainState.load(checkpoint)
             if all(line["step"] != state.step for line, _ in lines_of(folder / STEPS)):
@@ -114,11 +114,6 @@ def _resumable_run(folder: Path) -> ResumableRun | None:
             "add --overwrite to begin anew"
         )
     return ResumableRun(folder, metadata, None)
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:

@@ -1,30 +1,37 @@
 """Settings of the training loop, and the record of a step."""
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from npo_fast.errors import UserError
 from npo_fast.methods import Schedule, Term
 from npo_fast.trainer.optimizers import Optimizer
-from npo_fast.validation import check_types
+from npo_fast.validation import (
+    NON_NEGATIVE,
+    Bound,
+    Checked,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Checked):
     """How to train; the defaults are those of the NPO paper on TOFU."""
 
-    epochs: int = 10
+    epochs: PositiveInt = 10
     """Passes over the data to forget (to learn, for finetune)."""
-    lr: float = 1e-5
+    lr: PositiveFloat = 1e-5
     """Peak learning rate of AdamW; rises linearly, then falls linearly to 0."""
-    weight_decay: float = 0.01
-    batch_size: int = 32
+    weight_decay: NonNegativeFloat = 0.01
+    batch_size: PositiveInt = 32
     """Sequences of each set a step."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, NON_NEGATIVE] = None
     """Steps of the rise; the first epoch where it is not given."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Bound("positive or inf", lambda norm: norm > 0)] = 1.0
     """Gradients of a larger norm are scaled down to it; inf clips nothing."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: PositiveInt = 2048
     """Tokens that go through the model at a time: memory depends on it, results only by rounding.
     Halved where memory runs out. Gradients of micro-batches add up in the weights' dtype: in bf16
     their relative error is about 0.2 % for one, 0.3 % for 4, 0.5 % for 16 and 0.9 % for 64."""
@@ -42,19 +49,6 @@ class TrainSettings:
     """Compute activations again in the backward instead of keeping them."""
     seed: int = 0
     """Order of the data, draws of refusals, and dropout."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("epochs", "lr", "batch_size", "micro_batch_tokens"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:  # nor NaN
-                raise UserError(f"{name} must be positive, got {value}")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"max_grad_norm must be positive or inf, got {self.max_grad_norm}")
-        for name in ("weight_decay", "warmup_steps"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{name} must be 0 or more, got {value}")
 
 
 def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:

@@ -12,6 +12,7 @@ from npo_fast.bench.fp64_oracle import HEADS, Oracle
 from npo_fast.bench.inputs import KINDS, Shape, make_inputs
 from npo_fast.bench.loss import WrongResultError, bench, check
 from npo_fast.cli import main
+from tests.helpers import exit_code
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", rows=96, width=32, vocabulary=500, sequences=5)
@@ -166,12 +167,13 @@ def test_the_command_as_text_names_who_is_missing(capsys, monkeypatch):
     [
         (["--peers", "nobody"], "unknown peer 'nobody'"),
         (["--inputs", "noise"], "--inputs: unknown 'noise'"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--rows", "0"], "rows must be at least 1, got 0"),
         (["--rows", "2", "--sequences", "3"], "--sequences 3 is more than --rows 2"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, capsys):
-    assert main(["bench", "loss", *arguments]) == 2
+    assert exit_code(["bench", "loss", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -14,7 +14,15 @@ from npo_fast import metrics
 from npo_fast.cli import SUBCOMMANDS, main
 from npo_fast.kernels import OPERATORS
 from npo_fast.methods import METHODS, build_method
-from tests.helpers import FACTS, metadata_of, read_jsonl, save_tiny_model, slow_but, write_jsonl
+from tests.helpers import (
+    FACTS,
+    exit_code,
+    metadata_of,
+    read_jsonl,
+    save_tiny_model,
+    slow_but,
+    write_jsonl,
+)
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +224,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(home, tmp_path, capsys, monk
     elif changed[0].startswith("--"):
         arguments |= zip(changed[::2], changed[1::2], strict=True)
     verb = "unlearn" if changed[0].startswith("--") else changed[0]
-    try:
-        code = main([verb, *(x for pair in arguments.items() for x in pair)])
-    except SystemExit as exit_:
-        code = exit_.code
-    assert code == 2
+    assert exit_code([verb, *(x for pair in arguments.items() for x in pair)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

@@ -145,3 +145,10 @@ def test_the_verb_leaves_logs_and_a_summary(home, tmp_path, capsys):
 def test_invalid_attack_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         AttackOptions(**options)
+
+
+def test_a_file_as_output_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "out").write_text("precious")
+    call = ["attack", "--model", "none", "--forget", "none", "--output", str(tmp_path / "out")]
+    assert main(call) == 2
+    assert "out is a file; name a folder" in capsys.readouterr().err
