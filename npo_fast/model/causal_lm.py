@@ -154,13 +154,16 @@ class CausalLM:
             return self.linear_head.log_probs(hidden.detach(), labels)
         return linear_log_probs(hidden, labels=labels, **self.head_arguments)
 
-    def recompute_activations(self) -> None:
-        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again."""
+    def recompute_activations(self, **arguments: Any) -> None:
+        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again.
+
+        ``arguments`` are those of ``torch.utils.checkpoint``.
+        """
         # this name is new in transformers 5
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable
         try:
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, **arguments})
         except ValueError as error:
             raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
 
