@@ -25,12 +25,10 @@ def npo(log_probs: Tensor, inputs: Inputs) -> Tensor:  # (N,) -> scalar
     return -(2 / BETA) * F.logsigmoid(-BETA * (sequences - inputs.ref_log_probs)).mean()
 
 
-def nll(log_probs: Tensor, inputs: Inputs) -> Tensor:  # (N,) -> scalar
-    """Cross-entropy, mean over tokens."""
-    return -log_probs.mean()
-
-
-HEADS: dict[str, Callable[[Tensor, Inputs], Tensor]] = {"NPO": npo, "NLL": nll}
+HEADS: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
+    "NPO": npo,
+    "NLL": lambda log_probs, inputs: -log_probs.mean(),
+}
 
 
 @dataclass(frozen=True)

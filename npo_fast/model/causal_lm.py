@@ -28,8 +28,7 @@ class CausalLM:
     """Decoder and head of a Hugging Face model.
 
     Where several processes share the model (``npo_fast.model.sharding``), each runs its own
-    sequences through the decoder and sees the answer rows of all of them. The methods below do
-    what that takes, and their callers need not know.
+    sequences through the decoder and sees the answer rows of all of them.
 
     Args:
         model: a Hugging Face causal language model.
