@@ -25,12 +25,10 @@ def npo(log_probs: Tensor, inputs: Inputs) -> Tensor:  # (N,) -> scalar
     return -(2 / BETA) * F.logsigmoid(-BETA * (sequences - inputs.ref_log_probs)).mean()
 
 
-def nll(log_probs: Tensor, inputs: Inputs) -> Tensor:  # (N,) -> scalar
-    """Cross-entropy, mean over tokens."""
-    return -log_probs.mean()
-
-
-HEADS: dict[str, Callable[[Tensor, Inputs], Tensor]] = {"NPO": npo, "NLL": nll}
+HEADS: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
+    "NPO": npo,
+    "NLL": lambda log_probs, inputs: -log_probs.mean(),
+}
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,17 @@ class Oracle:
         device = inputs.hidden.device
         self.rows = _spread(rows, SAMPLE, device)
         self.columns = torch.cat([inputs.labels[self.rows], _spread(vocabulary, SAMPLE, device)])
-        hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach()
-        self.hidden = hidden
+        self.hidden = hidden = inputs.hidden.detach().double()
+        weight = inputs.weight.detach()
+        slices = weight.split(max(1, SLICE_BYTES // (8 * rows)))
         lse = hidden.new_full((rows,), -torch.inf)
-        for part in self._slices():
-            lse = torch.logaddexp(lse, (hidden @ weight[part].double().T).logsumexp(-1))
+        for weight_slice in map(Tensor.double, slices):
+            lse = torch.logaddexp(lse, (hidden @ weight_slice.T).logsumexp(-1))
         targets = weight[inputs.labels].double()
         self.log_probs = (hidden * targets).sum(-1) - lse
         # gradients of the log-probs of the sampled rows, and softmax in the sampled columns
         self.row_gradients = targets[self.rows]
-        for part in self._slices():
-            weight_slice = weight[part].double()
+        for weight_slice in map(Tensor.double, slices):
             p = (hidden[self.rows] @ weight_slice.T - lse[self.rows, None]).exp()
             self.row_gradients -= p @ weight_slice
         p = (hidden @ weight[self.columns].double().T - lse[:, None]).exp()
@@ -83,11 +81,6 @@ class Oracle:
             _relative(d_hidden[self.rows], g[self.rows, None] * self.row_gradients),
             _relative(d_weight[self.columns], self.column_gradients.T @ (g[:, None] * self.hidden)),
         )
-
-    def _slices(self) -> list[slice]:
-        vocabulary = self.inputs.shape.vocabulary
-        step = max(1, SLICE_BYTES // (8 * self.inputs.shape.rows))
-        return [slice(first, first + step) for first in range(0, vocabulary, step)]
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

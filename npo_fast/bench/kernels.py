@@ -18,6 +18,8 @@ from npo_fast.kernels.triton.offline import Record
 from npo_fast.kernels.triton.variants import HALF, D, N, V
 
 SEQUENCES = 64
+GEMM_FLOPS = 2.0 * N * D * V
+OPERAND_BYTES, LOGITS_BYTES = HALF * (N * D + V * D), HALF * N * V
 ROW_KERNELS = (("slice_sums", "plain, labels"), ("gradient", "plain"), ("npo_head", "plain"))
 PLAIN = HeadTransform()  # neither a softcap nor a scale
 
@@ -29,7 +31,7 @@ def predict(records: Iterable[Record]) -> dict[str, float]:
         for record in records
         if record.h100_floor_ms is not None and record.dtype == "bf16"
     }
-    gemms = 3 * h100_floor_ms(2.0 * N * D * V, HALF * (N * D + V * D + N * V))
+    gemms = 3 * h100_floor_ms(GEMM_FLOPS, OPERAND_BYTES + LOGITS_BYTES)
     return {"three_gemms_ms": gemms, "fused_loss_ms": gemms + sum(floors[k] for k in ROW_KERNELS)}
 
 
@@ -52,23 +54,22 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
     log_probs, lse = linear_forward(hidden, weight, labels, None, PLAIN)
     g, target = torch.full_like(log_probs, 1.0 / SEQUENCES), torch.zeros_like(log_probs)
     ones = torch.ones_like(lse)
-    logits_bytes, operands = HALF * N * V, HALF * (N * D + V * D)
-    gemm = 2.0 * N * D * V
     head = (hidden, weight, labels, None)
     launches: dict[str, tuple[Callable[[], object], float, float]] = {  # call, flops, bytes
         "logits GEMM": (
-            partial(torch.mm, hidden, weight.T, out=logits), gemm, operands + logits_bytes,
+            partial(torch.mm, hidden, weight.T, out=logits),
+            GEMM_FLOPS, OPERAND_BYTES + LOGITS_BYTES,
         ),
-        "row_log_probs": (partial(row_log_probs, logits, labels, target, PLAIN), 0.0, logits_bytes),
+        "row_log_probs": (partial(row_log_probs, logits, labels, target, PLAIN), 0.0, LOGITS_BYTES),
         "row_gradient": (
             partial(row_gradient, logits, labels, log_probs, lse, ones, g, PLAIN),
-            0.0, 2 * logits_bytes,
+            0.0, 2 * LOGITS_BYTES,
         ),
         "npo_head": (partial(npo_head, log_probs, cu_seqlens, ref, 0.1), 0.0, 8.0 * N),
-        "linear_forward": (partial(linear_forward, *head, PLAIN), gemm, operands),
+        "linear_forward": (partial(linear_forward, *head, PLAIN), GEMM_FLOPS, OPERAND_BYTES),
         "linear_backward": (
             partial(linear_backward, g, *head, log_probs, lse, PLAIN, (True, True, True)),
-            3 * gemm, 2 * operands,
+            3 * GEMM_FLOPS, 2 * OPERAND_BYTES,
         ),
     }  # fmt: skip
     return [

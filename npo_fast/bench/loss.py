@@ -11,6 +11,7 @@ from npo_fast.bench.fp64_oracle import TOLERANCE, Errors, Oracle
 from npo_fast.bench.inputs import Inputs, Kind, Shape, make_inputs
 from npo_fast.bench.memory import MemoryUnknownError, forward, peak_mib, train
 from npo_fast.bench.timing import Times, bare_gemms, interleaved, time_ms
+from npo_fast.errors import first_line
 
 WHOLE_LOGITS_BYTES = 4 << 30  # above it, candidates with whole logits are left out
 
@@ -145,8 +146,8 @@ def _correct(
         except Exception as error:  # a peer may fail in any way: report it and continue
             if candidate.peer == OURS:
                 raise
-            first = next(iter(str(error).strip().splitlines()), "no message")
-            refused[candidate.key] = f"{kind} inputs: {type(error).__name__}: {first}"
+            reason = first_line(error) or "no message"
+            refused[candidate.key] = f"{kind} inputs: {type(error).__name__}: {reason}"
     return errors
 
 

@@ -55,10 +55,8 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     progress = progress or (lambda what, done, total: None)
-    was_training = lm.model.training
-    lm.model.eval()
     logs = {}
-    try:
+    with lm.evaluating():
         for name, records in suite.items():
             if not isinstance(records, TokenizedSet):
                 records = tokenize_set(template, name, records)
@@ -66,9 +64,7 @@ def evaluate(
                 lm, template.tokenizer, settings, progress, reference, name, records
             )
             logs[name] = evaluation.log()
-        return logs
-    finally:
-        lm.model.train(was_training)
+    return logs
 
 
 @dataclass

@@ -25,10 +25,9 @@ class TokenizedSet:
 
 
 Suite = Mapping[str, list[Record]]  # log file name -> records
-TokenizedSuite = Mapping[str, TokenizedSet]
 
 
-def tokenize_suite(template: Template, suite: Suite) -> TokenizedSuite:
+def tokenize_suite(template: Template, suite: Suite) -> dict[str, TokenizedSet]:
     """Tokenises every answer of the suite once. Warns of right answers that are cut."""
     return {name: tokenize_set(template, name, records) for name, records in suite.items()}
 

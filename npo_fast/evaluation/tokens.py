@@ -31,11 +31,10 @@ class TokenScores:
 @torch.no_grad()
 def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # (N, D), (N,)
     """Scores the labels with the kernels of the losses; holds the logits of one chunk at a time."""
-    rows, step = len(labels), head.chunk_rows()
-    buffer = head.buffer(min(step, rows))
+    rows = min(head.chunk_rows(), len(labels))
+    buffer = head.buffer(rows)
     chunks: list[tuple[Tensor, ...]] = []
-    for first in range(0, rows, step):
-        hidden_chunk, labels_chunk = hidden[first : first + step], labels[first : first + step]
+    for hidden_chunk, labels_chunk in zip(hidden.split(rows), labels.split(rows), strict=True):
         padded = head.logits(hidden_chunk, buffer)
         logits = padded[: len(labels_chunk)]
         greedy = logits.argmax(-1) == labels_chunk

@@ -1,8 +1,7 @@
 """Every measure, once: its names, which way is better, what it needs and how to compute it.
 
 ``summary``, the scores of evaluations.jsonl (``measures``), ``--keep-best``, ``--stop-when`` and
-the report's columns and curves derive from the registry ``MEASURES``. To add a measure, write its
-formula and add one entry.
+the report's columns and curves derive from the registry ``MEASURES``.
 """
 
 import difflib

@@ -40,7 +40,9 @@ def extraction_strength(greedy: ArrayLike) -> float:  # (T,) bool
 
 def min_k(log_probs: ArrayLike, share: float = LOWEST_SHARE) -> float:  # (T,)
     """Returns the mean of the lowest ``share`` of log-probs. Source: arXiv 2310.16789, eq. 1."""
-    return _mean_of_lowest(np.asarray(log_probs, dtype=np.float64), share)
+    log_probs = np.asarray(log_probs, dtype=np.float64)
+    count = max(1, int(share * len(log_probs)))
+    return float(np.sort(log_probs)[:count].mean())
 
 
 def min_k_plus_plus(
@@ -55,7 +57,7 @@ def min_k_plus_plus(
     Source: arXiv 2404.02936, eq. 3 and 4.
     """
     log_probs, mean, std = (np.asarray(x, dtype=np.float64) for x in (log_probs, mean, std))
-    return _mean_of_lowest((log_probs - mean) / np.maximum(std, SMALLEST_STD), share)
+    return min_k((log_probs - mean) / np.maximum(std, SMALLEST_STD), share)
 
 
 def roc_auc(members: ArrayLike, others: ArrayLike) -> float:  # (M,), (N,)
@@ -95,8 +97,3 @@ def membership_auc(result: Result) -> dict[str, float]:
         for file in (FORGET, HOLDOUT)
     )
     return {attack: roc_auc(members[attack], others[attack]) for attack in ATTACKS}
-
-
-def _mean_of_lowest(scores: Array, share: float) -> float:
-    count = max(1, int(share * len(scores)))
-    return float(np.sort(scores)[:count].mean())

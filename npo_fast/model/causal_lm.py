@@ -28,8 +28,7 @@ class CausalLM:
     """Decoder and head of a Hugging Face model.
 
     Where several processes share the model (``npo_fast.model.sharding``), each runs its own
-    sequences through the decoder and sees the answer rows of all of them. The methods below do
-    what that takes, and their callers need not know.
+    sequences through the decoder and sees the answer rows of all of them.
 
     Args:
         model: a Hugging Face causal language model.
@@ -154,13 +153,16 @@ class CausalLM:
             return self.linear_head.log_probs(hidden.detach(), labels)
         return linear_log_probs(hidden, labels=labels, **self.head_arguments)
 
-    def recompute_activations(self) -> None:
-        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again."""
+    def recompute_activations(self, **arguments: Any) -> None:
+        """Gradient checkpointing: a layer keeps its input alone, and its backward runs it again.
+
+        ``arguments`` are those of ``torch.utils.checkpoint``.
+        """
         # this name is new in transformers 5
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         enable = enable or self.model.gradient_checkpointing_enable
         try:
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, **arguments})
         except ValueError as error:
             raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
 

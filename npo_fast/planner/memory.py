@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, pack
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
@@ -128,14 +128,14 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
         with step.tracker:
             step.run()
     except RuntimeError as error:
-        name, reason = type(model).__name__, str(error).strip()
-        if NAME in reason:
-            raise UserError(f"{name} cannot be planned: {reason}") from error
-        if "meta" not in reason:
+        name = type(model).__name__
+        if NAME in str(error):
+            raise UserError(f"{name} cannot be planned: {error}") from error
+        if "meta" not in str(error):
             raise
         raise UserError(
             f"{name} reads values of tensors while it runs, so it cannot run without data: "
-            f"{reason.splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     whole = step.footprint()
     return whole if ranks == 1 else sharded(model, planned, whole, ranks)
@@ -162,6 +162,7 @@ class TrackedStep:
     def __init__(self, lm: CausalLM, planned: PlannedRun, ranks: int = 1) -> None:
         self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
         self.trained = [p for p in lm.model.parameters() if p.requires_grad]
+        self.prompt_length = max(1, planned.sequence_length // 4)
         self.states: list[Tensor] = []  # kept alive here: nothing else refers to them
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
             self.tracker.hold(tensor, WEIGHTS)
@@ -220,18 +221,14 @@ class TrackedStep:
         length = self.planned.sequence_length
         count = group * max(1, tokens // (length * group))
         sequences = [
-            TokenizedExample((0,) * length, self._prompt, i // group) for i in range(count)
+            TokenizedExample((0,) * length, self.prompt_length, i // group) for i in range(count)
         ]
         (micro,) = pack(sequences, count * length, group)
         return micro
 
-    @property
-    def _prompt(self) -> int:
-        return max(1, self.planned.sequence_length // 4)
-
     def _loss(self, terms: list[Term], micro: PackedBatch, states: Tensor | None = None) -> Tensor:
         terms = [term if term.baseline is None else term.at_baseline(0.0) for term in terms]
-        answer = torch.zeros(self.planned.sequence_length - self._prompt)
+        answer = torch.zeros(self.planned.sequence_length - self.prompt_length)
         references: dict[str, Tensor | list[Tensor]] = {}
         for term in terms:
             per_token = term.loss.reference == "token"

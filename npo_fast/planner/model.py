@@ -1,6 +1,5 @@
 """Models without data: shapes and code of a real model, from its configuration alone."""
 
-import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.model.adapters import Quantize, add_lora, check_libraries
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import DTYPES
@@ -27,13 +26,11 @@ def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize 
     from transformers import AutoModelForCausalLM
 
     check_libraries("none", lora_rank)  # NF4Linear replaces 4-bit layers
-
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=DTYPES[dtype])
     except (ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"not a causal language model: {reason}") from error
+        raise UserError(f"not a causal language model: {first_line(error)}") from error
     if quantize == "4bit":
         _quantise(model, model.get_output_embeddings())
     if lora_rank:
@@ -50,16 +47,8 @@ def empty_lm(model: Any, gradient_checkpointing: bool) -> CausalLM:
     """
     lm = CausalLM(model, probe=False)
     if gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave it out")
         # the backward pass recomputes layers, outside of the mode of the forward pass
-        arguments = {
-            "use_reentrant": False,
-            "context_fn": lambda: (FlashAttention(), FlashAttention()),
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers renames an argument
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        lm.recompute_activations(context_fn=lambda: (FlashAttention(), FlashAttention()))
     return lm
 
 
