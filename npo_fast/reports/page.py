@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from npo_fast import tables
@@ -12,7 +12,7 @@ from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.measures import REPORTED, measures, score
 from npo_fast.reports import svg
-from npo_fast.reports.figures import MEANINGFUL, Point
+from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import MARK, render
 from npo_fast.reports.runs import RunRecord, logged_answers
 
@@ -39,20 +39,20 @@ class Report:
         self.rows: list[dict[str, Any]] = []  # cells by column, of runs and models to compare with
         self._errors: list[str] = []  # a sentence for each log that cannot be compared
         for run in self.runs:
-            try:
-                measured, source = run.measured(self.retrained)
-            except UserError as error:
-                self._errors.append(f"{run.name}: {error}")
-                measured, source = run.measured({})
+            measured, source = self._compared(run.name, run.measured, self.retrained, {})
             self.rows.append(_row(run, measured, source))
         baseline = self.retrained if _has_ratio(self.retrained) else None
         for name, result in self._anchors.items():
-            try:
-                measured = measures(result, baseline)
-            except UserError as error:
-                self._errors.append(f"{name}: {error}")
-                measured = measures(result)
+            measured = self._compared(name, partial(measures, result), baseline, None)
             self.rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
+
+    def _compared(self, name: str, measure: Callable[..., Any], *baselines: Result | None) -> Any:
+        """Measures against the first baseline; where that cannot be, the second."""
+        try:
+            return measure(baselines[0])
+        except UserError as error:
+            self._errors.append(f"{name}: {error}")
+            return measure(baselines[1])
 
     @property
     def _anchors(self) -> dict[str, Result]:
@@ -153,7 +153,7 @@ class Report:
             )
             if not series:
                 continue
-            key, heading = f"look-{measure.key.replace('.', '-')}", _capitalised(measure.label)
+            key, heading = f"look-{measure.key.replace('.', '-')}", measure.label
             if measure.key == "forget_quality":
                 drawable = {
                     name: (i, x, [max(p, svg.SMALLEST) for p in y])
@@ -177,7 +177,7 @@ class Report:
         names = dict.fromkeys(name for run in self.runs for step in run.steps for name in step[key])
         for i, name in enumerate(names):
             series = self._series(lambda _, step, name=name: step[key].get(name))
-            yield svg.curves(f"{key}-{i}", _capitalised(title.format(name)), unit, series)
+            yield svg.curves(f"{key}-{i}", title.format(name), unit, series)
 
     def _series(self, value: Callable[..., float | None], records: str = "steps") -> svg.Series:
         """``value(run, record)`` over the steps of each run that has it at any."""
@@ -257,15 +257,11 @@ def _scores(measured: Mapping[str, Any]) -> dict[str, float | None]:
     return {measure.label: score(measured, measure.key) for measure in REPORTED}
 
 
-def _point(scores: Mapping[str, Any], quality: str, utility: str) -> Point | None:
-    """The point with these two scores; None where one of them is missing."""
+def _point(scores: Mapping[str, Any], quality: str, utility: str) -> svg.Point | None:
+    """Utility and drawable quality; None where one of them is missing."""
     y, x = scores.get(quality), scores.get(utility)
-    return None if y is None or x is None else Point(0, y, x)
+    return None if y is None or x is None else (x, max(y, svg.SMALLEST))
 
 
 def _has_ratio(result: Result) -> bool:
     return has_truth_ratio(result.get(FORGET, {}))
-
-
-def _capitalised(title: str) -> str:
-    return title[0].upper() + title[1:]

@@ -20,6 +20,7 @@ from npo_fast.experiments.demo.experiment import COMMON_REPEATS, Student
 from npo_fast.experiments.demo.tiny_model import weights
 from npo_fast.runs import Callback
 from npo_fast.runs.callbacks import Training
+from npo_fast.runs.folder import save_file
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Scores = dict[str, float]
@@ -149,9 +150,8 @@ def run_seed(
         content["runs"].append(run)
         content["time_s"] = before + time.perf_counter() - started
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        text = json.dumps(content, indent=1) + "\n"
+        save_file(file, lambda new, text=text: new.write_text(text, encoding="utf-8"))
         log(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
 
 
