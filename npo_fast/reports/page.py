@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from npo_fast import tables
@@ -39,20 +39,20 @@ class Report:
         self.rows: list[dict[str, Any]] = []  # cells by column, of runs and models to compare with
         self._errors: list[str] = []  # a sentence for each log that cannot be compared
         for run in self.runs:
-            measured, source = self._compared(run.name, run.measured, self.retrained, {})
+            try:
+                measured, source = run.measured(self.retrained)
+            except UserError as error:
+                self._errors.append(f"{run.name}: {error}")
+                measured, source = run.measured({})
             self.rows.append(_row(run, measured, source))
         baseline = self.retrained if _has_ratio(self.retrained) else None
         for name, result in self._anchors.items():
-            measured = self._compared(name, partial(measures, result), baseline, None)
+            try:
+                measured = measures(result, baseline)
+            except UserError as error:
+                self._errors.append(f"{name}: {error}")
+                measured = measures(result)
             self.rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
-
-    def _compared(self, name: str, measure: Callable[..., Any], *baselines: Result | None) -> Any:
-        """Measures against the first baseline; where that cannot be, the second."""
-        try:
-            return measure(baselines[0])
-        except UserError as error:
-            self._errors.append(f"{name}: {error}")
-            return measure(baselines[1])
 
     @property
     def _anchors(self) -> dict[str, Result]:
@@ -153,16 +153,16 @@ class Report:
             )
             if not series:
                 continue
-            key, heading = f"look-{measure.key.replace('.', '-')}", measure.label
+            key = f"look-{measure.key.replace('.', '-')}"
             if measure.key == "forget_quality":
                 drawable = {
                     name: (i, x, [max(p, svg.SMALLEST) for p in y])
                     for name, (i, x, y) in series.items()
                 }
-                unit = "KS p-value, higher is better"
-                yield svg.curves(key, heading, unit, drawable, True, MEANINGFUL)
+                unit = f"KS p-value, {measure.better}"
+                yield svg.curves(key, measure.label, unit, drawable, True, MEANINGFUL)
             else:
-                yield svg.curves(key, heading, measure.better, series)
+                yield svg.curves(key, measure.label, measure.better, series)
 
     def _step_curves(self) -> Iterator[svg.Figure]:
         yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -151,7 +152,7 @@ def run_seed(
         content["time_s"] = before + time.perf_counter() - started
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1) + "\n"
-        save_file(file, lambda new, text=text: new.write_text(text, encoding="utf-8"))
+        save_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
         log(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
 
 
