@@ -258,7 +258,7 @@ def _scores(measured: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _point(scores: Mapping[str, Any], quality: str, utility: str) -> svg.Point | None:
-    """Utility and drawable quality; None where one of them is missing."""
+    """Utility and forget quality, as drawn; None where one of them is missing."""
     y, x = scores.get(quality), scores.get(utility)
     return None if y is None or x is None else (x, max(y, svg.SMALLEST))
 

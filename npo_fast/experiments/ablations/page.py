@@ -104,19 +104,20 @@ class AblationPage:
 
     def html(self) -> str:
         """The page as one HTML document without references to other files."""
-        draw = {
-            "methods": self._methods,
-            "beta": self._beta,
-            "overlap": self._overlap,
-            "schedule": self._schedule,
+        settings = {"beta": self._beta, "overlap": self._overlap, "schedule": self._schedule}
+        several = [name for name in EXPERIMENTS if len(self._trials(name)) > 1]
+        figures = {
+            name: [draw(UTILITY), draw(QUALITY)] if name in several else []
+            for name, draw in settings.items()
         }
         return render(
             "ablations",
             title=TITLE,
             claims=claims(by_trial(self.results)),
+            methods=self._methods() if "methods" in several else [],
             ends=tables.from_records([_row(t, self.runs[t]) for t in self._trials("methods")]),
             provenance=self._provenance(),
-            **{name: draw[name]() if len(self._trials(name)) > 1 else [] for name in draw},
+            **figures,
         )
 
     def _methods(self) -> list[Figure]:
@@ -141,7 +142,7 @@ class AblationPage:
         frame = QUALITY.frame("ends", "After the last step", UTILITY.axis, caption)
         return [*figures, seed_points(frame, ends)]
 
-    def _beta(self) -> list[Figure]:
+    def _beta(self, quantity: Quantity) -> Figure:
         betas = [beta for beta in BETAS if Trial(beta=beta) in self.runs]
         ends = betas[0], betas[-1]
         lines = {
@@ -150,9 +151,9 @@ class AblationPage:
         }
         shown = [beta for beta in betas if beta in (NPO_BETA, *ends)]
         described = {f"beta {beta:g}": Trial(beta=beta) for beta in shown}
-        return self._last_step("beta", lines, described | {LIMIT.name: LIMIT}, log="x")
+        return self._last_step(quantity, "beta", lines, described | {LIMIT.name: LIMIT}, log="x")
 
-    def _overlap(self) -> list[Figure]:
+    def _overlap(self, quantity: Quantity) -> Figure:
         lines = {
             trial.name: [(overlap, replace(trial, overlap=overlap)) for overlap in OVERLAPS]
             for trial in (GA_RT, LIMIT, NPO_RT)
@@ -162,37 +163,32 @@ class AblationPage:
             for trial in (NPO_RT, GA_RT)
             for overlap in (OVERLAPS[0], OVERLAPS[-1])
         }
-        return self._last_step("overlap", lines, described)
+        return self._last_step(quantity, "overlap", lines, described)
 
     def _last_step(
         self,
+        quantity: Quantity,
         setting: str,
         lines: Mapping[str, list[tuple[float, Trial]]],  # the setting's values, with their trials
         described: Mapping[str, Trial],  # the trials of the caption, by name
         log: str = "",
-    ) -> list[Figure]:
-        """Utility and forget quality after the last step over the value of a setting."""
+    ) -> Figure:
+        """A quantity after the last step over the value of a setting."""
+        series = {}
+        for name, line in lines.items():
+            run = [(value, self.runs[trial]) for value, trial in line if trial in self.runs]
+            if points := [(value, quantity.spread(seeds)) for value, seeds in run]:
+                series[name] = SeedCurve(_INDEX[name], points)
         group = {name: self.runs[trial] for name, trial in described.items() if trial in self.runs}
-        figures = []
-        for quantity in (UTILITY, QUALITY):
-            series = {}
-            for name, line in lines.items():
-                run = [(value, self.runs[trial]) for value, trial in line if trial in self.runs]
-                if points := [(value, quantity.spread(seeds)) for value, seeds in run]:
-                    series[name] = SeedCurve(_INDEX[name], points)
-            title, caption = f"{quantity.name} after the last step", quantity.describe_ends(group)
-            frame = quantity.frame(f"{setting}-{quantity.key}", title, setting, caption, log)
-            figures.append(seed_curves(frame, series))
-        return figures
+        title, caption = f"{quantity.name} after the last step", quantity.describe_ends(group)
+        frame = quantity.frame(f"{setting}-{quantity.key}", title, setting, caption, log)
+        return seed_curves(frame, series)
 
-    def _schedule(self) -> list[Figure]:
+    def _schedule(self, quantity: Quantity) -> Figure:
         group = {str(trial.schedule): self.runs[trial] for trial in self._trials("schedule")}
-        figures = []
-        for quantity in (UTILITY, QUALITY):
-            title, caption = f"NPO+RT: {quantity.name}", quantity.describe_ends(group)
-            frame = quantity.frame(f"schedule-{quantity.key}", title, "epoch", caption)
-            figures.append(_over_time(frame, quantity, group))
-        return figures
+        title, caption = f"NPO+RT: {quantity.name}", quantity.describe_ends(group)
+        frame = quantity.frame(f"schedule-{quantity.key}", title, "epoch", caption)
+        return _over_time(frame, quantity, group)
 
     def _provenance(self) -> tuple[tables.Cells, list[str]]:
         """Rows and header of the table of seeds, settings and versions."""
