@@ -12,7 +12,7 @@ from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.measures import REPORTED, measures, score
 from npo_fast.reports import svg
-from npo_fast.reports.figures import MEANINGFUL, Point
+from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import MARK, render
 from npo_fast.reports.runs import RunRecord, logged_answers
 
@@ -153,16 +153,16 @@ class Report:
             )
             if not series:
                 continue
-            key, heading = f"look-{measure.key.replace('.', '-')}", _capitalised(measure.label)
+            key = f"look-{measure.key.replace('.', '-')}"
             if measure.key == "forget_quality":
                 drawable = {
                     name: (i, x, [max(p, svg.SMALLEST) for p in y])
                     for name, (i, x, y) in series.items()
                 }
-                unit = "KS p-value, higher is better"
-                yield svg.curves(key, heading, unit, drawable, True, MEANINGFUL)
+                unit = f"KS p-value, {measure.better}"
+                yield svg.curves(key, measure.label, unit, drawable, True, MEANINGFUL)
             else:
-                yield svg.curves(key, heading, measure.better, series)
+                yield svg.curves(key, measure.label, measure.better, series)
 
     def _step_curves(self) -> Iterator[svg.Figure]:
         yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")
@@ -177,7 +177,7 @@ class Report:
         names = dict.fromkeys(name for run in self.runs for step in run.steps for name in step[key])
         for i, name in enumerate(names):
             series = self._series(lambda _, step, name=name: step[key].get(name))
-            yield svg.curves(f"{key}-{i}", _capitalised(title.format(name)), unit, series)
+            yield svg.curves(f"{key}-{i}", title.format(name), unit, series)
 
     def _series(self, value: Callable[..., float | None], records: str = "steps") -> svg.Series:
         """``value(run, record)`` over the steps of each run that has it at any."""
@@ -257,15 +257,11 @@ def _scores(measured: Mapping[str, Any]) -> dict[str, float | None]:
     return {measure.label: score(measured, measure.key) for measure in REPORTED}
 
 
-def _point(scores: Mapping[str, Any], quality: str, utility: str) -> Point | None:
-    """The point with these two scores; None where one of them is missing."""
+def _point(scores: Mapping[str, Any], quality: str, utility: str) -> svg.Point | None:
+    """Utility and forget quality, as drawn; None where one of them is missing."""
     y, x = scores.get(quality), scores.get(utility)
-    return None if y is None or x is None else Point(0, y, x)
+    return None if y is None or x is None else (x, max(y, svg.SMALLEST))
 
 
 def _has_ratio(result: Result) -> bool:
     return has_truth_ratio(result.get(FORGET, {}))
-
-
-def _capitalised(title: str) -> str:
-    return title[0].upper() + title[1:]

@@ -115,12 +115,7 @@ class RunRecord:
             return None
         words = ["npo-fast", str(self.metadata.get("command", "unlearn"))]
         for group in _GROUPS:
-            for name, value in self.settings.get(group, {}).items():
-                flag = f"--{name.replace('_', '-')}"
-                if value is True:
-                    words.append(flag)
-                elif value is not None and value is not False and value not in ("", "auto"):
-                    words += [flag, str(value)]
+            words += _flags(self.settings.get(group, {}))
         return shlex.join([*words, "--output", f"{self.folder}-again", *more])
 
     def evaluate_command(self, overwrite: bool = False) -> str:
@@ -130,18 +125,17 @@ class RunRecord:
             more = ", overwrite=True" if overwrite else ""
             folder, logs = str(self.folder), str(self.folder / "eval")
             return f"npo_fast.evaluate({folder!r}, forget=ROWS, {retain}output={logs!r}{more})"
-        words = ["npo-fast", "evaluate", "--model", str(self.folder)]
-        for name in ("data", "forget", "retain"):
-            if value := self.setting("data", name):
-                words += [f"--{name}", str(value)]
-        if not self.setting("data", "forget"):
-            words += ["--forget", "FORGET"]
-        for name, usual in _MEASURED_WITH.items():
-            value = self.setting("model", name)
-            if value is not None and value != usual:
-                words += [f"--{name.replace('_', '-')}", str(value)]
-        words += ["--output", str(self.folder / "eval"), *(["--overwrite"] if overwrite else [])]
-        return shlex.join(words)
+        data = {name: self.setting("data", name) for name in ("data", "forget", "retain")}
+        data["forget"] = data["forget"] or "FORGET"
+        model = {name: self.setting("model", name) for name in _MEASURED_WITH}
+        flags = {
+            "model": self.folder,
+            **data,
+            **{name: value for name, value in model.items() if value != _MEASURED_WITH[name]},
+            "output": self.folder / "eval",
+            "overwrite": overwrite,
+        }
+        return shlex.join(["npo-fast", "evaluate", *_flags(flags)])
 
 
 def load_run(folder: Path, name: str) -> RunRecord:
@@ -193,6 +187,18 @@ def logged_answers(result: Result, part: str) -> list[Answer]:
     if isinstance(rows, Mapping):  # published logs may be keyed by index
         rows = [rows[key] for key in sorted(rows, key=int)]
     return [Answer(row[0], row[2], row[1]) for row in rows]
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """The words of a command that ask for these settings; those that were not set need none."""
+    words = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False and value not in ("", "auto"):
+            words += [flag, str(value)]
+    return words
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from npo_fast.reports.figures import MEANINGFUL, Point
+from npo_fast.reports.figures import MEANINGFUL
 
 SMALLEST = 1e-50  # p-values below are drawn here, for the logarithmic axis
 INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones
@@ -31,6 +31,7 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Array = NDArray[np.float64]
+Point = tuple[float, float]  # x, y
 Interval = tuple[float, float, float]  # mean over seeds, and the ends of its spread
 Series = Mapping[str, tuple[int, Sequence[float], Sequence[float]]]  # run -> its index, x, y
 
@@ -47,7 +48,7 @@ class Frame:
     """What stands around the lines of a figure."""
 
     key: str  # unique on the page: the prefix of all ids
-    title: str
+    title: str  # shown with a capital letter
     x: str
     y: str
     log: str = ""  # the axes that are logarithmic: "x", "y"
@@ -60,7 +61,7 @@ class Frame:
         import matplotlib
         from matplotlib import figure
 
-        buffer = io.StringIO()
+        buffer, title = io.StringIO(), self.title[0].upper() + self.title[1:]
         style: Any = {**_STYLE, "svg.hashsalt": self.key}
         with matplotlib.rc_context(style):
             drawing = figure.Figure(figsize=size, layout="constrained")
@@ -71,9 +72,9 @@ class Frame:
             for which in self.log:
                 _make_logarithmic(axes, which)
             axes.margins(self.margin)
-            axes.set(title=self.title, xlabel=self.x, ylabel=self.y)
+            axes.set(title=title, xlabel=self.x, ylabel=self.y)
             drawing.savefig(buffer, format="svg", metadata=_NO_METADATA)
-        return Figure(_inline(buffer.getvalue(), self.key, self.title), self.caption)
+        return Figure(_inline(buffer.getvalue(), self.key, title), self.caption)
 
 
 def tradeoff(
@@ -88,16 +89,14 @@ def tradeoff(
         for i, name in enumerate(names):
             style = _line_style(i)
             if name in paths:
-                axes.plot(*_at(paths[name]), **style, markersize=4, label=name)
+                axes.plot(*zip(*paths[name], strict=True), **style, markersize=4, label=name)
             if name in finals:
                 label = {} if name in paths else {"label": name}
-                axes.plot(*_at([finals[name]]), **style | {"linestyle": "none"}, markersize=10,
+                axes.plot(*finals[name], **style | {"linestyle": "none"}, markersize=10,
                           markeredgecolor=INK, **label)  # fmt: skip
         for name, point in anchors.items():
-            x, y = _at([point])
-            axes.plot(x, y, "*", color=INK, markersize=11)
-            axes.annotate(name, (x[0], y[0]), xytext=(0, -14), textcoords="offset points",
-                          ha="center")  # fmt: skip
+            axes.plot(*point, "*", color=INK, markersize=11)
+            axes.annotate(name, point, xytext=(0, -14), textcoords="offset points", ha="center")
         axes.annotate("0.05", (1, MEANINGFUL), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=9)  # fmt: skip
         if names:
@@ -194,10 +193,6 @@ def _line_style(i: int) -> dict[str, Any]:
         "marker": _MARKERS[i % len(_MARKERS)],
         "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)],
     }
-
-
-def _at(points: Sequence[Point]) -> tuple[list[float | None], list[float]]:
-    return [p.model_utility for p in points], [max(p.forget_quality, SMALLEST) for p in points]
 
 
 def _ecdf(axes: Any, values: Array, **style: Any) -> None:

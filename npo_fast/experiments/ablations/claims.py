@@ -27,11 +27,16 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the numbers that decide it, and in how many seeds it holds."""
+    """A claim, the numbers that decide it, and whether it holds in each seed."""
 
     text: str
     seen: str
-    holds: str
+    in_seeds: list[bool]
+
+    @property
+    def holds(self) -> str:
+        """In how many of the seeds, in words."""
+        return f"{sum(self.in_seeds)} of {len(self.in_seeds)} seeds"
 
 
 Rows = Sequence[tuple[Evaluations, ...]]  # a row a seed, a column a trial
@@ -62,7 +67,7 @@ def _rows(runs: Runs, trials: Iterable[Trial]) -> Rows:
 def _more_robust(other: str, rows: Rows) -> Claim:
     shares = [(utility_share(npo), utility_share(ga)) for npo, ga in rows]
     ours, theirs = map(statistics.fmean, zip(*shares, strict=True))
-    return _counted(
+    return Claim(
         f"NPO+RT keeps more utility than {other}",
         f"at the end {ours:.0%} against {theirs:.0%}",
         [a > b for a, b in shares],
@@ -72,7 +77,7 @@ def _more_robust(other: str, rows: Rows) -> Claim:
 def _slower(rows: Rows) -> Claim:
     steps = [[NEVER if (s := collapse_step(run)) is None else s for run in pair] for pair in rows]
     npo, ga = map(statistics.median_low, zip(*steps, strict=True))
-    return _counted(
+    return Claim(
         "Without retain data NPO collapses later than GA",
         f"median step {_step(npo)} against {_step(ga)}",
         [a > b for a, b in steps],
@@ -86,7 +91,7 @@ def _alone(names: Sequence[str], rows: Rows) -> Claim:
     }
     seen = ", ".join(f"{name} {sum(flags)}" for name, flags in passed.items() if any(flags))
     npo = passed.pop(NPO_RT.name)
-    return _counted(
+    return Claim(
         f"NPO+RT alone forgets (p > {MEANINGFUL}) and keeps utility (here: {KEPT:.0%})",
         f"seeds in which an evaluation does: {seen or 'none'}",
         [ok and not any(flags[i] for flags in passed.values()) for i, ok in enumerate(npo)],
@@ -96,7 +101,7 @@ def _alone(names: Sequence[str], rows: Rows) -> Claim:
 def _tends(rows: Rows) -> Claim:
     distances = [(_distance(small, limit), _distance(large, limit)) for limit, small, large in rows]
     small, large = map(statistics.fmean, zip(*distances, strict=True))
-    return _counted(
+    return Claim(
         "NPO+RT tends to GA+RT (per sequence) as beta goes to 0",
         f"mean distance of the utility curves {small:.3f} at beta {BETAS[0]:g}, "
         f"{large:.3f} at {BETAS[-1]:g}",
@@ -108,7 +113,7 @@ def _entangled(rows: Rows) -> Claim:
     shares = [[utility_share(run) for run in row] for row in rows]
     lost = [(npo - npo_shared, ga - ga_shared) for npo, npo_shared, ga, ga_shared in shares]
     npo, ga = map(statistics.fmean, zip(*lost, strict=True))
-    return _counted(
+    return Claim(
         "Entanglement costs NPO+RT less utility than GA+RT (not a claim of the paper)",
         f"utility lost from overlap 0 to 1: {npo:+.1%} against {ga:+.1%}",
         [a < b for a, b in lost],
@@ -118,10 +123,6 @@ def _entangled(rows: Rows) -> Claim:
 def _distance(a: Evaluations, b: Evaluations) -> float:
     """Mean distance of two curves of the utility's share."""
     return statistics.fmean(abs(utility_share(a, i) - utility_share(b, i)) for i in range(len(a)))
-
-
-def _counted(claim: str, seen: str, holds: list[bool]) -> Claim:
-    return Claim(claim, seen, f"{sum(holds)} of {len(holds)} seeds")
 
 
 def _step(value: float) -> str:

@@ -35,6 +35,7 @@ _FIRST = ("GA", "GA+RT", "GA+RT per sequence", "NPO", "NPO+RT")
 _INDEX = {trial.name: i for i, trial in enumerate(EXPERIMENTS["methods"])}
 
 Seeds = Sequence[Evaluations]  # the evaluations of a trial, by seed
+Group = Mapping[str, Seeds]  # of several trials, by name
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Quantity:
         mean, low, high = Spread.of([math.log10(max(value, SMALLEST)) for value in values])
         return Spread(10**mean, 10**low, min(10**high, 1.0))
 
+    def describe_ends(self, group: Group) -> str:
+        """A caption about the last evaluation of these trials."""
+        parts = [f"{name} {self.summary(self.values(seeds))}" for name, seeds in group.items()]
+        return f"{self.at_end}: {'; '.join(parts)}."
+
     def frame(self, key: str, title: str, x: str, caption: str, log: str = "") -> Frame:
         """The frame of a figure of this quantity over ``x``."""
         return Frame(key, title, x, self.axis, log + "y" * self.log, self.line, caption)
@@ -80,11 +86,11 @@ def powers(values: Sequence[float]) -> str:
 
 
 UTILITY = Quantity(
-    "utility", "Utility", "model utility, share of the start", utility_share,
+    "utility", "utility", "model utility, share of the start", utility_share,
     "Utility at the end", plus_minus,
 )  # fmt: skip
 QUALITY = Quantity(
-    "quality", "Forget quality", "forget quality (KS p-value)", forget_quality,
+    "quality", "forget quality", "forget quality (KS p-value)", forget_quality,
     "Forget quality at the end, range over seeds", powers, log=True, line=MEANINGFUL,
 )  # fmt: skip
 
@@ -98,47 +104,45 @@ class AblationPage:
 
     def html(self) -> str:
         """The page as one HTML document without references to other files."""
-        draw = {
-            "methods": self._methods,
-            "beta": self._beta,
-            "overlap": self._overlap,
-            "schedule": self._schedule,
+        settings = {"beta": self._beta, "overlap": self._overlap, "schedule": self._schedule}
+        several = [name for name in EXPERIMENTS if len(self._trials(name)) > 1]
+        figures = {
+            name: [draw(UTILITY), draw(QUALITY)] if name in several else []
+            for name, draw in settings.items()
         }
         return render(
             "ablations",
             title=TITLE,
             claims=claims(by_trial(self.results)),
+            methods=self._methods() if "methods" in several else [],
             ends=tables.from_records([_row(t, self.runs[t]) for t in self._trials("methods")]),
             provenance=self._provenance(),
-            **{name: draw[name]() if len(self._trials(name)) > 1 else [] for name in draw},
+            **figures,
         )
 
     def _methods(self) -> list[Figure]:
         """Utility and forget quality of every method over the steps, and after the last one."""
-        trials = self._trials("methods")
-        early = {t.name: t for t in trials if t.name in _FIRST}
-        late = {t.name: t for t in trials if t.name not in _FIRST or t == NPO_RT}
+        methods = {trial.name: self.runs[trial] for trial in self._trials("methods")}
+        early = {name: seeds for name, seeds in methods.items() if name in _FIRST}
+        late = {n: seeds for n, seeds in methods.items() if n not in _FIRST or n == NPO_RT.name}
         figures = []
         for part, group in (("gradient ascent and NPO", early), ("NPO+RT and the others", late)):
             if not group:
                 continue
             key = part.split()[0].lower()
-            for quantity, describe in (
-                (UTILITY, self._describe_collapse),
-                (QUALITY, self._describe_quality),
-            ):
+            for quantity, describe in ((UTILITY, _describe_collapse), (QUALITY, _describe_quality)):
                 title, caption = f"{quantity.name}: {part}", describe(group)
                 frame = quantity.frame(f"{quantity.key}-{key}", title, "step", caption)
-                figures.append(self._over_time(frame, quantity, group))
+                figures.append(_over_time(frame, quantity, group))
         ends = {
-            t.name: (_INDEX[t.name], UTILITY.spread(self.runs[t]), QUALITY.spread(self.runs[t]))
-            for t in trials
+            name: (_INDEX[name], UTILITY.spread(seeds), QUALITY.spread(seeds))
+            for name, seeds in methods.items()
         }
         caption = "Up and right is better: the forget set is forgotten, and the rest is kept."
         frame = QUALITY.frame("ends", "After the last step", UTILITY.axis, caption)
         return [*figures, seed_points(frame, ends)]
 
-    def _beta(self) -> list[Figure]:
+    def _beta(self, quantity: Quantity) -> Figure:
         betas = [beta for beta in BETAS if Trial(beta=beta) in self.runs]
         ends = betas[0], betas[-1]
         lines = {
@@ -147,9 +151,9 @@ class AblationPage:
         }
         shown = [beta for beta in betas if beta in (NPO_BETA, *ends)]
         described = {f"beta {beta:g}": Trial(beta=beta) for beta in shown}
-        return self._last_step("beta", lines, described | {LIMIT.name: LIMIT}, log="x")
+        return self._last_step(quantity, "beta", lines, described | {LIMIT.name: LIMIT}, log="x")
 
-    def _overlap(self) -> list[Figure]:
+    def _overlap(self, quantity: Quantity) -> Figure:
         lines = {
             trial.name: [(overlap, replace(trial, overlap=overlap)) for overlap in OVERLAPS]
             for trial in (GA_RT, LIMIT, NPO_RT)
@@ -159,39 +163,32 @@ class AblationPage:
             for trial in (NPO_RT, GA_RT)
             for overlap in (OVERLAPS[0], OVERLAPS[-1])
         }
-        return self._last_step("overlap", lines, described)
+        return self._last_step(quantity, "overlap", lines, described)
 
     def _last_step(
         self,
+        quantity: Quantity,
         setting: str,
         lines: Mapping[str, list[tuple[float, Trial]]],  # the setting's values, with their trials
         described: Mapping[str, Trial],  # the trials of the caption, by name
         log: str = "",
-    ) -> list[Figure]:
-        """Utility and forget quality after the last step over the value of a setting."""
-        figures = []
-        for quantity in (UTILITY, QUALITY):
-            series = {}
-            for name, line in lines.items():
-                run = [(value, self.runs[trial]) for value, trial in line if trial in self.runs]
-                points = [(value, quantity.spread(seeds)) for value, seeds in run]
-                if points:
-                    series[name] = SeedCurve(_INDEX[name], points)
-            title = f"{quantity.name} after the last step"
-            caption = self._describe_ends(quantity, described)
-            frame = quantity.frame(f"{setting}-{quantity.key}", title, setting, caption, log)
-            figures.append(seed_curves(frame, series))
-        return figures
+    ) -> Figure:
+        """A quantity after the last step over the value of a setting."""
+        series = {}
+        for name, line in lines.items():
+            run = [(value, self.runs[trial]) for value, trial in line if trial in self.runs]
+            if points := [(value, quantity.spread(seeds)) for value, seeds in run]:
+                series[name] = SeedCurve(_INDEX[name], points)
+        group = {name: self.runs[trial] for name, trial in described.items() if trial in self.runs}
+        title, caption = f"{quantity.name} after the last step", quantity.describe_ends(group)
+        frame = quantity.frame(f"{setting}-{quantity.key}", title, setting, caption, log)
+        return seed_curves(frame, series)
 
-    def _schedule(self) -> list[Figure]:
-        group = {str(t.schedule): t for t in self._trials("schedule")}
-        figures = []
-        for quantity in (UTILITY, QUALITY):
-            title = f"NPO+RT: {quantity.name.lower()}"
-            caption = self._describe_ends(quantity, group)
-            frame = quantity.frame(f"schedule-{quantity.key}", title, "epoch", caption)
-            figures.append(self._over_time(frame, quantity, group))
-        return figures
+    def _schedule(self, quantity: Quantity) -> Figure:
+        group = {str(trial.schedule): self.runs[trial] for trial in self._trials("schedule")}
+        title, caption = f"NPO+RT: {quantity.name}", quantity.describe_ends(group)
+        frame = quantity.frame(f"schedule-{quantity.key}", title, "epoch", caption)
+        return _over_time(frame, quantity, group)
 
     def _provenance(self) -> tuple[tables.Cells, list[str]]:
         """Rows and header of the table of seeds, settings and versions."""
@@ -216,48 +213,39 @@ class AblationPage:
         """The trials of an experiment that have been run."""
         return [trial for trial in EXPERIMENTS[experiment] if trial in self.runs]
 
-    def _over_time(self, frame: Frame, quantity: Quantity, group: Mapping[str, Trial]) -> Figure:
-        """A quantity of each trial over steps or epochs; a cross marks the collapse of utility."""
-        curves = {}
-        for n, (name, trial) in enumerate(group.items()):
-            seeds = self.runs[trial]
-            points = [(e[frame.x], quantity.spread(seeds, i)) for i, e in enumerate(seeds[0])]
-            collapse = _median_collapse(seeds, frame.x) if quantity is UTILITY else None
-            curves[name] = SeedCurve(_INDEX.get(name, n), points, collapse)
-        return seed_curves(frame, curves)
 
-    def _describe_collapse(self, group: Mapping[str, Trial]) -> str:
-        collapsed, stable = [], []
-        for name, trial in group.items():
-            seeds = self.runs[trial]
-            if steps := _collapse_steps(seeds):
-                count = f"{len(steps)} of {len(seeds)} seeds"
-                collapsed.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
-            else:
-                stable.append(name)
-        parts = [f"collapses with {_and(collapsed)}"] if collapsed else []
-        parts += [f"does not collapse with {_and(stable)}"] if stable else []
-        return f"Utility {'; it '.join(parts)}."
+def _over_time(frame: Frame, quantity: Quantity, group: Group) -> Figure:
+    """A quantity of each trial over steps or epochs; a cross marks the collapse of utility."""
+    curves = {}
+    for n, (name, seeds) in enumerate(group.items()):
+        points = [(e[frame.x], quantity.spread(seeds, i)) for i, e in enumerate(seeds[0])]
+        collapse = _median_collapse(seeds, frame.x) if quantity is UTILITY else None
+        curves[name] = SeedCurve(_INDEX.get(name, n), points, collapse)
+    return seed_curves(frame, curves)
 
-    def _describe_quality(self, group: Mapping[str, Trial]) -> str:
-        counts = [
-            f"{name} {sum(best_quality(evaluations) > MEANINGFUL for evaluations in self.runs[t])}"
-            for name, t in group.items()
-        ]
-        return (
-            f"Seeds of {max(len(self.runs[trial]) for trial in group.values())} in which some "
-            f"evaluation is above {MEANINGFUL} with {KEPT:.0%} of the utility left: "
-            f"{', '.join(counts)}."
-        )
 
-    def _describe_ends(self, quantity: Quantity, trials: Mapping[str, Trial]) -> str:
-        """A quantity after the last step of those trials that have been run."""
-        parts = [
-            f"{name} {quantity.summary(quantity.values(self.runs[trial]))}"
-            for name, trial in trials.items()
-            if trial in self.runs
-        ]
-        return f"{quantity.at_end}: {'; '.join(parts)}."
+def _describe_collapse(group: Group) -> str:
+    collapsed, stable = [], []
+    for name, seeds in group.items():
+        if steps := _collapse_steps(seeds):
+            count = f"{len(steps)} of {len(seeds)} seeds"
+            collapsed.append(f"{name} (step {statistics.median_low(steps):g}, {count})")
+        else:
+            stable.append(name)
+    parts = [f"collapses with {_and(collapsed)}"] if collapsed else []
+    parts += [f"does not collapse with {_and(stable)}"] if stable else []
+    return f"Utility {'; it '.join(parts)}."
+
+
+def _describe_quality(group: Group) -> str:
+    counts = [
+        f"{name} {sum(best_quality(evaluations) > MEANINGFUL for evaluations in seeds)}"
+        for name, seeds in group.items()
+    ]
+    return (
+        f"Seeds of {max(map(len, group.values()))} in which some evaluation is above {MEANINGFUL} "
+        f"with {KEPT:.0%} of the utility left: {', '.join(counts)}."
+    )
 
 
 def _collapse_steps(seeds: Iterable[Evaluations]) -> list[float]:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from npo_fast.experiments.demo.experiment import COMMON_REPEATS, Student
 from npo_fast.experiments.demo.tiny_model import weights
 from npo_fast.runs import Callback
 from npo_fast.runs.callbacks import Training
+from npo_fast.runs.folder import save_file
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Scores = dict[str, float]
@@ -149,9 +151,8 @@ def run_seed(
         content["runs"].append(run)
         content["time_s"] = before + time.perf_counter() - started
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        text = json.dumps(content, indent=1) + "\n"
+        save_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
         log(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
 
 

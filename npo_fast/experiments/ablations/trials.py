@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +101,8 @@ class Spread(NamedTuple):
 def collapse_step(evaluations: Evaluations) -> float | None:
     """The step after which utility stays below half of what it was at step 0; None if none is."""
     bound = COLLAPSED * evaluations[0]["model_utility"]
-    first = None
-    for evaluation in evaluations:
-        if evaluation["model_utility"] >= bound:
-            first = None
-        elif first is None:
-            first = evaluation["step"]
-    return first
+    below = [*takewhile(lambda e: e["model_utility"] < bound, reversed(evaluations))]
+    return below[-1]["step"] if below else None
 
 
 def utility_share(evaluations: Evaluations, index: int = -1) -> float:

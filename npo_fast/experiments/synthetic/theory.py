@@ -26,6 +26,9 @@ SIZES = (8, 16, 32, 64, 128)
 RATES = (4.0, 8.0, 16.0, 32.0)
 SIZE, RATE = 32, 16.0  # while the other one varies
 BETA = 1.0
+EXPONENTS = {  # of the theorem: (loss, axis) -> of its coefficient in the axis
+    ("GA", "samples"): -0.5, ("GA", "eta"): 0.0, ("NPO", "samples"): 0.5, ("NPO", "eta"): 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,11 @@ def run(seeds: Sequence[int], steps: int, log: Callable[[str], None]) -> Theory:
     log(f"theorem: GA and NPO, {steps} steps, n_f {SIZES[0]} to {SIZES[-1]}, d {DIMENSION}")
     laws = [law for n in SIZES for law in _laws(seeds, n, (RATE,), steps)]
     laws += _laws(seeds, SIZE, [eta for eta in RATES if eta != RATE], steps)
-    exponents = [
-        _exponent(laws, "GA", "samples", -0.5),
-        _exponent(laws, "GA", "eta", 0.0),
-        _exponent(laws, "NPO", "samples", 0.5),
-        _exponent(laws, "NPO", "eta", 0.0),
-    ]
+    exponents = []
+    for (loss, axis), theorem in EXPONENTS.items():
+        chosen = varied(laws, loss, axis)
+        slope = _slope([getattr(law, axis) for law in chosen], [law.scale for law in chosen])
+        exponents.append(Exponent(loss, axis, slope, theorem))
     limits = [_limit(seeds, beta) for beta in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)]
     small = limits[2:]
     order = _slope([x.beta for x in small], [x.loss_difference for x in small])
@@ -164,12 +166,6 @@ def varied(laws: Iterable[Law], loss: str, axis: str) -> list[Law]:
     """The laws of a loss over "samples" or "eta", with the other one fixed."""
     fixed, value = ("eta", RATE) if axis == "samples" else ("samples", SIZE)
     return [law for law in laws if law.loss == loss and getattr(law, fixed) == value]
-
-
-def _exponent(laws: Sequence[Law], loss: str, axis: str, theorem: float) -> Exponent:
-    chosen = varied(laws, loss, axis)
-    slope = _slope([getattr(law, axis) for law in chosen], [law.scale for law in chosen])
-    return Exponent(loss, axis, slope, theorem)
 
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
