@@ -59,18 +59,19 @@ def keep_4bit_layout(model: Any) -> Any:
     return model
 
 
-def add_lora(model: Any, base: str, rank: int, alpha: int) -> Any:
+def add_lora(model: Any, base: str, rank: int, alpha: int | None = None) -> Any:
     """``W x + (alpha / rank) B A x`` in every linear layer but the LM head; only A, B train.
 
     A is drawn from a fixed seed and B is 0, so that the model is the same to the bit until the
     first step: reference log-probs of before training need no copy of it. Both are fp32. The
-    adapter names ``base`` as its base model.
+    adapter names ``base`` as its base model. ``alpha`` is twice the rank where it is not given.
 
     Source: LoRA (arXiv 2106.09685) equation 3.
     """
     from peft import LoraConfig, get_peft_model
 
     model.requires_grad_(False)  # a 4-bit model's norms and head would train otherwise
+    alpha = 2 * rank if alpha is None else alpha
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )

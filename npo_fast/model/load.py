@@ -70,8 +70,7 @@ def load_model(
                 f"{name!r} is an adapter on 4-bit weights, and takes no second one: start from "
                 "its base model"
             )
-        alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-        model = add_lora(model, _folder(name), lora_rank, alpha)
+        model = add_lora(model, _folder(name), lora_rank, lora_alpha)
     return CausalLM(model, attention)
 
 

@@ -34,7 +34,7 @@ def empty_model(config: Any, dtype: str, lora_rank: int = 0, quantize: Quantize 
     if quantize == "4bit":
         _quantise(model, model.get_output_embeddings())
     if lora_rank:
-        model = add_lora(model, config.name_or_path, lora_rank, alpha=lora_rank)
+        model = add_lora(model, config.name_or_path, lora_rank)
     model.config.use_cache = False
     return model.train()
 

@@ -150,6 +150,5 @@ class ModelSource:
                 return model
             model = model.model
         if options.lora_rank:
-            alpha = options.lora_alpha or 2 * options.lora_rank
-            model = add_lora(model, self.name, options.lora_rank, alpha)
+            model = add_lora(model, self.name, options.lora_rank, options.lora_alpha)
         return CausalLM(model, options.attention)
