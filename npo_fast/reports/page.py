@@ -165,7 +165,7 @@ class Report:
                 yield svg.curves(key, measure.label, measure.better, series)
 
     def _step_curves(self) -> Iterator[svg.Figure]:
-        yield from self._by_name("log_probs", "log-probability of a {} sequence", "nats")
+        yield from self._by_name("log_probs", "log-probability of {} sequences", "nats")
         yield from self._by_name("terms", "{} loss", "before its coefficient")
         if norms := self._series(lambda _, step: step["grad_norm"]):
             yield svg.curves("grad-norm", "Gradient norm", "before clipping", norms, True)

@@ -73,7 +73,7 @@ def test_a_run_with_everything_shows_every_part_and_misses_nothing(home, tmp_pat
     assert {"Forget quality against model utility", "Truth ratio on the forget set",
             "Forget quality", "Model utility", "Gradient norm", "Gradient weight of NPO",
             "NPO loss", "Retain NLL loss",
-            "Log-probability of a forget sequence"} <= set(figures)  # fmt: skip
+            "Log-probability of forget sequences"} <= set(figures)  # fmt: skip
     for column in ("truth", "original", "full", "retrained", FACTS[7]["answer"]):
         assert column in page.texts
 
