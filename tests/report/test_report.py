@@ -122,6 +122,7 @@ def test_text_from_outside_is_escaped(home, tmp_path):
     assert table_of(markdown)[1]["device"] == r"a\|b\\"
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named_with_its_command(home, tmp_path):
     page = Page(report(home, tmp_path, "bare", logs=False))
     assert "Missing" in page.texts

@@ -294,6 +294,7 @@ def test_a_callback_that_fails_leaves_a_run_that_goes_on(base, run, tmp_path):
     assert losses(resumed) == losses(run)
 
 
+@pytest.mark.slow
 def test_the_report_names_no_command_that_would_need_rows(run, tmp_path):
     report = npo_fast.report(run, output=tmp_path / "page.html")
     assert "(rows)" not in " ".join(report.missing)
