@@ -64,9 +64,9 @@ class RunFolder:
     ) -> "RunFolder":
         """A folder for a new run, which keeps the ``references`` to resume with.
 
-        Raises ``UserError`` as ``check_output`` and ``check_unused`` do.
+        Raises ``UserError`` as ``check_run_folder`` and ``check_unused`` do.
         """
-        check_output(folder, overwrite)
+        check_run_folder(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         check_unused(folder)
         for name in CONTENT:
@@ -180,7 +180,7 @@ class RunFolder:
         self.note(status=status, ended=_now(), **metadata)
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_run_folder(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that holds a run that came to its end, or anything that is not a run."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the output {folder} is a file; name a folder")

@@ -155,7 +155,7 @@ class RunOptions(Checked):
 
     def check(self, model: ModelOptions) -> None:
         """Raises ``UserError`` where the model cannot train, or not into the output folder."""
-        from npo_fast.runs.folder import check_output
+        from npo_fast.runs.folder import check_run_folder
 
         model.check_training()
         if self.merge and (not model.lora_rank or model.quantize != "none"):
@@ -168,7 +168,7 @@ class RunOptions(Checked):
         output, base = self.output.resolve(), Path(model.model)
         if model.model and base.exists() and output in (base.resolve(), *base.resolve().parents):
             raise UserError(f"--output {self.output} holds the --model itself: name another folder")
-        check_output(self.output, self.overwrite)
+        check_run_folder(self.output, self.overwrite)
 
 
 @dataclass(frozen=True)
