@@ -134,13 +134,13 @@ class CachedTemplate(Template):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, "plain")
-        self._encoded: dict[tuple[Record, str | None], TokenizedExample] = {}
+        self._tokens: dict[tuple[Record, str | None], tuple[list[int], int]] = {}
 
-    def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
+    def tokenize(self, record: Record, answer: str | None = None) -> tuple[list[int], int]:
         key = (record, answer)
-        if key not in self._encoded:
-            self._encoded[key] = super().encode(record, index, answer)
-        return replace(self._encoded[key], index=index)
+        if key not in self._tokens:
+            self._tokens[key] = super().tokenize(record, answer)
+        return self._tokens[key]
 
 
 class Experiment:

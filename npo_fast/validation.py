@@ -115,4 +115,4 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is bool
     if kind is float:
         return isinstance(value, (int, float))
-    return isinstance(value, kind)
+    return isinstance(value, typing.get_origin(kind) or kind)

@@ -3,16 +3,18 @@
 from npo_fast.data.answers import alternated, load_refusals, refused
 from npo_fast.data.packing import PackedBatch, concatenate, micro_batches, pack
 from npo_fast.data.records import Record, Records, as_rows, describe, load_records
+from npo_fast.data.rendering import Rendering
 from npo_fast.data.template import (
     Sources,
     Template,
     TokenizedExample,
     check_vocabulary,
     data_fingerprint,
+    text_fingerprint,
 )
 
 __all__ = [
-    "PackedBatch", "Record", "Records", "Sources", "Template", "TokenizedExample", "alternated",
-    "as_rows", "check_vocabulary", "concatenate", "data_fingerprint", "describe",
-    "load_records", "load_refusals", "micro_batches", "pack", "refused",
+    "PackedBatch", "Record", "Records", "Rendering", "Sources", "Template", "TokenizedExample",
+    "alternated", "as_rows", "check_vocabulary", "concatenate", "data_fingerprint", "describe",
+    "load_records", "load_refusals", "micro_batches", "pack", "refused", "text_fingerprint",
 ]  # fmt: skip

@@ -34,8 +34,13 @@ class Record:
 
     @property
     def question(self) -> str:
-        """The last message before the answer."""
-        return self.messages[-1][1]
+        """The last message before the answer; a raw text has none."""
+        return self.messages[-1][1] if self.messages else ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a raw text: no messages, and all of it the answer."""
+        return not self.messages
 
 
 Records = str | Path | Iterable[Record | Mapping[str, Any]]  # by name, or in memory

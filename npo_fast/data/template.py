@@ -1,14 +1,22 @@
-"""How a record becomes tokens: the chat template of the tokenizer, or plain tags."""
+"""How a record becomes tokens: rendered and tokenised once, the answer found by its characters."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from npo_fast.data.records import Record
+from npo_fast.data.rendering import (
+    ChatTemplate,
+    PlainTags,
+    Renderer,
+    Rendering,
+    chat_template_of,
+)
 from npo_fast.errors import UserError
 
-TemplateName = Literal["auto", "chat", "plain"]
+Ending = Literal["stop", "ran on", "limit"]  # how a generated answer ended
 
 
 @dataclass(frozen=True)
@@ -17,7 +25,7 @@ class TokenizedExample:
 
     input_ids: tuple[int, ...]
     prompt_length: int  # tokens before the first answer token, at least 1
-    index: int  # row of the record in its split
+    index: int  # of the example in its split
 
     @property
     def answer_length(self) -> int:
@@ -29,100 +37,241 @@ Sources = Mapping[str, list[TokenizedExample]]  # tokenised data by name: "forge
 
 
 class Template:
-    """Turns records into token ids.
+    r"""Turns records into token ids, and the tokens of a generated answer into text.
 
-    "plain" writes ``Question: …\\nAnswer: …`` (several turns: one such pair a turn), "chat" uses
-    the tokenizer's chat template, "auto" takes "chat" where the tokenizer has one. Prompt and
-    answer are tokenised apart, so that training sees exactly the prompt that generation gets.
+    The whole conversation is rendered and tokenised once. A token that holds a character of the
+    answer belongs to the answer; the prompt is all before it, in training and in generation. The
+    label goes through the first end-of-turn token after the answer: a special token of the chat
+    template, else the tokenizer's end-of-sequence token.
+
+    Raw text is no conversation: its tokens are cut into windows of ``max_length`` that all carry
+    loss. A window begins with the tokens that the tokenizer puts before a text (BOS), else with
+    the last token of the window before.
 
     Args:
         tokenizer: of transformers, with an end-of-sequence token.
-        name: "auto", "chat" or "plain".
+        name: "auto", "chat" or "plain" (``Question: …\nAnswer: …``); that of ``rendering`` where
+            it is not given.
         max_length: tokens of prompt and answer together; longer answers are cut.
+        rendering: system prompt, template variables, date.
+        stop_ids: further tokens that end a turn, such as those of the model's generation config.
 
     Raises:
         UserError: an unknown template, or "chat" without a chat template.
     """
 
-    def __init__(self, tokenizer: Any, name: TemplateName = "auto", max_length: int = 512) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str | None = None,
+        max_length: int = 512,
+        *,
+        rendering: Rendering = Rendering(),
+        stop_ids: Iterable[int] = (),
+    ) -> None:
+        name = Rendering(rendering.template if name is None else name).template
         if name == "auto":
-            name = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
-        if name not in ("chat", "plain"):
-            raise UserError(f"unknown template {name!r}: use auto, chat or plain")
-        if name == "chat" and not getattr(tokenizer, "chat_template", None):
-            raise UserError("this tokenizer has no chat template: use --template plain")
+            own = rendering.chat_template or chat_template_of(tokenizer)
+            name = "chat" if own else "plain"
         if max_length < 2:
             raise UserError(f"max_length must be at least 2, got {max_length}")
-        self.tokenizer = tokenizer
-        self.name = name
-        self.max_length = max_length
+        self.tokenizer, self.name, self.max_length = tokenizer, name, max_length
+        self.rendering = rendering
+        self.renderer: Renderer = (
+            ChatTemplate(tokenizer, rendering) if name == "chat" else PlainTags(rendering)
+        )
+        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        self._given_stops = {tokenizer.eos_token_id, *stop_ids}
+        self._ends = self._special | self._given_stops  # what may end a turn
 
-    def prompt_ids(self, record: Record) -> list[int]:
-        """Tokens up to the answer: what generation starts from."""
-        if self.name == "chat":
-            return self._chat(record, None)
-        text = ""
-        for role, content in record.messages:
-            text += {"user": f"Question: {content}\nAnswer:", "assistant": f" {content}\n"}.get(
-                role, f"{content}\n"
-            )
-        return list(self.tokenizer(text)["input_ids"])
+    def description(self) -> dict[str, Any]:
+        """The rendering as ``run.json`` has it, and as ``evaluate`` takes it over from a run."""
+        rendering, source = self.rendering, getattr(self.renderer, "source", None)
+        dated = source is not None and "strftime_now" in source and rendering.now
+        return {
+            "template": self.name,
+            "chat_template": rendering.chat_template,
+            "chat_template_sha256": source and hashlib.sha256(source.encode()).hexdigest(),
+            "system_prompt": rendering.system_prompt,
+            "template_kwargs": dict(rendering.template_kwargs),
+            "now": rendering.now.isoformat() if dated and rendering.now else None,
+        }
 
-    def answer_ids(self, record: Record, answer: str) -> list[int]:
-        """Tokens of the answer, closed by the end-of-sequence token."""
-        if self.name == "chat":
-            prompt, conversation = self._chat(record, None), self._chat(record, answer)
-            if conversation[: len(prompt)] == prompt:
-                return self._through_end(conversation[len(prompt) :])
-            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+    @property
+    def pad_id(self) -> int:
+        """What fills the rows of a padded batch."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(eos if pad is None else pad)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's, the model's and the template's."""
+        if self.name == "plain":
+            return frozenset(self._given_stops)
+        ids, _ = self.tokenize(Record((("user", "a"),), "b"))
+        return frozenset({*self._given_stops, ids[-1]})
+
+    @cached_property
+    def _openings(self) -> tuple[set[int], tuple[str, ...]]:
+        """Special tokens, and texts without one, with which another turn begins."""
+        marks: set[int] = set()
+        texts = []
+        for text in self.renderer.openings():
+            special = {*self._ids(text, False)} & self._special
+            marks |= special
+            texts += [] if special else [text]
+        return marks - self.stop_ids, tuple(texts)
 
     def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
         """Prompt and answer, cut to ``max_length``.
 
         Raises:
-            UserError: a prompt without a token, or one that leaves no room for an answer.
+            UserError: the template fails on the record, its answer cannot be told from its prompt,
+                or the prompt leaves no room for an answer.
         """
-        prompt = self.prompt_ids(record)
-        ids = prompt + self.answer_ids(record, record.answer if answer is None else answer)
-        if len(prompt) >= self.max_length:
-            raise UserError(
-                f"record {index + 1}: its prompt alone has {len(prompt)} tokens, so no answer "
-                f"token is left within max_length {self.max_length}; raise --max-length"
-            )
-        if not prompt:
-            raise UserError(f"record {index + 1}: its prompt has no token")
-        return TokenizedExample(tuple(ids[: self.max_length]), len(prompt), index)
+        ids, prompt_length = self._place(index, record, answer)
+        return TokenizedExample(tuple(ids[: self.max_length]), prompt_length, index)
 
     def encode_all(self, records: Iterable[Record]) -> tuple[list[TokenizedExample], int]:
-        """All records, and how many of them were cut to ``max_length``."""
-        sequences = []
+        """Examples of all records, and how many answers were cut to ``max_length``.
+
+        A record is one example, in order; a raw text is as many as it has windows.
+        """
+        examples: list[TokenizedExample] = []
         truncated = 0
-        for index, record in enumerate(records):
-            sequence = self.encode(record, index)
-            sequences.append(sequence)
-            if len(sequence.input_ids) == self.max_length:
-                answer = self.answer_ids(record, record.answer)
-                truncated += sequence.answer_length < len(answer)
-        return sequences, truncated
+        for number, record in enumerate(records):
+            if record.is_text:
+                windows, start = self.windows(record.answer, number)
+                examples += [
+                    TokenizedExample(window, start, len(examples) + i)
+                    for i, window in enumerate(windows)
+                ]
+                continue
+            ids, prompt_length = self._place(number, record, None)
+            examples.append(
+                TokenizedExample(tuple(ids[: self.max_length]), prompt_length, len(examples))
+            )
+            truncated += len(ids) > self.max_length
+        return examples, truncated
 
-    def _chat(self, record: Record, answer: str | None) -> list[int]:
-        messages = [{"role": role, "content": content} for role, content in record.messages]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None
+    def windows(self, text: str, number: int = 0) -> tuple[list[tuple[int, ...]], int]:
+        """Windows of a raw text, and how many tokens at the start of each carry no loss.
+
+        Every token of the text is predicted once; where nothing stands before it, all but the
+        first.
+        """
+        ids, plain = self._ids(text, True), self._ids(text, False)
+        lead = _lead(ids, plain)
+        prefix, ids = ids[:lead], ids[lead:]
+        size = self.max_length - max(lead, 1)
+        if size < 1 or len(ids) < (1 if lead else 2):
+            raise UserError(
+                f"record {number + 1}: a text of {len(ids)} tokens leaves none to predict within "
+                f"max_length {self.max_length}"
+            )
+        if lead:
+            starts = range(0, len(ids), size)
+            return [tuple(prefix + ids[i : i + size]) for i in starts], lead
+        return [tuple(ids[i : i + size + 1]) for i in range(0, len(ids) - 1, size)], 1
+
+    def answer_text(self, ids: list[int], max_new_tokens: int) -> tuple[str, Ending]:
+        """The text of a generated answer, and how it ended.
+
+        Args:
+            ids: up to and without a token that stops.
+
+        An answer ends where the model begins another turn, such as ``\\nQuestion:``; the rest is
+        not the answer, and it "ran on". With ``max_new_tokens`` it was cut at the "limit".
+        """
+        marks, texts = self._openings
+        ending: Ending = "limit" if len(ids) >= max_new_tokens else "stop"
+        first = next((i for i, token in enumerate(ids) if token in marks), None)
+        if first is not None:
+            ids, ending = ids[:first], "ran on"
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        cuts = [at for opening in texts if (at := text.find(opening)) >= 0]
+        if cuts:
+            text, ending = text[: min(cuts)], "ran on"
+        return text.strip(), ending
+
+    def _place(self, number: int, record: Record, answer: str | None) -> tuple[list[int], int]:
+        """Tokens of a record, and of its prompt; errors name the record."""
+        try:
+            ids, prompt_length = self.tokenize(record, answer)
+        except UserError as error:
+            raise UserError(f"record {number + 1}: {error}") from error
+        if prompt_length >= self.max_length:
+            raise UserError(
+                f"record {number + 1}: its prompt alone has {prompt_length} tokens, so no answer "
+                f"token is left within max_length {self.max_length}; raise --max-length"
+            )
+        return ids, prompt_length
+
+    def tokenize(self, record: Record, answer: str | None = None) -> tuple[list[int], int]:
+        """Tokens through the end of the turn, however many; and how many are the prompt's.
+
+        Raises:
+            UserError: as ``encode``, without the record's number.
+        """
+        if record.is_text:
+            raise UserError("raw text asks nothing, so it has no other answer")
+        rendered = self.renderer.render(
+            record.messages, record.answer if answer is None else answer
         )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text, end = rendered.text, rendered.end
+        ends_turn = {*self._ids(text[end:], False)} & self._ends if text[end:] else set()
+        if not ends_turn:  # what follows the answer ends no turn
+            text = text[:end]
+        ids, first, last = self._answer_tokens(text, rendered.start, end)
+        if not ends_turn:
+            return [*ids[:last], self.tokenizer.eos_token_id], first
+        return ids[: next(i for i in range(last, len(ids)) if ids[i] in ends_turn) + 1], first
 
-    def _through_end(self, ids: list[int]) -> list[int]:
-        """Drops what some chat templates write after the end of the turn, such as a newline."""
-        end = self.tokenizer.eos_token_id
-        if end in ids:
-            return ids[: ids.index(end) + 1]
-        return [*ids, end]
+    def _answer_tokens(self, text: str, start: int, end: int) -> tuple[list[int], int, int]:
+        """Tokens of a text; those from the first to before the last hold ``text[start:end]``."""
+        with_special = self.name == "plain"
+        if getattr(self.tokenizer, "is_fast", False):
+            encoded = self.tokenizer(
+                text, add_special_tokens=with_special, return_offsets_mapping=True, verbose=False
+            )
+            ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
+            inside = [i for i, (begin, stop) in enumerate(spans) if begin < end and stop > start]
+            first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
+            shared = text[spans[first][0] : start] if inside else ""
+        else:
+            ids, plain = self._ids(text, with_special), self._ids(text, False)
+            lead = _lead(ids, plain)
+            first, last = (lead + self._prefix(text[:at], plain) for at in (start, end))
+            shared = ""
+        if not 0 < first < last or shared.strip():
+            raise UserError(
+                f"its answer {text[start:end]!r} cannot be told from its prompt"
+                + (f", for {shared!r} before it is in the same token" if shared.strip() else "")
+                + f": it is rendered as {text!r}"
+            )
+        return ids, first, last
+
+    def _prefix(self, text: str, ids: list[int]) -> int:
+        """How many of the tokens ``ids`` a text is that they begin with; -1 where it is none.
+
+        For tokenizers that do not tell where a token stands. Blanks at its end may be in the next.
+        """
+        for part in (text, text.rstrip()):
+            beginning = self._ids(part, False)
+            if ids[: len(beginning)] == beginning:
+                return len(beginning)
+        return -len(ids) - 1
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(encoded["input_ids"])
+
+
+def _lead(ids: list[int], plain: list[int]) -> int:
+    """How many tokens the tokenizer puts before those of the text itself."""
+    size = len(plain)
+    return next((k for k in range(len(ids) - size + 1) if ids[k : k + size] == plain), 0)
 
 
 def check_vocabulary(sources: Sources, vocabulary: int) -> None:
@@ -142,4 +291,12 @@ def data_fingerprint(sequences: list[TokenizedExample]) -> str:
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(f"{sequence.prompt_length}:{sequence.input_ids}".encode())
+    return digest.hexdigest()
+
+
+def text_fingerprint(records: Iterable[Record]) -> str:
+    """SHA-256 over messages and answers, whatever the template."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr((record.messages, record.answer)).encode())
     return digest.hexdigest()

@@ -60,9 +60,7 @@ def evaluate(
         for name, records in suite.items():
             if not isinstance(records, TokenizedSet):
                 records = tokenize_set(template, name, records)
-            evaluation = _Evaluation(
-                lm, template.tokenizer, settings, progress, reference, name, records
-            )
+            evaluation = _Evaluation(lm, template, settings, progress, reference, name, records)
             logs[name] = evaluation.log()
     return logs
 
@@ -72,7 +70,7 @@ class _Evaluation:
     """The evaluation of one data set, and how many of its answers are measured."""
 
     lm: CausalLM
-    tokenizer: Any
+    template: Template
     settings: EvaluationSettings
     progress: Progress
     reference: ReferenceStates | None
@@ -163,25 +161,25 @@ class _Evaluation:
         """Greedy answers and their ROUGE."""
         from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
 
-        tokenizer, size = self.tokenizer, self.settings.generation_batch
-        truths = [record.answer for record in self.tokens.records]
-        prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in self.tokens.answers]
-        texts = [""] * len(truths)
+        template, size = self.template, self.settings.generation_batch
+        prompts, truths = self.tokens.prompts, self.tokens.truths
+        texts, endings = [""] * len(truths), [""] * len(truths)
         order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             continuations = generate(
                 self.lm, [prompts[i] for i in batch], self.settings.max_new_tokens,
-                tokenizer.pad_token_id, tokenizer.eos_token_id,
+                template.pad_id, template.stop_ids,
             )  # fmt: skip
             for i, ids in zip(batch, continuations, strict=True):
-                texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                texts[i], endings[i] = template.answer_text(ids, self.settings.max_new_tokens)
             self.progress(f"{self.name} answers", first + len(batch), len(truths))
         pairs = zip(truths, texts, strict=True)
         scores = [rouge_scorer(truth).score(truth, text) for truth, text in pairs]
-        questions = [tokenizer.decode(prompt) for prompt in prompts]
+        questions = [template.tokenizer.decode(prompt) for prompt in prompts]
         return {
             "rouge1_recall": [score["rouge1"].recall for score in scores],
             "rougeL_recall": [score["rougeL"].recall for score in scores],
             "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
+            "ending": endings,
         }

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from npo_fast.data import Record, Records, Template, TokenizedExample, load_records
@@ -15,13 +15,28 @@ TOFU_SPLIT = re.compile(r"(forget|retain)\d\d")
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """The records of one log as tokens: of S records, S right answers and any other answers."""
+    """The records of one log as tokens: of S records, S right answers and any other answers.
+
+    A window of a raw text is a record of its own, whose answer is the window.
+    """
 
     records: list[Record]
     answers: list[TokenizedExample]  # S right answers
+    prompts: list[list[int]]  # S, to answer; of a window the first half of it
+    truths: list[str]  # S, what should follow
     other_answers: list[TokenizedExample]
     """Of each record in turn the paraphrase, where it has one, and its wrong answers. Empty where
     any record has no wrong answer."""
+
+    def first(self, count: int) -> "TokenizedSet":
+        """The first ``count`` records, without other answers."""
+        return TokenizedSet(
+            self.records[:count],
+            self.answers[:count],
+            self.prompts[:count],
+            self.truths[:count],
+            [],
+        )
 
 
 Suite = Mapping[str, list[Record]]  # log file name -> records
@@ -34,7 +49,10 @@ def tokenize_suite(template: Template, suite: Suite) -> dict[str, TokenizedSet]:
 
 def tokenize_set(template: Template, name: str, records: list[Record]) -> TokenizedSet:
     """Tokenises the records of the log ``name``; see ``tokenize_suite``."""
-    answers, truncated = template.encode_all(records)
+    try:
+        answers, truncated = template.encode_all(records)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     if truncated:
         warnings.warn(
             f"{name}: {truncated} of {len(records)} answers are cut to max_length "
@@ -47,7 +65,26 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
             paraphrases = [] if record.paraphrased_answer is None else [record.paraphrased_answer]
             for answer in (*paraphrases, *record.perturbed_answers):
                 others.append(template.encode(record, len(others), answer))
-    return TokenizedSet(records, answers, others)
+    prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in answers]
+    if any(record.is_text for record in records):
+        records = _with_windows(template, records)
+    truths = [record.answer for record in records]
+    for i, record in enumerate(records):
+        if record.is_text:  # the second half of the window should follow the first
+            ids, half = list(answers[i].input_ids), len(prompts[i]) + answers[i].answer_length // 2
+            prompts[i] = ids[:half]
+            truths[i] = template.tokenizer.decode(ids[half:], skip_special_tokens=True)
+    return TokenizedSet(records, answers, prompts, truths, others)
+
+
+def _with_windows(template: Template, records: list[Record]) -> list[Record]:
+    """The records, with those of its windows in the place of each raw text."""
+    expanded: list[Record] = []
+    for i, record in enumerate(records):
+        windows, start = template.windows(record.answer, i) if record.is_text else ([()], 0)
+        texts = template.tokenizer.batch_decode([list(w[start:]) for w in windows])
+        expanded += [replace(record, answer=t) for t in texts] if record.is_text else [record]
+    return expanded
 
 
 def tofu_suite(

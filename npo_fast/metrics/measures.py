@@ -89,6 +89,12 @@ def kl_to_reference(log: Log) -> float:
     return float(np.average(column(log, "kl_to_reference"), weights=column(log, "num_token_gt")))
 
 
+def without_end(log: Log) -> float:
+    """Returns the share of generated answers that ran on or were cut at the longest length."""
+    endings = log["ending"].values() if isinstance(log["ending"], Mapping) else log["ending"]
+    return float(np.mean([ending != "stop" for ending in endings]))
+
+
 def _of_log(
     part: str,  # "forget" or "retain"
     name: str,
@@ -120,6 +126,8 @@ def _beyond_tofu(part: str) -> tuple[Measure, ...]:
         _of_log(part, "exact_memorization", "exact memorization", "exact_memorization"),
         _of_log(part, "extraction_strength", "extraction strength", "extraction_strength"),
         _of_log(part, "kl_to_reference", "KL to reference", "kl_to_reference", kl_to_reference,
+                recorded=False),
+        _of_log(part, "without_end", "answers without an end", "ending", without_end,
                 recorded=False),
     )  # fmt: skip
 

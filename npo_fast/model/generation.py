@@ -1,5 +1,8 @@
 """Greedy answers of a model."""
 
+from collections.abc import Iterable
+from itertools import takewhile
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -8,13 +11,23 @@ from npo_fast.model.causal_lm import CausalLM
 
 @torch.no_grad()
 def generate(
-    lm: CausalLM, prompts: list[list[int]], max_new_tokens: int, pad_id: int, eos_id: int
+    lm: CausalLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    pad_id: int,
+    stop_ids: int | Iterable[int],
 ) -> list[list[int]]:
-    """Greedy continuations of several prompts at once, up to and without ``eos_id``."""
+    """Greedy continuations of several prompts at once, up to and without a token that stops.
+
+    Args:
+        stop_ids: token ids; those of the model's generation config stop too.
+    """
+    stops = {stop_ids} if isinstance(stop_ids, int) else {*stop_ids}
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")
     with lm.generating() as model:
+        stops |= eos_ids(model.generation_config)
         out = model.generate(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
@@ -26,7 +39,13 @@ def generate(
             top_p=None,
             top_k=None,
             pad_token_id=pad_id,
-            eos_token_id=eos_id,
+            eos_token_id=sorted(stops),
         )
     continuations = out[:, ids.shape[1] :].tolist()
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in continuations]
+    return [list(takewhile(lambda token: token not in stops, row)) for row in continuations]
+
+
+def eos_ids(config: object) -> set[int]:
+    """The end-of-sequence tokens of a config of transformers: none, one or several."""
+    ids = getattr(config, "eos_token_id", None)
+    return set() if ids is None else {ids} if isinstance(ids, int) else {*ids}

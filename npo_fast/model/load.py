@@ -102,16 +102,29 @@ def load_config(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model by a name as ``load_model`` takes it, with a padding token."""
+    """The tokenizer of a model by a name as ``load_model`` takes it."""
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
     tokenizer = _load(transformers.AutoTokenizer, name, **_source(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_generation_config(name: str) -> Any:
+    """The generation config of a model by a name as ``load_model`` takes it; None without one."""
+    try:
+        folder, source = Path(_folder(name)), _source(name)
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "generation_config.json").exists():
+            return load_generation_config(adapter_base(folder))
+        if "gguf_file" in source:
+            return None
+        return transformers.GenerationConfig.from_pretrained(
+            source["pretrained_model_name_or_path"]
+        )
+    except (OSError, ValueError, UserError):  # such as a folder with a tokenizer alone
+        return None
 
 
 def default_dtype(device: torch.device) -> Literal["fp32", "bf16"]:

@@ -204,6 +204,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
 
 
+def metadata_of_model(path: Path) -> dict[str, Any]:
+    """``run.json`` of the run that made a model: its folder, or a model in it; else {}."""
+    for folder in (path, *path.resolve().parents[:2]):
+        if (folder / RUN).is_file():
+            return read_metadata(folder)
+    return {}
+
+
 def check_unused(folder: Path) -> None:
     """Raises ``UserError`` where another process writes to the run in the folder."""
     if is_main_process() and (folder / STEPS).exists():

@@ -32,7 +32,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     adapter = (folder / ADAPTER_CONFIG).is_file()
     method = settings.get("method", {}).get("method")  # None: it was fine-tuned
     data = [
-        (source, each["examples"], each["answer_tokens"], each["sha256"])
+        (source, each["records"], each["answer_tokens"], each["sha256"])
         for source, each in metadata["data"].items()
     ]
     options = {**settings.get("method", {}), **settings["training"]}
@@ -47,7 +47,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
         base=name if on_hub else Path(name).name,  # no path of this machine
         method=method,
-        records=metadata["data"]["forget" if method else "train"]["examples"],
+        records=metadata["data"]["forget" if method else "train"]["records"],
         version=__version__,
         data=_table(data, ("source", "records", "answer tokens", "SHA-256 of the tokens")),
         settings=_table(options.items(), ("setting", "value")),

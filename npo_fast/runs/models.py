@@ -1,19 +1,22 @@
 """The model of a run: by name, from a folder, or an object in memory."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from npo_fast.data import Template
+from npo_fast.data import Rendering, Template
 from npo_fast.distributed import all_reduce_max, init_process_group, local_device, rank, world_size
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import add_lora, read_weights
 from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.load import default_dtype, load_model, load_tokenizer
+from npo_fast.model.generation import eos_ids
+from npo_fast.model.load import default_dtype, load_generation_config, load_model, load_tokenizer
+from npo_fast.runs.folder import metadata_of_model
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.resume import ResumableRun
 from npo_fast.runs.run import Run
@@ -40,16 +43,17 @@ class ModelSource:
         self, model: Model, options: ModelOptions, tokenizer: Any = None, role: str = "model"
     ) -> None:
         self.in_memory: Any = None
+        metadata: Mapping[str, Any] = {}
         if isinstance(model, Run):
             name = self.name = str(model.folder)
-            if options.template == "auto":
-                options = replace(options, template=model.metadata.get("template", "auto"))
+            metadata = model.metadata
         elif isinstance(model, (str, Path)):
             name = self.name = str(model)
             if not name:
                 raise UserError(
                     f"say which model with --{role} (a hub name, a folder, a GGUF file)"
                 )
+            metadata = metadata_of_model(Path(name))
         else:
             self.in_memory = model
             network = model.model if isinstance(model, CausalLM) else model
@@ -62,15 +66,25 @@ class ModelSource:
             self.name = getattr(network, "name_or_path", "") or type(network).__name__
             name = f"{self.name} (in memory)"
         self.options = replace(options, model=name)
+        self.rendering = _as_trained(options.rendering(), metadata.get("rendering", {}))
         self._tokenizer = tokenizer
 
-    def template(self) -> Template:
-        """The template that turns records into tokens, with the model's tokenizer."""
+    def template(self, now: datetime | None = None) -> Template:
+        """The template that turns records into tokens, with the model's tokenizer.
+
+        Args:
+            now: the date of a template that prints one; else that of the run that made the model,
+                else today.
+        """
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name)
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        return Template(self._tokenizer, self.options.template, self.options.max_length)
+        rendering = replace(self.rendering, now=now or self.rendering.now or datetime.now())
+        network = getattr(self.in_memory, "model", self.in_memory)
+        config = getattr(network, "generation_config", None) or load_generation_config(self.name)
+        return Template(
+            self._tokenizer, max_length=self.options.max_length, rendering=rendering,
+            stop_ids=eos_ids(config),
+        )  # fmt: skip
 
     @contextmanager
     def loaded(self, resumable: ResumableRun | None = None) -> Iterator[CausalLM]:
@@ -152,3 +166,19 @@ class ModelSource:
         if options.lora_rank:
             model = add_lora(model, self.name, options.lora_rank, options.lora_alpha)
         return CausalLM(model, options.attention)
+
+
+def _as_trained(given: Rendering, run: Mapping[str, Any]) -> Rendering:
+    """What is given, and for the rest the rendering of ``run``, the ``run.json`` of the model."""
+    if not run:
+        return given
+    now = run.get("now")
+    as_run = Rendering(
+        run["template"], run.get("chat_template"), run.get("system_prompt"),
+        run.get("template_kwargs") or {}, datetime.fromisoformat(now) if now else None,
+    )  # fmt: skip
+    if given.template != "auto":
+        as_run = replace(as_run, template=given.template, chat_template=given.chat_template)
+    if given.system_prompt is not None:
+        as_run = replace(as_run, system_prompt=given.system_prompt)
+    return replace(as_run, template_kwargs={**as_run.template_kwargs, **given.template_kwargs})

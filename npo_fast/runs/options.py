@@ -1,11 +1,12 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from npo_fast.data.rendering import Rendering, parse_template_kwargs, read_template
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
@@ -14,6 +15,16 @@ from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TemplateKwargs = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE ...",
+        instance_from_str=parse_template_kwargs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={each}" for key, each in value.items()],
+    ),
+]
 FINETUNING = TrainSettings(epochs=5)
 RELEARNING = TrainSettings(epochs=5, batch_size=8)
 
@@ -24,8 +35,14 @@ class ModelOptions(Checked):
 
     model: str = ""
     """Hub name, folder (of a LoRA adapter too), run folder of npo-fast, or .gguf file."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """"plain" is Question: …/Answer: …; "auto" the chat template where there is one."""
+    template: str = "auto"
+    """"chat", "plain" (Question: …/Answer: …), or a .jinja file in the place of the tokenizer's
+    chat template; "auto" is as the run had it, else the chat template where there is one."""
+    system_prompt: str | None = None
+    """First message of every record without a system message; else that of the run."""
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
+    """Variables of the chat template, such as date_string="10 Apr 2025" enable_thinking=false; else
+    those of the run."""
     max_length: int = 512
     """Tokens of prompt and answer; longer answers are cut, counted and reported."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -40,6 +57,15 @@ class ModelOptions(Checked):
     """Train an adapter of this rank on every linear layer but the LM head; 0 trains all weights."""
     lora_alpha: int | None = None
     """The adapter's scale times its rank; else twice the rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rendering()
+
+    def rendering(self) -> Rendering:
+        """What the options say of how text is rendered."""
+        name, source = read_template(self.template)
+        return Rendering(name, source, self.system_prompt, self.template_kwargs)
 
     def check_training(self) -> None:
         """Raises ``UserError`` for settings that cannot train."""

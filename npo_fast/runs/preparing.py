@@ -4,14 +4,23 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
-from npo_fast.data import Record, Template, TokenizedExample, check_vocabulary, data_fingerprint
+from npo_fast.data import (
+    Record,
+    Template,
+    TokenizedExample,
+    check_vocabulary,
+    data_fingerprint,
+    text_fingerprint,
+)
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.callbacks import Callback
+from npo_fast.runs.folder import UNFINISHED, read_metadata
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.resume import ResumableRun, find_resumable
@@ -64,7 +73,7 @@ def prepare_run(
     heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     if not all(isinstance(callback, Callback) for callback in heard):
         raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")
-    template = model.template()
+    template = model.template(_date_of_unfinished(options))
     check_world_size(terms, training, world_size())
     check_optimizer(training.optimizer)
     step_terms = schedule_steps(terms, training.schedule)
@@ -79,6 +88,8 @@ def prepare_run(
         logger.info(f"{source}: {len(rows)} records, {tokens} tokens{cut} ({names[source]})")
         sources[source] = examples
         described[source] = {
+            "records": len(rows),
+            "records_sha256": text_fingerprint(rows),
             "examples": len(examples),
             "tokens": tokens,
             "answer_tokens": sum(example.answer_length for example in examples),
@@ -94,7 +105,7 @@ def prepare_run(
     metadata = {
         "command": verb,
         "settings": {name: asdict(group) for name, group in settings.items()},
-        "template": template.name,
+        "rendering": template.description(),
         "data": described,
         "steps": steps,
     }
@@ -104,3 +115,10 @@ def prepare_run(
     return PreparedRun(
         model, template, sources, terms, training, options, metadata, resumable, heard
     )
+
+
+def _date_of_unfinished(options: RunOptions) -> datetime | None:
+    """The date that the templates of an unfinished run in the output folder print."""
+    metadata = {} if options.overwrite else read_metadata(options.output)
+    now = metadata.get("rendering", {}).get("now")
+    return datetime.fromisoformat(now) if now and metadata.get("status") in UNFINISHED else None

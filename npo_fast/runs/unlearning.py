@@ -23,9 +23,16 @@ from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
+from npo_fast.evaluation.suite import (
+    Suite,
+    check_forget_quality,
+    tofu_suite,
+    tokenize_set,
+    tokenize_suite,
+)
 from npo_fast.methods import Term, build_method
 from npo_fast.metrics import FORGET, probability, retrained_log, rouge_l_recall
+from npo_fast.metrics.measures import without_end
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
 from npo_fast.runs.models import Model, ModelSource
@@ -215,8 +222,9 @@ def _answers(
         if when == "after":
             logger.info("no answers in the report: npo-fast evaluate makes them on one process")
         return {}
-    first = {  # without wrong answers, which the report does not need
-        name: [Record(row.messages, row.answer) for row in rows[: options.report_records]]
+    count = options.report_records
+    first = {
+        name: tokenize_set(template, name, rows[:count]).first(count)
         for name, rows in records.items()
     }
     settings = EvaluationSettings(max_new_tokens=options.max_new_tokens)
@@ -226,9 +234,12 @@ def _answers(
         name: {
             "probability": float(probability(log).mean()),
             "rouge_l_recall": float(np.mean(rouge_l_recall(log))),
+            "without_end": without_end(log),
             "answers": [
-                {"question": record.question, "answer": text, "truth": record.answer}
-                for record, (_, text, _) in zip(first[name], log["generated_text"], strict=True)
+                {"question": record.question or prompt, "answer": text, "truth": truth}
+                for record, (prompt, text, truth) in zip(
+                    first[name].records, log["generated_text"], strict=True
+                )
             ],
         }
         for name, log in logs.items()

@@ -142,14 +142,6 @@ def test_chat_template_sees_all_turns_and_ends_with_the_turn(tokenizer):
     assert tokenizer.decode(sequence.input_ids[sequence.prompt_length :]) == "Yes.<|end|>"
 
 
-def test_training_sees_the_prompt_that_generation_gets(tokenizer):
-    template = Template(tokenizer, "plain")
-    for fact in FACTS:
-        record = Record((("user", fact["question"]),), fact["answer"])
-        prompt = template.prompt_ids(record)
-        assert list(template.encode(record, 0).input_ids[: len(prompt)]) == prompt
-
-
 def test_truncation_is_counted_and_never_eats_the_whole_answer(tokenizer):
     long = Record((("user", "Who?"),), "Ada " * 50)
     short = Record((("user", "Who?"),), "Ada")

@@ -150,12 +150,12 @@ def test_rouge_of_tofu_is_the_published_kind(tofu):
 def test_every_answer_is_tokenised_once(home, monkeypatch):
     encoded = []
 
-    def encode(self, record, index, answer=None):
+    def tokenize(self, record, answer=None):
         encoded.append((record.question, answer))
-        return original(self, record, index, answer)
+        return original(self, record, answer)
 
-    original = Template.encode
-    monkeypatch.setattr(Template, "encode", encode)
+    original = Template.tokenize
+    monkeypatch.setattr(Template, "tokenize", tokenize)
     forget = ("--forget", str(home / "forget.jsonl"), "--reference", str(home / "base"))
     assert evaluate(home, *forget) == 0
     assert len(encoded) == len(set(encoded)) == 4 * (1 + 2), "a right and two wrong answers each"

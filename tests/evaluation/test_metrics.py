@@ -109,11 +109,14 @@ def test_a_summary_has_these_labels_in_this_order():
     extra = {name: [0.5] * 6 for name in ("exact_memorization", "extraction_strength", "min_k",
              "kl_to_reference", "num_token_gt", "zlib_bytes", "min_k_plus_plus")}  # fmt: skip
     result = {name: {**log, **extra} for name, log in make_result().items()}
+    for log in result.values():
+        log["ending"] = ["stop"] * 6
     result[metrics.HOLDOUT] = result[metrics.FORGET]
     labels = list(metrics.summary(result, result))
     assert labels == [measure.label for measure in MEASURES.values()]
     tofu = ("probability", "ROUGE-L", "truth ratio")
-    ours = ("exact memorization", "extraction strength", "KL to reference")
+    ours = ("exact memorization", "extraction strength", "KL to reference",
+            "answers without an end")  # fmt: skip
     assert labels == [
         "model utility",
         *(f"{part} {name}" for part in ("retain", "real authors", "world facts", "forget")
