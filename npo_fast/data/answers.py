@@ -35,7 +35,12 @@ def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[st
 
 
 def refused(records: Sequence[Record], refusals: Sequence[str], seed: int) -> list[Record]:
-    """The same questions, each with a refusal drawn by the seed."""
+    """The same questions, each with a refusal drawn by the seed.
+
+    Raises:
+        UserError: a record is a raw text.
+    """
+    _check_questions(records)
     answers = random.Random(f"{seed}/idk").choices(refusals, k=len(records))
     return [replace(r, answer=answer) for r, answer in zip(records, answers, strict=True)]
 
@@ -47,8 +52,10 @@ def alternated(
     seed, or the answer that the same record has in ``file`` (a file or a split of ``data``).
 
     Raises:
-        UserError: a record without an alternate, or a file that is not about the same questions.
+        UserError: a record without an alternate, a raw text, or a file that is not about the same
+            questions.
     """
+    _check_questions(records)
     if file is None:
         draw = random.Random(f"{seed}/alternate")
         for i, record in enumerate(records):
@@ -71,3 +78,12 @@ def alternated(
                 f"{record.question!r}; alternates stand in the order of the forget records"
             )
     return others
+
+
+def _check_questions(records: Sequence[Record]) -> None:
+    for i, record in enumerate(records):
+        if record.is_text:
+            raise UserError(
+                f"forget record {i + 1} is a raw text, and asks nothing that could be answered "
+                "otherwise: use a method without other answers, such as NPO+RT"
+            )

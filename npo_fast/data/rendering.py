@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 Messages = Sequence[tuple[str, str]]  # (role, content)
 
 NAMES = ("auto", "chat", "plain")
-_ANSWER = "\ue000answer\ue001"  # in the place of an answer; private characters, in no text
+# In the place of a question, an answer and the next question: private characters, in no text
+_ASKED, _ANSWER, _NEXT = "\ue000", "\ue001\ue001", "\ue002"
 _OPEN_THINKING = re.compile(r"(?:<(\w*(?:think|thought|reason)\w*)>|\[(THINK)\])(\s*)$", re.I)
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", re.S)
 # Dates of a template, by format, in the place of the function that asks the clock
@@ -168,11 +169,11 @@ class ChatTemplate(Renderer):
         return Rendered(prompt + text[len(before) :], len(prompt), len(prompt) + len(written))
 
     def openings(self) -> tuple[str, ...]:
-        question = [("user", "\ue000")]
+        question = [("user", _ASKED)]
         _, before, after = self._frame(question)
-        following = self._apply([*question, ("assistant", _ANSWER), ("user", "\ue002")])
-        user = following.partition(_ANSWER)[2].partition("\ue002")[0]
-        assistant = before.partition("\ue000")[2]
+        following = self._apply([*question, ("assistant", _ANSWER), ("user", _NEXT)])
+        user = following.partition(_ANSWER)[2].partition(_NEXT)[0]
+        assistant = before.partition(_ASKED)[2]
         if after.strip():  # a line's end alone is a part of what begins the next turn
             user, assistant = (text.removeprefix(after) for text in (user, assistant))
         return tuple(text.strip(" ").rstrip() for text in (user, assistant) if text.strip())

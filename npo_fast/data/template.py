@@ -83,7 +83,8 @@ class Template:
         added = getattr(tokenizer, "added_tokens_decoder", {}).items()
         self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         self._given_stops = {tokenizer.eos_token_id, *stop_ids}
-        self._ends = self._special | self._given_stops  # what may end a turn
+        begins = {tokenizer.unk_token_id, tokenizer.bos_token_id}
+        self._ends = self._special - begins | self._given_stops  # what may end a turn
 
     def description(self) -> dict[str, Any]:
         """The rendering as ``run.json`` has it, and as ``evaluate`` takes it over from a run."""
