@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import sys
 import typing
 from pathlib import Path
@@ -93,6 +94,8 @@ def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
         if isinstance(value, bool):
             if value != default:
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, dict) and typing.get_origin(kind) is dict:
+            arguments += [flag, *(f"{k}={json.dumps(v, default=str)}" for k, v in value.items())]
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer() and float not in kinds
             arguments.append(f"{flag}={int(value) if whole else value}")

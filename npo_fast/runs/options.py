@@ -1,5 +1,6 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
+import json
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +23,7 @@ TemplateKwargs = Annotated[
         metavar="KEY=VALUE ...",
         instance_from_str=parse_template_kwargs,
         is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{key}={each}" for key, each in value.items()],
+        str_from_instance=lambda value: [f"{k}={json.dumps(v)}" for k, v in value.items()],
     ),
 ]
 FINETUNING = TrainSettings(epochs=5)

@@ -24,6 +24,7 @@ from npo_fast.versions import versions
 logger = logging.getLogger(__name__)
 
 # where hidden states are kept, and what only memory depends on
+_TOLD_BY_TOKENS = ("chat_template_sha256",)
 _IGNORED = ("reference_cache", "micro_batch_tokens", "gradient_checkpointing")
 
 
@@ -126,9 +127,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
             for key in changed:
                 if name != "data":
-                    yield f"the {name}'s {key} differs"
+                    if key not in _TOLD_BY_TOKENS:
+                        yield f"the {name}'s {key} differs"
                 elif _records(was.get(key)) == _records(now.get(key)):
-                    yield f"the same {key} records render to other tokens"
+                    yield f"the {key} records are the same, and their template or tokenizer is not"
                 else:
                     yield f"data {key} has changed"
         elif was != now:

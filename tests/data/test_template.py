@@ -25,8 +25,9 @@ EMPTY_THINK = CHATML.replace(
 TWO_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
 TRIMMED = CHATML.replace("m.content", "(m.content | trim)")
 INSTRUCT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>'"
-    " }}{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
 )
 NO_MARKERS = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
