@@ -66,9 +66,8 @@ def _ours() -> list[Candidate]:
         return npo_loss(*inputs.head, inputs.cu_seqlens, inputs.ref_log_probs, BETA)
 
     def run_nll(inputs: Inputs) -> Tensor:
-        return linear_sequence_loss(*inputs.head, inputs.cu_seqlens, NLL(), reduction="token_mean")[
-            0
-        ]
+        arguments = *inputs.head, inputs.cu_seqlens, NLL()
+        return linear_sequence_loss(*arguments, reduction="token_mean")[0]
 
     return [Candidate(OURS, "NPO", run_npo), Candidate(OURS, "NLL", run_nll)]
 

@@ -59,9 +59,8 @@ Fact = tuple[Relation, str, str]  # relation, subject, value
 _WORLD = yaml.safe_load(files(__package__).joinpath("world.yaml").read_text(encoding="utf-8"))
 _WORDS = {name: tuple(words.split()) for name, words in _WORLD["words"].items()}
 _WORDS["books"] = tuple(
-    f"The {mood.title()} {subject.title()}"
-    for mood in _WORDS["moods"]
-    for subject in _WORDS["subjects"]
+    f"The {mood} {subject}".title()
+    for mood, subject in product(_WORDS["moods"], _WORDS["subjects"])
 )
 FIRST, LAST = _WORDS["first"], _WORDS["last"]
 AUTHOR_RELATIONS, OTHER_WORDINGS, COUNTRY_RELATIONS = (
