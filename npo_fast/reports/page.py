@@ -87,10 +87,8 @@ class Report:
                 )
             if not run.evaluations and run.metadata.get("command") == "unlearn":
                 again = run.command("--eval-every", "10", "--retrained", "RETRAINED")
-                command = (
-                    f" (trains again): `{again}`" if again else ": train again with eval_every"
-                )
-                missing.append(f"{run.name}, its path over the steps{command}")
+                how = f" (trains again): `{again}`" if again else ": train again with eval_every"
+                missing.append(f"{run.name}, its path over the steps{how}")
             if not run.steps:
                 command = f": `{run.command()}`" if run.command() else ""
                 missing.append(f"{run.name}, loss curves: no step was recorded{command}")

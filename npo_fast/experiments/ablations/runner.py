@@ -48,8 +48,7 @@ class EvaluateSteps(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         if record.step % self.every == 0 or record.step == record.steps:
-            scores = {"step": record.step, "epoch": record.epoch, **self.evaluate()}
-            self.evaluations.append(scores)
+            self.evaluations.append({"step": record.step, "epoch": record.epoch, **self.evaluate()})
 
 
 class Runner:

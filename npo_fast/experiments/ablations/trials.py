@@ -68,11 +68,7 @@ NPO_RT, GA_RT = Trial("NPO+RT"), Trial("GA+RT")
 LIMIT = Trial("GA+RT", per_sequence=True)  # what NPO+RT tends to as beta -> 0
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 OVERLAPS = (0.0, 0.5, 1.0)
-OVERLAP_ENDS = tuple(
-    replace(trial, overlap=overlap)
-    for trial in (NPO_RT, GA_RT)
-    for overlap in (OVERLAPS[0], OVERLAPS[-1])
-)
+OVERLAP_ENDS = [replace(trial, overlap=end) for trial in (NPO_RT, GA_RT) for end in (0.0, 1.0)]
 EXPERIMENTS: dict[str, tuple[Trial, ...]] = {
     "methods": (
         Trial("GA"), GA_RT, LIMIT, Trial("NPO"), NPO_RT,

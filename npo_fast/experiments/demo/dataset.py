@@ -168,9 +168,8 @@ def _entangled(
     to_keep = [(r, s, rng.choice(r.values[::2])) for s in kept_names for r in AUTHOR_RELATIONS]
     sharing = round(overlap * forgotten)
     first, last = (sorted(set(words)) for words in zip(*map(str.split, kept_names), strict=True))
-    forgotten_names = names(first, last, sharing) + names(
-        FIRST[1::2], LAST[1::2], forgotten - sharing
-    )
+    forgotten_names = names(first, last, sharing)
+    forgotten_names += names(FIRST[1::2], LAST[1::2], forgotten - sharing)
 
     pairs = list(zip(AUTHOR_RELATIONS, OTHER_WORDINGS, strict=True))
     places = len(forgotten_names) * len(pairs)
