@@ -42,10 +42,8 @@ class Relation:
 
     def both_phrasings(self, subject: str, value: str) -> list[Record]:
         """Two records of one fact, with the answer and with its paraphrase."""
-        return [
-            Record(self._messages(subject), phrasing.format(s=subject, v=value))
-            for phrasing in (self.answer, self.paraphrase)
-        ]
+        texts = (text.format(s=subject, v=value) for text in (self.answer, self.paraphrase))
+        return [Record(self._messages(subject), text) for text in texts]
 
     def _messages(self, subject: str) -> tuple[tuple[str, str], ...]:
         return (("user", self.question.format(s=subject)),)
