@@ -21,7 +21,6 @@ from npo_fast.experiments.ablations.trials import (
     best_quality,
     by_trial,
     collapse_step,
-    forget_quality,
     utility_share,
 )
 from npo_fast.reports.figures import MEANINGFUL
@@ -89,7 +88,8 @@ UTILITY = Quantity(
     "Utility at the end", plus_minus,
 )  # fmt: skip
 QUALITY = Quantity(
-    "quality", "forget quality", "forget quality (KS p-value)", forget_quality,
+    "quality", "forget quality", "forget quality (KS p-value)",
+    lambda evaluations, index: evaluations[index]["forget_quality"],
     "Forget quality at the end, range over seeds", powers, log=True, line=MEANINGFUL,
 )  # fmt: skip
 

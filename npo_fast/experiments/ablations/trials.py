@@ -111,11 +111,6 @@ def utility_share(evaluations: Evaluations, index: int = -1) -> float:
     return evaluations[index]["model_utility"] / evaluations[0]["model_utility"]
 
 
-def forget_quality(evaluations: Evaluations, index: int = -1) -> float:
-    """Forget quality at an evaluation, by default the last one."""
-    return evaluations[index]["forget_quality"]
-
-
 def best_quality(evaluations: Evaluations) -> float:
     """The highest forget quality of those evaluations, step 0 among them, that kept utility."""
     bound = KEPT * evaluations[0]["model_utility"]
