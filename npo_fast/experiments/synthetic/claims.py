@@ -172,7 +172,8 @@ def _laws(theory: Theory) -> Iterator[Claim]:
         worst = min(fit.r2 for fit in fits)
         holds = worst > 0.98 and all(abs(x.value - x.theorem) <= 0.1 for x in exponents)
         fitted = ", ".join(f"{x.axis}^{x.value:.2f} ({x.theorem:g})" for x in exponents)
-        doubling = sorted(fit.doubling for fit in fits)
+        # D(T) / D(T / 2): 2 where the growth is linear
+        doubling = sorted(fit.mean[-1] / fit.mean[len(fit.mean) // 2] for fit in fits)
         measured = (
             f"R^2 at least {worst:.4f}; coefficient ~ {fitted}; "
             f"D(T) / D(T/2) from {doubling[0]:.2f} to {doubling[-1]:.2f}"

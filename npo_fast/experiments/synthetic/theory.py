@@ -48,11 +48,6 @@ class Law:
     c: float | None
     r2: float
 
-    @property
-    def doubling(self) -> float:
-        """D(T) / D(T / 2): 2 where the growth is linear."""
-        return self.mean[-1] / self.mean[len(self.mean) // 2]
-
 
 @dataclass(frozen=True)
 class Exponent:
