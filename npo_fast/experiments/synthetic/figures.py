@@ -14,7 +14,8 @@ from torch import Tensor
 from npo_fast.experiments.synthetic.experiment import Curves, Experiment
 from npo_fast.experiments.synthetic.theory import RATE, SIZE, Theory, varied
 
-STYLES: dict[str, tuple[Any, str]] = {  # one colour a loss; dashed without retain data
+Styles = Mapping[str, tuple[Any, str]]  # by method: colour and dashes
+STYLES: Styles = {  # one colour a loss; dashed without retain data
     "GA": ("C3", "--"), "NPO": ("C0", "--"), "DPO": ("C2", "--"), "GA+RT": ("C3", "-"),
     "IDK+RT": ("C1", "-"), "NPO+RT": ("C0", "-"), "DPO+RT": ("C2", "-"),
 }  # fmt: skip
@@ -40,10 +41,7 @@ def draw(experiment: Experiment, theory: Theory, folder: Path) -> None:
 
 
 def _over_steps(
-    title: str,
-    curves: Curves,
-    styles: Mapping[str, tuple[Any, str]] = STYLES,
-    unit: str = ", KL(retrained || model)",
+    title: str, curves: Curves, styles: Styles = STYLES, unit: str = ", KL(retrained || model)"
 ) -> Figure:
     """Mean distances and one standard deviation about them, in the order of ``styles``."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
