@@ -5,7 +5,7 @@ Peers are imported only here and only on request; a missing one is reported with
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -44,7 +44,7 @@ def find_candidates(
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Our own candidates and those of the named peers (None: all); why others are missing."""
     names = list(_PEERS) if peers is None else list(peers)
-    candidates, missing = _ours(), {}
+    candidates, missing = [*_ours()], {}
     for name in names:
         if name not in _PEERS:
             raise UserError(f"unknown peer {name!r}; known: {', '.join(_PEERS)}")
@@ -61,19 +61,19 @@ def candidate_by_key(key: str, device: torch.device) -> Candidate:
     return next(c for c in find_candidates(device, peers)[0] if c.key == key)
 
 
-def _ours() -> list[Candidate]:
+def _ours() -> Iterator[Candidate]:
     def run_npo(inputs: Inputs) -> Tensor:
         return npo_loss(*inputs.head, inputs.cu_seqlens, inputs.ref_log_probs, BETA)
 
     def run_nll(inputs: Inputs) -> Tensor:
-        return linear_sequence_loss(*inputs.head, inputs.cu_seqlens, NLL(), reduction="token_mean")[
-            0
-        ]
+        arguments = *inputs.head, inputs.cu_seqlens, NLL()
+        return linear_sequence_loss(*arguments, reduction="token_mean")[0]
 
-    return [Candidate(OURS, "NPO", run_npo), Candidate(OURS, "NLL", run_nll)]
+    yield Candidate(OURS, "NPO", run_npo)
+    yield Candidate(OURS, "NLL", run_nll)
 
 
-def _plain(device: torch.device) -> list[Candidate]:
+def _plain(device: torch.device) -> Iterator[Candidate]:
     def run_npo(inputs: Inputs) -> Tensor:
         logits = inputs.hidden @ inputs.weight.T
         log_probs = F.log_softmax(logits.float(), dim=-1)
@@ -82,13 +82,11 @@ def _plain(device: torch.device) -> list[Candidate]:
     def run_nll(inputs: Inputs) -> Tensor:
         return F.cross_entropy((inputs.hidden @ inputs.weight.T).float(), inputs.labels)
 
-    return [
-        Candidate("plain", "NPO", run_npo, whole_logits=True),
-        Candidate("plain", "NLL", run_nll, whole_logits=True),
-    ]
+    yield Candidate("plain", "NPO", run_npo, whole_logits=True)
+    yield Candidate("plain", "NLL", run_nll, whole_logits=True)
 
 
-def _torch_linear_cross_entropy(device: torch.device) -> list[Candidate]:
+def _torch_linear_cross_entropy(device: torch.device) -> Iterator[Candidate]:
     function: Any = getattr(F, "linear_cross_entropy", None)
     make_options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or make_options is None:
@@ -97,16 +95,13 @@ def _torch_linear_cross_entropy(device: torch.device) -> list[Candidate]:
     def run(settings: dict[str, Any], inputs: Inputs) -> Tensor:
         return function(*inputs.head, options=make_options(**settings))
 
-    options: dict[str, dict[str, Any]] = {"auto": {}}
+    yield Candidate("torch-lce", "NLL", partial(run, {}), "auto")
     for rows in (128, 512):
-        options[f"rows={rows}"] = {"chunking_method": None, "batch_chunk_size": rows}
-    return [
-        Candidate("torch-lce", "NLL", partial(run, settings), option)
-        for option, settings in options.items()
-    ]
+        settings = {"chunking_method": None, "batch_chunk_size": rows}
+        yield Candidate("torch-lce", "NLL", partial(run, settings), f"rows={rows}")
 
 
-def _trl(device: torch.device) -> list[Candidate]:
+def _trl(device: torch.device) -> Iterator[Candidate]:
     function = _module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
     _module("trl.trainer.utils", "trl")  # its backward pass needs it: import before the clock runs
 
@@ -116,25 +111,23 @@ def _trl(device: torch.device) -> list[Candidate]:
         )
         return npo(log_probs, inputs)
 
-    columns = (8192, 32768)  # its trainers: 32768
-    return [Candidate("trl", "NPO", partial(run, n), f"columns={n}") for n in columns]
+    for n in (8192, 32768):  # its trainers: 32768
+        yield Candidate("trl", "NPO", partial(run, n), f"columns={n}")
 
 
-def _cut_cross_entropy(device: torch.device) -> list[Candidate]:
+def _cut_cross_entropy(device: torch.device) -> Iterator[Candidate]:
     function = _module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
 
     def run(implementation: str, inputs: Inputs) -> Tensor:
         losses = function(*inputs.head, reduction="none", impl=implementation)
         return npo(-losses.float(), inputs)
 
-    names = ["torch_compile", *(["cce"] if device.type == "cuda" else [])]
-    return [
-        Candidate("cce", "NPO", partial(run, name), name, whole_logits=name == "torch_compile")
-        for name in names
-    ]
+    yield Candidate("cce", "NPO", partial(run, "torch_compile"), "torch_compile", whole_logits=True)
+    if device.type == "cuda":
+        yield Candidate("cce", "NPO", partial(run, "cce"), "cce")
 
 
-def _liger(device: torch.device) -> list[Candidate]:
+def _liger(device: torch.device) -> Iterator[Candidate]:
     """On a GPU its Triton kernel; elsewhere the chunked log-probs inside its GRPO loss."""
     if device.type == "cuda":
         fused = _module("liger_kernel.transformers.functional", "liger-kernel")
@@ -143,7 +136,8 @@ def _liger(device: torch.device) -> list[Candidate]:
             result = fused.liger_fused_linear_cross_entropy(*inputs.head)
             return result[0] if isinstance(result, tuple) else result
 
-        return [Candidate("liger", "NLL", run_nll, "fused linear CE")]
+        yield Candidate("liger", "NLL", run_nll, "fused linear CE")
+        return
     module = _module("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel")
     function = getattr(module, "_ChunkedSelectiveLogProbFunction", None)
     if function is None:
@@ -152,10 +146,8 @@ def _liger(device: torch.device) -> list[Candidate]:
     def run_npo(columns: int, inputs: Inputs) -> Tensor:
         return npo(function.apply(*inputs.head, None, 1.0, columns), inputs)
 
-    return [
-        Candidate("liger", "NPO", partial(run_npo, n), f"GRPO log-probs, columns={n}")
-        for n in (4096, 16384)  # its default: 4096
-    ]
+    for n in (4096, 16384):  # its default: 4096
+        yield Candidate("liger", "NPO", partial(run_npo, n), f"GRPO log-probs, columns={n}")
 
 
 def _module(name: str, package: str) -> ModuleType:
@@ -167,7 +159,7 @@ def _module(name: str, package: str) -> ModuleType:
         raise ImportError(f"{package} does not import: {error}") from error
 
 
-_PEERS: Mapping[str, Callable[[torch.device], list[Candidate]]] = {
+_PEERS: Mapping[str, Callable[[torch.device], Iterator[Candidate]]] = {
     "plain": _plain,
     "torch-lce": _torch_linear_cross_entropy,
     "trl": _trl,

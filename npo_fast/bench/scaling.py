@@ -54,9 +54,8 @@ def scaling(
         result = bench(shape, npo, ["random"], rounds, device, log)
         for name, why in result.refused.items():
             log(f"{shape.name}: {name} left out: {why}")
-        points += [
-            Point(row.peer, axis, n, v, row.train_ms, row.train_peak_mib) for row in result.rows
-        ]
+        for row in result.rows:
+            points.append(Point(row.peer, axis, n, v, row.train_ms, row.train_peak_mib))
     return points
 
 
@@ -77,8 +76,7 @@ def plot(points: Sequence[Point], file: Path) -> None:
                 name = "plain PyTorch" if peer == "plain" else peer
                 axes.plot([p[axis] for p in line], [p[field] for p in line], style, label=name)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_ylabel(ylabel)
+            axes.set(yscale="log", ylabel=ylabel)
             axes.grid(alpha=0.3)
         grid[1][column].set_xlabel(xlabel)
     grid[0][0].legend()

@@ -163,13 +163,13 @@ class TrackedStep:
         self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
         self.trained = [p for p in lm.model.parameters() if p.requires_grad]
         self.prompt_length = max(1, planned.sequence_length // 4)
-        self.states: list[Tensor] = []  # kept alive here: nothing else refers to them
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
             self.tracker.hold(tensor, WEIGHTS)
         sizes = [state_bytes(p, planned.optimizer) for p in self.trained]
-        for size in [max(sizes)] if planned.offload_optimizer else sizes:
-            self.states.append(torch.empty(size, dtype=torch.uint8, device="meta"))
-            self.tracker.hold(self.states[-1], OPTIMIZER)
+        self.states = [  # kept alive here: nothing else refers to them
+            self.tracker.hold(torch.empty(size, dtype=torch.uint8, device="meta"), OPTIMIZER)
+            for size in ([max(sizes)] if planned.offload_optimizer else sizes)
+        ]
         lm.decoder.register_forward_pre_hook(lambda *_: self._count_as(ACTIVATIONS))
         lm.decoder.register_forward_hook(lambda *_: self._count_as(HEAD))
         for parameter in self.trained:
@@ -183,7 +183,10 @@ class TrackedStep:
             self.backward(self._whole_step(groups))
             return
         self.fill_gradients()
-        distinct = {self._kind(group): group for group in groups}  # NPO and retain NLL are alike
+        distinct = {  # groups that need the same memory once: NPO and retain NLL are alike
+            tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in group): group
+            for group in groups
+        }
         for group in distinct.values():
             micro = self._micro(len(group[0].batch_key), self.planned.micro_batch_tokens)
             self.backward(self._loss(group, micro))
@@ -192,8 +195,7 @@ class TrackedStep:
     def fill_gradients(self) -> None:
         """Makes the gradients of earlier micro-batches."""
         for parameter in self.trained:
-            parameter.grad = torch.empty_like(parameter)
-            self.tracker.hold(parameter.grad, GRADIENTS)
+            parameter.grad = self.tracker.hold(torch.empty_like(parameter), GRADIENTS)
 
     def footprint(self) -> Footprint:
         """What the tracker has counted."""
@@ -246,19 +248,17 @@ class TrackedStep:
 
     def _reference(self, rows: int) -> Any:
         """Stands for ``ReferenceStates``: the reference's head, and hidden states of ``rows``."""
-        head = self.lm.head.weight
+        head, hold = self.lm.head.weight, self.tracker.hold
 
         def empty_states(source: str, indices: Iterable[int]) -> Tensor:  # (rows, D)
-            with self.tracker.counting_as(REFERENCE):
-                return head.new_empty(rows, head.shape[1], requires_grad=False)
+            return hold(head.new_empty(rows, head.shape[1]), REFERENCE)
 
         arguments = {
             f"ref_{name}": value
             for name, value in self.lm.head_arguments.items()
             if not isinstance(value, Tensor)
         }
-        with self.tracker.counting_as(REFERENCE):
-            arguments["ref_weight"] = torch.empty_like(head, requires_grad=False)
+        arguments["ref_weight"] = hold(torch.empty_like(head), REFERENCE)
         return SimpleNamespace(head_arguments=arguments, hidden=empty_states)
 
     def backward(self, loss: Tensor) -> None:
@@ -285,11 +285,6 @@ class TrackedStep:
         """New tensors count as ``kind`` from now on."""
         self.tracker.kind = kind
 
-    @staticmethod
-    def _kind(terms: list[Term]) -> tuple[object, ...]:
-        """Equal for groups of terms that need the same memory."""
-        return tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in terms)
-
 
 def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Footprint:
     """One rank's share of ``whole``, the footprint of the model on a single GPU.
@@ -304,7 +299,10 @@ def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Fo
     bytes_ = dict(whole.bytes)
     for kind in (WEIGHTS, GRADIENTS, OPTIMIZER):
         bytes_[kind] = -(-bytes_[kind] // ranks)
-    bytes_[HEAD] = _head_bytes(slice_problem(head, planned, ranks))
+    problem = slice_problem(head, planned, ranks)
+    gradient = problem.vocabulary * problem.width if problem.trains_head else 0
+    rows = 2 * problem.rows * problem.width  # hidden states and their gradients
+    bytes_[HEAD] = problem.choose().held_bytes + problem.itemsize * (gradient + rows)
     bytes_[WEIGHTS] += 2 * layer
     if not planned.lora_rank:
         bytes_[GRADIENTS] += layer
@@ -319,12 +317,6 @@ def slice_problem(head: Tensor, planned: PlannedRun, ranks: int) -> Problem:
         ranks * answers, width, -(-vocabulary // ranks), head.element_size(),
         trains_head=not planned.lora_rank, makes_logits=True,
     )  # fmt: skip
-
-
-def _head_bytes(problem: Problem) -> int:
-    gradient = problem.vocabulary * problem.width if problem.trains_head else 0
-    rows = 2 * problem.rows * problem.width  # hidden states and their gradients
-    return problem.choose().held_bytes + problem.itemsize * (gradient + rows)
 
 
 def layer_bytes(model: Any) -> int:

@@ -7,8 +7,6 @@ pass, and takes snapshots around every module, which is slow for models of 80 la
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,23 +35,15 @@ class Tracker(TorchDispatchMode):
         """The largest sum of bytes so far."""
         return sum(self.at_peak.values())
 
-    @contextmanager
-    def counting_as(self, kind: str) -> Iterator[None]:
-        """New storages count as ``kind`` inside."""
-        before, self.kind = self.kind, kind
-        try:
-            yield
-        finally:
-            self.kind = before
-
-    def hold(self, tensor: Tensor, kind: str) -> None:
-        """Counts the tensor's storage as ``kind``, whatever it was before."""
+    def hold(self, tensor: Tensor, kind: str) -> Tensor:
+        """Counts the tensor's storage as ``kind``, whatever it was before; returns the tensor."""
         storage = tensor.untyped_storage()
         entry = self._entry(storage)
         self.alive[entry[0]] -= entry[1]
         entry[0] = kind
         self.alive[kind] += entry[1]
         self._update_peak()
+        return tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

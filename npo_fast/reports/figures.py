@@ -30,13 +30,10 @@ def plot_unlearning(
         style = {"color": f"C{i}", "marker": "os^Dvp"[i % 6]}
         qualities = [point.forget_quality for point in points]
         over_time.plot([p.epoch for p in points], qualities, **style, markersize=4, label=name)
-        measured = [p for p in points if p.model_utility is not None]
-        against.plot(
-            [p.model_utility for p in measured], [p.forget_quality for p in measured], **style
-        )
-        last = measured[-1]
-        against.plot(last.model_utility, last.forget_quality, **style, markersize=12,
-                     markeredgecolor="black")  # fmt: skip
+        scores = [(point.model_utility, point.forget_quality) for point in points]
+        measured = [(x, y) for x, y in scores if x is not None]
+        against.plot(*zip(*measured, strict=True), **style)
+        against.plot(*measured[-1], **style, markersize=12, markeredgecolor="black")
     for name, point in anchors.items():
         against.plot(point.model_utility, point.forget_quality, "k*", markersize=12)
         against.annotate(name, (point.model_utility, point.forget_quality), xytext=(0, 9),

@@ -87,10 +87,8 @@ class Report:
                 )
             if not run.evaluations and run.metadata.get("command") == "unlearn":
                 again = run.command("--eval-every", "10", "--retrained", "RETRAINED")
-                command = (
-                    f" (trains again): `{again}`" if again else ": train again with eval_every"
-                )
-                missing.append(f"{run.name}, its path over the steps{command}")
+                how = f" (trains again): `{again}`" if again else ": train again with eval_every"
+                missing.append(f"{run.name}, its path over the steps{how}")
             if not run.steps:
                 command = f": `{run.command()}`" if run.command() else ""
                 missing.append(f"{run.name}, loss curves: no step was recorded{command}")
@@ -121,14 +119,13 @@ class Report:
 
     def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""
-        paths, points = {}, {}
+        paths = {}
         for run in self.runs:
             path = [_point(record, "forget_quality", "model_utility") for record in run.evaluations]
             if any(path):
                 paths[run.name] = [point for point in path if point]
-        for row in self.rows:
-            if point := _point(row, "forget quality", "model utility"):
-                points[row["run"]] = point
+        drawn = {row["run"]: _point(row, "forget quality", "model utility") for row in self.rows}
+        points = {name: point for name, point in drawn.items() if point}
         finals = {run.name: points.pop(run.name) for run in self.runs if run.name in points}
         return svg.tradeoff(paths, finals, points) if paths or finals else None
 
@@ -148,21 +145,15 @@ class Report:
 
     def _evaluation_curves(self) -> Iterator[svg.Figure]:
         for measure in REPORTED:
+            is_p = measure.key == "forget_quality"
+            least, line = (svg.SMALLEST, MEANINGFUL) if is_p else (-math.inf, None)
+            unit = f"KS p-value, {measure.better}" if is_p else measure.better
             series = self._series(
-                lambda _, record, key=measure.key: score(record, key), "evaluations"
+                lambda _, record, key=measure.key: score(record, key), "evaluations", least
             )
-            if not series:
-                continue
-            key = f"look-{measure.key.replace('.', '-')}"
-            if measure.key == "forget_quality":
-                drawable = {
-                    name: (i, x, [max(p, svg.SMALLEST) for p in y])
-                    for name, (i, x, y) in series.items()
-                }
-                unit = f"KS p-value, {measure.better}"
-                yield svg.curves(key, measure.label, unit, drawable, True, MEANINGFUL)
-            else:
-                yield svg.curves(key, measure.label, measure.better, series)
+            if series:
+                key = f"look-{measure.key.replace('.', '-')}"
+                yield svg.curves(key, measure.label, unit, series, is_p, line)
 
     def _step_curves(self) -> Iterator[svg.Figure]:
         yield from self._by_name("log_probs", "log-probability of {} sequences", "nats")
@@ -179,12 +170,14 @@ class Report:
             series = self._series(lambda _, step, name=name: step[key].get(name))
             yield svg.curves(f"{key}-{i}", title.format(name), unit, series)
 
-    def _series(self, value: Callable[..., float | None], records: str = "steps") -> svg.Series:
-        """``value(run, record)`` over the steps of each run that has it at any."""
+    def _series(
+        self, value: Callable[..., float | None], records: str = "steps", least: float = -math.inf
+    ) -> svg.Series:
+        """``value(run, record)``, at least ``least``, over the steps of each run that has it."""
         series = {}
         for i, run in enumerate(self.runs):
             points = [
-                (record["step"], y)
+                (record["step"], max(y, least))
                 for record in getattr(run, records)
                 if (y := value(run, record)) is not None
             ]

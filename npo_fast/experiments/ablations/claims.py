@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from npo_fast.experiments.ablations.trials import (
@@ -12,7 +12,7 @@ from npo_fast.experiments.ablations.trials import (
     KEPT,
     LIMIT,
     NPO_RT,
-    OVERLAPS,
+    OVERLAP_ENDS,
     Evaluations,
     Runs,
     Trial,
@@ -45,14 +45,13 @@ Rows = Sequence[tuple[Evaluations, ...]]  # a row a seed, a column a trial
 def claims(runs: Runs) -> list[Claim]:
     """The claims whose trials have been run with at least one seed in common."""
     methods = [t for t in EXPERIMENTS["methods"] if t in runs or t == NPO_RT]
-    ends = [replace(t, overlap=o) for t in (NPO_RT, GA_RT) for o in (OVERLAPS[0], OVERLAPS[-1])]
     deciders: list[tuple[Iterable[Trial], Callable[[Rows], Claim]]] = [
         ((NPO_RT, GA_RT), partial(_more_robust, GA_RT.name)),
         ((NPO_RT, LIMIT), partial(_more_robust, LIMIT.name)),
         ((Trial("NPO"), Trial("GA")), _slower),
         (methods, partial(_alone, [trial.name for trial in methods])),
         ((LIMIT, Trial(beta=BETAS[0]), Trial(beta=BETAS[-1])), _tends),
-        (ends, _entangled),
+        (OVERLAP_ENDS, _entangled),
     ]
     return [decide(rows) for trials, decide in deciders if (rows := _rows(runs, trials))]
 

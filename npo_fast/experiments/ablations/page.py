@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from npo_fast import tables
@@ -11,18 +11,16 @@ from npo_fast.experiments.ablations.claims import claims
 from npo_fast.experiments.ablations.trials import (
     BETAS,
     EXPERIMENTS,
-    GA_RT,
     KEPT,
     LIMIT,
     NPO_RT,
-    OVERLAPS,
+    OVERLAP_ENDS,
     Evaluations,
     Spread,
     Trial,
     best_quality,
     by_trial,
     collapse_step,
-    forget_quality,
     utility_share,
 )
 from npo_fast.reports.figures import MEANINGFUL
@@ -90,7 +88,8 @@ UTILITY = Quantity(
     "Utility at the end", plus_minus,
 )  # fmt: skip
 QUALITY = Quantity(
-    "quality", "forget quality", "forget quality (KS p-value)", forget_quality,
+    "quality", "forget quality", "forget quality (KS p-value)",
+    lambda evaluations, index: evaluations[index]["forget_quality"],
     "Forget quality at the end, range over seeds", powers, log=True, line=MEANINGFUL,
 )  # fmt: skip
 
@@ -145,40 +144,30 @@ class AblationPage:
     def _beta(self, quantity: Quantity) -> Figure:
         betas = [beta for beta in BETAS if Trial(beta=beta) in self.runs]
         ends = betas[0], betas[-1]
-        lines = {
-            NPO_RT.name: [(beta, Trial(beta=beta)) for beta in betas],
-            LIMIT.name: [(beta, LIMIT) for beta in ends],
-        }
-        shown = [beta for beta in betas if beta in (NPO_BETA, *ends)]
-        described = {f"beta {beta:g}": Trial(beta=beta) for beta in shown}
-        return self._last_step(quantity, "beta", lines, described | {LIMIT.name: LIMIT}, log="x")
+        points = [(beta, Trial(beta=beta)) for beta in betas] + [(beta, LIMIT) for beta in ends]
+        shown = {f"beta {b:g}": Trial(beta=b) for b in betas if b in (NPO_BETA, *ends)}
+        return self._last_step(quantity, "beta", points, shown | {LIMIT.name: LIMIT}, log="x")
 
     def _overlap(self, quantity: Quantity) -> Figure:
-        lines = {
-            trial.name: [(overlap, replace(trial, overlap=overlap)) for overlap in OVERLAPS]
-            for trial in (GA_RT, LIMIT, NPO_RT)
-        }
-        described = {
-            f"{trial.name} at overlap {overlap:g}": replace(trial, overlap=overlap)
-            for trial in (NPO_RT, GA_RT)
-            for overlap in (OVERLAPS[0], OVERLAPS[-1])
-        }
-        return self._last_step(quantity, "overlap", lines, described)
+        trials = sorted(self._trials("overlap"), key=lambda trial: _INDEX[trial.name])
+        points = [(trial.overlap, trial) for trial in trials]
+        shown = {f"{trial.name} at overlap {trial.overlap:g}": trial for trial in OVERLAP_ENDS}
+        return self._last_step(quantity, "overlap", points, shown)
 
     def _last_step(
         self,
         quantity: Quantity,
         setting: str,
-        lines: Mapping[str, list[tuple[float, Trial]]],  # the setting's values, with their trials
+        points: Iterable[tuple[float, Trial]],  # values of the setting, with their trials
         described: Mapping[str, Trial],  # the trials of the caption, by name
         log: str = "",
     ) -> Figure:
         """A quantity after the last step over the value of a setting."""
-        series = {}
-        for name, line in lines.items():
-            run = [(value, self.runs[trial]) for value, trial in line if trial in self.runs]
-            if points := [(value, quantity.spread(seeds)) for value, seeds in run]:
-                series[name] = SeedCurve(_INDEX[name], points)
+        lines: dict[str, list[tuple[float, Spread]]] = {}
+        for value, trial in points:
+            if seeds := self.runs.get(trial):
+                lines.setdefault(trial.name, []).append((value, quantity.spread(seeds)))
+        series = {name: SeedCurve(_INDEX[name], line) for name, line in lines.items()}
         group = {name: self.runs[trial] for name, trial in described.items() if trial in self.runs}
         title, caption = f"{quantity.name} after the last step", quantity.describe_ends(group)
         frame = quantity.frame(f"{setting}-{quantity.key}", title, setting, caption, log)

@@ -48,8 +48,7 @@ class EvaluateSteps(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         if record.step % self.every == 0 or record.step == record.steps:
-            scores = {"step": record.step, "epoch": record.epoch, **self.evaluate()}
-            self.evaluations.append(scores)
+            self.evaluations.append({"step": record.step, "epoch": record.epoch, **self.evaluate()})
 
 
 class Runner:
@@ -137,7 +136,7 @@ def run_seed(
     content: dict[str, Any] = {"seed": seed, "settings": wanted, "time_s": 0.0, "runs": []}
     if file.exists():
         content = json.loads(file.read_text(encoding="utf-8"))
-        if not _agrees(content["settings"], wanted, defaults):
+        if _completed(content["settings"], defaults) != wanted:
             raise UserError(f"{file} holds ablations of other settings; name another folder")
     done = {Trial(**run["trial"]) for run in content["runs"]}
     left = [trial for trial in dict.fromkeys(trials) if trial not in done]
@@ -156,11 +155,10 @@ def run_seed(
         log(f"seed {seed}, {trial}: {run['time_s']:.0f} s")
 
 
-def _agrees(stored: Any, wanted: Any, defaults: Any) -> bool:
-    """Whether stored settings are those that are wanted; one that is not stored is the default."""
-    if not (isinstance(stored, dict) and isinstance(wanted, dict)):
-        return bool(stored == wanted)
-    return stored.keys() <= wanted.keys() and all(
-        _agrees(stored.get(name, defaults[name]), value, defaults[name])
-        for name, value in wanted.items()
-    )
+def _completed(stored: Any, defaults: Any) -> Any:
+    """Stored settings; those that are not stored, since they came later, are the defaults."""
+    if not (isinstance(stored, dict) and isinstance(defaults, dict)):
+        return stored
+    return stored | {
+        name: _completed(stored.get(name, value), value) for name, value in defaults.items()
+    }

@@ -68,6 +68,7 @@ NPO_RT, GA_RT = Trial("NPO+RT"), Trial("GA+RT")
 LIMIT = Trial("GA+RT", per_sequence=True)  # what NPO+RT tends to as beta -> 0
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 OVERLAPS = (0.0, 0.5, 1.0)
+OVERLAP_ENDS = [replace(trial, overlap=end) for trial in (NPO_RT, GA_RT) for end in (0.0, 1.0)]
 EXPERIMENTS: dict[str, tuple[Trial, ...]] = {
     "methods": (
         Trial("GA"), GA_RT, LIMIT, Trial("NPO"), NPO_RT,
@@ -108,11 +109,6 @@ def collapse_step(evaluations: Evaluations) -> float | None:
 def utility_share(evaluations: Evaluations, index: int = -1) -> float:
     """Utility at an evaluation (the last one by default) as a share of that at step 0."""
     return evaluations[index]["model_utility"] / evaluations[0]["model_utility"]
-
-
-def forget_quality(evaluations: Evaluations, index: int = -1) -> float:
-    """Forget quality at an evaluation, by default the last one."""
-    return evaluations[index]["forget_quality"]
 
 
 def best_quality(evaluations: Evaluations) -> float:

@@ -42,10 +42,8 @@ class Relation:
 
     def both_phrasings(self, subject: str, value: str) -> list[Record]:
         """Two records of one fact, with the answer and with its paraphrase."""
-        return [
-            Record(self._messages(subject), phrasing.format(s=subject, v=value))
-            for phrasing in (self.answer, self.paraphrase)
-        ]
+        texts = (text.format(s=subject, v=value) for text in (self.answer, self.paraphrase))
+        return [Record(self._messages(subject), text) for text in texts]
 
     def _messages(self, subject: str) -> tuple[tuple[str, str], ...]:
         return (("user", self.question.format(s=subject)),)
@@ -59,9 +57,8 @@ Fact = tuple[Relation, str, str]  # relation, subject, value
 _WORLD = yaml.safe_load(files(__package__).joinpath("world.yaml").read_text(encoding="utf-8"))
 _WORDS = {name: tuple(words.split()) for name, words in _WORLD["words"].items()}
 _WORDS["books"] = tuple(
-    f"The {mood.title()} {subject.title()}"
-    for mood in _WORDS["moods"]
-    for subject in _WORDS["subjects"]
+    f"The {mood} {subject}".title()
+    for mood, subject in product(_WORDS["moods"], _WORDS["subjects"])
 )
 FIRST, LAST = _WORDS["first"], _WORDS["last"]
 AUTHOR_RELATIONS, OTHER_WORDINGS, COUNTRY_RELATIONS = (
@@ -169,9 +166,8 @@ def _entangled(
     to_keep = [(r, s, rng.choice(r.values[::2])) for s in kept_names for r in AUTHOR_RELATIONS]
     sharing = round(overlap * forgotten)
     first, last = (sorted(set(words)) for words in zip(*map(str.split, kept_names), strict=True))
-    forgotten_names = names(first, last, sharing) + names(
-        FIRST[1::2], LAST[1::2], forgotten - sharing
-    )
+    forgotten_names = names(first, last, sharing)
+    forgotten_names += names(FIRST[1::2], LAST[1::2], forgotten - sharing)
 
     pairs = list(zip(AUTHOR_RELATIONS, OTHER_WORDINGS, strict=True))
     places = len(forgotten_names) * len(pairs)

@@ -14,7 +14,8 @@ from torch import Tensor
 from npo_fast.experiments.synthetic.experiment import Curves, Experiment
 from npo_fast.experiments.synthetic.theory import RATE, SIZE, Theory, varied
 
-STYLES: dict[str, tuple[Any, str]] = {  # one colour a loss; dashed without retain data
+Styles = Mapping[str, tuple[Any, str]]  # by method: colour and dashes
+STYLES: Styles = {  # one colour a loss; dashed without retain data
     "GA": ("C3", "--"), "NPO": ("C0", "--"), "DPO": ("C2", "--"), "GA+RT": ("C3", "-"),
     "IDK+RT": ("C1", "-"), "NPO+RT": ("C0", "-"), "DPO+RT": ("C2", "-"),
 }  # fmt: skip
@@ -22,21 +23,16 @@ STYLES: dict[str, tuple[Any, str]] = {  # one colour a loss; dashed without reta
 
 def draw(experiment: Experiment, theory: Theory, folder: Path) -> None:
     """Writes the PNG files."""
-    divergence = ", KL(retrained || model)"
     names = experiment.small_beta.names
     shades = colormaps["viridis"](np.linspace(0, 0.9, len(names) - 1))
     betas = {name: (shade, "-") for name, shade in zip(names[1:], shades, strict=True)}
     betas["GA"] = STYLES["GA"]
     figures = {
-        "distances": _over_steps(
-            "alpha 1: forget and retain data differ", experiment.gap, STYLES, divergence
-        ),
+        "distances": _over_steps("alpha 1: forget and retain data differ", experiment.gap),
         "pareto": _pareto(experiment.gap),
-        "no_gap": _over_steps(
-            "alpha 0: the same inputs, other labels", experiment.no_gap, STYLES, divergence
-        ),
+        "no_gap": _over_steps("alpha 0: the same inputs, other labels", experiment.no_gap),
         "small_beta": _over_steps(
-            "alpha 1, lr 5e-4: NPO tends to GA as beta -> 0", experiment.small_beta, betas
+            "alpha 1, lr 5e-4: NPO tends to GA as beta -> 0", experiment.small_beta, betas, unit=""
         ),
         "theorem": _theorem(theory),
     }
@@ -45,7 +41,7 @@ def draw(experiment: Experiment, theory: Theory, folder: Path) -> None:
 
 
 def _over_steps(
-    title: str, curves: Curves, styles: Mapping[str, tuple[Any, str]], unit: str = ""
+    title: str, curves: Curves, styles: Styles = STYLES, unit: str = ", KL(retrained || model)"
 ) -> Figure:
     """Mean distances and one standard deviation about them, in the order of ``styles``."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")

@@ -9,7 +9,7 @@ losses, gradient descent with step ``eta``. Distance from the start in the norm 
 Source: arXiv 2404.05868, theorem 2 and proposition 1.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,6 @@ class Law:
     scale: float
     c: float | None
     r2: float
-
-    @property
-    def doubling(self) -> float:
-        """D(T) / D(T / 2): 2 where the growth is linear."""
-        return self.mean[-1] / self.mean[len(self.mean) // 2]
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def nearly_orthogonal(seeds: Sequence[int], n: int) -> tuple[Samples, Tensor]:
     return Samples(x, signs), theta.unsqueeze(1)
 
 
-def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> list[Law]:
+def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> Iterator[Law]:
     samples, start = nearly_orthogonal(seeds, n)
     losses: tuple[tuple[str, SequenceLoss], ...] = (("GA", GA()), ("NPO", NPO(BETA)))
     methods = [Method(name, eta, (("forget", loss),)) for name, loss in losses for eta in etas]
@@ -128,12 +123,10 @@ def _laws(seeds: Sequence[int], n: int, etas: Sequence[float], steps: int) -> li
         distances.append(((theta - start) @ samples.features.mT).norm(dim=-1))
     curves = torch.stack(distances)  # (steps, seeds, methods)
     mean, std = curves.mean(1).numpy(), curves.std(1, correction=0).numpy()
-    laws = []
     for i, method in enumerate(methods):
         scale, c, r2 = fit(method.name, np.array(at_steps) * method.lr, mean[:, i], n)
         curve = mean[:, i].tolist(), std[:, i].tolist()
-        laws.append(Law(method.name, n, method.lr, at_steps, *curve, scale, c, r2))
-    return laws
+        yield Law(method.name, n, method.lr, at_steps, *curve, scale, c, r2)
 
 
 def fit(
@@ -153,9 +146,7 @@ def fit(
         scale, rest = line(eta_t)
         return scale, None, 1 - rest / total
     best = minimize_scalar(
-        lambda log_c: line(np.log1p(np.exp(log_c) * eta_t / n))[1],
-        bounds=(np.log(1e-3), np.log(1e3)),
-        method="bounded",
+        lambda log_c: line(np.log1p(np.exp(log_c) * eta_t / n))[1], bounds=np.log([1e-3, 1e3])
     )
     c = float(np.exp(best.x))
     scale, rest = line(np.log1p(c * eta_t / n))
