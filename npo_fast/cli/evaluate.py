@@ -9,11 +9,11 @@ import tyro
 from npo_fast import tables
 from npo_fast.cli.console import Output
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.runs.options import ModelOptions
+from npo_fast.runs.options import ModelOptions, ReadingOptions
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(ReadingOptions):
     """What to measure on."""
 
     data: str | None = None

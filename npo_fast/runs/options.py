@@ -1,11 +1,12 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from npo_fast.data import LossOn
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
@@ -172,11 +173,19 @@ class RunOptions(Checked):
 
 
 @dataclass(frozen=True)
-class UnlearnData(Checked):
+class ReadingOptions(Checked):
+    """How rows become records."""
+
+    loss_on: LossOn = field(default="last", kw_only=True)
+    """Which answers of a conversation carry the loss: the last, or all, as a record each."""
+
+
+@dataclass(frozen=True)
+class UnlearnData(ReadingOptions):
     """What to forget and what to keep."""
 
     forget: str = ""
-    """A file, or a split of --data; either may end in a slice such as [-40:]."""
+    """A file or folder, or a split of --data; any may end in a slice such as [-40:]."""
     retain: str | None = None
     """The same for what to keep; methods with +RT need it."""
     data: str | None = None
@@ -188,17 +197,17 @@ class UnlearnData(Checked):
 
 
 @dataclass(frozen=True)
-class FinetuneData(Checked):
+class FinetuneData(ReadingOptions):
     """What to teach."""
 
     train: str = ""
-    """A file, or a split of --data; either may end in a slice such as [:160]."""
+    """A file or folder, or a split of --data; any may end in a slice such as [:160]."""
     data: str | None = None
     """Hub dataset, folder, or file that --train is a split of."""
 
 
 @dataclass(frozen=True)
-class AttackData(Checked):
+class AttackData(ReadingOptions):
     """What was forgotten, and what was kept."""
 
     forget: str = ""

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from npo_fast.data import Record, Template, TokenizedExample, check_vocabulary, data_fingerprint
+from npo_fast.data import (
+    Record,
+    Template,
+    TokenizedExample,
+    check_vocabulary,
+    data_fingerprint,
+    repeats,
+)
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import METHODS, Term, schedule_steps
@@ -21,6 +28,8 @@ from npo_fast.trainer.order import check_step_in_backward, primary_sources, step
 from npo_fast.trainer.settings import TrainSettings, check_world_size
 
 logger = logging.getLogger(__name__)
+
+GIVEN = ("forget", "retain")  # sets whose repeats are told; in fine-tuning they are a way to weigh
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,9 @@ def prepare_run(
             "truncated": truncated,
             "sha256": data_fingerprint(examples),
         }
+    given = {name: rows for name, rows in records.items() if name in GIVEN}
+    for sentence in repeats(given):
+        logger.warning(f"warning: {sentence}")
     if training.step_in_backward:
         check_step_in_backward(sources, terms, training)
     (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})
