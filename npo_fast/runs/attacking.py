@@ -67,7 +67,7 @@ def attack(
     forget, retain, folder = as_rows(forget, "forget"), as_rows(retain, "retain"), Path(output)
     log = describe(retrained) if isinstance(retrained, (str, Path)) else None
     inputs = AttackData(
-        *map(describe, (forget, retain, data)), log, folder, overwrite, loss_on=loss_on
+        describe(forget), describe(retain), describe(data), loss_on, log, folder, overwrite
     )
     if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")

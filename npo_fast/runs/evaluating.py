@@ -112,8 +112,8 @@ def evaluate(
             check_forget_quality(suite)
         for name, records in suite.items():
             logger.info(f"{name}: {len(records)} records")
-        sets = {"forget": suite.get(FORGET, []), "holdout": suite.get(HOLDOUT, [])}
-        for sentence in repeats(sets):
+        compared_sets = {"forget": suite.get(FORGET, []), "holdout": suite.get(HOLDOUT, [])}
+        for sentence in repeats(compared_sets):
             logger.warning(f"warning: {sentence}")
         source = ModelSource(model, loading, tokenizer)
         logs = dict(_measure(source, suite, evaluation, reference))

@@ -44,7 +44,7 @@ def finetune(
     source = ModelSource(model, loading, tokenizer)
     options = run if output is None else replace(run, output=Path(output))
     train = as_rows(train, "train")
-    inputs = FinetuneData(describe(train), describe(data), loss_on=loss_on)
+    inputs = FinetuneData(describe(train), describe(data), loss_on)
     if train == "" and data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
     options.check(source.options)

@@ -1,6 +1,6 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +17,12 @@ from npo_fast.validation import Checked, NonNegativeFloat, NonNegativeInt, Posit
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 FINETUNING = TrainSettings(epochs=5)
 RELEARNING = TrainSettings(epochs=5, batch_size=8)
+AnswersWithLoss = Annotated[
+    LossOn,
+    tyro.conf.arg(
+        help="Of a conversation the last answer carries the loss; or all, a record each."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -173,15 +179,7 @@ class RunOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ReadingOptions(Checked):
-    """How rows become records."""
-
-    loss_on: LossOn = field(default="last", kw_only=True)
-    """Which answers of a conversation carry the loss: the last, or all, as a record each."""
-
-
-@dataclass(frozen=True)
-class UnlearnData(ReadingOptions):
+class UnlearnData(Checked):
     """What to forget and what to keep."""
 
     forget: str = ""
@@ -194,28 +192,31 @@ class UnlearnData(ReadingOptions):
     """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
     alternate: str | None = None
     """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+    loss_on: AnswersWithLoss = "last"
 
 
 @dataclass(frozen=True)
-class FinetuneData(ReadingOptions):
+class FinetuneData(Checked):
     """What to teach."""
 
     train: str = ""
     """A file or folder, or a split of --data; any may end in a slice such as [:160]."""
     data: str | None = None
     """Hub dataset, folder, or file that --train is a split of."""
+    loss_on: AnswersWithLoss = "last"
 
 
 @dataclass(frozen=True)
-class AttackData(ReadingOptions):
+class AttackData(Checked):
     """What was forgotten, and what was kept."""
 
     forget: str = ""
-    """A file, or a split of --data; <name>_perturbed is taken where it lies beside it."""
+    """A file, folder or split of --data; <name>_perturbed is taken where it lies beside it."""
     retain: str | None = None
     """Measured too, where it is given."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder."""
+    loss_on: AnswersWithLoss = "last"
     retrained: Path | None = None
     """Log of the model trained without the forget set, on all its items: for forget quality."""
     output: Path = Path("runs/attack")
