@@ -114,11 +114,12 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
     is_one_set = folder.is_file() or _is_saved(folder)
     if (folder.exists() and name in ("", data)) or (is_one_set and name == "train"):
         return _read_path(folder), data
-    splits = _splits(folder) if folder.is_dir() and not is_one_set else {}
-    if name in splits:
-        files = _whole(name, splits[name])
-        return _read_all(files), str(files[0] if len(files) == 1 else folder / name)
-    for file in (folder / name, path):  # by its whole name, or a configuration; or elsewhere
+    place = folder / name  # the last part is a split; folders before it, a configuration
+    splits = _splits(place.parent) if name and not is_one_set else {}
+    if place.name in splits:
+        files = _whole(name, splits[place.name])
+        return _read_all(files), str(files[0] if len(files) == 1 else place)
+    for file in (place, path):  # by its whole name, or elsewhere
         if name and (file.is_file() or (file.is_dir() and (file != path or "/" in name))):
             return _read_path(file), str(file)
     if is_one_set:

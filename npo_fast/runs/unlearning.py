@@ -99,7 +99,10 @@ def unlearn(
     source = ModelSource(model, loading, tokenizer)
     options = run if output is None else replace(run, output=Path(output))
     forget, retain = as_rows(forget, "forget"), as_rows(retain, "retain")
-    inputs = UnlearnData(*map(describe, (forget, retain, data, idk, alternate)), loss_on=loss_on)
+    inputs = UnlearnData(
+        describe(forget), describe(retain), describe(data), describe(idk), describe(alternate),
+        loss_on,
+    )  # fmt: skip
     method, terms = _resolve(method)
     needed = {source for term in terms for source in term.reads}
     if forget == "":
