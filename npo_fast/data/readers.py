@@ -14,7 +14,7 @@ from npo_fast.errors import NoSuchSplitError, UserError
 IN_MEMORY = "(rows)"  # in the place of a name
 _SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d+)?:(?P<last>-?\d+)?\]$")
 _NO_DATA = ("dataset_dict", "dataset_info", "dataset_infos")  # what the library writes beside data
-_SHARD = re.compile(r"^(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+_SHARD = re.compile(r"^(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?$")
 
 
 def load_records(
@@ -73,7 +73,7 @@ def as_rows(source: Records | None, role: str) -> Any:
             "them, such as dataset['train']"
         )
     if hasattr(table, "iterrows"):  # pandas
-        return table.to_dict("records")
+        return table.astype(object).where(table.notna(), None).to_dict("records")
     if hasattr(table, "to_pylist"):  # pyarrow
         return table.to_pylist()
     if hasattr(table, "with_format"):  # datasets, which may make tensors of what it holds
@@ -129,7 +129,9 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
             "folder that holds them"
         )
     if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        others = sorted(
+            path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
+        )
         known = ", ".join(dict.fromkeys((*splits, *others))) or f"no {', '.join(SUFFIXES)} file"
         raise NoSuchSplitError(f"unknown split {name!r}: {folder} has {known}")
     if split_suffix(data)[1] or data.startswith((".", "/", "~")):

@@ -1,5 +1,6 @@
 """A record: the messages before an answer, and the answer; or a text by itself."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,12 @@ _CURES = {  # of keys whose content no record has room for
         ("chosen", "rejected"),
         'pairs are not read: write the one as "answer" and the other as "alternate"',
     ),
+    "label": "preferences are not read: leave out unwanted answers, and remove the key",
     **dict.fromkeys(
         ("context", "history", "documents"), "it is not read: write it into the question"
     ),
 }
-_ALWAYS_SAY = ("weight", "weights", "train", "loss", "loss_weight", "loss_mask")  # 0 and false too
+_FALSE_SAYS = ("weight", "weights", "train", "loss", "loss_weight", "loss_mask", "label")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,10 @@ def check_unread(row: Mapping[Any, Any], where: str) -> None:
     """Raises ``UserError`` for a key with content that no record has room for."""
     for key, value in row.items():
         cure = _CURES.get(key)
-        if cure is None or value is None or (key not in _ALWAYS_SAY and is_empty(value)):
+        if cure is None or (is_empty(value) and not (value is False and key in _FALSE_SAYS)):
             continue
+        if key == "label" and not isinstance(value, bool):
+            continue  # such as a topic
         if isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"):
             continue
         raise UserError(f'{where}: "{key}" is {_short(value)}, and {cure}')
@@ -139,7 +143,7 @@ def is_empty(value: Any) -> bool:
     listed = as_list(value)
     if listed is not None or isinstance(value, Mapping):
         return not (value if listed is None else listed)
-    return value is None or value is False or value != value
+    return value is None or value is False or (isinstance(value, float) and math.isnan(value))
 
 
 def as_list(value: Any) -> list[Any] | None:

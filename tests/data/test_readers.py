@@ -161,7 +161,7 @@ def test_shards_of_a_hub_folder_are_one_split(tmp_path):
     for i, rows in enumerate((FACTS[:3], FACTS[3:])):
         file = tmp_path / f"data/forget-0000{i}-of-00002.parquet"
         pd.DataFrame(rows).to_parquet(file)
-    pd.DataFrame(FACTS[:1]).to_parquet(tmp_path / "data/retain-00000-of-00001.parquet")
+    pd.DataFrame(FACTS[:1]).to_parquet(tmp_path / "data/retain-00000-of-00001-0a1b2c.parquet")
     (tmp_path / "README.md").write_text("about")
     assert load_records("forget", str(tmp_path)) == EXPECTED
     assert load_records("forget[2:4]", str(tmp_path)) == EXPECTED[2:4]
@@ -206,6 +206,13 @@ def test_rows_in_memory_read_like_files():
                    dataset.with_format("numpy"), dataset.to_iterable_dataset(),
                    pd.DataFrame(FACTS), pa.Table.from_pylist(FACTS), EXPECTED):  # fmt: skip
         assert load_records(source) == EXPECTED
+
+
+def test_missing_values_of_data_frames_are_empty():
+    rows = [{**FACTS[0], "tools": "[]"}, {"text": "A book.", "system": None}]
+    frame = pd.DataFrame(rows).convert_dtypes()
+    assert frame["answer"][1] is pd.NA
+    assert load_records(frame) == [EXPECTED[0], Record((), "A book.")]
 
 
 def test_a_dataset_dict_is_refused_with_its_splits():
@@ -286,6 +293,7 @@ DROPPED = {
     "images": ({**CHAT, "images": ["a.png"]}, "only text is read"),
     "weight": ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, '"weight" is 0, .*loss_on'),
     "train": ({"messages": [ASKED, {**ANSWERED, "train": False}]}, '"train" is False'),
+    "label": ({"prompt": "Who?", "completion": "Ben.", "label": False}, '"label" is False'),
     "arguments": ({**CHAT, "chat_template_kwargs": {"a": 1}}, "template_kwargs KEY=VALUE"),
     "pairs": ({"prompt": "Who?", "chosen": "Ada.", "rejected": "Ben."}, '"alternate"'),
     "context": ({**QA, "context": "Ada lives here."}, "write it into the question"),
@@ -312,7 +320,7 @@ def test_what_would_be_dropped_is_refused(case):
 def test_what_is_empty_or_harmless_or_repeats_the_record_is_ignored():
     expected = Record((("user", "Who?"),), "Ada.")
     empty = {"tools": None, "images": [], "reasoning": "", "chosen": float("nan"), "text": None}
-    assert one({**QA, **empty, "id": 7, "source": "me", "topic": "names"}) == expected
+    assert one({**QA, **empty, "id": 7, "source": "me", "topic": "names", "label": 3}) == expected
     assert one({**CHAT, "prompt": "Who?", "prompt_id": "x"}) == expected
     stanford = (
         "Below is an instruction.\n### Instruction:\nAdd.\n### Input:\n1, 2\n### Response:\n3"

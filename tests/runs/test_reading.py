@@ -73,8 +73,10 @@ def test_a_run_tells_of_records_in_both_sets_and_twice(base, tmp_path, capsys, f
 
 
 def test_an_evaluation_tells_of_a_holdout_that_was_to_be_forgotten(base, tmp_path, capsys):
-    forget, holdout = (str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
-                       for name, rows in (("forget", FACTS[:3]), ("holdout", FACTS[2:5])))  # fmt: skip
+    forget, holdout = (
+        str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
+        for name, rows in (("forget", FACTS[:3]), ("holdout", FACTS[2:5]))
+    )
     assert main(["evaluate", "--model", str(base), "--forget", forget, "--holdout", holdout,
                  "--max-new-tokens", "1"]) == 0  # fmt: skip
     assert "1 of 3 forget records are holdout records too" in capsys.readouterr().err
