@@ -9,7 +9,7 @@ import tyro
 from npo_fast import tables
 from npo_fast.cli.console import Output
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.runs.options import ModelOptions
+from npo_fast.runs.options import AnswersWithLoss, ModelOptions
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class DataOptions:
     retain: str | None = None
     holdout: str | None = None
     """Records like --forget that no model saw: can an attack tell the two apart (membership)?"""
+    loss_on: AnswersWithLoss = "last"
     reference: str | None = None
     """Model to measure the distance from, KL(reference || model): the one before unlearning."""
     log: Path | None = None

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from npo_fast.data.records import Record, load_records
+from npo_fast.data.files import read_text
+from npo_fast.data.forms import LossOn
+from npo_fast.data.readers import load_records
+from npo_fast.data.records import Record
 from npo_fast.errors import UserError
 
 TOFU_REFUSALS = "idontknow.jsonl"
@@ -23,8 +26,8 @@ def load_refusals(file: Path | None = None, data: str | None = None) -> tuple[st
     if file is None:
         return REFUSALS
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(file).split("\n")
+    except UserError as error:
         raise UserError(f"cannot read refusals from {str(file)!r}: {error}") from error
     refusals = tuple(line.strip() for line in lines if line.strip())
     if refusals and all(line.startswith("{") and line.endswith("}") for line in refusals):
@@ -38,7 +41,7 @@ def refused(records: Sequence[Record], refusals: Sequence[str], seed: int) -> li
     """The same questions, each with a refusal drawn by the seed.
 
     Raises:
-        UserError: a record is a raw text.
+        UserError: a record is a text by itself, which asks nothing.
     """
     _check_questions(records)
     answers = random.Random(f"{seed}/idk").choices(refusals, k=len(records))
@@ -46,14 +49,18 @@ def refused(records: Sequence[Record], refusals: Sequence[str], seed: int) -> li
 
 
 def alternated(
-    records: Sequence[Record], seed: int, file: str | None = None, data: str | None = None
+    records: Sequence[Record],
+    seed: int,
+    file: str | None = None,
+    data: str | None = None,
+    loss_on: LossOn = "last",
 ) -> list[Record]:
     """The same questions, each with an alternate answer: one of the record's own, drawn by the
     seed, or the answer that the same record has in ``file`` (a file or a split of ``data``).
 
     Raises:
-        UserError: a record without an alternate, a raw text, or a file that is not about the same
-            questions.
+        UserError: a record without an alternate, a text by itself, or a file that is not about the
+            same questions.
     """
     _check_questions(records)
     if file is None:
@@ -65,7 +72,7 @@ def alternated(
                     "record, or name a file that answers the same questions with --alternate"
                 )
         return [replace(r, answer=draw.choice(r.alternates)) for r in records]
-    others = load_records(file, data)
+    others = load_records(file, data, loss_on=loss_on)
     if len(others) != len(records):
         raise UserError(
             f"{file} holds {len(others)} alternate answers for {len(records)} forget records; "
@@ -84,6 +91,6 @@ def _check_questions(records: Sequence[Record]) -> None:
     for i, record in enumerate(records):
         if record.is_text:
             raise UserError(
-                f"forget record {i + 1} is a raw text, and asks nothing that could be answered "
-                "otherwise: use a method without other answers, such as NPO+RT"
+                f"forget record {i + 1} is a text by itself, which no other answer can replace: "
+                "use a method without refusals and alternates, such as NPO+RT"
             )

@@ -1,30 +1,61 @@
-"""Question-answer records from a file, a folder or a hub dataset.
+"""A record: the messages before an answer, and the answer; or a text by itself."""
 
-Three forms of a record are understood: ``{"question", "answer"}`` (TOFU, with the optional
-``paraphrased_answer`` and ``perturbed_answer`` that the truth ratio needs), ``{"prompt",
-"completion"}`` and ``{"messages": [{"role", "content"}, ...]}`` whose last message is the answer;
-each may have ``alternate``, an answer or several that AltPO puts in the place of the true one.
-Files hold one JSON object a line, or one JSON array.
-"""
-
-import json
-import re
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_fast.errors import NoSuchSplitError, UserError
+from npo_fast.errors import UserError
 
-FORMS = '"question"/"answer", "prompt"/"completion" or "messages"'
-IN_MEMORY = "(rows)"  # in the place of a name
-SUFFIXES = (".json", ".jsonl")
-_SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d+)?:(?P<last>-?\d+)?\]$")
+ROLES = {  # as data sets write them -> as chat templates know them
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+}
+_CURES = {  # of keys whose content no record has room for
+    **dict.fromkeys(
+        ("tools", "tool_calls", "tool_call_id", "functions", "function_call"),
+        "tools are not read: write the call into the text as the model writes it, or leave it out",
+    ),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking", "thoughts"),
+        "thoughts are not read: write them into the text with the model's own tags, or leave them "
+        "out",
+    ),
+    **dict.fromkeys(
+        ("image", "images", "image_url", "audio", "audios", "video", "videos"),
+        "only text is read: leave these records out",
+    ),
+    **dict.fromkeys(
+        ("weight", "weights", "train", "loss", "loss_weight", "loss_mask"),
+        "weights are not read: --loss-on last or all says which answers carry the loss; remove "
+        "the key",
+    ),
+    "chat_template_kwargs": "the template is the same for all records: give its arguments with "
+    "--template-kwargs KEY=VALUE, and remove the key",
+    **dict.fromkeys(
+        ("chosen", "rejected"),
+        'pairs are not read: write the one as "answer" and the other as "alternate"',
+    ),
+    "label": "preferences are not read: leave out unwanted answers, and remove the key",
+    **dict.fromkeys(
+        ("context", "history", "documents"), "it is not read: write it into the question"
+    ),
+}
+_FALSE_SAYS = ("weight", "weights", "train", "loss", "loss_weight", "loss_mask", "label")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A question with its answer, to learn, keep or forget, and what its evaluation needs."""
+    """A question with its answer, to learn, keep or forget, and what its evaluation needs.
+
+    A text by itself is an answer to no message. Messages may be given as pairs or as dicts with
+    "role" and "content", which become pairs.
+
+    Raises:
+        UserError: messages or answers of another kind, an unknown role, tool calls, images.
+    """
 
     messages: tuple[tuple[str, str], ...]  # (role, content) up to the answer; the last is a user's
     answer: str
@@ -32,205 +63,135 @@ class Record:
     perturbed_answers: tuple[str, ...] = ()
     alternates: tuple[str, ...] = ()
 
-    @property
-    def question(self) -> str:
-        """The last message before the answer; a raw text has none."""
-        return self.messages[-1][1] if self.messages else ""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", as_messages(self.messages, "messages of a Record"))
+        for name in ("answer", "paraphrased_answer"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) or (value is None and name != "answer")):
+                raise UserError(f"{name} of a Record must be a text, got {value!r}")
+        for name in ("perturbed_answers", "alternates"):
+            texts = as_list(getattr(self, name))
+            if texts is None or not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{name} of a Record must be a list of texts, got {texts!r}")
+            object.__setattr__(self, name, tuple(texts))
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a raw text: no messages, and all of it the answer."""
+        """Whether the record is a text by itself, which answers no question."""
         return not self.messages
+
+    @property
+    def question(self) -> str:
+        """The last message before the answer; of a text ""."""
+        return self.messages[-1][1] if self.messages else ""
 
 
 Records = str | Path | Iterable[Record | Mapping[str, Any]]  # by name, or in memory
 
 
-def load_records(source: Records, data: str | None = None, role: str = "data") -> list[Record]:
-    """Records of one split, by name or from rows in memory.
+def as_messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """Messages as pairs of role and content, the role as chat templates know it.
 
     Args:
-        source: a file, or the name of a split of ``data``; either may end in a slice such as
-            ``forget05[:160]`` or ``mine.jsonl[-40:]``. Or rows: dicts with the keys of a file's
-            records, a ``datasets.Dataset``, or ``Record`` objects.
-        data: a folder with ``<name>.json`` or ``.jsonl``, a file, or a hub dataset such as
-            ``locuslab/TOFU`` (a configuration of that name, else a split).
-        role: what messages call rows in memory.
+        messages: pairs, or dicts with "role" and "content", or ShareGPT's "from" and "value".
+            Content may be a list of parts, of which each must be a text; they are joined.
+        where: what messages of errors begin with.
 
     Raises:
-        NoSuchSplitError: no such file or split (the message lists those there are).
-        UserError: no record at all, or one without one of the three forms (the message names
-            file and line).
+        UserError: anything else, an unknown role, or what would be dropped, such as tool calls.
     """
-    if not isinstance(source, (str, Path)):
-        records = [
-            row if isinstance(row, Record) else parse_record(row, f"{role}, record {i + 1}")
-            for i, row in enumerate(source)
-        ]
-        if not records:
-            raise UserError(f"{role} holds no record")
-        return records
-    name, part = _parse_slice(str(source))
-    rows, where = _read(name, data)
-    if not rows:
-        raise UserError(f"{where} is empty: it holds no record; give a file with one record a line")
-    records = [parse_record(row, f"{where}, record {i + 1}") for i, row in enumerate(rows)][part]
-    if not records:
-        raise UserError(f"{str(source)!r} selects no record: {where} holds {len(rows)}")
-    return records
-
-
-def as_rows(source: Records | None, role: str) -> Any:
-    """A name or None as it is; rows as a list, so that a generator can be read twice.
-
-    Raises:
-        UserError: it is neither; the message names the argument ``role``.
-    """
-    if source is None or isinstance(source, (str, Path)):
-        return source
-    usable = isinstance(source, Iterable) and not isinstance(source, Mapping)
-    rows = list(source) if usable else [None]
-    if rows and not isinstance(rows[0], (Record, Mapping)):  # a data frame gives column names
+    listed = as_list(messages)
+    if listed is None:
         raise UserError(
-            f"{role} must be a file, a split or rows (dicts, Record objects, a datasets.Dataset), "
-            f"got {type(source).__name__}"
+            f'{where}: expected a list of {{"role", "content"}} messages, got {messages!r}'
         )
-    return rows
+    return tuple(_message(each, f"{where}, message {i + 1}") for i, each in enumerate(listed))
 
 
-def describe(source: Records | None) -> Any:
-    """A name or None as ``run.json`` has it; rows in memory have no name."""
-    if source is None:
-        return None
-    return str(source) if isinstance(source, (str, Path)) else IN_MEMORY
+def check_unread(row: Mapping[Any, Any], where: str) -> None:
+    """Raises ``UserError`` for a key with content that no record has room for."""
+    for key, value in row.items():
+        cure = _CURES.get(key)
+        if cure is None or (is_empty(value) and not (value is False and key in _FALSE_SAYS)):
+            continue
+        if key == "label" and not isinstance(value, bool):
+            continue  # such as a topic
+        if isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"):
+            continue
+        raise UserError(f'{where}: "{key}" is {_short(value)}, and {cure}')
 
 
-def parse_record(row: Any, where: str) -> Record:
-    """A record from a JSON object in one of the three forms; errors begin with ``where``."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    if "messages" in row:
-        messages, answer = _split_messages(row["messages"], where)
-    else:
-        pairs = (("question", "answer"), ("prompt", "completion"))
-        keys = next((pair for pair in pairs if row.keys() & {*pair}), None)
-        if keys is None:
-            raise UserError(f"{where}: found the keys {sorted(row)}, expected {FORMS}")
-        prompt, answer = (_text(row, key, where) for key in keys)
-        messages = (("user", prompt),)
-    paraphrases = _texts(row, "paraphrased_answer", where)
-    if len(paraphrases) > 1:
-        raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
-    wrong, alternates = (_texts(row, key, where) for key in ("perturbed_answer", "alternate"))
-    return Record(messages, answer, next(iter(paraphrases), None), wrong, alternates)
+def check_text(value: Any, what: str) -> str:
+    """The text itself.
 
-
-def _split_messages(messages: Any, where: str) -> tuple[tuple[tuple[str, str], ...], str]:
-    """The messages up to the answer, and the answer."""
+    Raises:
+        UserError: no text, or one that UTF-8 cannot hold; the message begins with ``what``.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{what} must be a text, got {_short(value)}")
     try:
-        turns = tuple((m["role"], m["content"]) for m in messages)
-    except (TypeError, KeyError) as error:
-        raise UserError(f'{where}: "messages" must be a list of {{"role", "content"}}') from error
-    roles = [role for role, _ in turns]
-    if roles[-2:] != ["user", "assistant"]:
-        raise UserError(
-            f"{where}: \"messages\" must end with a user's and then an assistant's message, "
-            f"got roles {roles}"
-        )
-    for _, content in turns:
-        if not isinstance(content, str):
-            raise UserError(f'{where}: "content" must be a text, got {content!r}')
-    return turns[:-1], _text({"content": turns[-1][1]}, "content", where)
-
-
-def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """The texts of a key that may be absent, one text or a list of them."""
-    value = row.get(key) or []  # exports write "" or false where there is none
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{where}: "{key}" must be a text or a list of texts, got {value!r}')
-    return tuple(text for text in texts if text.strip())
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    if key not in row:
-        found = sorted(row)
-        raise UserError(f'{where}: the key "{key}" is missing, found {found}; expected {FORMS}')
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f'{where}: "{key}" must be a text that is not empty, got {value!r}')
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds half a character (a lone surrogate): {error}") from error
     return value
 
 
-def _parse_slice(name: str) -> tuple[str, slice]:
-    match = _SLICE.match(name)
-    if match is None:
-        return name, slice(None)
-    first, last = (int(bound) if bound else None for bound in match.group("first", "last"))
-    return match["name"], slice(first, last)
+def is_empty(value: Any) -> bool:
+    """Whether there is nothing in it: exports write "", [], false or NaN where there is none."""
+    if isinstance(value, str):
+        return not value.strip()
+    listed = as_list(value)
+    if listed is not None or isinstance(value, Mapping):
+        return not (value if listed is None else listed)
+    return value is None or value is False or (isinstance(value, float) and math.isnan(value))
 
 
-def _read(name: str, data: str | None) -> tuple[list[Any], str]:
-    """Rows, and their source for messages; a split of ``data`` wins over a file of that name."""
-    file = Path(name)
-    if data is None:
-        if file.is_file():
-            return _read_file(file), str(file)
-        cure = "" if file.suffix else "; to use it as a split, say which data with --data"
-        raise NoSuchSplitError(f"no file {name!r}{cure}")
-    folder = Path(data)
-    if not folder.exists() and (folder.suffix in SUFFIXES or data.startswith((".", "/", "~"))):
-        raise UserError(f"no file or folder {data!r}")
-    if folder.is_file() and name in ("", "train", str(folder)):
-        return _read_file(folder), str(folder)
-    for path in (*(folder / f"{name}{suffix}" for suffix in ("", *SUFFIXES)), file):
-        if path.is_file():
-            return _read_file(path), str(path)
-    if folder.is_file():
-        raise NoSuchSplitError(
-            f"{data} is a file and has no split {name!r}; name the files themselves, "
-            "or a folder that holds them"
+def as_list(value: Any) -> list[Any] | None:
+    """A list, tuple or array as a list; None for anything else."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    listed = value.tolist() if hasattr(value, "tolist") else None  # parquet read by pandas
+    return listed if isinstance(listed, list) else None
+
+
+def _message(message: Any, where: str) -> tuple[str, str]:
+    if isinstance(message, Mapping):
+        check_unread(message, where)
+        role, content = (
+            next((message[key] for key in keys if message.get(key) is not None), None)
+            for keys in (("role", "from"), ("content", "value"))
         )
-    if folder.is_dir():
-        splits = sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES)
-        raise NoSuchSplitError(
-            f"unknown split {name!r}: {folder} has {', '.join(splits) or 'no .json or .jsonl file'}"
-        )
-    return _read_hub(data, name), f"{data}/{name}"
-
-
-def _read_file(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    is_array = text.lstrip().startswith("[")
-    rows: list[Any] = []
-    # at "\n" alone: JSON may hold other line ends
-    for number, part in enumerate([text] if is_array else text.split("\n")):
-        try:
-            if part.strip():
-                rows.append(json.loads(part))
-        except json.JSONDecodeError as error:
-            line = number + error.lineno
-            raise UserError(f"{path}, line {line}: not valid JSON: {error.msg}") from error
-    return rows[0] if is_array else rows
-
-
-def _read_hub(data: str, name: str) -> list[Any]:
-    import datasets  # takes a second to import, and files do not need it
-
-    try:
-        configurations = datasets.get_dataset_config_names(data)
-        if name in configurations:
-            return datasets.load_dataset(data, name, split="train").to_list()
-        return datasets.load_dataset(data, split=name).to_list()
-    except ValueError as error:
-        raise NoSuchSplitError(
-            f"dataset {data!r} has no configuration or split {name!r}: {error}"
-        ) from error
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        if role is None:
+            raise UserError(
+                f'{where}: expected the keys "role" and "content", found {sorted(message)}'
+            )
+    elif isinstance(message, (list, tuple)) and len(message) == 2:
+        role, content = message
+    else:
+        raise UserError(f'{where}: expected {{"role", "content"}}, got {_short(message)}')
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(
-            f"cannot load dataset {data!r}: {error}\n"
-            "If it is meant as a folder, check the path; without a network, pass a folder"
-        ) from error
+            f"{where}: unknown role {role!r}: system, user and assistant are read (from ShareGPT "
+            "human and gpt); leave out records with others, such as tools"
+        )
+    return ROLES[role], _content(content, f'{where}: "content"')
+
+
+def _content(content: Any, what: str) -> str:
+    parts = as_list(content)
+    if parts is None:
+        return check_text(content, what)
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise UserError(
+                f'{what} has the part {_short(part)}: only {{"type": "text", "text": …}} is read'
+            )
+        check_unread(part, what)
+        texts.append(check_text(part.get("text"), what))
+    return "".join(texts)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

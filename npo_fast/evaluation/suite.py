@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from npo_fast.data import Record, Records, Template, TokenizedExample, load_records
+from npo_fast.data import (
+    LossOn,
+    Record,
+    Records,
+    Template,
+    TokenizedExample,
+    load_records,
+    split_suffix,
+)
 from npo_fast.errors import NoSuchSplitError, UserError
 from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
@@ -94,6 +102,7 @@ def tofu_suite(
     holdout: Records | None = None,
     *,
     utility: bool = True,
+    loss_on: LossOn = "last",
 ) -> dict[str, list[Record]]:
     """Returns records by the name of the log they fill.
 
@@ -109,17 +118,18 @@ def tofu_suite(
     """
     suite: dict[str, list[Record]] = {}
     if retain is not None:
-        suite[RETAIN] = _with_wrong_answers(data, retain)
+        suite[RETAIN] = _with_wrong_answers(data, retain, loss_on, "retain")
     if utility and data is not None:
         for log, name in ((REAL_AUTHORS, "real_authors"), (WORLD_FACTS, "world_facts")):
             try:
-                suite[log] = _with_wrong_answers(data, name)
+                suite[log] = _with_wrong_answers(data, name, loss_on, name)
             except NoSuchSplitError:
                 continue  # a data set of the user's own has no such split
     if forget is not None:
-        suite[FORGET] = _with_wrong_answers(data, forget)
+        suite[FORGET] = _with_wrong_answers(data, forget, loss_on, "forget")
     if holdout is not None:
-        suite[HOLDOUT] = [Record(r.messages, r.answer) for r in load_records(holdout, data)]
+        records = load_records(holdout, data, "holdout", loss_on)
+        suite[HOLDOUT] = [Record(r.messages, r.answer) for r in records]
     for name, records in suite.items():
         _check_even(name, records)
     return suite
@@ -157,18 +167,20 @@ def check_forget_quality(suite: Suite) -> None:
         raise UserError("--retrained compares truth ratios of the forget set: name --forget")
 
 
-def _with_wrong_answers(data: str | None, name: Records) -> list[Record]:
+def _with_wrong_answers(
+    data: str | None, name: Records, loss_on: LossOn, role: str
+) -> list[Record]:
     if not isinstance(name, (str, Path)):
-        return load_records(name)
+        return load_records(name, role=role, loss_on=loss_on)
     name = str(name)
     base, bracket, part = name.partition("[")
     try:
-        perturbed = load_records(f"{_perturbed(base)}{bracket}{part}", data)
+        perturbed = load_records(f"{_perturbed(base)}{bracket}{part}", data, loss_on=loss_on)
     except NoSuchSplitError:
-        plain = load_records(name, data)
+        plain = load_records(name, data, loss_on=loss_on)
         return _within_tofu(data, base, plain) if TOFU_SPLIT.fullmatch(base) else plain
     try:
-        plain = load_records(name, data)
+        plain = load_records(name, data, loss_on=loss_on)
     except NoSuchSplitError:  # such as TOFU's "retain", which has wrong answers alone
         plain = perturbed
     if [r.messages for r in plain] != [r.messages for r in perturbed]:
@@ -191,5 +203,5 @@ def _within_tofu(data: str | None, base: str, plain: list[Record]) -> list[Recor
 
 
 def _perturbed(name: str) -> str:
-    path = Path(name)
-    return f"{path.with_suffix('')}_perturbed{path.suffix}" if path.suffix else f"{name}_perturbed"
+    stem, suffix = split_suffix(name.rstrip("/"))
+    return f"{stem}_perturbed{suffix}"

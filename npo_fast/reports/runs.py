@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_fast.data.records import IN_MEMORY
+from npo_fast.data.readers import IN_MEMORY
 from npo_fast.errors import UserError
 from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
 from npo_fast.metrics.measures import measures
@@ -127,6 +127,8 @@ class RunRecord:
             return f"npo_fast.evaluate({folder!r}, forget=ROWS, {retain}output={logs!r}{more})"
         data = {name: self.setting("data", name) for name in ("data", "forget", "retain")}
         data["forget"] = data["forget"] or "FORGET"
+        if (loss_on := self.setting("data", "loss_on")) not in (None, "last"):
+            data["loss_on"] = loss_on
         model = {name: self.setting("model", name) for name in _MEASURED_WITH}
         flags = {
             "model": self.folder,

@@ -10,7 +10,7 @@ from typing import Any
 from npo_fast.attacks.options import AttackOptions
 from npo_fast.attacks.quantize import quantize_
 from npo_fast.attacks.relearn import Split, relearn
-from npo_fast.data import Records, as_rows, check_vocabulary, describe
+from npo_fast.data import LossOn, Records, as_rows, check_vocabulary, describe
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -37,6 +37,7 @@ def attack(
     forget: Records = "",
     retain: Records | None = None,
     data: str | Path | None = None,
+    loss_on: LossOn = "last",
     retrained: Logs | None = None,
     output: str | Path = "runs/attack",
     overwrite: bool = False,
@@ -51,6 +52,7 @@ def attack(
         model: as for ``unlearn``; it is not changed.
         forget: what was forgotten; relearning trains on a part of it, the rest is measured.
         retain: measured too, where it is given.
+        loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
         retrained: log of the model trained without the forget set, on all its records.
         output: folder for a folder of logs an attack, and attack.json.
         attacks: which attacks, and how strong.
@@ -64,11 +66,13 @@ def attack(
     """
     forget, retain, folder = as_rows(forget, "forget"), as_rows(retain, "retain"), Path(output)
     log = describe(retrained) if isinstance(retrained, (str, Path)) else None
-    inputs = AttackData(describe(forget), describe(retain), describe(data), log, folder, overwrite)
+    inputs = AttackData(
+        describe(forget), describe(retain), describe(data), loss_on, log, folder, overwrite
+    )
     if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
     check_output(folder, SUMMARY, "an attack", overwrite)
-    suite = tofu_suite(inputs.data, forget, retain, utility=False)
+    suite = tofu_suite(inputs.data, forget, retain, utility=False, loss_on=loss_on)
     forget_records = suite[FORGET]
     share = attacks.relearn_share if "relearn" in attacks.names else 0.0
     split = Split.of(len(forget_records), share, training.seed)

@@ -7,12 +7,29 @@ from pathlib import Path
 from typing import Any, Union
 
 from npo_fast import metrics
-from npo_fast.data import Records, Template, TokenizedExample, as_rows, check_vocabulary, describe
+from npo_fast.data import (
+    LossOn,
+    Records,
+    Template,
+    TokenizedExample,
+    as_rows,
+    check_vocabulary,
+    describe,
+    repeats,
+)
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
-from npo_fast.metrics import AGGREGATED, FORGET, Result, has_truth_ratio, load_result, save_result
+from npo_fast.metrics import (
+    AGGREGATED,
+    FORGET,
+    HOLDOUT,
+    Result,
+    has_truth_ratio,
+    load_result,
+    save_result,
+)
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
@@ -41,6 +58,7 @@ def evaluate(
     retain: Records | None = None,
     data: str | Path | None = None,
     holdout: Records | None = None,
+    loss_on: LossOn = "last",
     reference: Model | None = None,
     retrained: Logs | None = None,
     log: Logs | None = None,
@@ -60,6 +78,7 @@ def evaluate(
         retain: what was to be kept.
         data: hub dataset or folder; its real_authors and world_facts join in where ``utility``.
         holdout: records like ``forget`` that no model saw, for the membership attacks.
+        loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
         reference: the model before unlearning, for KL(reference || model).
         retrained: logs of the model trained without the forget set, for the forget quality.
         log: logs to measure instead of running a model.
@@ -88,11 +107,14 @@ def evaluate(
             raise UserError("--holdout is compared with --forget: name both")
         sets = {"forget": forget, "retain": retain, "holdout": holdout}
         rows = {name: as_rows(source, name) for name, source in sets.items()}
-        suite = tofu_suite(describe(data), **rows, utility=utility)
+        suite = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
         if compared is not None:
             check_forget_quality(suite)
         for name, records in suite.items():
             logger.info(f"{name}: {len(records)} records")
+        compared_sets = {"forget": suite.get(FORGET, []), "holdout": suite.get(HOLDOUT, [])}
+        for sentence in repeats(compared_sets):
+            logger.warning(f"warning: {sentence}")
         source = ModelSource(model, loading, tokenizer)
         logs = dict(_measure(source, suite, evaluation, reference))
     if folder is not None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from npo_fast.data import Records, as_rows, describe, load_records
+from npo_fast.data import LossOn, Records, as_rows, describe, load_records
 from npo_fast.errors import UserError
 from npo_fast.methods import FINETUNE
 from npo_fast.runs.callbacks import Callback
@@ -25,6 +25,7 @@ def finetune(
     train: Records = "",
     output: str | Path | None = None,
     data: str | Path | None = None,
+    loss_on: LossOn = "last",
     tokenizer: Any = None,
     loading: ModelOptions = ModelOptions(),
     training: TrainSettings = FINETUNING,
@@ -43,11 +44,11 @@ def finetune(
     source = ModelSource(model, loading, tokenizer)
     options = run if output is None else replace(run, output=Path(output))
     train = as_rows(train, "train")
-    inputs = FinetuneData(describe(train), describe(data))
+    inputs = FinetuneData(describe(train), describe(data), loss_on)
     if train == "" and data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
     options.check(source.options)
-    records = {"train": load_records(train, inputs.data, "train")}
+    records = {"train": load_records(train, inputs.data, "train", loss_on)}
     names = {"train": inputs.train}
     settings = {"model": source.options, "data": inputs, "training": training, "run": options}
     prepared = prepare_run("finetune", source, records, names, FINETUNE, settings, callbacks)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from npo_fast.data.rendering import Rendering, parse_template_kwargs, read_template
+from npo_fast.data import LossOn, Rendering
+from npo_fast.data.rendering import parse_template_kwargs, read_template
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
@@ -28,6 +29,12 @@ TemplateKwargs = Annotated[
 ]
 FINETUNING = TrainSettings(epochs=5)
 RELEARNING = TrainSettings(epochs=5, batch_size=8)
+AnswersWithLoss = Annotated[
+    LossOn,
+    tyro.conf.arg(
+        help="Of a conversation the last answer carries the loss; or all, a record each."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class UnlearnData(Checked):
     """What to forget and what to keep."""
 
     forget: str = ""
-    """A file, or a split of --data; either may end in a slice such as [-40:]."""
+    """A file or folder, or a split of --data; any may end in a slice such as [-40:]."""
     retain: str | None = None
     """The same for what to keep; methods with +RT need it."""
     data: str | None = None
@@ -212,6 +219,7 @@ class UnlearnData(Checked):
     """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
     alternate: str | None = None
     """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+    loss_on: AnswersWithLoss = "last"
 
 
 @dataclass(frozen=True)
@@ -219,9 +227,10 @@ class FinetuneData(Checked):
     """What to teach."""
 
     train: str = ""
-    """A file, or a split of --data; either may end in a slice such as [:160]."""
+    """A file or folder, or a split of --data; any may end in a slice such as [:160]."""
     data: str | None = None
     """Hub dataset, folder, or file that --train is a split of."""
+    loss_on: AnswersWithLoss = "last"
 
 
 @dataclass(frozen=True)
@@ -229,11 +238,12 @@ class AttackData(Checked):
     """What was forgotten, and what was kept."""
 
     forget: str = ""
-    """A file, or a split of --data; <name>_perturbed is taken where it lies beside it."""
+    """A file, folder or split of --data; <name>_perturbed is taken where it lies beside it."""
     retain: str | None = None
     """Measured too, where it is given."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder."""
+    loss_on: AnswersWithLoss = "last"
     retrained: Path | None = None
     """Log of the model trained without the forget set, on all its items: for forget quality."""
     output: Path = Path("runs/attack")

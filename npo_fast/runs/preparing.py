@@ -13,6 +13,7 @@ from npo_fast.data import (
     TokenizedExample,
     check_vocabulary,
     data_fingerprint,
+    repeats,
     text_fingerprint,
 )
 from npo_fast.distributed import world_size
@@ -30,6 +31,8 @@ from npo_fast.trainer.order import check_step_in_backward, primary_sources, step
 from npo_fast.trainer.settings import TrainSettings, check_world_size
 
 logger = logging.getLogger(__name__)
+
+GIVEN = ("forget", "retain")  # sets whose repeats are told; in fine-tuning they are a way to weigh
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ def prepare_run(
             "truncated": truncated,
             "sha256": data_fingerprint(examples),
         }
+    given = {name: rows for name, rows in records.items() if name in GIVEN}
+    for sentence in repeats(given):
+        logger.warning(f"warning: {sentence}")
     if training.step_in_backward:
         check_step_in_backward(sources, terms, training)
     (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})

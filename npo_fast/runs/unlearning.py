@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from npo_fast.data import (
+    LossOn,
     Record,
     Records,
     Template,
@@ -67,6 +68,7 @@ def unlearn(
     data: str | Path | None = None,
     idk: str | Path | None = None,
     alternate: str | Path | None = None,
+    loss_on: LossOn = "last",
     tokenizer: Any = None,
     loading: ModelOptions = ModelOptions(),
     training: TrainSettings = TrainSettings(),
@@ -90,6 +92,7 @@ def unlearn(
         data: hub dataset or folder that ``forget`` and ``retain`` are splits of.
         idk: file of refusals, one a line, for IDK, DPO and KTO.
         alternate: file or split with AltPO's answers to the forget questions.
+        loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
         tokenizer: of a model in memory.
         loading: how the model is loaded, and how text becomes tokens.
         callbacks: hear of every step, evaluation and checkpoint, and may stop the run.
@@ -104,8 +107,9 @@ def unlearn(
     options = run if output is None else replace(run, output=Path(output))
     forget, retain = as_rows(forget, "forget"), as_rows(retain, "retain")
     inputs = UnlearnData(
-        describe(forget), describe(retain), describe(data), describe(idk), describe(alternate)
-    )
+        describe(forget), describe(retain), describe(data), describe(idk), describe(alternate),
+        loss_on,
+    )  # fmt: skip
     method, terms = _resolve(method)
     needed = {source for term in terms for source in term.reads}
     if forget == "":
@@ -117,16 +121,16 @@ def unlearn(
             raise UserError(f"{method.method} reads no such answers; leave out --{answers}")
     options.check(source.options)
 
-    records = {"forget": load_records(forget, inputs.data, "forget")}
+    records = {"forget": load_records(forget, inputs.data, "forget", loss_on)}
     if retain is not None:
-        records["retain"] = load_records(retain, inputs.data, "retain")
+        records["retain"] = load_records(retain, inputs.data, "retain", loss_on)
     sampled = dict(records)
     if "idk" in needed:
         refusals = load_refusals(inputs.idk, inputs.data)
         records["idk"] = refused(records["forget"], refusals, training.seed)
     if "alternate" in needed:
         records["alternate"] = alternated(
-            records["forget"], training.seed, inputs.alternate, inputs.data
+            records["forget"], training.seed, inputs.alternate, inputs.data, loss_on
         )
     names = {"idk": "refusals", "alternate": "alternate answers"}
     names |= {name: str(value) for name, value in vars(inputs).items() if value}
@@ -135,7 +139,9 @@ def unlearn(
         "report": report, "watch": evaluation, "run": options,
     }  # fmt: skip
     prepared = prepare_run("unlearn", source, records, names, terms, settings, callbacks)
-    suite = tofu_suite(inputs.data, forget, retain) if evaluation.eval_every else {}
+    suite = {}
+    if evaluation.eval_every:
+        suite = tofu_suite(inputs.data, forget, retain, loss_on=loss_on)
     watch = _evaluation_callback(prepared, evaluation, report, suite)
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)

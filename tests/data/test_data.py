@@ -79,7 +79,7 @@ WRONG = {
     "empty file": ("", "is empty"),
     "not JSON": ('{"question": "a", "answer": "b"}\n{oops}', r"line 2: not valid JSON"),
     "missing key": ('{"question": "a", "reply": "b"}', r'record 1: the key "answer" is missing'),
-    "unknown keys": ('{"text": "a"}', r"found the keys \['text'\], expected"),
+    "unknown keys": ('{"body": "a"}', r"found the keys \['body'\], expected"),
     "not an object": ("[1]", "expected a JSON object, got int"),
     "empty answer": ('{"question": "a", "answer": " "}', r'"answer" must be a text .*not empty'),
     "content": (

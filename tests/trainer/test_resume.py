@@ -270,6 +270,7 @@ def test_a_run_with_other_settings_or_data_is_not_resumed(home, killed, capsys):
     shutil.copy(home / "retain.jsonl", killed.parent / "forget.jsonl")
     changes = {
         ("--lr", "1e-3"): "lr is 0.003 there and 0.001 here",
+        ("--loss-on", "all"): "loss_on is 'last' there and 'all' here",
         ("--method", "NPO"): "method is 'NPO+KL' there and 'NPO' here",
         ("--seed", "1", "--epochs", "6"): "epochs is 5 there and 6 here; seed is 0 there and 1",
         ("--forget", str(killed.parent / "forget.jsonl")): "data forget has changed",

@@ -1,0 +1,204 @@
+"""What a file holds: rows of JSON, CSV or parquet, or one text; compressed or not."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from npo_fast.data.forms import MEANT, OTHER_ANSWERS
+from npo_fast.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet")
+_SUFFIX = re.compile(
+    rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE
+)
+_LISTS = ("messages", "conversations", *OTHER_ANSWERS)  # columns of CSV that hold JSON
+_BOMS = (  # the longer before those that they begin with
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """The name of a data file without its suffixes, and these, such as ``.jsonl.gz``."""
+    match = _SUFFIX.search(name)
+    return (name[: match.start()], match[0]) if match else (name, "")
+
+
+def read_file(path: Path) -> list[Any]:
+    """The rows of a file, by its suffix; a file with another one may hold JSON.
+
+    A .txt file is one row ``{"text": …}``; an object that holds one list of objects is that list.
+
+    Raises:
+        UserError: the file is damaged or of another kind; the message names file and line.
+    """
+    suffix = split_suffix(path.name)[1].lower()
+    if suffix.startswith(".parquet"):
+        return _read_parquet(path)
+    text = read_text(path)
+    if suffix.startswith(".txt"):
+        return [{"text": text.removesuffix("\n")}] if text.strip() else []
+    if suffix.startswith((".csv", ".tsv")):
+        return list(_read_csv(text, path, "\t" if suffix.startswith(".tsv") else ",;\t"))
+    if not suffix and text.strip() and text.lstrip()[0] not in "[{":
+        raise UserError(f"{path} is no kind of file that is read: {', '.join(SUFFIXES)}")
+    return _read_json(text, path, lines=not suffix.startswith(".json") or ".jsonl" in suffix)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
+
+    Lines end in "\\n" alone, as in any file that Python opens as text.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or is not text.
+    """
+    content = _read_bytes(path)
+    encoding = next((name for bom, name in _BOMS if content.startswith(bom)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not {encoding.upper()} text: {error}; save it as such"
+        ) from error
+    if "\0" in text:
+        raise UserError(
+            f"{path} holds NUL characters: it is not text, or UTF-16 without a byte-order mark; "
+            "save it as UTF-8"
+        )
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were put together
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The bytes of a file; whether they are compressed is seen by how they begin."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    packed: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
+        (b"\x1f\x8b", gzip.decompress),
+        (b"BZh", bz2.decompress),
+        (b"\xfd7zXZ\0", lzma.decompress),
+        (b"\x28\xb5\x2f\xfd", _decompress_zstd),
+    )
+    for magic, decompress in packed:
+        if content.startswith(magic) and (magic != b"BZh" or path.suffix == ".bz2"):
+            try:
+                return decompress(content)
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+                raise UserError(f"{path} is damaged: {error}") from error
+    return content
+
+
+def _decompress_zstd(content: bytes) -> bytes:
+    import pyarrow as pa
+
+    return bytes(pa.input_stream(io.BytesIO(content), compression="zstd").read())
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq  # takes a while to import, and other files do not need it
+
+    try:
+        return list(pq.ParquetFile(io.BytesIO(_read_bytes(path))).read().to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a parquet file, or damaged: {error}") from error
+
+
+def _read_csv(text: str, path: Path, delimiters: str) -> Iterator[dict[str, Any]]:
+    """Rows by the names of the first line, which has the delimiter more often than others."""
+    header = text.partition("\n")[0]
+    delimiter = max(delimiters, key=header.count)
+    limit = csv.field_size_limit(max(len(text), 1))  # a setting of the process; a field is a text
+    try:
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = [name.strip() for name in next(lines, [])]
+        named = [name for name in names if name]  # pandas' index has none
+        if len(set(named)) < len(named):
+            raise UserError(f"{path}, line 1: two columns have one name, found {names}")
+        for values in lines:
+            where = f"{path}, line {lines.line_num}"
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise UserError(
+                    f"{where}: {len(values)} values for {len(names)} columns; quote texts that "
+                    f"hold {delimiter!r}, a quote or a line end"
+                )
+            row = dict(zip(names, values, strict=True))
+            row.pop("", None)
+            yield {key: _cell(key, value, where) for key, value in row.items()}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {lines.line_num}: not valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _cell(name: str, value: str, where: str) -> Any:
+    if name not in _LISTS or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'{where}: "{name}" begins like a list and is not valid JSON ({error.msg}): write '
+            'lists as JSON, such as ["one", "two"]'
+        ) from error
+
+
+def _read_json(text: str, path: Path, lines: bool) -> list[Any]:
+    """One value a line, or one value on many lines, whatever the name of the file says."""
+    values, failed = _parse_lines(text)
+    if failed and not values:
+        try:
+            values, failed = [_parse(text)], None
+        except ValueError as error:
+            if not lines or text.lstrip()[0] == "[":
+                failed = getattr(error, "lineno", 1), error
+    if failed:
+        number, reason = failed
+        what = f"not valid JSON: {reason.msg}" if hasattr(reason, "msg") else str(reason)
+        raise UserError(f"{path}, line {number}: {what}") from reason
+    if len(values) != 1:
+        return values
+    (value,) = values
+    if isinstance(value, dict) and not value.keys() & MEANT:
+        lists = [each for each in value.values() if isinstance(each, list)]
+        if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]):
+            return list(lists[0])
+    return value if isinstance(value, list) else values
+
+
+def _parse_lines(text: str) -> tuple[list[Any], tuple[int, ValueError] | None]:
+    """The values of the lines, as far as the first that is none: its number and what is wrong."""
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line ends
+        try:
+            if line.strip():
+                values.append(_parse(line))
+        except ValueError as error:
+            return values, (number, error)
+    return values, None
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has a key twice, found {[key for key, _ in pairs]}")
+    return found
