@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import sys
 import typing
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
             if value != default:
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, dict) and typing.get_origin(kind) is dict:
-            arguments += [flag, *(f"{k}={json.dumps(v, default=str)}" for k, v in value.items())]
+            arguments += [flag, *as_pairs(value)]
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer() and float not in kinds
             arguments.append(f"{flag}={int(value) if whole else value}")

@@ -94,6 +94,11 @@ def parse_template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def as_pairs(values: Mapping[str, Any]) -> list[str]:
+    """The ``KEY=VALUE`` texts that ``parse_template_kwargs`` reads as ``values``."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text; ``text[start:end]`` is the answer, and all before it the prompt."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.data.readers import IN_MEMORY
+from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError
 from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
 from npo_fast.metrics.measures import measures
@@ -198,6 +199,8 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)
+        elif isinstance(value, Mapping):
+            words += [flag, *as_pairs(value)] if value else []
         elif value is not None and value is not False and value not in ("", "auto"):
             words += [flag, str(value)]
     return words
@@ -221,6 +224,11 @@ def _parse(file: Path, text: str) -> dict[str, Any]:
 
 
 SAMPLE_HEADER = ("set", "measure", "before", "after")
+_SAMPLED = {
+    "probability": "probability",
+    "rouge_l_recall": "ROUGE-L",
+    "without_end": "answers without an end",
+}
 
 
 def sample_rows(metadata: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
@@ -230,5 +238,6 @@ def sample_rows(metadata: Mapping[str, Any]) -> list[tuple[str, str, float, floa
         (name, label, before[name][key], after[name][key])
         for name in before
         if name in after
-        for key, label in (("probability", "probability"), ("rouge_l_recall", "ROUGE-L"))
+        for key, label in _SAMPLED.items()
+        if key in before[name] and key in after[name]
     ]

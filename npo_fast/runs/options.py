@@ -1,6 +1,5 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
-import json
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from npo_fast.data import LossOn, Rendering
-from npo_fast.data.rendering import parse_template_kwargs, read_template
+from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
@@ -24,7 +23,7 @@ TemplateKwargs = Annotated[
         metavar="KEY=VALUE ...",
         instance_from_str=parse_template_kwargs,
         is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{k}={json.dumps(v)}" for k, v in value.items()],
+        str_from_instance=as_pairs,
     ),
 ]
 FINETUNING = TrainSettings(epochs=5)
