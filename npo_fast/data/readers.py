@@ -129,11 +129,7 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
             "folder that holds them"
         )
     if folder.is_dir():
-        others = sorted(
-            path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
-        )
-        known = ", ".join(dict.fromkeys((*splits, *others))) or f"no {', '.join(SUFFIXES)} file"
-        raise NoSuchSplitError(f"unknown split {name!r}: {folder} has {known}")
+        raise NoSuchSplitError(f"unknown split {name!r}: {folder} has {_names(folder, splits)}")
     if split_suffix(data)[1] or data.startswith((".", "/", "~")):
         raise UserError(f"no file or folder {data!r}")
     return _read_hub(data, name), f"{data}/{name}"
@@ -145,18 +141,23 @@ def _read_path(path: Path) -> list[Any]:
         return read_file(path)
     if _is_saved(path):
         return _read_saved(path)
+    files = [(split_suffix(file.name)[1], file) for file in sorted(path.rglob("[!.]*"))]
+    files = [(suffix, file) for suffix, file in files if suffix and file.is_file()]
+    if files and all(suffix.lower().startswith(".txt") for suffix, _ in files):
+        return _read_all(file for _, file in files)
     splits = _splits(path)
-    files = [file for split in splits.values() for file in split]
     if len(splits) == 1:
         return _read_all(_whole(*splits.popitem()))
-    if files and all(split_suffix(file.name)[1].startswith(".txt") for file in files):
-        return _read_all(files)
-    if not files:
-        raise UserError(f"{path} is a folder without a {', '.join(SUFFIXES)} file")
     raise UserError(
-        f"{path} is a folder with the splits {', '.join(splits)}: name it with --data, and one of "
-        "them in its place"
+        f"{path} is a folder with {_names(path, splits)}: name it with --data, and a split in its "
+        "place"
     )
+
+
+def _names(folder: Path, splits: Iterable[str]) -> str:
+    """What can be named in a folder, in words."""
+    others = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    return ", ".join(dict.fromkeys((*splits, *others))) or f"no {', '.join(SUFFIXES)} file"
 
 
 def _read_all(paths: Iterable[Path]) -> list[Any]:
