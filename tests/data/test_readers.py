@@ -150,7 +150,7 @@ def test_saved_data_sets_are_read_by_split(tmp_path):
     assert load_records(tmp_path / "one") == EXPECTED[:4]
     assert load_records("train[:1]", str(tmp_path / "one")) == EXPECTED[:1]
     assert load_records("retain", str(tmp_path / "both")) == EXPECTED[4:]
-    with pytest.raises(UserError, match="with forget, retain: name it with data"):
+    with pytest.raises(UserError, match="with forget, retain; name a file, or a split with data"):
         load_records(tmp_path / "both")
     with pytest.raises(NoSuchSplitError, match="is one data set and has no split 'forget'"):
         load_records("forget", str(tmp_path / "one"))
