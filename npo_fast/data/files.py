@@ -16,6 +16,7 @@ from npo_fast.data.forms import MEANT, OTHER_ANSWERS
 from npo_fast.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet")
+KINDS = ", ".join(SUFFIXES)
 _SUFFIX = re.compile(
     rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE
 )
@@ -45,13 +46,18 @@ def read_file(path: Path) -> list[Any]:
     suffix = split_suffix(path.name)[1].lower()
     if suffix.startswith(".parquet"):
         return _read_parquet(path)
-    text = read_text(path)
+    try:
+        text = read_text(path)
+    except UserError as error:
+        if suffix:
+            raise
+        raise UserError(f"{path} is no kind of file that is read: {KINDS} ({error})") from error
     if suffix.startswith(".txt"):
         return [{"text": text.removesuffix("\n")}] if text.strip() else []
     if suffix.startswith((".csv", ".tsv")):
         return list(_read_csv(text, path, "\t" if suffix.startswith(".tsv") else ",;\t"))
     if not suffix and text.strip() and text.lstrip()[0] not in "[{":
-        raise UserError(f"{path} is no kind of file that is read: {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is no kind of file that is read: {KINDS}")
     return _read_json(text, path, lines=not suffix.startswith(".json") or ".jsonl" in suffix)
 
 
@@ -194,7 +200,10 @@ def _parse_lines(text: str) -> tuple[list[Any], tuple[int, ValueError] | None]:
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("too many brackets within each other") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -49,8 +49,10 @@ def parse_row(row: Any, where: str, loss_on: LossOn = "last") -> list[Record]:
     paraphrases, wrong, alternates = (_texts(row, key, where) for key in OTHER_ANSWERS)
     if len(paraphrases) > 1:
         raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
-    paraphrase = next(iter(paraphrases), None)
-    return [*earlier, Record(last.messages, last.answer, paraphrase, wrong, alternates)]
+    if paraphrases or wrong or alternates:
+        paraphrase = paraphrases[0] if paraphrases else None
+        last = Record(last.messages, last.answer, paraphrase, wrong, alternates)
+    return [*earlier, last]
 
 
 def _form_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from npo_fast.data.files import SUFFIXES, read_file, split_suffix
+from npo_fast.data.files import KINDS, read_file, split_suffix
 from npo_fast.data.forms import LossOn, parse_row
 from npo_fast.data.records import Record, Records
 from npo_fast.errors import NoSuchSplitError, UserError
 
+LONGEST_NAME = 255  # of a file
 IN_MEMORY = "(rows)"  # in the place of a name
 _SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d+)?:(?P<last>-?\d+)?\]$")
 _NO_DATA = ("dataset_dict", "dataset_info", "dataset_infos")  # what the library writes beside data
@@ -110,6 +111,8 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
         if name and os.path.exists(name):  # False for a text that is too long for a name
             return _read_path(path), name
         cure = "" if split_suffix(name)[1] else "; to use it as a split, say which data with --data"
+        if len(name) > LONGEST_NAME or "\n" in name:
+            name, cure = f"{name[:40]}…", '; a text itself is a row, [{"text": …}]'
         raise NoSuchSplitError(f"no file {name!r}{cure}")
     folder = Path(data)
     is_one_set = folder.is_file() or _is_saved(folder)
@@ -121,7 +124,7 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
         files = _whole(name, splits[place.name])
         return _read_all(files), str(files[0] if len(files) == 1 else place)
     for file in (place, path):  # by its whole name, or elsewhere
-        if name and (file.is_file() or (file.is_dir() and (file != path or "/" in name))):
+        if os.path.isfile(file) or (os.path.isdir(file) and (file != path or "/" in name)):
             return _read_path(file), str(file)
     if is_one_set:
         raise NoSuchSplitError(
@@ -129,11 +132,7 @@ def _read(name: str, data: str | None) -> tuple[list[Any], str]:
             "folder that holds them"
         )
     if folder.is_dir():
-        others = sorted(
-            path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
-        )
-        known = ", ".join(dict.fromkeys((*splits, *others))) or f"no {', '.join(SUFFIXES)} file"
-        raise NoSuchSplitError(f"unknown split {name!r}: {folder} has {known}")
+        raise NoSuchSplitError(f"unknown split {name!r}: {folder} has {_names(folder, splits)}")
     if split_suffix(data)[1] or data.startswith((".", "/", "~")):
         raise UserError(f"no file or folder {data!r}")
     return _read_hub(data, name), f"{data}/{name}"
@@ -145,18 +144,23 @@ def _read_path(path: Path) -> list[Any]:
         return read_file(path)
     if _is_saved(path):
         return _read_saved(path)
+    files = [(split_suffix(file.name)[1], file) for file in sorted(path.rglob("[!.]*"))]
+    files = [(suffix, file) for suffix, file in files if suffix and file.is_file()]
+    if files and all(suffix.lower().startswith(".txt") for suffix, _ in files):
+        return _read_all(file for _, file in files)
     splits = _splits(path)
-    files = [file for split in splits.values() for file in split]
     if len(splits) == 1:
         return _read_all(_whole(*splits.popitem()))
-    if files and all(split_suffix(file.name)[1].startswith(".txt") for file in files):
-        return _read_all(files)
-    if not files:
-        raise UserError(f"{path} is a folder without a {', '.join(SUFFIXES)} file")
     raise UserError(
-        f"{path} is a folder with the splits {', '.join(splits)}: name it with --data, and one of "
-        "them in its place"
+        f"{path} is a folder with {_names(path, splits)}; name a file, or a split with "
+        f"--data {path}"
     )
+
+
+def _names(folder: Path, splits: Iterable[str]) -> str:
+    """What can be named in a folder, in words."""
+    others = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    return ", ".join(dict.fromkeys((*splits, *others))) or f"no {KINDS} file"
 
 
 def _read_all(paths: Iterable[Path]) -> list[Any]:

@@ -138,12 +138,13 @@ def check_text(value: Any, what: str) -> str:
 
 def is_empty(value: Any) -> bool:
     """Whether there is nothing in it: exports write "", [], false or NaN where there is none."""
+    if value is None or value is False:
+        return True
     if isinstance(value, str):
         return not value.strip()
-    listed = as_list(value)
-    if listed is not None or isinstance(value, Mapping):
-        return not (value if listed is None else listed)
-    return value is None or value is False or (isinstance(value, float) and math.isnan(value))
+    if isinstance(value, float):
+        return math.isnan(value)
+    return not value if isinstance(value, Mapping) else as_list(value) == []
 
 
 def as_list(value: Any) -> list[Any] | None:
@@ -163,7 +164,8 @@ def _message(message: Any, where: str) -> tuple[str, str]:
         )
         if role is None:
             raise UserError(
-                f'{where}: expected the keys "role" and "content", found {sorted(message)}'
+                f'{where}: expected the keys "role" and "content", found '
+                f"{sorted(map(str, message))}"
             )
     elif isinstance(message, (list, tuple)) and len(message) == 2:
         role, content = message

@@ -37,7 +37,7 @@ def finetune(
     The same call goes on with a run in ``output`` that was interrupted.
 
     Args:
-        train: a file, a split of ``data``, rows or a ``datasets.Dataset``.
+        train: a file or folder, a split of ``data``, or rows (``docs/data.md``).
 
     The other arguments and the errors are those of ``unlearn``.
     """

@@ -84,7 +84,7 @@ def unlearn(
     Args:
         model: hub name, folder, GGUF file, run, transformers model or ``CausalLM``; a model in
             memory is trained in place.
-        forget: what to forget: a file, a split of ``data``, rows or a ``datasets.Dataset``.
+        forget: what to forget: a file or folder, a split of ``data``, or rows (``docs/data.md``).
         retain: what to keep, in the same forms; methods with +RT need it.
         method: a name in ``npo_fast.methods.METHODS``, with its coefficients in
             ``MethodOptions``, or terms of your own.

@@ -150,7 +150,7 @@ def test_saved_data_sets_are_read_by_split(tmp_path):
     assert load_records(tmp_path / "one") == EXPECTED[:4]
     assert load_records("train[:1]", str(tmp_path / "one")) == EXPECTED[:1]
     assert load_records("retain", str(tmp_path / "both")) == EXPECTED[4:]
-    with pytest.raises(UserError, match="splits forget, retain: name it with data"):
+    with pytest.raises(UserError, match="with forget, retain; name a file, or a split with data"):
         load_records(tmp_path / "both")
     with pytest.raises(NoSuchSplitError, match="is one data set and has no split 'forget'"):
         load_records("forget", str(tmp_path / "one"))
@@ -189,11 +189,12 @@ def test_a_split_in_two_files_is_refused_until_one_is_named_whole(tmp_path):
 
 
 def test_a_folder_of_texts_is_a_record_a_file(tmp_path):
-    for name in ("b", "a"):
+    (tmp_path / "shelf").mkdir()
+    for name in ("shelf/c", "b", "a"):
         (tmp_path / f"{name}.txt").write_text(f"Text {name}.\r\nTwo lines.\n")
-    texts = [Record((), f"Text {name}.\nTwo lines.") for name in "ab"]
+    texts = [Record((), f"Text {name}.\nTwo lines.") for name in ("a", "b", "shelf/c")]
     assert load_records(tmp_path) == texts
-    assert load_records("b", str(tmp_path)) == texts[1:]
+    assert load_records("b", str(tmp_path)) == texts[1:2]
     assert load_records(f"{tmp_path}[:1]") == texts[:1]
 
 

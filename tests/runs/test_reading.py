@@ -1,11 +1,16 @@
 """How rows become records reaches every verb, and is on record; sets that repeat are told."""
 
+import gzip
+import json
+
 import pytest
 
 import npo_fast
 from npo_fast.attacks.options import AttackOptions
 from npo_fast.cli import main
 from npo_fast.errors import UserError
+from npo_fast.evaluation.suite import tofu_suite
+from npo_fast.reports.runs import load_run
 from npo_fast.runs.options import RunOptions
 from tests.helpers import FACTS, save_tiny_model, write_jsonl
 
@@ -46,12 +51,26 @@ def test_loss_on_all_makes_a_record_of_every_answer_in_every_verb(base, tmp_path
         npo_fast.unlearn(str(base), **sets, loss_on="first")
 
 
-def test_the_command_line_takes_loss_on(base, tmp_path, capsys):
-    turns = str(write_jsonl(tmp_path / "turns.jsonl", TURNS))
-    command = ["unlearn", "--model", str(base), "--forget", turns, "--method", "NPO", "--dry-run",
-               "--output", str(tmp_path / "run"), "--loss-on", "all"]  # fmt: skip
+def test_commands_and_reports_take_loss_on(base, tmp_path, capsys):
+    turns = str(write_jsonl(tmp_path / "turns.jsonl", TURNS[:2]))
+    command = ["unlearn", "--model", str(base), "--forget", turns, "--method", "NPO", "--no-report",
+               "--epochs", "1", "--output", str(tmp_path / "run"), "--loss-on", "all"]  # fmt: skip
     assert main(command) == 0
-    assert "forget: 10 records" in capsys.readouterr().err
+    assert "forget: 4 records" in capsys.readouterr().err
+    record = load_run(tmp_path / "run", "run")
+    assert "--loss-on all" in record.command()
+    assert "--loss-on all" in record.evaluate_command()
+
+
+def test_wrong_answers_are_found_beside_files_of_every_kind(tmp_path):
+    rows = [{**fact, "perturbed_answer": ["Nobody."]} for fact in FACTS]
+    for suffix in ("jsonl", "jsonl.gz"):
+        for name, content in (("facts", FACTS), ("facts_perturbed", rows)):
+            text = "".join(json.dumps(row) + "\n" for row in content).encode()
+            packed = gzip.compress(text) if suffix.endswith("gz") else text
+            (tmp_path / f"{name}.{suffix}").write_bytes(packed)
+        (records,) = tofu_suite(None, f"{tmp_path}/facts.{suffix}[:3]", None).values()
+        assert [record.perturbed_answers for record in records] == [("Nobody.",)] * 3
 
 
 @pytest.mark.parametrize(
