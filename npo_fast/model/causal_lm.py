@@ -11,17 +11,15 @@ from torch import Tensor
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
-from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.attention import class_name, set_attention
 from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
-from npo_fast.model.probe import run_probe
+from npo_fast.model.head_transform import measure_transform
+from npo_fast.model.probe import run_probe, runs
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import linear_log_probs
 from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, local_head
-
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # RecurrentGemma has its own name
 
 
 class CausalLM:
@@ -51,12 +49,13 @@ class CausalLM:
                 "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
-        self.transform = _transform(model.config.get_text_config())
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
         self.native_attention = _native_attention(model)
         self.packs = True  # else sequences run one at a time
         self.unfit: set[str] = set()  # attentions that "auto" does not take again
+        with runs(self), self.generating():
+            self.transform = measure_transform(self)
         self.choose_attention(attention)
         if probe:
             run_probe(self, any_attention=attention == "auto")
@@ -275,10 +274,3 @@ def _decoder(model: Any) -> Any:
         raise UserError(f"{type(base).__name__} has no decoder that npo_fast could find")
     return decoder
 
-
-def _transform(text_config: Any) -> HeadTransform:
-    """Returns what the model does to its logits, by the names that configs have for it."""
-    softcap = next((v for n in SOFTCAPS if (v := getattr(text_config, n, None)) is not None), None)
-    logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
-    logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
-    return HeadTransform(softcap, logit_scale)

@@ -1,7 +1,8 @@
 """A test of a loaded model on a handful of tokens: whether this package can train it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.data.packing import one_by_one
-from npo_fast.errors import UserError
-from npo_fast.ops.linear_log_probs import linear_log_probs
+from npo_fast.errors import UserError, first_line
+from npo_fast.model.head_transform import check_vocabulary
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats
 # In half precision: of the head alone; of a deep model at two shapes, between which rounding
@@ -30,13 +31,19 @@ def run_probe(lm: Any, any_attention: bool) -> None:
     Raises:
         UserError: the model does not run, or its head or attention is not understood.
     """
+    with runs(lm), lm.evaluating():
+        _probe(lm, any_attention)
+
+
+@contextmanager
+def runs(lm: Any) -> Iterator[None]:
+    """Raises ``UserError`` where the model does not run inside."""
     try:
-        with lm.evaluating():
-            _probe(lm, any_attention)
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        if isinstance(error, UserError):
+        yield
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
-        raise UserError(f"{lm.name} does not run here: {error}") from error
+        raise UserError(f"{lm.name} does not run here: {first_line(error)}") from error
 
 
 def _probe(lm: Any, any_attention: bool) -> None:
@@ -45,14 +52,7 @@ def _probe(lm: Any, any_attention: bool) -> None:
     singles = list(one_by_one(batch))
     with lm.generating() as model:
         expected = torch.cat([_own_log_probs(model, single) for single in singles])
-        from_head = torch.cat([_head_log_probs(lm, single) for single in singles])
-    gap = _gap(from_head, expected)
-    if gap > TOLERANCE.get(lm.dtype, HALF_TOLERANCE):
-        raise UserError(
-            f"{lm.name}: its logits are not what its LM head makes of the decoder's hidden states "
-            f"(log-probs differ by {gap:.3g} nats); a softcap, scale or projection that npo_fast "
-            "does not know would explain it"
-        )
+        check_vocabulary(lm)
     if not lm.packs:
         return
     beside_another = _pack_of_two(lm, tokens[-7:], tokens[7:])
@@ -117,12 +117,6 @@ def _difference_of_packs(lm: Any, batch: PackedBatch, other: PackedBatch, alone:
     if gap > TOLERANCE.get(lm.dtype, HALF_NEIGHBOUR):
         return f"another neighbour changes log-probs by {gap:.3g} nats"
     return ""
-
-
-def _head_log_probs(lm: Any, single: PackedBatch) -> Tensor:
-    """With our head, on hidden states of the decoder as the model itself calls it."""
-    hidden = lm.decoder(input_ids=single.input_ids[None], use_cache=False).last_hidden_state[0]
-    return linear_log_probs(hidden[single.rows], labels=single.labels, **lm.head_arguments)
 
 
 def _own_log_probs(model: Any, single: PackedBatch) -> Tensor:
