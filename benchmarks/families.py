@@ -62,12 +62,25 @@ SETTINGS: dict[str, Any] = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
     "logit_scale": 0.25, "logits_scaling": 3.0, "lm_head_multiplier": 0.3,
     "final_logit_softcapping": 3.0, "logits_soft_cap": 3.0, "output_logit_soft_cap": 3.0,
-    "attn_logit_softcapping": 2.0,
+    "attn_logit_softcapping": 2.0, "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8, "laurel_rank": 8, "is_decoder": True,
 }  # fmt: skip
 # What a family needs beside or instead; None leaves the default
 OWN: dict[str, dict[str, Any]] = {
-    "bert-generation": {"is_decoder": True},
-}
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {
+        "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "zamba": {"layer_types": ["linear_attention", "hybrid"]},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "granitemoehybrid (attention alone)": {"layer_types": ["full_attention"] * 2},
+}  # fmt: skip
+FAMILIES = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "granitemoehybrid (attention alone)"]
 
 
 @dataclass
@@ -97,7 +110,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="model types; all where none is named")
     named = parser.parse_args().families
     results = []
-    for family in named or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for family in named or FAMILIES:
         results.append(judge(family))
         print(line(results[-1]), flush=True)
     counts = Counter("WRONG" if result.wrong else result.verdict for result in results)
@@ -123,7 +136,7 @@ def line(result: Verdict) -> str:
 
 def judge(family: str) -> Verdict:
     """Builds, hands over and compares one family."""
-    result = Verdict(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    result = Verdict(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.partition(" ")[0]])
     try:
         with time_limit(SECONDS):
             model = build(family)
@@ -144,7 +157,9 @@ def judge(family: str) -> Verdict:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
-                lm = CausalLM(copy.deepcopy(model).to(dtype))
+                typed = build(family, dtype)  # some keep parts of it in fp32
+                typed.load_state_dict(model.state_dict())
+                lm = CausalLM(typed)
             except UserError as error:
                 result.verdict, result.why = "refused", first_line(error)
                 return result
@@ -186,22 +201,24 @@ def compare(
     result.gradient_gap = max(gradient_gap, result.gradient_gap or 0.0)
 
 
-def build(family: str) -> Any:
+def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model of the family with its initial weights, the same at every call."""
-    config_class = CONFIG_MAPPING[family]
+    config_class = CONFIG_MAPPING[family.partition(" ")[0]]
     default, own = config_class(), OWN.get(family, {})
     settings = known(default)
     for name in getattr(config_class, "sub_configs", None) or {}:
         if hasattr(sub := getattr(default, name, None), "to_dict"):
             settings[name] = known(sub)
     settings = {k: v for k, v in {**settings, **own}.items() if v is not None}
+    if "kv_lora_rank" in settings:  # latent attention has as many keys as queries
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     config = config_class(**settings)
     with torch.device("meta"):  # else sizes that nothing has set would fill the memory
         empty = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     if sum(p.numel() for p in empty.parameters()) > MAX_PARAMETERS:
         return empty
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def known(config: Any) -> dict[str, Any]:

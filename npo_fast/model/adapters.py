@@ -100,13 +100,24 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"the adapter in {folder} does not fit its base: {first_line(error)}"
         ) from error
+    check_adapter(adapted)
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
+
+
+def check_adapter(adapted: Any) -> None:
+    """Raises ``UserError`` for an adapter that is more than a change of weights."""
+    kind = adapted.active_peft_config
+    if kind.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
+        raise UserError(
+            f"the adapter is {kind.peft_type.value}, which cannot be merged into weights: train "
+            "its base model, or a LoRA adapter"
+        )
 
 
 def merge_adapter(lm: CausalLM) -> None:

@@ -39,8 +39,13 @@ class CausalLM:
     """
 
     def __init__(self, model: Any, attention: str = "auto", probe: bool = True) -> None:
+        if not hasattr(model, "get_output_embeddings"):
+            inner = " pass its .module" if hasattr(model, "module") else ""
+            raise UserError(
+                f"a causal language model of transformers is wanted, got {type(model).__name__}:"
+                f"{inner or ' load it with AutoModelForCausalLM'}"
+            )
         self.model = model
-        self.decoder = _decoder(model)
         self.head = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
@@ -49,6 +54,7 @@ class CausalLM:
                 "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
+        self.decoder = _decoder(model, self.head)
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
         self.native_attention = _native_attention(model)
@@ -230,12 +236,12 @@ class CausalLM:
         inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
         inputs |= _boundary_arguments(self.attention, batch, self.packs)
         if self.wrapper is None:
-            return self.decoder(**inputs).last_hidden_state[0]
+            return self.decoder(**inputs).last_hidden_state[0].to(self.dtype)
         caught: list[Any] = []
         with self.decoder.register_forward_hook(lambda _module, _inputs, out: caught.append(out)):
             # one row of logits, so that the head too is part of what the wrapper returns
             self.wrapper(**inputs, logits_to_keep=1)
-        return caught[0].last_hidden_state[0]
+        return caught[0].last_hidden_state[0].to(self.dtype)
 
 
 def _native_attention(model: Any) -> str:
@@ -264,13 +270,12 @@ def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict
     return arguments
 
 
-def _decoder(model: Any) -> Any:
-    """What makes the hidden states; ``get_decoder`` of some returns the whole model."""
+def _decoder(model: Any, head: Any) -> Any:
+    """What makes the hidden states; ``get_decoder`` of some returns the whole model, or its head."""
     decoder = model.get_decoder()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if decoder is base:
+    if decoder is base or decoder is head:
         decoder = getattr(base, "model", None)
     if decoder is None:
         raise UserError(f"{type(base).__name__} has no decoder that npo_fast could find")
     return decoder
-

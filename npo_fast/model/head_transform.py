@@ -39,8 +39,10 @@ def measure_transform(lm: Any) -> HeadTransform:
         return HeadTransform()
     width = head.weight.shape[1]
     hidden, weight, bias = _random_head(width, head.weight.device)
-    with _exchanged(head, weight, bias):
+    with _exchanged(head, weight, bias), torch.enable_grad():
         logits = logits_of(lm, hidden)
+    if logits.requires_grad:
+        raise _not_understood(lm, "a parameter that is trained takes part")
     if logits.shape != (len(hidden), COLUMNS):
         raise _not_understood(lm, f"{COLUMNS} raw logits become {logits.shape[-1]}")
     raw = hidden @ weight.T
@@ -111,7 +113,9 @@ def logits_of(lm: Any, hidden: Tensor) -> Tensor:  # (n, D) -> (n, V)
         except (RuntimeError, IndexError) as error:
             if not exchanged:
                 raise
-            raise _not_understood(lm, f"they cannot be measured: {first_line(error)}") from error
+            between = _layers_between(lm)
+            why = f"{between[0]} lies between" if between else first_line(error)
+            raise _not_understood(lm, why) from error
     if not exchanged:
         raise _not_understood(lm, "its forward does not call its decoder")
     return logits.squeeze(0) if logits.dim() > 2 else logits
@@ -121,6 +125,16 @@ def relative_gap(got: Tensor, expected: Tensor) -> float:
     """The largest difference, in units of the spread of what is expected."""
     spread = expected.std().clamp_min(torch.finfo(expected.dtype).tiny)
     return float((got - expected).abs().max() / spread)
+
+
+def _layers_between(lm: Any) -> list[str]:
+    """Names of modules with weights that are neither in the decoder nor the head."""
+    known = {*lm.decoder.modules(), *lm.head.modules()}
+    return [
+        name
+        for name, module in lm.model.named_modules()
+        if module not in known and next(module.parameters(recurse=False), None) is not None
+    ]
 
 
 def _random_head(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

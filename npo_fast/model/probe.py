@@ -1,8 +1,8 @@
 """A test of a loaded model on a handful of tokens: whether this package can train it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from npo_fast.model.layers import stateful_layers
 # one rounding error, and not below a share of the spread of its log-probs
 ROUNDINGS = 32.0
 LEAST_SHARE = {torch.float32: 1e-4, torch.float64: 1e-5}
-LEAST_HALF_SHARE, MOST_HALF_NATS = 2**-5, 2.0  # of a deep random model in bf16: 1.4 nats
+LEAST_HALF_SHARE, MOST_HALF_NATS = 2**-6, 2.0  # of a deep random model in bf16: 1.4 nats
 GRADIENT_TOLERANCE = 1e-2  # of the largest gradient; in half precision it may be anything but none
 SMALL = 1 << 20  # numbers of a parameter whose gradient is compared: all but matrices
 
@@ -104,7 +104,9 @@ def _measure_alone(
             alone = _measure(lm, lambda: [lm.log_probs(single) for single in singles])
             if not (why := _difference(alone, own, tolerance, lm.dtype)):
                 return alone
-        except NotImplementedError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_native or not any_attention:
                 raise
             why = first_line(error)
@@ -123,7 +125,7 @@ def _measure_alone(
         lm.choose_attention("auto")
         does = "keeps" if lm.attention == lm.native_attention else "takes"
         warnings.warn(
-            f"{lm.name} does not run with {refused} ({why}): it {does} {lm.attention}",
+            f"{lm.name} does not run with {refused}: it {does} {lm.attention} ({why})",
             stacklevel=6,
         )
 
@@ -141,6 +143,8 @@ def _difference_of_packs(
             return why
         if _reaches_neighbour(lm, batch):
             return "a gradient reaches the neighbour"
+        if _looks_up_other_rows(lm, batch):
+            return "an embedding counts positions through the pack"
         beside_another = _measure(lm, lambda: [lm.log_probs(other)]).log_probs
     except TypeError:  # whatever the attention
         return "it takes no position_ids"
@@ -160,7 +164,7 @@ def _reaches_neighbour(lm: Any, batch: PackedBatch) -> bool:
 
     def detach(_module: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor:
         inputs.append(embeddings.detach().requires_grad_())
-        return inputs[-1]
+        return inputs[-1].clone()  # some scale it in place
 
     embedding = lm.model.get_input_embeddings()
     with torch.enable_grad(), embedding.register_forward_hook(detach):
@@ -176,6 +180,34 @@ def _reaches_neighbour(lm: Any, batch: PackedBatch) -> bool:
             if gradient is not None and bool((gradient.flatten(0, -2)[others] != 0).any()):
                 return True
     return False
+
+
+@torch.no_grad()
+def _looks_up_other_rows(lm: Any, batch: PackedBatch) -> bool:
+    """Whether an embedding, such as one of positions, gives a pack other rows than its sequences.
+
+    A table's rows are the same bits wherever they are read.
+    """
+    tables = [m for m in lm.decoder.modules() if isinstance(m, nn.Embedding)]
+    rows: dict[nn.Module, list[Tensor]] = {}
+
+    def record(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        rows.setdefault(module, []).append(out.reshape(-1, out.shape[-1]))
+
+    def read(batches: Iterable[PackedBatch]) -> dict[nn.Module, Tensor]:
+        rows.clear()
+        for each in batches:
+            lm.states(each)
+        return {module: torch.cat(parts) for module, parts in rows.items()}
+
+    with ExitStack() as hooks:
+        for table in tables:
+            hooks.enter_context(table.register_forward_hook(record))
+        packed, alone = read([batch]), read(one_by_one(batch))
+    return any(
+        rows.shape == alone[table].shape and not torch.equal(rows, alone[table])
+        for table, rows in packed.items()
+    )
 
 
 @contextmanager
