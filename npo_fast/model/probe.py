@@ -155,6 +155,7 @@ def _difference_of_packs(
     return ""
 
 
+@torch.enable_grad()
 def _reaches_neighbour(lm: Any, batch: PackedBatch) -> bool:
     """Whether a sequence of the pack has a gradient in the other one's embeddings.
 
@@ -167,7 +168,7 @@ def _reaches_neighbour(lm: Any, batch: PackedBatch) -> bool:
         return inputs[-1].clone()  # some scale it in place
 
     embedding = lm.model.get_input_embeddings()
-    with torch.enable_grad(), embedding.register_forward_hook(detach):
+    with embedding.register_forward_hook(detach):
         states = lm.states(batch)
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
     start = batch.lengths[0]
