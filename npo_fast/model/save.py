@@ -52,7 +52,9 @@ def old_of(folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
+    """Brings a file, or the names in a folder, to the disk; on Windows only what was closed is."""
+    if os.name == "nt":  # a folder cannot be opened there, nor a file that is only read be synced
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -11,7 +11,6 @@ model               the final model and tokenizer
 With LoRA each of these models is the adapter alone.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import torch
 
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
+from npo_fast.locks import lock
 from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import recover, save_folder, sync
@@ -214,7 +214,7 @@ def _locked(folder: Path) -> TextIO:
     """``steps.jsonl``, to append to; the lock ends with the process, however that ends."""
     file = (folder / STEPS).open("a", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, wait=False)
     except BlockingIOError as error:
         file.close()
         raise UserError(
