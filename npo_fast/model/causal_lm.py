@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
@@ -59,6 +60,8 @@ class CausalLM:
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
         self.native_attention = _native_attention(model)
         self.packs = True  # else sequences run one at a time
+        self.saved_dtype: torch.dtype | None = None  # of the files it came from, where known
+        self.max_shard_bytes: int | None = None  # of those files, where they are several
         self.unfit: set[str] = set()  # attentions that "auto" does not take again
         with runs(self), self.generating():
             self.transform = measure_transform(self)
@@ -170,6 +173,14 @@ class CausalLM:
             enable({"use_reentrant": False, **arguments})
         except ValueError as error:
             raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
+
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Rounds weights of the head's dtype to numbers that ``dtype`` has, in place."""
+        for parameter in self.model.parameters():
+            if parameter.dtype == self.dtype:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                local.copy_(local.to(dtype))
 
     @contextmanager
     def within(self, wrapper: Any) -> Iterator[None]:

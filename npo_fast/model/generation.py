@@ -8,9 +8,13 @@ from npo_fast.model.causal_lm import CausalLM
 
 @torch.no_grad()
 def generate(
-    lm: CausalLM, prompts: list[list[int]], max_new_tokens: int, pad_id: int, eos_id: int
+    lm: CausalLM, prompts: list[list[int]], max_new_tokens: int, pad_id: int | None, eos_id: int
 ) -> list[list[int]]:
-    """Greedy continuations of several prompts at once, up to and without ``eos_id``."""
+    """Greedy continuations of several prompts at once, up to and without ``eos_id``.
+
+    A tokenizer without a ``pad_id`` is padded with ``eos_id``, under a mask.
+    """
+    pad_id = eos_id if pad_id is None else pad_id
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")

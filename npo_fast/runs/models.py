@@ -68,8 +68,6 @@ class ModelSource:
         """The template that turns records into tokens, with the model's tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name)
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
         return Template(self._tokenizer, self.options.template, self.options.max_length)
 
     @contextmanager
