@@ -99,12 +99,6 @@ class Template:
             "now": rendering.now.isoformat() if dated and rendering.now else None,
         }
 
-    @property
-    def pad_id(self) -> int:
-        """What fills the rows of a padded batch."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(eos if pad is None else pad)
-
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the tokenizer's, the model's and the template's."""

@@ -169,7 +169,7 @@ class _Evaluation:
             batch = order[first : first + size]
             continuations = generate(
                 self.lm, [prompts[i] for i in batch], self.settings.max_new_tokens,
-                template.pad_id, template.stop_ids,
+                template.tokenizer.pad_token_id, template.stop_ids,
             )  # fmt: skip
             for i, ids in zip(batch, continuations, strict=True):
                 texts[i], endings[i] = template.answer_text(ids, self.settings.max_new_tokens)

@@ -100,13 +100,24 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"the adapter in {folder} does not fit its base: {first_line(error)}"
         ) from error
+    check_adapter(adapted)
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
+
+
+def check_adapter(adapted: Any) -> None:
+    """Raises ``UserError`` for an adapter that is more than a change of weights."""
+    kind = adapted.active_peft_config
+    if kind.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
+        raise UserError(
+            f"the adapter is {kind.peft_type.value}, which cannot be merged into weights: train "
+            "its base model, or a LoRA adapter"
+        )
 
 
 def merge_adapter(lm: CausalLM) -> None:
@@ -114,15 +125,47 @@ def merge_adapter(lm: CausalLM) -> None:
     lm.model = lm.model.merge_and_unload()
 
 
-def write_weights(lm: CausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes the model, or its adapter alone; ``weights`` are the gathered ones of a shard."""
+def write_weights(
+    lm: CausalLM,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes the model, or its adapter alone.
+
+    Args:
+        weights: the gathered ones of a shard.
+        dtype: of the files, where it is not that of the model.
+    """
+    sizes = {} if lm.max_shard_bytes is None else {"max_shard_size": lm.max_shard_bytes}
     with lm.generating() as model:  # so that config.json names the model's own attention
-        model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
+        if dtype is not None:
+            weights = converted(model.state_dict() if weights is None else weights, lm.dtype, dtype)
+        model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
+        if dtype is not None:
+            file = folder / "config.json"
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if lm.adapted:
             if lm.quantized:
                 quantization = model.config.quantization_config.to_json_string()
                 (folder / QUANTIZATION).write_text(quantization, encoding="utf-8")
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+
+
+def converted(
+    weights: dict[str, Tensor], dtype: torch.dtype, new: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights of one dtype in a new one; tied weights stay one tensor."""
+    by_pointer: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, weight in weights.items():
+        if weight.dtype == dtype:
+            key = (weight.data_ptr(), weight.shape)
+            weight = by_pointer.setdefault(key, weight.to(new))
+        result[name] = weight
+    return result
 
 
 def read_weights(lm: CausalLM, folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from npo_fast.errors import UserError, first_line
 
@@ -32,11 +33,20 @@ def packed_attention(
     sequence_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, T, heads, head_dim)
-    """``softmax(softcap(scaling * Q K^T) + causal) V`` within each of ``sequence_lengths``."""
+    """``softmax(softcap(scaling * Q K^T) + causal) V`` within each of ``sequence_lengths``.
+
+    Without lengths it is a call from outside, as of ``model.generate``, which brings a mask where
+    causal attention alone is not meant.
+    """
     for unsupported in ("s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise NotImplementedError(f"{NAME}: {unsupported} is not supported")
     tokens = query.shape[2]
+    if sequence_lengths is None and (attention_mask is not None or tokens != key.shape[2]):
+        out = _attention(query, key, value, attention_mask, False, scaling, dropout, softcap)
+        return out.transpose(1, 2), None
+    if attention_mask is not None and attention_mask.requires_grad:
+        raise NotImplementedError(f"{NAME}: a mask with a gradient is not supported")
     lengths = sequence_lengths if sequence_lengths is not None else (tokens,)
     assert query.shape[0] == 1, tuple(query.shape)
     assert sum(lengths) == tokens, (lengths, tokens)
@@ -91,6 +101,23 @@ def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) 
         )
 
 
+def packed_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that transformers makes for ``packed_attention``: none of a pack."""
+    if batch_size == 1 and attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length,
+        attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False},
+    )  # fmt: skip
+
+
 def _attend(
     query: Tensor,  # (count, heads, length, dim)
     key: Tensor,
@@ -101,25 +128,42 @@ def _attend(
     window: int | None,
 ) -> Tensor:  # (count * length, heads, dim)
     length = query.shape[2]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     mask = None
     if softcap is not None or (window is not None and length > window):
         position = torch.arange(length, device=query.device)
         distance = position[:, None] - position[None, :]
         mask = (distance >= 0) & (distance < (window or length))
-    if softcap is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling
-        )
-    else:  # SDPA has no softcap
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
-        scores = scores.masked_fill(~mask, -torch.inf)  # type: ignore[operator]
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        out = F.dropout(weights, dropout) @ value
+    out = _attention(query, key, value, mask, mask is None, scaling, dropout, softcap)
     return out.transpose(1, 2).flatten(0, 1)
 
 
+def _attention(
+    query: Tensor,  # (batch, heads, queries, dim)
+    key: Tensor,  # (batch, key_value_heads, keys, dim)
+    value: Tensor,
+    mask: Tensor | None,  # broadcasts to (batch, heads, queries, keys): bool, or added to scores
+    is_causal: bool,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:  # (batch, heads, queries, dim)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=is_causal, scale=scaling
+        )
+    assert not is_causal, "SDPA has no softcap, and what replaces it takes a mask"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
 AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, packed_mask)

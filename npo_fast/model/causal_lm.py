@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
-from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.attention import class_name, set_attention
 from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
-from npo_fast.model.probe import run_probe
+from npo_fast.model.head_transform import measure_transform
+from npo_fast.model.probe import run_probe, runs
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import linear_log_probs
 from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, local_head
-
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # RecurrentGemma has its own name
 
 
 class CausalLM:
@@ -41,8 +40,13 @@ class CausalLM:
     """
 
     def __init__(self, model: Any, attention: str = "auto", probe: bool = True) -> None:
+        if not hasattr(model, "get_output_embeddings"):
+            inner = " pass its .module" if hasattr(model, "module") else ""
+            raise UserError(
+                f"a causal language model of transformers is wanted, got {type(model).__name__}:"
+                f"{inner or ' load it with AutoModelForCausalLM'}"
+            )
         self.model = model
-        self.decoder = _decoder(model)
         self.head = model.get_output_embeddings()
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
@@ -51,12 +55,16 @@ class CausalLM:
                 "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
-        self.transform = _transform(model.config.get_text_config())
+        self.decoder = _decoder(model, self.head)
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
         self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
         self.native_attention = _native_attention(model)
         self.packs = True  # else sequences run one at a time
+        self.saved_dtype: torch.dtype | None = None  # of the files it came from, where known
+        self.max_shard_bytes: int | None = None  # of those files, where they are several
         self.unfit: set[str] = set()  # attentions that "auto" does not take again
+        with runs(self), self.generating():
+            self.transform = measure_transform(self)
         self.choose_attention(attention)
         if probe:
             run_probe(self, any_attention=attention == "auto")
@@ -166,6 +174,14 @@ class CausalLM:
         except ValueError as error:
             raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
 
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Rounds weights of the head's dtype to numbers that ``dtype`` has, in place."""
+        for parameter in self.model.parameters():
+            if parameter.dtype == self.dtype:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                local.copy_(local.to(dtype))
+
     @contextmanager
     def within(self, wrapper: Any) -> Iterator[None]:
         """Inside, hidden states come through ``wrapper``'s forward, as DDP needs it."""
@@ -231,12 +247,12 @@ class CausalLM:
         inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
         inputs |= _boundary_arguments(self.attention, batch, self.packs)
         if self.wrapper is None:
-            return self.decoder(**inputs).last_hidden_state[0]
+            return self.decoder(**inputs).last_hidden_state[0].to(self.dtype)
         caught: list[Any] = []
         with self.decoder.register_forward_hook(lambda _module, _inputs, out: caught.append(out)):
             # one row of logits, so that the head too is part of what the wrapper returns
             self.wrapper(**inputs, logits_to_keep=1)
-        return caught[0].last_hidden_state[0]
+        return caught[0].last_hidden_state[0].to(self.dtype)
 
 
 def _native_attention(model: Any) -> str:
@@ -265,20 +281,12 @@ def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict
     return arguments
 
 
-def _decoder(model: Any) -> Any:
-    """What makes the hidden states; ``get_decoder`` of some returns the whole model."""
+def _decoder(model: Any, head: Any) -> Any:
+    """What makes the hidden states; ``get_decoder`` of some returns the whole model, or its head."""
     decoder = model.get_decoder()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if decoder is base:
+    if decoder is base or decoder is head:
         decoder = getattr(base, "model", None)
     if decoder is None:
         raise UserError(f"{type(base).__name__} has no decoder that npo_fast could find")
     return decoder
-
-
-def _transform(text_config: Any) -> HeadTransform:
-    """Returns what the model does to its logits, by the names that configs have for it."""
-    softcap = next((v for n in SOFTCAPS if (v := getattr(text_config, n, None)) is not None), None)
-    logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
-    logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
-    return HeadTransform(softcap, logit_scale)

@@ -14,15 +14,17 @@ def generate(
     lm: CausalLM,
     prompts: list[list[int]],
     max_new_tokens: int,
-    pad_id: int,
+    pad_id: int | None,
     stop_ids: int | Iterable[int],
 ) -> list[list[int]]:
     """Greedy continuations of several prompts at once, up to and without a token that stops.
 
     Args:
+        pad_id: None, of a tokenizer without one, pads with a token that stops, under the mask.
         stop_ids: token ids; those of the model's generation config stop too.
     """
     stops = {stop_ids} if isinstance(stop_ids, int) else {*stop_ids}
+    pad_id = min(stops) if pad_id is None else pad_id
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")

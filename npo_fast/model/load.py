@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.adapters import (
@@ -41,7 +42,8 @@ def load_model(
         name: hub name, folder of ``save_pretrained``, a ``.gguf`` file or a folder with one, or a
             folder with a LoRA adapter, which is merged into its base model unless that is 4 bits
             wide.
-        dtype: "fp32", "bf16" or "fp16"; "auto" is bf16 on a GPU that has it, else fp32.
+        dtype: "fp32", "bf16" or "fp16", to compute in and to save; "auto" computes in bf16 on a GPU
+            that has it, else in fp32, and saves the dtype that the files have.
         device: a torch device; "auto" is the GPU where there is one.
         attention: a transformers attention implementation; "auto" is FlashAttention where it is
             installed and fits GPU and model, else PyTorch's own (``npo_fast_varlen``) where that
@@ -71,7 +73,11 @@ def load_model(
                 "its base model"
             )
         model = add_lora(model, _folder(name), lora_rank, lora_alpha)
-    return CausalLM(model, attention)
+    lm = CausalLM(model, attention)
+    if dtype == "auto" and not lm.quantized:
+        lm.saved_dtype = _stored_dtype(name)
+    lm.max_shard_bytes = _largest_shard(name)
+    return lm
 
 
 def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
@@ -139,6 +145,29 @@ def _folder(name: str) -> str:
     if (path / "run.json").is_file() and (path / "model").is_dir():
         return str(path / "model")
     return name
+
+
+def _stored_dtype(name: str) -> torch.dtype | None:
+    """The dtype of the weights in the files of a model; None where they do not say."""
+    folder = Path(_folder(name))
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _stored_dtype(adapter_base(folder))
+    source = _source(name)
+    if "gguf_file" in source:  # of several widths
+        return None
+    dtype = load_config(name).get_text_config().dtype
+    if dtype is None:
+        for file in sorted(folder.glob("*.safetensors"))[:1]:
+            with safe_open(file, framework="pt") as tensors:
+                dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return dtype
+
+
+def _largest_shard(name: str) -> int | None:
+    """Bytes of the largest file of weights, where a model comes in several."""
+    folder = Path(_folder(name))
+    shards = [file.stat().st_size for file in folder.glob("model-*-of-*.safetensors")]
+    return max(shards, default=None)
 
 
 def _source(name: str) -> dict[str, str]:

@@ -1,42 +1,58 @@
 """A test of a loaded model on a handful of tokens: whether this package can train it."""
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.data.packing import one_by_one
-from npo_fast.errors import UserError
-from npo_fast.ops.linear_log_probs import linear_log_probs
+from npo_fast.errors import UserError, first_line
+from npo_fast.model.head_transform import check_vocabulary
+from npo_fast.model.layers import stateful_layers
 
-TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # nats
-# In half precision: of the head alone; of a deep model at two shapes, between which rounding
-# differs by more (measured: 0.74, SmolLM2-135M fine-tuned; 1.4, 16 random layers on a CPU without
-# bf16 instructions); and of a sequence beside another neighbour, at shapes that round alike.
-HALF_TOLERANCE, HALF_SHAPES, HALF_NEIGHBOUR = 0.25, 2.0, 0.05
+# A difference counts where it is so many times the model's answer to embeddings that are off by
+# one rounding error, and not below a share of the spread of its log-probs
+ROUNDINGS = 32.0
+LEAST_SHARE = {torch.float32: 1e-4, torch.float64: 1e-5}
+LEAST_HALF_SHARE, MOST_HALF_NATS = 2**-6, 2.0  # of a deep random model in bf16: 1.4 nats
+GRADIENT_TOLERANCE = 1e-2  # of the largest gradient; in half precision it may be anything but none
+SMALL = 1 << 20  # numbers of a parameter whose gradient is compared: all but matrices
 
 
-@torch.no_grad()
+class Measured(NamedTuple):
+    """Of sequences: log-probs of the answers, and the gradients of their sum."""
+
+    log_probs: Tensor  # (N,)
+    gradients: tuple[Tensor | None, ...]  # None where a parameter takes no part
+
+
 def run_probe(lm: Any, any_attention: bool) -> None:
-    """Compares log-probs of the model's own forward with those of our head, attention and packs.
+    """Compares log-probs and gradients of the model's own forward with ours, alone and in packs.
 
-    With ``any_attention`` an attention that gives other log-probs is exchanged for the next, in the
-    end for the model's own. Where a pack is not its sequences alone, ``packs`` of the ``CausalLM``
-    becomes false. Both come with a warning.
+    With ``any_attention`` an attention that gives others is exchanged for the next, in the end for
+    the model's own. Where a pack is not its sequences alone, ``packs`` of the ``CausalLM`` becomes
+    false. Both come with a warning.
 
     Raises:
         UserError: the model does not run, or its head or attention is not understood.
     """
+    with runs(lm), lm.evaluating():
+        _probe(lm, any_attention)
+
+
+@contextmanager
+def runs(lm: Any) -> Iterator[None]:
+    """Raises ``UserError`` where the model does not run inside."""
     try:
-        with lm.evaluating():
-            _probe(lm, any_attention)
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        if isinstance(error, UserError):
+        yield
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
-        raise UserError(f"{lm.name} does not run here: {error}") from error
+        raise UserError(f"{lm.name} does not run here: {first_line(error)}") from error
 
 
 def _probe(lm: Any, any_attention: bool) -> None:
@@ -44,28 +60,18 @@ def _probe(lm: Any, any_attention: bool) -> None:
     batch = _pack_of_two(lm, tokens[:7], tokens[7:])
     singles = list(one_by_one(batch))
     with lm.generating() as model:
-        expected = torch.cat([_own_log_probs(model, single) for single in singles])
-        from_head = torch.cat([_head_log_probs(lm, single) for single in singles])
-    gap = _gap(from_head, expected)
-    if gap > TOLERANCE.get(lm.dtype, HALF_TOLERANCE):
-        raise UserError(
-            f"{lm.name}: its logits are not what its LM head makes of the decoder's hidden states "
-            f"(log-probs differ by {gap:.3g} nats); a softcap, scale or projection that npo_fast "
-            "does not know would explain it"
-        )
-    if not lm.packs:
-        return
-    beside_another = _pack_of_two(lm, tokens[-7:], tokens[7:])
-    try:
-        alone = _log_probs_alone(lm, singles, expected, any_attention)
-        why = _difference_of_packs(lm, batch, beside_another, alone)
-    except TypeError:  # whatever the attention
-        why = "it takes no position_ids"
-    if why:
+        check_vocabulary(lm)
+        own = _measure(lm, lambda: [_own_log_probs(model, single) for single in singles])
+        with torch.no_grad(), _rounded_embeddings(lm):
+            rounded = torch.cat([_own_log_probs(model, single) for single in singles])
+    tolerance = _tolerance(lm.dtype, own.log_probs, rounded)
+    alone = _measure_alone(lm, singles, own, tolerance, any_attention)
+    if lm.packs and (why := stateful_layers(lm.model, lm.decoder) or _difference_of_packs(
+        lm, batch, _pack_of_two(lm, tokens[-7:], tokens[7:]), alone, tolerance
+    )):  # fmt: skip
         lm.packs = False
         warnings.warn(
-            f"{lm.name} mixes the sequences of a pack ({why} with {lm.attention}): sequences run "
-            "one at a time",
+            f"{lm.name} mixes the sequences of a pack ({why}): sequences run one at a time",
             stacklevel=5,
         )
 
@@ -77,59 +83,179 @@ def _pack_of_two(lm: Any, first: list[int], second: list[int]) -> PackedBatch:
     return batch.to(lm.device)
 
 
-def _log_probs_alone(
-    lm: Any, singles: Sequence[PackedBatch], expected: Tensor, any_attention: bool
-) -> Tensor:
-    """Log-probs of single sequences, with an attention that makes them as ``expected``."""
+def _measure(lm: Any, log_probs: Callable[[], list[Tensor]]) -> Measured:
+    """Gradients are of the small parameters that are trained."""
+    with torch.enable_grad():
+        values = torch.cat(log_probs())
+        small = [p for p in lm.model.parameters() if p.requires_grad and p.numel() <= SMALL]
+        gradients: tuple[Tensor | None, ...] = ()
+        if small and values.requires_grad:
+            gradients = torch.autograd.grad(values.sum(), small, allow_unused=True)
+    return Measured(values.detach(), gradients)
+
+
+def _measure_alone(
+    lm: Any, singles: Sequence[PackedBatch], own: Measured, tolerance: float, any_attention: bool
+) -> Measured:
+    """Of single sequences, with an attention that makes them as the model's ``own`` forward."""
     while True:
-        is_last = not any_attention or lm.attention == lm.native_attention
+        is_native = lm.attention == lm.native_attention
         try:
-            alone = torch.cat([lm.log_probs(single) for single in singles])
-            if (gap := _gap(alone, expected)) <= TOLERANCE.get(lm.dtype, HALF_SHAPES):
+            alone = _measure(lm, lambda: [lm.log_probs(single) for single in singles])
+            if not (why := _difference(alone, own, tolerance, lm.dtype)):
                 return alone
-        except NotImplementedError:
-            if is_last:
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_native or not any_attention:
                 raise
-        if is_last:
+            why = first_line(error)
+        if is_native:
             raise UserError(
-                f"{lm.name}: its log-probs with the attention {lm.attention} differ from its own "
-                f"by {gap:.3g} nats: name another --attention"
+                f"{lm.name}: its decoder, called by itself, does other than within its forward "
+                f"({why})"
+            )
+        if not any_attention:
+            raise UserError(
+                f"{lm.name} with the attention {lm.attention} is not the same model ({why}): name "
+                "another --attention"
             )
         refused = lm.attention
         lm.unfit.add(refused)
         lm.choose_attention("auto")
         does = "keeps" if lm.attention == lm.native_attention else "takes"
         warnings.warn(
-            f"{lm.name} does not run with {refused}: it {does} {lm.attention}", stacklevel=6
+            f"{lm.name} does not run with {refused}: it {does} {lm.attention} ({why})",
+            stacklevel=6,
         )
 
 
-def _difference_of_packs(lm: Any, batch: PackedBatch, other: PackedBatch, alone: Tensor) -> str:
+def _difference_of_packs(
+    lm: Any, batch: PackedBatch, other: PackedBatch, alone: Measured, tolerance: float
+) -> str:
     """How a pack differs from its sequences ``alone``; empty where it does not.
 
     In ``other`` a sequence of the same length stands before the second sequence.
     """
-    packed, beside_another = lm.log_probs(batch), lm.log_probs(other)
-    if (gap := _gap(packed, alone)) > TOLERANCE.get(lm.dtype, HALF_SHAPES):
-        return f"log-probs differ by {gap:.3g} nats"
+    try:
+        packed = _measure(lm, lambda: [lm.log_probs(batch)])
+        if why := _difference(packed, alone, tolerance, lm.dtype):
+            return why
+        if _reaches_neighbour(lm, batch):
+            return "a gradient reaches the neighbour"
+        if _looks_up_other_rows(lm, batch):
+            return "an embedding counts positions through the pack"
+        beside_another = _measure(lm, lambda: [lm.log_probs(other)]).log_probs
+    except TypeError:  # whatever the attention
+        return "it takes no position_ids"
     second = slice(int(batch.answer_cu_seqlens[1]), None)
-    gap = _gap(packed[second], beside_another[second])
-    if gap > TOLERANCE.get(lm.dtype, HALF_NEIGHBOUR):
+    gap = _gap(packed.log_probs[second], beside_another[second])
+    if gap > tolerance:
         return f"another neighbour changes log-probs by {gap:.3g} nats"
     return ""
 
 
-def _head_log_probs(lm: Any, single: PackedBatch) -> Tensor:
-    """With our head, on hidden states of the decoder as the model itself calls it."""
-    hidden = lm.decoder(input_ids=single.input_ids[None], use_cache=False).last_hidden_state[0]
-    return linear_log_probs(hidden[single.rows], labels=single.labels, **lm.head_arguments)
+@torch.enable_grad()
+def _reaches_neighbour(lm: Any, batch: PackedBatch) -> bool:
+    """Whether a sequence of the pack has a gradient in the other one's embeddings.
+
+    Where nothing leaks it is exactly 0, in any dtype: attention weights across are exactly 0.
+    """
+    inputs: list[Tensor] = []
+
+    def detach(_module: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor:
+        inputs.append(embeddings.detach().requires_grad_())
+        return inputs[-1].clone()  # some scale it in place
+
+    embedding = lm.model.get_input_embeddings()
+    with embedding.register_forward_hook(detach):
+        states = lm.states(batch)
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+    start = batch.lengths[0]
+    for own, others in (
+        (slice(0, start), slice(start, None)),
+        (slice(start, None), slice(0, start)),
+    ):
+        total = (states[own] * weights[own]).sum()
+        for x, gradient in zip(
+            inputs, torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True),
+            strict=True,
+        ):  # fmt: skip
+            if gradient is not None and bool((gradient.flatten(0, -2)[others] != 0).any()):
+                return True
+    return False
+
+
+@torch.no_grad()
+def _looks_up_other_rows(lm: Any, batch: PackedBatch) -> bool:
+    """Whether an embedding, such as one of positions, gives a pack other rows than its sequences.
+
+    A table's rows are the same bits wherever they are read.
+    """
+    tables = [m for m in lm.decoder.modules() if isinstance(m, nn.Embedding)]
+    rows: dict[nn.Module, list[Tensor]] = {}
+
+    def record(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        rows.setdefault(module, []).append(out.reshape(-1, out.shape[-1]))
+
+    def read(batches: Iterable[PackedBatch]) -> dict[nn.Module, Tensor]:
+        rows.clear()
+        for each in batches:
+            lm.states(each)
+        return {module: torch.cat(parts) for module, parts in rows.items()}
+
+    with ExitStack() as hooks:
+        for table in tables:
+            hooks.enter_context(table.register_forward_hook(record))
+        packed, alone = read([batch]), read(one_by_one(batch))
+    return any(
+        rows.shape == alone[table].shape and not torch.equal(rows, alone[table])
+        for table, rows in packed.items()
+    )
+
+
+@contextmanager
+def _rounded_embeddings(lm: Any) -> Iterator[None]:
+    """Inside, embeddings are off by half a unit in the last place of their dtype."""
+
+    def off(_module: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, embeddings.shape, generator=generator).to(embeddings) * 2 - 1
+        return embeddings * (1 + signs * torch.finfo(embeddings.dtype).eps)
+
+    with lm.model.get_input_embeddings().register_forward_hook(off):
+        yield
+
+
+def _tolerance(dtype: torch.dtype, log_probs: Tensor, rounded: Tensor) -> float:
+    """The difference in nats that rounding explains."""
+    share = LEAST_SHARE.get(dtype, LEAST_HALF_SHARE)
+    tolerance = max(ROUNDINGS * _gap(rounded, log_probs), share * float(log_probs.std()))
+    return min(tolerance, MOST_HALF_NATS)
 
 
 def _own_log_probs(model: Any, single: PackedBatch) -> Tensor:
     """Of the model's own logits."""
     logits = model(input_ids=single.input_ids[None], use_cache=False).logits[0]
-    log_probs = logits[single.rows].float().log_softmax(-1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_probs = logits[single.rows].log_softmax(-1)
     return log_probs.gather(1, single.labels[:, None]).squeeze(1)
+
+
+def _difference(found: Measured, expected: Measured, tolerance: float, dtype: torch.dtype) -> str:
+    """What differs; empty where nothing does."""
+    if not (gap := _gap(found.log_probs, expected.log_probs)) <= tolerance:
+        return f"log-probs differ by {gap:.3g} nats"
+    norms = [0.0 if g is None else float(g.norm()) for g in expected.gradients]
+    bound = max(norms, default=0.0) * GRADIENT_TOLERANCE
+    for norm, got, gradient in zip(norms, found.gradients, expected.gradients, strict=True):
+        if gradient is None or norm == 0:
+            continue
+        if got is None:
+            return "a parameter of its attention gets no gradient"
+        if dtype.itemsize >= 4 and not float((got - gradient).norm()) <= bound:
+            return "gradients differ"
+    return ""
 
 
 def _gap(log_probs: Tensor, expected: Tensor) -> float:

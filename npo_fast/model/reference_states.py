@@ -9,13 +9,12 @@ head.safetensors             weight (V, D) and bias (V,)
 It is written a shard at a time and read through a memory map: neither holds all of it in memory.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -29,6 +28,7 @@ from torch import Tensor
 from npo_fast.data import Sources, TokenizedExample, data_fingerprint, pack
 from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
+from npo_fast.locks import CAN_LOCK, lock, locked
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_folder
 from npo_fast.ops.head import Head
@@ -128,25 +128,14 @@ class TemporaryFolder:
     def __init__(self) -> None:
         parent = Path(gettempdir())
         with locked(parent):  # a new folder has no lock yet and looks abandoned
-            for lock in parent.glob(f"{self.PREFIX}*/{LOCK}"):
-                with suppress(OSError), lock.open("a") as file:  # in use, or another user's
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(lock.parent)
+            for path in parent.glob(f"{self.PREFIX}*/{LOCK}") if CAN_LOCK else ():
+                with suppress(OSError), path.open("a") as file:  # in use, or another user's
+                    lock(file, wait=False)
+                    shutil.rmtree(path.parent)
             self._folder = TemporaryDirectory(prefix=self.PREFIX)
             self.path = Path(self._folder.name)
             self._lock = (self.path / LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Admits one process at a time for this folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+            lock(self._lock)
 
 
 def model_fingerprint(model: Any) -> str:

@@ -4,10 +4,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from npo_fast.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -40,6 +49,44 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves a tokenizer: the files it came from, byte for byte, unless it was changed since.
+
+    transformers would write them anew, with settings that the given ones do not have.
+    """
+    tokenizer.save_pretrained(folder)
+    name = tokenizer.name_or_path
+    files = {*TOKENIZER_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()}
+    given = {file: path for file in files if (path := _cached(name, file)) is not None}
+    if "tokenizer_config.json" not in given:
+        return
+    with TemporaryDirectory() as temporary:
+        try:
+            AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(temporary)
+        except (OSError, ValueError, KeyError):  # what cannot be read again was not the source
+            return
+        written = [p.relative_to(temporary) for p in Path(temporary).rglob("*") if p.is_file()]
+        for path in written:
+            ours = folder / path
+            if not ours.exists() or ours.read_bytes() != (temporary / path).read_bytes():
+                return
+    for path in written:
+        (folder / path).unlink()
+    for file, source in given.items():
+        shutil.copyfile(source, folder / file)
+
+
+def _cached(name: str, file: str) -> str | None:
+    """A file of a folder or of a hub repository that was downloaded; None where there is none."""
+    try:
+        return cached_file(
+            name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError):  # no such repository
+        return None
+
+
 def recover(folder: Path) -> None:
     """Restores the content of a folder whose replacement was cut off between two renames."""
     if not folder.exists() and old_of(folder).exists():
@@ -52,7 +99,9 @@ def old_of(folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
+    """Brings a file, or the names in a folder, to the disk; on Windows only what was closed is."""
+    if os.name == "nt":  # a folder cannot be opened there, nor a file that is only read be synced
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.layers import repeated_layers
 from npo_fast.ops.vocab_parallel import VocabularySlice, vocab_parallel_embedding
 
 
@@ -111,12 +112,6 @@ def _policy(module: nn.Module) -> MixedPrecisionPolicy:
     """Sums gradients in fp32 where weights are in half precision."""
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the list of modules with most of the weights (experts are in one)."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
 
 
 def _check_packs(lm: CausalLM) -> None:

@@ -21,7 +21,7 @@ from npo_fast.methods import Term, build_method
 from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.sharding import repeated_layers
+from npo_fast.model.layers import repeated_layers
 from npo_fast.ops.cost import Problem
 from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker

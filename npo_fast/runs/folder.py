@@ -11,7 +11,6 @@ model               the final model and tokenizer
 With LoRA each of these models is the adapter alone.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -26,9 +25,10 @@ import torch
 
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
+from npo_fast.locks import lock
 from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.save import recover, save_folder, sync
+from npo_fast.model.save import recover, save_folder, save_tokenizer, sync
 from npo_fast.model.sharding import gather_state_dict
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
@@ -158,8 +158,14 @@ class RunFolder:
         return self.folder / "checkpoints" / "best"
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
-        """Saves the final model and tokenizer; returns their folder."""
-        save_model(lm, tokenizer, self.folder / "model")
+        """Saves the final model and tokenizer, in the dtype they came in; returns their folder.
+
+        In memory the weights are rounded to it, so that they are those of the files.
+        """
+        dtype = lm.saved_dtype if lm.saved_dtype != lm.dtype and not lm.adapted else None
+        if dtype is not None:
+            lm.round_weights(dtype)
+        save_model(lm, tokenizer, self.folder / "model", dtype=dtype)
         return self.folder / "model"
 
     def note(self, **metadata: Any) -> None:
@@ -222,7 +228,7 @@ def _locked(folder: Path) -> TextIO:
     """``steps.jsonl``, to append to; the lock ends with the process, however that ends."""
     file = (folder / STEPS).open("a", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, wait=False)
     except BlockingIOError as error:
         file.close()
         raise UserError(
@@ -261,6 +267,7 @@ def save_model(
     folder: Path,
     more: Callable[[Path], object] | None = None,
     replace: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent.
 
@@ -272,8 +279,8 @@ def save_model(
 
     def write(where: Path) -> None:
         with no_progress_bars():
-            write_weights(lm, where, weights)
-        tokenizer.save_pretrained(where)
+            write_weights(lm, where, weights, dtype)
+        save_tokenizer(tokenizer, where)
         if more is not None:
             more(where)
 

@@ -79,7 +79,7 @@ class ModelSource:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name)
         rendering = replace(self.rendering, now=now or self.rendering.now or datetime.now())
-        network = getattr(self.in_memory, "model", self.in_memory)
+        network = self.in_memory.model if isinstance(self.in_memory, CausalLM) else self.in_memory
         config = getattr(network, "generation_config", None) or load_generation_config(self.name)
         return Template(
             self._tokenizer, max_length=self.options.max_length, rendering=rendering,

@@ -125,7 +125,11 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     training.emit("on_trained")
     if merge:
         merge_adapter(lm)
-    logger.info(f"model saved in {folder.save_model(lm, training.tokenizer)}")
+    path = folder.save_model(lm, training.tokenizer)
+    width = str(lm.saved_dtype).removeprefix("torch.")
+    rounded = f", rounded to {width} as it came (--dtype fp32 keeps fp32)"
+    is_narrower = lm.saved_dtype is not None and lm.saved_dtype.itemsize < lm.dtype.itemsize
+    logger.info(f"model saved in {path}{rounded if is_narrower and not lm.adapted else ''}")
     folder.note(final=dataclasses.asdict(record), **training.final_metadata)
 
 

@@ -1,0 +1,34 @@
+"""What the layers of a decoder are, by their structure."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+# what configurations call layers whose state runs on into the next sequence of a pack
+STATEFUL = re.compile("mamba|conv|linear|recurrent|ssm|delta|rwkv|lstm|hybrid|retention|compress")
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: the list of modules with most of the weights (experts are in one)."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
+
+
+def stateful_layers(model: Any, decoder: nn.Module) -> str:
+    """Which layers hand a state from token to token; empty where attention alone mixes tokens.
+
+    Recurrent, convolutional and linear-attention layers have no mask that keeps a pack apart.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if named := sorted({kind for kind in kinds or () if STATEFUL.search(kind)}):
+        return f"layers of {', '.join(named)}"
+    for layer in repeated_layers(decoder):
+        for module in layer.modules():
+            is_wide = isinstance(module, nn.Conv1d) and max(module.kernel_size) > 1
+            if is_wide or isinstance(module, nn.RNNBase | nn.RNNCellBase):
+                return f"layers with {type(module).__name__}"
+    if not kinds and any(getattr(m, "_is_stateful", False) for m in model.modules()):
+        return "recurrent layers"
+    return ""
