@@ -141,6 +141,8 @@ MEASURES = {  # by key, in the order of ``summary``
     for measure in (
         Measure("model_utility", "model utility", lambda result, _: model_utility(result),
                 _UTILITY, direction=1, in_report=True),
+        Measure("model_utility_arithmetic", "model utility, arithmetic truth ratio",
+                lambda result, _: model_utility(result, arithmetic=True), _UTILITY),
         *_tofu("retain"),
         Measure("retain.truth_ratio", "retain truth ratio",
                 lambda result, _: knowledge_ratio(result[RETAIN]),

@@ -132,6 +132,8 @@ def test_a_retrained_log_that_cannot_be_used_is_refused_first(home, tmp_path, ca
         ("她于1990年出生", "她于1991年出生", 5 / 6),
         ("वह दिल्ली में रहती है", "वह दिल्ली में रहता है", 0.8),
         ("की", "का", 0.0),
+        ("क ख", "क \u093f ख", 1.0),  # a vowel sign after a space belongs to no letter
+        ("क ख", "कि ख", 0.5),
         ("She lives in Rome.", "she living at rome", 0.75),
         ("Jaime Vásquez wrote it", "Jaime Vasquez wrote it", 0.6),  # TOFU's: v, squez
     ],
