@@ -29,6 +29,7 @@ AGGREGATED = "eval_log_aggregated.json"
 UTILITY_SETS = {"retain": RETAIN, "real authors": REAL_AUTHORS, "world facts": WORLD_FACTS}
 LOGS = (*UTILITY_SETS.values(), FORGET, HOLDOUT)
 TRUTH_RATIO_COLUMNS = ("avg_paraphrased_loss", "average_perturb_loss")
+CONVENTIONS = "conventions"  # the entry of a log that is no column: ``Conventions.entry``
 
 Log = Mapping[str, Any]  # column -> values by example
 Result = Mapping[str, Log]  # file name -> log
@@ -74,10 +75,14 @@ def log_of(result: Result, file: str) -> Log:
 def select(log: Log, examples: Iterable[int]) -> dict[str, Any]:
     """Returns the log of these examples, in the order given."""
     examples = list(examples)
-    return {
-        name: [values[str(i)] if isinstance(values, Mapping) else values[i] for i in examples]
-        for name, values in log.items()
-    }
+    selected = {}
+    for name, values in log.items():
+        if name != CONVENTIONS:
+            values = [
+                values[str(i)] if isinstance(values, Mapping) else values[i] for i in examples
+            ]
+        selected[name] = values
+    return selected
 
 
 def load_result(path: str | Path) -> dict[str, Log]:

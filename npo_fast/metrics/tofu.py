@@ -28,8 +28,8 @@ def truth_ratio(log: Log, arithmetic: bool = False) -> Array:  # (S,)
     locuslab/tofu, in the NPO paper's code and in open-unlearning.
 
     Args:
-        arithmetic: take the mean of the probabilities, which is never smaller, as in equation 1 of
-            TOFU's paper and in ``utils.py`` of locuslab/tofu, for model utility alone.
+        arithmetic: take the mean of the probabilities, which is never smaller, as ``utils.py`` of
+            locuslab/tofu does for model utility (its forget quality has geometric means too).
     """
     paraphrased = column(log, "avg_paraphrased_loss")
     wrong = column(log, "average_perturb_loss")
