@@ -22,6 +22,7 @@ from npo_fast.validation import Bound, Checked
 
 LOWEST_SHARE = {"papers": 0.2, "open-unlearning": 0.4}  # k of min-k %, where none is named
 SMALLEST_STD = 1e-3  # lower bound; a smaller std, of a one-token distribution, is fp32 noise
+Memorization = Literal["papers", "open-unlearning"]
 Share = Annotated[float | None, Bound("above 0 and at most 1", lambda share: 0 < share <= 1)]
 _Score = Callable[..., Array]
 
@@ -30,7 +31,7 @@ _Score = Callable[..., Array]
 class Conventions(Checked):
     """How exact memorization, extraction strength, min-k and min-k++ are counted."""
 
-    memorization: Literal["papers", "open-unlearning"] = "papers"
+    memorization: Memorization = "papers"
     """"open-unlearning" counts as that code does: without the closing end-of-sequence token, an
     extraction strength of at least 1 / tokens, a min-k share of 0.4."""
     min_k_share: Share = None
