@@ -133,8 +133,8 @@ def read(content: Metrics, name: str) -> dict[str, Log]:
         result[HOLDOUT] = reader.log(holdout)
     if not result:
         raise UserError(
-            f"{name} has open-unlearning's form and none of TOFU's metrics: it holds "
-            f"{', '.join(sorted(content))}"
+            f"{name} has open-unlearning's form and none of TOFU's metrics with values by example: "
+            f"it holds {', '.join(sorted(content))}"
         )
     if unread := sorted(content.keys() - reader.used - {*_DERIVED}):
         logger.info(f"{name}: not read: {', '.join(unread)}")
