@@ -149,15 +149,17 @@ class _Reader:
         self.content, self.name = content, name
         self.used: set[str] = set()
 
-    def values(self, metric: str, key: str, split: str | None = None) -> dict[int, Any]:
+    def values(
+        self, metric: str, key: str, split: str | None = None, optional: bool = False
+    ) -> dict[int, Any]:
         """A value by example; empty where the file lacks the metric, or some of its values."""
-        if metric not in self.content:
-            return {}
-        entry = self.content[metric]
+        entry = self.content.get(metric, {})
         rows = (entry.get(split, {}) if split else entry).get("value_by_index")
         if rows is None:  # a mean alone
             return {}
         try:
+            if optional and not all(key in row for row in rows.values()):
+                return {}
             values = {int(index): row[key] for index, row in rows.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -182,13 +184,10 @@ class _Reader:
             "average_perturb_loss": self.values(f"{part}_Q_A_PERT_Prob", "avg_loss"),
         }
         metric = f"{part}_Q_A_ROUGE"
-        rows = self.content.get(metric, {}).get("value_by_index") or {}
-        some: Mapping[str, Any] = next(iter(rows.values()), {})
         for key in _ROUGE:
-            if key in some:
-                columns[key] = self.values(metric, key)
-        if set(_TEXTS) <= set(some):
-            texts = [self.values(metric, key) for key in _TEXTS]
+            columns[key] = self.values(metric, key, optional=key != "rougeL_recall")
+        texts = [self.values(metric, key, optional=True) for key in _TEXTS]
+        if all(texts):
             columns["generated_text"] = {i: [each[i] for each in texts] for i in texts[0]}
         if part == "forget":
             columns |= {name: self.values(name, "score") for name in _MEMORIZATION}
@@ -277,12 +276,12 @@ def _set_metrics(log: Log, part: str) -> dict[str, Any]:
     losses = {name: column(log, name) for name in _LOSSES.values() if name in log}
     right, paraphrased, wrong = (losses.get(name) for name in _LOSSES.values())
     for name, key in _LOSSES.items():
-        if key not in losses or (part in ("ra", "wf") and name == "PARA_Prob" and (
-            right is not None and np.array_equal(losses[key], right)  # their code takes the answer
-        )):  # fmt: skip
-            continue
-        prob = np.exp(-losses[key])
-        metrics[f"{part}_Q_A_{name}"] = _metric(prob.mean(), prob=prob, avg_loss=losses[key])
+        if key in losses:
+            prob = np.exp(-losses[key])
+            metrics[f"{part}_Q_A_{name}"] = _metric(prob.mean(), prob=prob, avg_loss=losses[key])
+    same = right is not None and paraphrased is not None and np.array_equal(paraphrased, right)
+    if same and part in ("ra", "wf"):
+        del metrics[f"{part}_Q_A_PARA_Prob"]  # their code takes the answer itself
     if part in ("ra", "wf") and right is not None and wrong is not None:
         prob = np.exp(-right)
         prob = prob / (prob + np.exp(-wrong).sum(axis=1) + _EPSILON)
@@ -335,9 +334,10 @@ def _comparisons(metrics: Metrics, retrained: Result) -> dict[str, Any]:
     compared: dict[str, Any] = {}
     ratio, attack = _TRUTH_RATIO["forget"], "mia_min_k"
     if ratio in metrics and ratio in theirs:
-        scores = ([row["score"] for row in each[ratio]["value_by_index"].values()]
-                  for each in (metrics, theirs))  # fmt: skip
-        compared["forget_quality"] = {"agg_value": float(ks_2samp(*scores).pvalue)}
+        rows, others = (each[ratio]["value_by_index"].values() for each in (metrics, theirs))
+        if len(rows) == len(others):
+            scores = ([row["score"] for row in each] for each in (rows, others))
+            compared["forget_quality"] = {"agg_value": float(ks_2samp(*scores).pvalue)}
     if attack in metrics and attack in theirs:
         ours, reference = (1 - each[attack]["auc"] for each in (metrics, theirs))
         leak = 100 * (ours - reference) / (reference + _EPSILON)
@@ -353,9 +353,9 @@ def _say_what_is_lost(result: Result, metrics: Metrics) -> None:
         by_others += [n for m, (_, n) in _ATTACKS.items() if n in log and m not in metrics]
     if by_others:
         logger.warning(
-            f"{EVAL} is without {', '.join(by_others)}, counted by the conventions "
-            f"{conventions_of(log, min_k=True) or 'of papers'!r}: evaluate with --memorization "
-            "open-unlearning to have them"
+            f"{EVAL} is without {', '.join(by_others)}, which are counted otherwise than there "
+            f"({conventions_of(log, min_k=True) or 'papers'}): evaluate with --memorization "
+            "open-unlearning and no --min-k-share to have them"
         )
     kept = {*_LOSSES.values(), *_ROUGE, *_MEMORIZATION, "generated_text", CONVENTIONS}
     kept |= {name for _, name in _ATTACKS.values()} if HOLDOUT in result else set()
