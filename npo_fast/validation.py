@@ -75,8 +75,7 @@ def check_output(
 
 
 def with_checked_keywords(function: Function) -> Function:
-    """Decorates a function whose keywords are checked where the annotation names classes or
-    choices."""
+    """Decorates a function whose keywords are checked where annotations name classes, choices."""
     parameters = inspect.signature(function).parameters
     kinds = {name: _kinds(parameter.annotation) for name, parameter in parameters.items()}
     plain = {name for name in kinds if all(map(_can_be_checked, kinds[name]))}

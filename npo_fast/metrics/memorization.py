@@ -84,10 +84,12 @@ def conventions_of(log: Log, min_k: bool) -> str:
         min_k: whether the share of min-k matters.
     """
     entry = log.get(CONVENTIONS, Conventions().entry())
-    if not isinstance(entry, dict) or set(entry) != set(Conventions().entry()):
-        raise UserError(f"the log's {CONVENTIONS!r} are damaged: {entry!r}")
-    name, share = entry["memorization"], entry["min_k_share"]
-    words = [name] * (name != "papers")
+    try:
+        given = Conventions(**entry)
+    except (TypeError, UserError) as error:
+        raise UserError(f"the log's {CONVENTIONS!r} are damaged: {error}") from error
+    name, share = given.memorization, given.min_k_share
+    words: list[str] = [name] * (name != "papers")
     if min_k and share != LOWEST_SHARE.get(name):
         words.append("k not recorded" if share is None else f"k = {share:g}")
     return ", ".join(words)

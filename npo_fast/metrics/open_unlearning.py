@@ -54,6 +54,7 @@ from npo_fast.metrics.memorization import (
     conventions_of,
     membership_scores,
 )
+from npo_fast.metrics.tofu import wrong_losses
 
 logger = logging.getLogger(__name__)
 
@@ -274,6 +275,8 @@ def _set_metrics(log: Log, part: str) -> dict[str, Any]:
     """Probabilities, truth ratios and ROUGE of a set."""
     metrics: dict[str, Any] = {}
     losses = {name: column(log, name) for name in _LOSSES.values() if name in log}
+    if "average_perturb_loss" in losses:
+        losses["average_perturb_loss"] = wrong_losses(log)
     right, paraphrased, wrong = (losses.get(name) for name in _LOSSES.values())
     for name, key in _LOSSES.items():
         if key in losses:

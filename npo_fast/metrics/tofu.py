@@ -7,6 +7,16 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.logs import FORGET, RETAIN, UTILITY_SETS, Array, Log, Result, column, log_of
 
 
+def wrong_losses(log: Log) -> Array:  # (S, W)
+    """Returns the mean loss a token of each wrong answer; one alone may be a number in the log.
+
+    Raises:
+        UserError: as ``column``.
+    """
+    losses = column(log, "average_perturb_loss")
+    return losses.reshape(len(losses), -1)
+
+
 def probability(log: Log, options: bool = False) -> Array:  # (S,)
     """Returns ``P(answer | question)^(1 / tokens)`` of each example.
 
@@ -15,7 +25,7 @@ def probability(log: Log, options: bool = False) -> Array:  # (S,)
     right = np.exp(-column(log, "avg_gt_loss"))
     if not options:
         return right
-    wrong = np.exp(-column(log, "average_perturb_loss"))
+    wrong = np.exp(-wrong_losses(log))
     total = right + wrong.sum(axis=-1)
     return np.divide(right, total, out=np.zeros_like(right), where=total > 0)
 
@@ -32,7 +42,7 @@ def truth_ratio(log: Log, arithmetic: bool = False) -> Array:  # (S,)
             locuslab/tofu does for model utility (its forget quality has geometric means too).
     """
     paraphrased = column(log, "avg_paraphrased_loss")
-    wrong = column(log, "average_perturb_loss")
+    wrong = wrong_losses(log)
     with np.errstate(over="ignore"):
         if arithmetic:
             return np.exp(paraphrased[:, np.newaxis] - wrong).mean(axis=-1)

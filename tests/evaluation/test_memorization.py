@@ -191,6 +191,9 @@ def test_labels_tell_conventions_apart_that_cannot_be_compared(tiny):
         metrics.summary(mixed)
     unknown = {CONVENTIONS: {"memorization": "open-unlearning", "min_k_share": None}}
     assert conventions_of(unknown, min_k=True) == "open-unlearning, k not recorded"
+    for damaged in (3, {"memorization": "mine"}, {"min_k": 0.2}):
+        with pytest.raises(UserError, match="'conventions' are damaged"):
+            conventions_of({CONVENTIONS: damaged}, min_k=True)
 
 
 def test_kl_to_the_reference_is_that_of_the_full_logits(tiny):

@@ -60,6 +60,13 @@ def test_an_arithmetic_truth_ratio_is_of_the_mean_probability():
     assert metrics.truth_ratio(log)[0] == pytest.approx(math.sqrt(1 / 4 * 1) / (1 / 2))
 
 
+def test_one_wrong_answer_may_be_a_number():
+    log = {"avg_gt_loss": [0.1, 3.0], "avg_paraphrased_loss": [0.1, 3.0]}
+    listed, plain = ({**log, "average_perturb_loss": each} for each in ([[4.0], [1.0]], [4.0, 1.0]))
+    for measure in (metrics.truth_ratio, lambda log: metrics.probability(log, options=True)):
+        np.testing.assert_array_equal(measure(plain), measure(listed))
+
+
 def test_options_normalise_the_probability():
     log = {"avg_gt_loss": [math.log(2)], "average_perturb_loss": [[math.log(4), math.log(4)]]}
     assert metrics.probability(log)[0] == pytest.approx(0.5)
