@@ -75,10 +75,10 @@ def check_output(
 
 
 def with_checked_keywords(function: Function) -> Function:
-    """Decorates a function whose keywords are checked where the annotation names classes."""
+    """Decorates a function whose keywords are checked where annotations name classes, choices."""
     parameters = inspect.signature(function).parameters
     kinds = {name: _kinds(parameter.annotation) for name, parameter in parameters.items()}
-    plain = {name for name in kinds if all(map(_is_class, kinds[name]))}
+    plain = {name for name in kinds if all(map(_can_be_checked, kinds[name]))}
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
@@ -104,7 +104,9 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
-def _is_class(kind: Any) -> bool:
+def _can_be_checked(kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return True
     return isinstance(kind, type) and typing.get_origin(kind) is None and kind is not Any
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from npo_fast.errors import UserError
+from npo_fast.metrics.memorization import Memorization
 from npo_fast.validation import Bound, Checked, PositiveInt
 
 
@@ -21,6 +22,8 @@ class AttackOptions(Checked):
     """Neighbouring weights of an output channel that share a scale."""
     max_new_tokens: PositiveInt = 128
     """Longest answer."""
+    memorization: Memorization = "papers"
+    """Conventions of exact memorization and extraction strength, as in npo-fast evaluate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

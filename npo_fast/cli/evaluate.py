@@ -9,6 +9,7 @@ import tyro
 from npo_fast import tables
 from npo_fast.cli.console import Output
 from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.metrics import LogForm, examples_in
 from npo_fast.runs.options import AnswersWithLoss, ModelOptions
 
 
@@ -31,7 +32,9 @@ class DataOptions:
     retrained: Path | None = None
     """Log of the model trained without the forget set: forget quality compares with it."""
     output: Path | None = None
-    """Folder for TOFU's log files."""
+    """Folder for the log files."""
+    log_format: LogForm = "tofu"
+    """Form of the files in --output: TOFU's, or open-unlearning's TOFU_EVAL.json. Both are read."""
     overwrite: bool = False
     """Replace the logs that are in the output folder."""
     no_utility: bool = False
@@ -69,7 +72,7 @@ def run(command: Command) -> Output:
     return Output(
         {
             "metrics": scores,
-            "examples": {name: len(log["avg_gt_loss"]) for name, log in scores.logs.items()},
+            "examples": {name: examples_in(log) for name, log in scores.logs.items()},
         },
         tables.plain(scores.items(), ("measure", "value")),
     )

@@ -12,13 +12,7 @@ from npo_fast.data import PackedBatch, Record, Template, TokenizedExample, pack
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import TokenizedSet, tokenize_set
 from npo_fast.evaluation.tokens import TokenScores, token_scores
-from npo_fast.metrics import HOLDOUT
-from npo_fast.metrics.memorization import (
-    exact_memorization,
-    extraction_strength,
-    min_k,
-    min_k_plus_plus,
-)
+from npo_fast.metrics.logs import CONVENTIONS, HOLDOUT
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
 from npo_fast.model.reference_states import ReferenceStates
@@ -26,7 +20,7 @@ from npo_fast.ops import segment_sum
 from npo_fast.ops.linear_kl import divergences
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-Columns = dict[str, list[Any]]
+Columns = dict[str, Any]  # lists, and the conventions that they follow
 
 
 @torch.no_grad()
@@ -43,7 +37,8 @@ def evaluate(
     Losses are sums and means of the negative log-prob of answer tokens, the closing
     end-of-sequence token among them. Where a record has no paraphrase, its answer takes the place,
     as in TOFU's real authors and world facts. ROUGE is the recall of the greedy answer
-    (``rouge_scorer``). Logs also have the columns of ``npo_fast.metrics.memorization``.
+    (``rouge_scorer``). Logs also have the columns of ``npo_fast.metrics.memorization``, and the
+    conventions of ``settings`` that these follow.
 
     Args:
         suite: records by log name, plain or from ``tokenize_suite``, which tokenises them once for
@@ -108,18 +103,24 @@ class _Evaluation:
         answers = [by_index[i] for i in range(len(by_index))]
         tokens = [len(answer.log_probs) for answer in answers]
         losses = [-float(answer.log_probs.sum()) for answer in answers]
+        memorization = [
+            self.settings.columns(
+                answer.greedy, answer.log_probs, answer.mean, answer.std, self.is_closed(example)
+            )
+            for answer, example in zip(answers, self.tokens.answers, strict=True)
+        ]
         return {
             "gt_loss": losses,
             "num_token_gt": tokens,
             "avg_gt_loss": [loss / n for loss, n in zip(losses, tokens, strict=True)],
-            "exact_memorization": [exact_memorization(answer.greedy) for answer in answers],
-            "extraction_strength": [extraction_strength(answer.greedy) for answer in answers],
-            "min_k": [min_k(answer.log_probs) for answer in answers],
-            "min_k_plus_plus": [
-                min_k_plus_plus(answer.log_probs, answer.mean, answer.std) for answer in answers
-            ],
+            **{name: [values[name] for values in memorization] for name in memorization[0]},
             "zlib_bytes": [len(zlib.compress(r.answer.encode())) for r in self.tokens.records],
+            CONVENTIONS: self.settings.entry(),
         }
+
+    def is_closed(self, example: TokenizedExample) -> bool:
+        """Whether the answer ends in the token that ends a turn: it was not cut before."""
+        return example.input_ids[-1] == self.tokenizer.eos_token_id
 
     def comparison_columns(self, log: Columns) -> Columns:
         """Losses of paraphrased and wrong answers, beside those of right answers in ``log``."""
@@ -180,6 +181,7 @@ class _Evaluation:
         return {
             "rouge1_recall": [score["rouge1"].recall for score in scores],
             "rougeL_recall": [score["rougeL"].recall for score in scores],
+            "rougeL_f1": [score["rougeL"].fmeasure for score in scores],
             "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
             "ending": endings,
         }

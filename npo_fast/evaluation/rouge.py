@@ -15,23 +15,25 @@ _UNSPACED = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
 def words(text: str) -> list[str]:
     """Splits into runs of letters, digits and their marks.
 
-    Each letter of a script without spaces is a word by itself.
+    Each letter of a script without spaces is a word by itself. A mark that follows no letter or
+    digit is in no word.
     """
     runs: list[str] = []
-    in_run = False
+    in_run = in_word = False
     for character in unicodedata.normalize("NFC", text.lower()):
         category = unicodedata.category(character)[0]
-        if category == "M" and runs:  # a vowel sign or accent of the letter before
-            runs[-1] += character
+        if category == "M":  # a vowel sign or accent of the letter before
+            if in_word:
+                runs[-1] += character
         elif category in "LN":
             unspaced = _UNSPACED.match(character) is not None
             if in_run and not unspaced:
                 runs[-1] += character
             else:
                 runs.append(character)
-            in_run = not unspaced
+            in_run, in_word = not unspaced, True
         else:
-            in_run = False
+            in_run = in_word = False
     return runs
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from npo_fast.validation import Checked, PositiveInt
+from npo_fast.metrics.memorization import Conventions
+from npo_fast.validation import PositiveInt
 
 
 @dataclass(frozen=True)
-class EvaluationSettings(Checked):
-    """How to evaluate: speed and the length of answers. Losses do not depend on it."""
+class EvaluationSettings(Conventions):
+    """How to evaluate: speed, the length of answers, conventions. Losses do not depend on it."""
 
     micro_batch_tokens: PositiveInt = 4096
     """Tokens that go through the model at a time."""

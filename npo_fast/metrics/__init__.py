@@ -1,9 +1,18 @@
 """Measures of unlearning: per-example logs in, numbers out. Needs numpy and scipy only.
 
-``logs`` reads and writes TOFU's log files, ``tofu`` has TOFU's formulas, ``memorization`` those of
-memorization and membership inference, and ``measures`` is the registry of every measure.
+``logs`` are in memory, ``files`` on disk, in TOFU's form or open-unlearning's. ``tofu`` has TOFU's
+formulas, ``memorization`` those of memorization and membership inference, and ``measures`` is the
+registry of every measure.
 """
 
+from npo_fast.metrics.files import (
+    LOG_FILES,
+    LogForm,
+    holds_logs,
+    load_result,
+    retrained_log,
+    save_result,
+)
 from npo_fast.metrics.logs import (
     AGGREGATED,
     FORGET,
@@ -14,11 +23,10 @@ from npo_fast.metrics.logs import (
     WORLD_FACTS,
     Log,
     Result,
+    check_comparable,
     column,
+    examples_in,
     has_truth_ratio,
-    load_result,
-    retrained_log,
-    save_result,
     select,
 )
 from npo_fast.metrics.measures import MEASURES, kl_to_reference, summary
@@ -35,9 +43,10 @@ from npo_fast.metrics.tofu import (
 )
 
 __all__ = [
-    "AGGREGATED", "FORGET", "HOLDOUT", "LOGS", "MEASURES", "REAL_AUTHORS", "RETAIN",
-    "WORLD_FACTS", "Log", "Result", "column", "forget_quality", "forget_truth_ratio",
-    "has_truth_ratio", "kl_to_reference", "knowledge_ratio", "load_result", "membership_auc",
-    "model_utility", "probability", "retrained_log", "rouge_l_recall", "save_result", "select",
-    "summary", "truth_ratio", "utility_terms",
+    "AGGREGATED", "FORGET", "HOLDOUT", "LOGS", "LOG_FILES", "MEASURES", "REAL_AUTHORS", "RETAIN",
+    "WORLD_FACTS", "Log", "LogForm", "Result", "check_comparable", "column", "examples_in",
+    "forget_quality", "forget_truth_ratio", "has_truth_ratio", "holds_logs", "kl_to_reference",
+    "knowledge_ratio", "load_result", "membership_auc", "model_utility", "probability",
+    "retrained_log", "rouge_l_recall", "save_result", "select", "summary", "truth_ratio",
+    "utility_terms",
 ]  # fmt: skip

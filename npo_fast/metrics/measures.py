@@ -24,7 +24,7 @@ from npo_fast.metrics.logs import (
     Result,
     column,
 )
-from npo_fast.metrics.memorization import ATTACKS, membership_auc
+from npo_fast.metrics.memorization import ATTACKS, attack_auc, conventions_of
 from npo_fast.metrics.tofu import (
     forget_quality,
     forget_truth_ratio,
@@ -42,6 +42,8 @@ _SOURCES = {  # what fills a log or a column, in words
     **dict.fromkeys(TRUTH_RATIO_COLUMNS, "wrong answers"),
     "rougeL_recall": "generated answers",
 }
+_ALWAYS = ("avg_gt_loss",)  # columns that every evaluation of npo_fast has
+_BY_CONVENTION = ("exact_memorization", "extraction_strength")  # as min-k is, see ``Conventions``
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Measure:
     compute: Callable[[Result, Result], float]
     """Takes a result and the result of the retrained model."""
     needs: Mapping[str, tuple[str, ...]]
-    """The logs it is computed from, each with the columns it needs beside ``avg_gt_loss``."""
+    """The logs it is computed from, each with the columns it needs."""
     needs_retrained: bool = False
+    """Whether it needs the same columns of the retrained model's logs."""
     direction: int = 0
     """+1: higher is better, -1: lower is better, 0: ``summary`` has it, evaluations.jsonl not."""
     in_report: bool = False
@@ -64,10 +67,20 @@ class Measure:
 
     def available(self, result: Result, retrained: Result | None) -> bool:
         """Whether the logs hold what the measure needs."""
-        return (retrained is not None or not self.needs_retrained) and all(
-            file in result and all(name in result[file] for name in columns)
+        compared = [retrained or {}] if self.needs_retrained else []
+        return all(
+            file in logs and all(name in logs[file] for name in columns)
+            for logs in (result, *compared)
             for file, columns in self.needs.items()
         )
+
+    def label_of(self, result: Result) -> str:
+        """The label, with the conventions of these logs where they matter and are not the usual."""
+        file, columns = next(iter(self.needs.items()))
+        min_k = any(name.startswith("min_k") for name in columns)
+        counted = min_k or any(name in _BY_CONVENTION for name in columns)
+        conventions = conventions_of(result[file], min_k) if counted else ""
+        return f"{self.label} ({conventions})" if conventions else self.label
 
     @property
     def better(self) -> str:
@@ -79,7 +92,8 @@ class Measure:
     def requirement(self) -> str:
         """What the user has to give to get the measure, in words."""
         sources = ["--retrained"] * self.needs_retrained + [_SOURCES[file] for file in self.needs]
-        names = [_SOURCES.get(name, name) for columns in self.needs.values() for name in columns]
+        columns = (name for names in self.needs.values() for name in names if name not in _ALWAYS)
+        names = [_SOURCES.get(name, name) for name in columns]
         with_columns = f" with {' and '.join(dict.fromkeys(names))}" if names else ""
         return ", ".join([*sources[:-2], " and ".join(sources[-2:])]) + with_columns
 
@@ -99,7 +113,7 @@ def _of_log(
     part: str,  # "forget" or "retain"
     name: str,
     label: str,
-    needs: str = "",  # a column
+    needs: str,  # a column
     formula: Callable[[Log], float] | None = None,
     recorded: bool = True,
     in_report: bool = False,
@@ -109,13 +123,13 @@ def _of_log(
     formula = formula or (lambda log: float(column(log, needs).mean()))
     return Measure(
         f"{part}.{name}", f"{part} {label}", lambda result, _: formula(result[file]),
-        {file: (needs,) if needs else ()}, direction=direction * recorded, in_report=in_report,
+        {file: (needs,)}, direction=direction * recorded, in_report=in_report,
     )  # fmt: skip
 
 
 def _tofu(part: str) -> tuple[Measure, ...]:
     return (
-        _of_log(part, "probability", "probability", in_report=True,
+        _of_log(part, "probability", "probability", "avg_gt_loss", in_report=True,
                 formula=lambda log: float(probability(log).mean())),
         _of_log(part, "rouge_l_recall", "ROUGE-L", "rougeL_recall", in_report=True),
     )  # fmt: skip
@@ -139,16 +153,21 @@ def _utility_term(term: str) -> Measure:
 def _membership_auc(attack: str) -> Measure:
     return Measure(
         f"membership_auc.{attack}", f"membership AUC, {attack}",
-        lambda result, _: membership_auc(result)[attack], {FORGET: (), HOLDOUT: ()},
+        lambda result, _: attack_auc(result, attack),
+        dict.fromkeys((FORGET, HOLDOUT), ATTACKS[attack][0]),
     )  # fmt: skip
 
 
-_UTILITY = dict.fromkeys(UTILITY_SETS.values(), (*TRUTH_RATIO_COLUMNS, "rougeL_recall"))
+_UTILITY = dict.fromkeys(
+    UTILITY_SETS.values(), ("avg_gt_loss", *TRUTH_RATIO_COLUMNS, "rougeL_recall")
+)
 MEASURES = {  # by key, in the order of ``summary``
     measure.key: measure
     for measure in (
         Measure("model_utility", "model utility", lambda result, _: model_utility(result),
                 _UTILITY, direction=1, in_report=True),
+        Measure("model_utility_arithmetic", "model utility, arithmetic truth ratio",
+                lambda result, _: model_utility(result, arithmetic=True), _UTILITY),
         *_tofu("retain"),
         Measure("retain.truth_ratio", "retain truth ratio",
                 lambda result, _: knowledge_ratio(result[RETAIN]),
@@ -175,9 +194,9 @@ REPORTED = [measure for measure in RECORDED.values() if measure.in_report]
 
 
 def summary(result: Result, retrained: Result | None = None) -> dict[str, float]:
-    """Returns every measure that the logs allow, by label."""
+    """Returns every measure that the logs allow, by ``Measure.label_of`` the logs."""
     return {
-        measure.label: measure.compute(result, retrained or {})
+        measure.label_of(result): measure.compute(result, retrained or {})
         for measure in MEASURES.values()
         if measure.available(result, retrained)
     }

@@ -3,18 +3,96 @@
 The formulas over one answer take teacher-forced tokens: the log-prob ``l_t`` of each token, and
 whether it is *greedy*, the argmax of the model's distribution. The other formulas compare sets of
 answers.
+
+Two conventions are around (``Conventions``), and their numbers cannot be compared: logs say which
+one they follow, and labels of measures say where it is not the usual one.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import mannwhitneyu
 
-from npo_fast.metrics.logs import FORGET, HOLDOUT, Array, Result, column, log_of
+from npo_fast.errors import UserError
+from npo_fast.metrics.logs import CONVENTIONS, FORGET, HOLDOUT, Array, Log, Result, column, log_of
+from npo_fast.validation import Bound, Checked
 
-LOWEST_SHARE = 0.2  # the k of min-k %: the share of tokens that its paper settles on
+LOWEST_SHARE = {"papers": 0.2, "open-unlearning": 0.4}  # k of min-k %, where none is named
 SMALLEST_STD = 1e-3  # lower bound; a smaller std, of a one-token distribution, is fp32 noise
-ATTACKS = ("loss", "zlib", "min-k", "min-k++")
-MEMBERSHIP = ("avg_gt_loss", "zlib_bytes", "min_k", "min_k_plus_plus")  # columns, one an attack
+Memorization = Literal["papers", "open-unlearning"]
+Share = Annotated[float | None, Bound("above 0 and at most 1", lambda share: 0 < share <= 1)]
+_Score = Callable[..., Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions(Checked):
+    """How exact memorization, extraction strength, min-k and min-k++ are counted."""
+
+    memorization: Memorization = "papers"
+    """"open-unlearning" counts as that code does: without the closing end-of-sequence token, an
+    extraction strength of at least 1 / tokens, a min-k share of 0.4."""
+    min_k_share: Share = None
+    """Share of an answer's tokens in min-k and min-k++ (the least likely); else the papers' 0.2."""
+
+    @property
+    def share(self) -> float:
+        """The share of min-k, whether it was named or not."""
+        return self.min_k_share or LOWEST_SHARE[self.memorization]
+
+    def columns(
+        self,
+        greedy: ArrayLike,  # (T,) bool
+        log_probs: ArrayLike,  # (T,)
+        mean: ArrayLike,  # (T,) of log p(v) over the vocabulary, v ~ p
+        std: ArrayLike,  # (T,) of the same
+        closed: bool,
+    ) -> dict[str, float]:
+        """Returns the values of one answer by column.
+
+        Args:
+            closed: whether the last token is the one that ends the answer.
+        """
+        arrays = [np.asarray(values) for values in (greedy, log_probs, mean, std)]
+        if self.memorization == "open-unlearning" and closed and len(arrays[0]) > 1:
+            arrays = [values[:-1] for values in arrays]
+        greedy, log_probs, mean, std = arrays
+        strength = extraction_strength(greedy)
+        if self.memorization == "open-unlearning":
+            strength = max(strength, 1 / len(greedy))
+        return {
+            "exact_memorization": exact_memorization(greedy),
+            "extraction_strength": strength,
+            "min_k": min_k(log_probs, self.share),
+            "min_k_plus_plus": min_k_plus_plus(log_probs, mean, std, self.share),
+        }
+
+    def entry(self) -> dict[str, Any]:
+        """What a log says of its conventions, under the key ``CONVENTIONS``."""
+        return {"memorization": self.memorization, "min_k_share": self.share}
+
+
+def conventions_of(log: Log, min_k: bool) -> str:
+    """Returns the conventions of a log in words, empty for the usual ones.
+
+    A log without the entry ``CONVENTIONS`` follows the usual ones; a ``min_k_share`` of None is one
+    that the log's source does not tell.
+
+    Args:
+        min_k: whether the share of min-k matters.
+    """
+    entry = log.get(CONVENTIONS, Conventions().entry())
+    try:
+        given = Conventions(**entry)
+    except (TypeError, UserError) as error:
+        raise UserError(f"the log's {CONVENTIONS!r} are damaged: {error}") from error
+    name, share = given.memorization, given.min_k_share
+    words: list[str] = [name] * (name != "papers")
+    if min_k and share != LOWEST_SHARE.get(name):
+        words.append("k not recorded" if share is None else f"k = {share:g}")
+    return ", ".join(words)
 
 
 def exact_memorization(greedy: ArrayLike) -> float:  # (T,) bool
@@ -38,7 +116,7 @@ def extraction_strength(greedy: ArrayLike) -> float:  # (T,) bool
     return 1 - prefix / len(greedy)
 
 
-def min_k(log_probs: ArrayLike, share: float = LOWEST_SHARE) -> float:  # (T,)
+def min_k(log_probs: ArrayLike, share: float = LOWEST_SHARE["papers"]) -> float:  # (T,)
     """Returns the mean of the lowest ``share`` of log-probs. Source: arXiv 2310.16789, eq. 1."""
     log_probs = np.asarray(log_probs, dtype=np.float64)
     count = max(1, int(share * len(log_probs)))
@@ -49,7 +127,7 @@ def min_k_plus_plus(
     log_probs: ArrayLike,  # (T,)
     mean: ArrayLike,  # (T,) of log p(v) over the vocabulary, v ~ p
     std: ArrayLike,  # (T,) of the same
-    share: float = LOWEST_SHARE,
+    share: float = LOWEST_SHARE["papers"],
 ) -> float:
     """Returns the mean of the lowest ``share`` of ``(l_t - mean_t) / std_t``.
 
@@ -70,30 +148,44 @@ def roc_auc(members: ArrayLike, others: ArrayLike) -> float:  # (M,), (N,)
     return float(above / (len(members) * len(others)))
 
 
-def membership_scores(
-    losses: ArrayLike,  # (S,) mean negative log-prob a token
-    zlib_bytes: ArrayLike,  # (S,) length of the compressed answer
-    min_k: ArrayLike,  # (S,)
-    min_k_plus_plus: ArrayLike,  # (S,)
-) -> dict[str, Array]:  # (S,) by attack
-    """Returns the score of each attack, higher for a text that looks trained on.
+ATTACKS: dict[str, tuple[tuple[str, ...], _Score]] = {  # columns, and the score from them
+    "loss": (("avg_gt_loss",), np.negative),  # arXiv 1709.01604
+    "zlib": (("avg_gt_loss", "zlib_bytes"), lambda loss, size: -loss / size),  # arXiv 2012.07805
+    "min-k": (("min_k",), np.asarray),
+    "min-k++": (("min_k_plus_plus",), np.asarray),
+}
 
-    The negative loss (arXiv 1709.01604), the negative loss over the bytes that zlib needs
-    (arXiv 2012.07805), min-k % and min-k++ %.
+
+def membership_scores(log: Log, attack: str) -> Array:  # (S,)
+    """Returns the score of each answer, higher for a text that looks trained on.
+
+    "loss" is the negative mean loss a token, "zlib" that over the bytes that zlib needs for the
+    answer, "min-k" and "min-k++" are those of ``min_k`` and ``min_k_plus_plus``.
     """
-    columns = (losses, zlib_bytes, min_k, min_k_plus_plus)
-    loss, size, lowest, normalised = np.asarray(columns, dtype=np.float64)
-    return dict(zip(ATTACKS, (-loss, -loss / size, lowest, normalised), strict=True))
+    columns, score = ATTACKS[attack]
+    return score(*(column(log, name) for name in columns))
 
 
-def membership_auc(result: Result) -> dict[str, float]:
-    """Returns the AUC of each attack that tells the forget set (members) from the holdout set.
+def attack_auc(result: Result, attack: str) -> float:
+    """Returns the AUC of an attack that tells the forget set (members) from the holdout set.
 
     1 where the model gives away what it was trained on, 0.5 where it does not, and below 0.5 where
     it was unlearned past that: the forget set then stands out again.
+
+    Raises:
+        UserError: the logs lack what the attack needs, or follow different conventions.
     """
-    members, others = (
-        membership_scores(*(column(log_of(result, file), name) for name in MEMBERSHIP))
-        for file in (FORGET, HOLDOUT)
-    )
-    return {attack: roc_auc(members[attack], others[attack]) for attack in ATTACKS}
+    logs = [log_of(result, file) for file in (FORGET, HOLDOUT)]
+    ours, others = (conventions_of(log, min_k=True) or "papers" for log in logs)
+    if attack.startswith("min-k") and ours != others:
+        raise UserError(
+            f"{attack} of the forget log follows the conventions {ours!r}, that of the holdout "
+            f"log {others!r}: evaluate both in one call"
+        )
+    members, strangers = (membership_scores(log, attack) for log in logs)
+    return roc_auc(members, strangers)
+
+
+def membership_auc(result: Result) -> dict[str, float]:
+    """Returns ``attack_auc`` by attack, of "loss", "zlib", "min-k" and "min-k++"."""
+    return {attack: attack_auc(result, attack) for attack in ATTACKS}

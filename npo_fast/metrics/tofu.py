@@ -7,6 +7,16 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.logs import FORGET, RETAIN, UTILITY_SETS, Array, Log, Result, column, log_of
 
 
+def wrong_losses(log: Log) -> Array:  # (S, W)
+    """Returns the mean loss a token of each wrong answer; one alone may be a number in the log.
+
+    Raises:
+        UserError: as ``column``.
+    """
+    losses = column(log, "average_perturb_loss")
+    return losses.reshape(len(losses), -1)
+
+
 def probability(log: Log, options: bool = False) -> Array:  # (S,)
     """Returns ``P(answer | question)^(1 / tokens)`` of each example.
 
@@ -15,20 +25,28 @@ def probability(log: Log, options: bool = False) -> Array:  # (S,)
     right = np.exp(-column(log, "avg_gt_loss"))
     if not options:
         return right
-    wrong = np.exp(-column(log, "average_perturb_loss"))
+    wrong = np.exp(-wrong_losses(log))
     total = right + wrong.sum(axis=-1)
     return np.divide(right, total, out=np.zeros_like(right), where=total > 0)
 
 
-def truth_ratio(log: Log) -> Array:  # (S,)
+def truth_ratio(log: Log, arithmetic: bool = False) -> Array:  # (S,)
     """Returns ``P(wrong) / P(paraphrased answer)`` of each example, each to the power 1 / tokens.
 
-    The mean over wrong answers is the geometric one, exp of the mean loss, as in every published
-    number. Near 0 where the model knows the answer, around 1 where it cannot tell.
+    Near 0 where the model knows the answer, around 1 where it cannot tell. The mean over wrong
+    answers is the geometric one, exp of the mean loss, as in ``aggregate_eval_stat.py`` of
+    locuslab/tofu, in the NPO paper's code and in open-unlearning.
+
+    Args:
+        arithmetic: take the mean of the probabilities, which is never smaller, as ``utils.py`` of
+            locuslab/tofu does for model utility (its forget quality has geometric means too).
     """
-    wrong = column(log, "average_perturb_loss").mean(axis=-1)
+    paraphrased = column(log, "avg_paraphrased_loss")
+    wrong = wrong_losses(log)
     with np.errstate(over="ignore"):
-        return np.exp(column(log, "avg_paraphrased_loss") - wrong)
+        if arithmetic:
+            return np.exp(paraphrased[:, np.newaxis] - wrong).mean(axis=-1)
+        return np.exp(paraphrased - wrong.mean(axis=-1))
 
 
 def rouge_l_recall(log: Log) -> Array:  # (S,)
@@ -36,29 +54,31 @@ def rouge_l_recall(log: Log) -> Array:  # (S,)
     return column(log, "rougeL_recall")
 
 
-def knowledge_ratio(log: Log) -> float:
+def knowledge_ratio(log: Log, arithmetic: bool = False) -> float:
     """Returns the mean of ``max(0, 1 - truth ratio)``, as in model utility: 1 is full knowledge."""
-    return float(np.maximum(0, 1 - truth_ratio(log)).mean())
+    return float(np.maximum(0, 1 - truth_ratio(log, arithmetic)).mean())
 
 
-def utility_terms(result: Result) -> dict[str, float]:
+def utility_terms(result: Result, arithmetic: bool = False) -> dict[str, float]:
     """Returns the nine means whose harmonic mean is the model utility, by "<set> <measure>"."""
     terms = {}
     for name, file in UTILITY_SETS.items():
         log = log_of(result, file)
         terms[f"{name} probability"] = probability(log, options=file != RETAIN).mean()
         terms[f"{name} ROUGE-L"] = rouge_l_recall(log).mean()
-        terms[f"{name} truth ratio"] = knowledge_ratio(log)
+        terms[f"{name} truth ratio"] = knowledge_ratio(log, arithmetic)
     return {name: float(value) for name, value in terms.items()}
 
 
-def model_utility(result: Result) -> float:
+def model_utility(result: Result, arithmetic: bool = False) -> float:
     """Returns the harmonic mean of ``utility_terms``; 0 when any of the nine is 0.
 
     The nine are probability, ROUGE-L and ``max(0, 1 - truth ratio)`` on retain set, real authors
-    and world facts.
+    and world facts. ``arithmetic`` is that of ``truth_ratio``, and published numbers have both: of
+    the published logs of TOFU's llama2-7b, trained on all with weight decay 0.01, the utility is
+    0.6227, or 0.5859 with arithmetic means. Compare only numbers of one kind.
     """
-    terms = list(utility_terms(result).values())
+    terms = list(utility_terms(result, arithmetic).values())
     return float(hmean(terms)) if min(terms) > 0 else 0.0
 
 

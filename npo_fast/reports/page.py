@@ -45,10 +45,9 @@ class Report:
                 self._errors.append(f"{run.name}: {error}")
                 measured, source = run.measured({})
             self.rows.append(_row(run, measured, source))
-        baseline = self.retrained if _has_ratio(self.retrained) else None
         for name, result in self._anchors.items():
             try:
-                measured = measures(result, baseline)
+                measured = measures(result, self.retrained)
             except UserError as error:
                 self._errors.append(f"{name}: {error}")
                 measured = measures(result)
@@ -70,6 +69,11 @@ class Report:
                 "forget set (`npo-fast finetune --model BASE --train RETAIN --output RETRAINED`), "
                 "evaluate it on the same records (`npo-fast evaluate --model RETRAINED --forget "
                 "FORGET --retain RETAIN --output RETRAINED/eval`), and add `--retrained RETRAINED`"
+            )
+        elif not _has_ratio(self.retrained):
+            missing.append(
+                "Forget quality: the retrained model's forget log has no truth ratios; evaluate it "
+                "on forget records with `paraphrased_answer` and `perturbed_answer`"
             )
         if not self.original:
             missing.append(

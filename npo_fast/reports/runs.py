@@ -10,7 +10,8 @@ from typing import Any
 from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError
-from npo_fast.metrics import FORGET, LOGS, RETAIN, Result, load_result
+from npo_fast.metrics import FORGET, RETAIN, Result, holds_logs, load_result
+from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
 
 SETS = {"forget": FORGET, "retain": RETAIN}
@@ -74,8 +75,7 @@ class RunRecord:
             UserError: the retrained model's logs are of other forget items.
         """
         if self.result:
-            baseline = retrained if FORGET in retrained else None
-            return measures(self.result, baseline), "eval/ logs"
+            return measures(self.result, retrained), "eval/ logs"
         if evaluation := self.metadata.get("best") or next(reversed(self.evaluations), None):
             count = self.setting("watch", "eval_records")
             return dict(evaluation), f"step {evaluation['step']}, up to {count} records a set"
@@ -155,14 +155,13 @@ def load_run(folder: Path, name: str) -> RunRecord:
         )
     metadata = _parse(file, file.read_text(encoding="utf-8"))
     logs = folder / "eval"
-    evaluated = any((logs / log).is_file() for log in LOGS)
     return RunRecord(
         name,
         folder,
         metadata,
         _lines(folder / "steps.jsonl"),
         _lines(folder / "evaluations.jsonl"),
-        load_result(logs) if evaluated else {},
+        load_result(logs) if holds_logs(logs) else {},
     )
 
 
@@ -186,10 +185,9 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def logged_answers(result: Result, part: str) -> list[Answer]:
     """The answers in evaluation logs to the ``forget`` or ``retain`` set."""
-    rows = result.get(SETS[part], {}).get("generated_text", [])
-    if isinstance(rows, Mapping):  # published logs may be keyed by index
-        rows = [rows[key] for key in sorted(rows, key=int)]
-    return [Answer(row[0], row[2], row[1]) for row in rows]
+    log = result.get(SETS[part], {})
+    rows = values_of(log, "generated_text") if "generated_text" in log else []
+    return [Answer(question, truth, text) for question, text, truth in rows]
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -90,7 +90,9 @@ def attack(
         logger.info(f"{len(seen)} forget records to relearn from, {len(rest)} to measure")
         measured = tokenize_suite(template, {**suite, FORGET: rest})
         tokens = training.micro_batch_tokens
-        settings = EvaluationSettings(tokens, max_new_tokens=attacks.max_new_tokens)
+        settings = EvaluationSettings(
+            tokens, max_new_tokens=attacks.max_new_tokens, memorization=attacks.memorization
+        )
         scores: dict[str, Scores] = {}
 
         def measure(attacked: CausalLM, name: str) -> None:

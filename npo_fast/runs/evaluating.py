@@ -22,10 +22,12 @@ from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
 from npo_fast.metrics import (
-    AGGREGATED,
     FORGET,
     HOLDOUT,
+    LOG_FILES,
+    LogForm,
     Result,
+    check_comparable,
     has_truth_ratio,
     load_result,
     save_result,
@@ -63,6 +65,7 @@ def evaluate(
     retrained: Logs | None = None,
     log: Logs | None = None,
     output: str | Path | None = None,
+    log_format: LogForm = "tofu",
     overwrite: bool = False,
     utility: bool = True,
     tokenizer: Any = None,
@@ -82,22 +85,32 @@ def evaluate(
         reference: the model before unlearning, for KL(reference || model).
         retrained: logs of the model trained without the forget set, for the forget quality.
         log: logs to measure instead of running a model.
-        output: folder for TOFU's log files.
+        output: folder for the log files.
+        log_format: form of these files, "tofu" or "open-unlearning"; both are read.
 
     Raises:
         UserError: something in the input is wrong; the message names the value and the cure.
     """
     folder = None if output is None else Path(output)
     if folder is not None:
-        check_output(folder, AGGREGATED, "logs", overwrite)
+        for name in LOG_FILES:
+            check_output(folder, name, "logs", overwrite)
+    elif log_format != "tofu":
+        raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
     if log is not None:
+        for name in ("memorization", "min_k_share"):
+            if getattr(evaluation, name) != getattr(EvaluationSettings, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} is for evaluating a --model; the --log has its own")
         logs = dict(logs_of(log, "log"))
         if compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
             raise UserError(
                 "--retrained compares truth ratios of the forget set, and the log has none: "
                 "leave it out"
             )
+        if compared is not None:
+            check_comparable(compared)
     else:
         if model is None or model == "":
             raise UserError("say which --model to evaluate, or which --log to read")
@@ -110,6 +123,7 @@ def evaluate(
         suite = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
         if compared is not None:
             check_forget_quality(suite)
+            check_comparable(compared)
         for name, records in suite.items():
             logger.info(f"{name}: {len(records)} records")
         compared_sets = {"forget": suite.get(FORGET, []), "holdout": suite.get(HOLDOUT, [])}
@@ -118,7 +132,7 @@ def evaluate(
         source = ModelSource(model, loading, tokenizer)
         logs = dict(_measure(source, suite, evaluation, reference))
     if folder is not None:
-        save_result(logs, folder)
+        save_result(logs, folder, log_format, compared)
         logger.info(f"logs saved in {folder}")
     return Scores(logs, compared)
 

@@ -12,6 +12,7 @@ from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
 from npo_fast.metrics.measures import Condition, find_measure
+from npo_fast.metrics.memorization import Memorization
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -151,6 +152,8 @@ class EvaluationOptions(Checked):
     """Share of the start's model utility that a step must keep to be the best."""
     stop_when: str | None = None
     """Condition that ends the run at an evaluation, such as 'forget_quality>0.05'."""
+    memorization: Memorization = "papers"
+    """Conventions of exact memorization and extraction strength, as in npo-fast evaluate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,8 +161,8 @@ class EvaluationOptions(Checked):
             find_measure(self.keep_best)
         if self.stop_when is not None:
             Condition.parse(self.stop_when)
-        for name in ("retrained", "keep_best", "stop_when", "min_utility"):
-            if getattr(self, name) and not self.eval_every:
+        for name in ("retrained", "keep_best", "stop_when", "min_utility", "memorization"):
+            if getattr(self, name) != getattr(type(self), name) and not self.eval_every:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} looks at evaluations: add --eval-every STEPS")
         if self.min_utility and self.keep_best is None:

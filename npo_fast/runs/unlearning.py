@@ -194,7 +194,9 @@ def _evaluation_callback(
         examples = range(len(first[FORGET]))
         retrained = retrained_log(options.retrained, len(suite[FORGET]), examples)
     tokenized = tokenize_suite(prepared.template, first)
-    settings = EvaluationSettings(max_new_tokens=report.max_new_tokens)
+    settings = EvaluationSettings(
+        max_new_tokens=report.max_new_tokens, memorization=options.memorization
+    )
     return EvaluationCallback(
         options, lambda lm: evaluate(lm, prepared.template, tokenized, settings), retrained
     )

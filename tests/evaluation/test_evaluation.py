@@ -122,6 +122,21 @@ def test_a_retrained_log_that_cannot_be_used_is_refused_first(home, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "attack", "unlearn"])
+def test_a_retrained_log_without_truth_ratios_is_refused_first(home, tmp_path, capsys, verb):
+    retrained = tmp_path / "retrained"
+    metrics.save_result({metrics.FORGET: {"avg_gt_loss": [1.0] * 4}}, retrained)
+    call = [verb, "--model", str(home / "base"), "--forget", str(home / "forget.jsonl"),
+            "--retrained", str(retrained), "--output", str(tmp_path / "out")]  # fmt: skip
+    if verb == "unlearn":
+        call += ["--method", "NPO", "--eval-every", "1"]
+    assert main(call) == 2
+    assert "--retrained compares truth ratios of the forget set, and its logs have none" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("truth", "answer", "recall"),
     [
@@ -132,6 +147,8 @@ def test_a_retrained_log_that_cannot_be_used_is_refused_first(home, tmp_path, ca
         ("她于1990年出生", "她于1991年出生", 5 / 6),
         ("वह दिल्ली में रहती है", "वह दिल्ली में रहता है", 0.8),
         ("की", "का", 0.0),
+        ("क ख", "क \u093f ख", 1.0),  # a vowel sign after a space belongs to no letter
+        ("क ख", "कि ख", 0.5),
         ("She lives in Rome.", "she living at rome", 0.75),
         ("Jaime Vásquez wrote it", "Jaime Vasquez wrote it", 0.6),  # TOFU's: v, squez
     ],

@@ -8,12 +8,17 @@ import torch
 
 from npo_fast import metrics
 from npo_fast.data import Record, Template, TokenizedExample, pack
+from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tokenize_suite
 from npo_fast.evaluation.tokens import token_scores
 from npo_fast.kernels.transform import HeadTransform
+from npo_fast.metrics.logs import CONVENTIONS
 from npo_fast.metrics.memorization import (
+    ATTACKS,
+    Conventions,
+    conventions_of,
     exact_memorization,
     extraction_strength,
     membership_scores,
@@ -56,6 +61,30 @@ def test_min_k_plus_plus_measures_in_standard_deviations():
     assert min_k_plus_plus([0.0], [0.0], [0.0]) == 0.0, "a sure token is no 0 / 0"
 
 
+def test_open_unlearning_counts_without_the_closing_token():
+    greedy, log_probs = [1, 0, 1, 0], [-1.0, -8.0, -2.0, -9.0]
+    answer = (greedy, log_probs, [-1.0] * 4, [1.0] * 4)
+    ours, theirs = Conventions(), Conventions(memorization="open-unlearning")
+    assert ours.columns(*answer, closed=True) == {
+        "exact_memorization": 0.5, "extraction_strength": 0.0, "min_k": -9.0,
+        "min_k_plus_plus": -8.0,
+    }  # fmt: skip
+    assert theirs.columns(*answer, closed=True) == pytest.approx({
+        "exact_memorization": 2 / 3, "extraction_strength": 1 / 3, "min_k": -8.0,
+        "min_k_plus_plus": -7.0,
+    })  # fmt: skip
+    cut = theirs.columns(*answer, closed=False)
+    assert cut["exact_memorization"] == 0.5
+    assert cut["extraction_strength"] == 0.25, "theirs is never 0"
+    assert Conventions(min_k_share=0.5).columns(*answer, closed=True)["min_k"] == -8.5
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match="min_k_share must be above 0 and at most 1"):
+        Conventions(min_k_share=share)
+
+
 def test_auc_is_the_share_of_pairs_in_order():
     assert roc_auc([3, 4], [1, 2]) == 1.0
     assert roc_auc([1, 2], [3, 4]) == 0.0
@@ -66,9 +95,12 @@ def test_auc_is_the_share_of_pairs_in_order():
 
 
 def test_every_attack_scores_a_known_text_higher():
-    scores = membership_scores([1.0, 2.0], [10, 10], [-1.0, -3.0], [0.5, -0.5])
-    assert all(known > unknown for known, unknown in scores.values())
-    shorter = membership_scores([1.0, 1.0], [20, 10], [0, 0], [0, 0])["zlib"]
+    log = {"avg_gt_loss": [1.0, 2.0], "zlib_bytes": [10, 10], "min_k": [-1.0, -3.0],
+           "min_k_plus_plus": [0.5, -0.5]}  # fmt: skip
+    for attack in ATTACKS:
+        known, unknown = membership_scores(log, attack)
+        assert known > unknown, attack
+    shorter = membership_scores({"avg_gt_loss": [1.0, 1.0], "zlib_bytes": [20, 10]}, "zlib")
     assert shorter[0] > shorter[1], "the same loss says less where zlib needs few bytes"
 
 
@@ -126,6 +158,7 @@ def test_evaluation_is_the_same_packed_and_alone(tiny):
     )
     for name, log in packed.items():
         assert log["zlib_bytes"][0] == len(zlib.compress(suite[name][0].answer.encode()))
+        assert log.pop(CONVENTIONS) == {"memorization": "papers", "min_k_share": 0.2}
         for key, values in log.items():
             np.testing.assert_allclose(values, alone[name][key], rtol=1e-4, err_msg=key)
     aucs = metrics.membership_auc(packed)
@@ -135,6 +168,32 @@ def test_evaluation_is_the_same_packed_and_alone(tiny):
         for name, value in metrics.summary(packed).items()
         if name.startswith("membership")
     }
+
+
+def test_labels_tell_conventions_apart_that_cannot_be_compared(tiny):
+    lm, template = tiny
+    suite = {metrics.FORGET: records(0, 6), metrics.HOLDOUT: records(6, 10)}
+    usual, theirs, wide = (
+        evaluate(lm, template, suite, EvaluationSettings(generate=False, **conventions))
+        for conventions in ({}, {"memorization": "open-unlearning"}, {"min_k_share": 0.5})
+    )
+    labels = [*metrics.summary(usual)]
+    assert [*metrics.summary(theirs)] == [
+        f"{label} (open-unlearning)" if "exact" in label or "strength" in label or "min-k" in label
+        else label for label in labels
+    ]  # fmt: skip
+    assert [*metrics.summary(wide)] == [
+        f"{label} (k = 0.5)" if "min-k" in label else label for label in labels
+    ]
+    assert metrics.select(theirs[metrics.FORGET], [0])[CONVENTIONS]["min_k_share"] == 0.4
+    mixed = {**usual, metrics.HOLDOUT: theirs[metrics.HOLDOUT]}
+    with pytest.raises(UserError, match="'papers', that of the holdout log 'open-unlearning'"):
+        metrics.summary(mixed)
+    unknown = {CONVENTIONS: {"memorization": "open-unlearning", "min_k_share": None}}
+    assert conventions_of(unknown, min_k=True) == "open-unlearning, k not recorded"
+    for damaged in (3, {"memorization": "mine"}, {"min_k": 0.2}):
+        with pytest.raises(UserError, match="'conventions' are damaged"):
+            conventions_of({CONVENTIONS: damaged}, min_k=True)
 
 
 def test_kl_to_the_reference_is_that_of_the_full_logits(tiny):

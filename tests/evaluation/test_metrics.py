@@ -11,18 +11,24 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.measures import MEASURES, RECORDED, measures, value_of
 from tests.helpers import make_log, make_result
 
-PUBLISHED = {
-    "retain90_llama": 0.6203436494291608,
-    "retain99_llama": 0.6220150094809674,
-    "retain50_llama": 0.6503973633533173,
-    "retain90_phi": 0.524251920557396,
+PUBLISHED = {  # of the NPO paper's code, and of get_model_utility in utils.py of locuslab/tofu
+    "retain90_llama": (0.6203436494291608, 0.5821921779512981),
+    "retain99_llama": (0.6220150094809674, 0.5836470958531552),
+    "retain50_llama": (0.6503973633533173, 0.621450730014044),
+    "retain90_phi": (0.524251920557396, 0.5051143866150324),
+    "ft_epoch5_lr1e-05_llama2-7b_full_wd0.01": (0.6226773637427152, 0.585886035092722),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_model_utility_is_the_published_one(tofu_logs, name):
-    result = metrics.load_result(tofu_logs / f"{name}.json")
-    assert abs(metrics.model_utility(result) - PUBLISHED[name]) <= 1e-12
+def test_model_utility_is_the_published_one_by_both_means(tofu_logs, name):
+    """The last one is ``data/NAME/eval_results/ds_size300/eval_log_aggregated.json`` of TOFU."""
+    file = tofu_logs / f"{name}.json"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    numbers = metrics.summary(metrics.load_result(file))
+    found = numbers["model utility"], numbers["model utility, arithmetic truth ratio"]
+    assert found == pytest.approx(PUBLISHED[name], abs=1e-12)
 
 
 def test_forget_quality_is_the_published_one(tofu_logs):
@@ -48,6 +54,19 @@ def test_truth_ratio_is_small_where_the_answer_is_known():
     np.testing.assert_allclose(metrics.truth_ratio(log), np.exp([0.1 - 4.0, 3.0 - 1.0]))
 
 
+def test_an_arithmetic_truth_ratio_is_of_the_mean_probability():
+    log = {"avg_paraphrased_loss": [math.log(2)], "average_perturb_loss": [[math.log(4), 0.0]]}
+    assert metrics.truth_ratio(log, arithmetic=True)[0] == pytest.approx((1 / 4 + 1) / 2 / (1 / 2))
+    assert metrics.truth_ratio(log)[0] == pytest.approx(math.sqrt(1 / 4 * 1) / (1 / 2))
+
+
+def test_one_wrong_answer_may_be_a_number():
+    log = {"avg_gt_loss": [0.1, 3.0], "avg_paraphrased_loss": [0.1, 3.0]}
+    listed, plain = ({**log, "average_perturb_loss": each} for each in ([[4.0], [1.0]], [4.0, 1.0]))
+    for measure in (metrics.truth_ratio, lambda log: metrics.probability(log, options=True)):
+        np.testing.assert_array_equal(measure(plain), measure(listed))
+
+
 def test_options_normalise_the_probability():
     log = {"avg_gt_loss": [math.log(2)], "average_perturb_loss": [[math.log(4), math.log(4)]]}
     assert metrics.probability(log)[0] == pytest.approx(0.5)
@@ -59,7 +78,7 @@ def test_a_collapsed_model_has_utility_zero_and_no_warning(recwarn):
     dead = {**log, "avg_gt_loss": [900.0] * 6, "average_perturb_loss": [[900.0] * 3] * 6}
     dead |= {"avg_paraphrased_loss": [2000.0] * 6, "rougeL_recall": [0.0] * 6}
     result = {**make_result(), metrics.RETAIN: dead, metrics.FORGET: dead}
-    assert metrics.model_utility(result) == 0.0
+    assert metrics.model_utility(result) == metrics.model_utility(result, arithmetic=True) == 0.0
     assert metrics.forget_quality(result, make_result()) < 0.05
     assert 0 <= metrics.forget_truth_ratio(result) <= 1
     assert not recwarn.list
@@ -119,6 +138,7 @@ def test_a_summary_has_these_labels_in_this_order():
             "answers without an end")  # fmt: skip
     assert labels == [
         "model utility",
+        "model utility, arithmetic truth ratio",
         *(f"{part} {name}" for part in ("retain", "real authors", "world facts", "forget")
           for name in tofu),
         "forget quality",

@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from npo_fast.cli import main
-from npo_fast.metrics import save_result
-from npo_fast.reports.page import npo_weight
+from npo_fast.metrics import FORGET, save_result
+from npo_fast.reports.page import Report, npo_weight
 from npo_fast.reports.runs import load_run
 from tests.helpers import FACTS, Page, make_result, metadata_of, save_tiny_model, write_jsonl
 
@@ -172,6 +172,18 @@ def test_logs_of_other_items_are_reported_and_the_rest_is_shown(home, tmp_path):
     assert (
         "full: the unlearned log has 4 forget items and the retrained log 9" in output.read_text()
     )
+
+
+def test_retrained_logs_without_truth_ratios_are_told_once(tmp_path):
+    save_result(make_result(), tmp_path / "run/eval")
+    (tmp_path / "run/run.json").write_text('{"status": "finished"}')
+    retrained = {FORGET: {"avg_gt_loss": [1.0] * 6}}
+    report = Report([load_run(tmp_path / "run", "run")], make_result(), retrained)
+    told = [sentence for sentence in report.missing if "truth ratio" in sentence]
+    assert [sentence.partition(":")[0] for sentence in told] == ["Forget quality"]
+    assert "retrained model's forget log has no truth ratios" in told[0]
+    assert all(row["forget quality"] is None for row in report.rows)
+    assert [row["model utility"] is None for row in report.rows] == [False, False, True]
 
 
 @pytest.mark.slow
