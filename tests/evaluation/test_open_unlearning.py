@@ -201,8 +201,9 @@ def test_some_metrics_will_do(content, tmp_path):
 
 
 def test_examples_are_matched_by_their_index(content, tmp_path):
-    rows = content["forget_Q_A_PARA_Prob"]["value_by_index"]
-    content["forget_Q_A_PARA_Prob"]["value_by_index"] = dict(reversed(rows.items()))
+    for metric in ("forget_Q_A_Prob", "forget_Q_A_PERT_Prob"):
+        rows = content[metric]["value_by_index"]
+        content[metric]["value_by_index"] = dict(reversed(rows.items()))
     shuffled = metrics.load_result(save(content, tmp_path))
     assert metrics.forget_quality(shuffled, metrics.load_result(THEIRS)) == 1.0
     np.testing.assert_array_equal(
