@@ -120,7 +120,7 @@ class _Evaluation:
 
     def is_closed(self, example: TokenizedExample) -> bool:
         """Whether the answer ends in the token that ends a turn: it was not cut before."""
-        return example.input_ids[-1] == self.tokenizer.eos_token_id
+        return example.input_ids[-1] in self.template.stop_ids
 
     def comparison_columns(self, log: Columns) -> Columns:
         """Losses of paraphrased and wrong answers, beside those of right answers in ``log``."""

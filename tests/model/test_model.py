@@ -136,7 +136,7 @@ def test_generation_continues_greedily_and_leaves_training_mode_alone() -> None:
     lm = CausalLM(model)
     model.train()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    found = generate(lm, prompts, max_new_tokens=4, pad_id=0, eos_id=2)
+    found = generate(lm, prompts, max_new_tokens=4, pad_id=0, stop_ids=2)
     assert model.training
     for prompt, continuation in zip(prompts, found, strict=True):
         ids = list(prompt)
