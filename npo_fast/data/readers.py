@@ -73,7 +73,7 @@ def as_rows(source: Records | None, role: str) -> Any:
             f"{role} is a DatasetDict with the splits {', '.join(map(str, source))}: give one of "
             "them, such as dataset['train']"
         )
-    if hasattr(table, "iterrows"):  # pandas
+    if hasattr(table, "iterrows"):  # pandas, which before version 3 leaves its NA in the rows
         return table.astype(object).where(table.notna(), None).to_dict("records")
     if hasattr(table, "to_pylist"):  # pyarrow
         return table.to_pylist()

@@ -204,7 +204,7 @@ def test_a_folder_of_texts_is_a_record_a_file(tmp_path):
 def test_rows_in_memory_read_like_files():
     dataset = datasets.Dataset.from_list(FACTS)
     for source in (FACTS, iter(FACTS), (dict(f) for f in FACTS), dataset,
-                   dataset.with_format("numpy"), dataset.to_iterable_dataset(),
+                   dataset.with_format("pandas"), dataset.to_iterable_dataset(),
                    pd.DataFrame(FACTS), pa.Table.from_pylist(FACTS), EXPECTED):  # fmt: skip
         assert load_records(source) == EXPECTED
 
@@ -302,6 +302,11 @@ DROPPED = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]},
                       ANSWERED]},
         'the part .*image_url.*only {"type": "text"',
+    ),
+    "image beside a part": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "u"}]},
+                      ANSWERED]},
+        '"content": "image" is .u., and only text is read',
     ),
     "two forms": ({**QA, **CHAT}, 'both "question"/"answer" and "messages" have content'),
     "text beside": ({**QA, "text": "Something else."}, '"text" would be dropped'),
