@@ -105,7 +105,7 @@ def test_our_measures_survive_their_form(home, tmp_path, capsys):
     for output, form in ((ours, "tofu"), (theirs, "open-unlearning")):
         assert evaluate(home, "--memorization", "open-unlearning", "--log-format", form,
                         "--output", str(output)) == 0  # fmt: skip
-    assert "no place for gt_loss, num_token_gt" in capsys.readouterr().err
+    assert "no place for ending, gt_loss, num_token_gt" in capsys.readouterr().err
     assert main(["evaluate", "--log", str(theirs), "--output", str(back)]) == 0
     expected = metrics.summary(metrics.load_result(ours))
     for logs in (theirs, back):
@@ -114,6 +114,8 @@ def test_our_measures_survive_their_form(home, tmp_path, capsys):
         assert expected.keys() - found.keys() == {
             "retain exact memorization (open-unlearning)",
             "retain extraction strength (open-unlearning)",
+            "retain answers without an end",
+            "forget answers without an end",
         }
         assert found == pytest.approx({label: expected[label] for label in found}, abs=1e-6)
     texts = [metrics.load_result(logs)[FORGET]["generated_text"] for logs in (ours, theirs)]
