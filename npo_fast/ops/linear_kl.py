@@ -82,7 +82,7 @@ def linear_kl(
     )
     _check_pair(op, hidden, weight, ref_hidden, ref_weight)
     if labels is not None:
-        check_labels(op, hidden, labels)
+        check_labels(op, hidden, labels, weight)
         check_label_values(op, labels, len(weight))
         labels = labels.long()
     if not 0 <= demotion < float("inf") or (demotion and labels is None):
