@@ -2,6 +2,7 @@
 
 from npo_fast.data.answers import alternated, load_refusals, refused
 from npo_fast.data.packing import PackedBatch, concatenate, micro_batches, pack
+from npo_fast.data.padding import PaddedCollator
 from npo_fast.data.records import Record, Records, as_rows, describe, load_records
 from npo_fast.data.template import (
     Sources,
@@ -12,7 +13,7 @@ from npo_fast.data.template import (
 )
 
 __all__ = [
-    "PackedBatch", "Record", "Records", "Sources", "Template", "TokenizedExample", "alternated",
+    "PackedBatch", "PaddedCollator", "Record", "Records", "Sources", "Template", "TokenizedExample", "alternated",
     "as_rows", "check_vocabulary", "concatenate", "data_fingerprint", "describe",
     "load_records", "load_refusals", "micro_batches", "pack", "refused",
 ]  # fmt: skip
