@@ -13,7 +13,8 @@ from npo_fast.data.template import (
 )
 
 __all__ = [
-    "PackedBatch", "PaddedCollator", "Record", "Records", "Sources", "Template", "TokenizedExample", "alternated",
-    "as_rows", "check_vocabulary", "concatenate", "data_fingerprint", "describe",
-    "load_records", "load_refusals", "micro_batches", "pack", "refused",
+    "PackedBatch", "PaddedCollator", "Record", "Records", "Sources", "Template",
+    "TokenizedExample", "alternated", "as_rows", "check_vocabulary", "concatenate",
+    "data_fingerprint", "describe", "load_records", "load_refusals", "micro_batches", "pack",
+    "refused",
 ]  # fmt: skip

@@ -54,7 +54,7 @@ class PaddedCollator:
         self.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        """The batch of ``items``: Record, TokenizedExample, dicts of a record, or dicts of these."""
+        """The batch of items: records or their dicts, tokenised examples, or dicts of such."""
         if not items:
             raise UserError("PaddedCollator: the batch holds no item")
         first = items[0]
@@ -70,9 +70,12 @@ class PaddedCollator:
                 "PaddedCollator: with_index needs items that know their row: tokenise them first, "
                 "Template(tokenizer).encode_all(records)"
             )
-        if not isinstance(item, Record):
-            item = parse_record(item, f"item {place + 1} of the batch")
-        return self.template.encode(item, place)
+        where = f"item {place + 1} of the batch"
+        record = item if isinstance(item, Record) else parse_record(item, where)
+        try:
+            return self.template.encode(record, place)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
     def _pad(self, examples: list[TokenizedExample]) -> dict[str, Tensor]:
         longest = max(len(example.input_ids) for example in examples)
