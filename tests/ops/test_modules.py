@@ -459,3 +459,42 @@ def test_a_loss_that_can_have_no_gradient_says_so_in_training():
             module(**tensors, ref_log_probs=REF)
         module.eval()(**tensors, ref_log_probs=REF)
         module.train()(**batch(), ref_log_probs=REF)
+
+
+@pytest.mark.parametrize("kind", ["NPO", "none", "KL", "sequence_log_probs"])
+def test_fp16_under_a_loss_scale_errs_no_more_than_plain_pytorch(kind):
+    """Labels are known by heart, so that most gradients are small: what GradScaler is for."""
+    scale, target, ref = 2.0**12, torch.randint(0, V, (8, 32)), torch.full((8,), -2.0)
+    weight = F.normalize(torch.randn(V, 16), dim=1).half()
+    hidden = (0.3 * torch.randn(8, 32, 16) + 7 * weight[target]).half()
+    ref_hidden = (hidden + 0.1 * torch.randn_like(hidden)).half()
+
+    def gradient(dtype, ours):
+        h, w = (tensor.detach().to(dtype, copy=True) for tensor in (hidden, weight))
+        h.requires_grad_(), w.requires_grad_()
+        if ours:
+            if kind == "sequence_log_probs":
+                loss = -sequence_log_probs(h, w, target, shifted=True).mean()
+            elif kind == "KL":
+                module = FusedLinearKLLoss()
+                loss = module(w, h, target, ref_hidden=ref_hidden, ref_weight=weight)
+            else:
+                module = FusedLinearNPOLoss(reduction="none" if kind == "none" else "mean")
+                loss = module(w, h, target, ref_log_probs=ref).mean()
+        else:
+            wide = torch.promote_types(dtype, torch.float32)
+            log_p = (h @ w.t()).to(wide).log_softmax(-1)
+            l = log_p.gather(2, target[..., None]).sum((1, 2))  # noqa: E741
+            if kind == "KL":
+                log_ref = (ref_hidden.to(dtype) @ weight.to(dtype).t()).to(wide).log_softmax(-1)
+                loss = (log_ref.exp() * (log_ref - log_p)).sum(-1).mean()
+            elif kind == "sequence_log_probs":
+                loss = -l.mean()
+            else:
+                loss = -20 * F.logsigmoid(-0.1 * (l - ref)).mean()
+        (scale * loss).backward()
+        return h.grad.double() / scale, w.grad.double() / scale
+
+    exact, plain = gradient(torch.float64, False), gradient(torch.float16, False)
+    for found, expected, other in zip(gradient(torch.float16, True), exact, plain, strict=True):
+        assert (found - expected).norm() <= 1.1 * (other - expected).norm() + 1e-3 * expected.norm()
