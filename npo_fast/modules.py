@@ -7,20 +7,22 @@ batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from npo_fast.kernels.transform import (
-    HeadTransform,
-    PairedTransformOptions,
-    TransformOptions,
-    paired_transforms,
-)
+from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, TransformOptions
 from npo_fast.losses import DPO, GA, KTO, NLL, NPO, Averaged, SimNPO
-from npo_fast.ops import Reduction, SequenceLoss, linear_kl, linear_sequence_loss
+from npo_fast.ops import (
+    Reduction,
+    SequenceLoss,
+    linear_kl,
+    linear_sequence_loss,
+    segment_sum,
+)
 from npo_fast.ops.checks import check_loss, check_tensors
 from npo_fast.ops.sequence_log_probs import LabelledRows, labelled_rows
 
@@ -71,7 +73,7 @@ class FusedLinearSequenceLoss(nn.Module):
             )
         if pairs == "concatenated" and loss.group != 2:
             raise ValueError(f"{op}: pairs='concatenated' is for losses of pairs, not for {loss!r}")
-        HeadTransform(**transform)  # the names
+        _check_options(op, transform, HeadTransform._fields)
         self.loss: SequenceLoss = Averaged(loss) if average_log_prob else loss  # type: ignore
         self.reduction: Reduction | Literal["none"] = reduction
         self.pairs, self.return_log_probs = pairs, return_log_probs
@@ -118,10 +120,10 @@ class FusedLinearSequenceLoss(nn.Module):
             per_token = self.loss.reference == "token"
             shape = target.shape if per_token else (sequences,)
             if ref_log_probs.shape != shape:
-                what = "in the shape of target" if per_token else "of shape"
+                what = "in the shape of target, {}" if per_token else "of shape {}, one a sequence"
                 raise ValueError(
-                    f"{op}: {type(self.loss).__name__} needs ref_log_probs {what}, {tuple(shape)}, "
-                    f"got {tuple(ref_log_probs.shape)}"
+                    f"{op}: {type(self.loss).__name__} needs ref_log_probs "
+                    f"{what.format(tuple(shape))}, got {tuple(ref_log_probs.shape)}"
                 )
             if per_token:
                 ref_log_probs = rows.of(ref_log_probs)
@@ -224,7 +226,7 @@ class FusedLinearKLLoss(nn.Module):
 
     Args:
         demotion: nats by which the reference likes each label less (UNDIAL); 0 is the plain KL.
-        reduction: "mean" over rows, or "sum".
+        reduction: "mean" over rows, or "sum"; "none": the sum over the rows of each sequence.
         ignore_index: the target of a position that does not count.
         chunk_rows, softcap, logit_scale, ref_softcap, ref_logit_scale: as in ``linear_kl``.
     """
@@ -233,19 +235,21 @@ class FusedLinearKLLoss(nn.Module):
         self,
         demotion: float = 0.0,
         *,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = -100,
         chunk_rows: int | None = None,
         **transforms: Unpack[PairedTransformOptions],
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum"):
+        if reduction not in ("mean", "sum", "none"):
             raise ValueError(
-                f"{type(self).__name__}: reduction must be 'mean' or 'sum', got {reduction!r}"
+                f"{type(self).__name__}: reduction must be 'mean', 'sum' or 'none', got "
+                f"{reduction!r}"
             )
-        paired_transforms(**transforms)  # the names
+        names = HeadTransform._fields
+        _check_options(type(self).__name__, transforms, (*names, *(f"ref_{n}" for n in names)))
         self.demotion, self.ignore_index, self.chunk_rows = demotion, ignore_index, chunk_rows
-        self.reduction: Literal["mean", "sum"] = reduction
+        self.reduction: Literal["mean", "sum", "none"] = reduction
         self.transforms = transforms
 
     def forward(
@@ -257,7 +261,9 @@ class FusedLinearKLLoss(nn.Module):
         ref_hidden: Tensor | None = None,  # (B, T, D') or (N, D')
         ref_weight: Tensor | None = None,  # (V, D')
         ref_bias: Tensor | None = None,  # (V,)
-    ) -> Tensor:  # scalar
+        *,
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+    ) -> Tensor:  # scalar, or (B,) or (S,)
         """Returns the divergence, differentiable in ``hidden``, ``lin_weight`` and ``bias``.
 
         Args:
@@ -265,6 +271,8 @@ class FusedLinearKLLoss(nn.Module):
                 positions that are not padding may have one.
             ref_hidden, ref_weight, ref_bias: hidden states of the same tokens under the reference,
                 and its head.
+            cu_seqlens: for flat input, where sequences begin and end; only ``reduction="none"``
+                asks.
 
         Raises:
             ValueError: shapes, dtypes, devices or labels that do not fit together.
@@ -278,20 +286,26 @@ class FusedLinearKLLoss(nn.Module):
                 f"{op}: ref_hidden must have the positions of target, {tuple(target.shape)}, got "
                 f"{tuple(ref_hidden.shape)}"
             )
-        ends = None
-        if hidden.dim() == 2:  # rows do not depend on each other
-            ends = torch.tensor([0, len(hidden)], device=hidden.device)
-        rows = _target_rows(self, lin_weight, hidden, target, bias, ends)
-        return linear_kl(
+        if hidden.dim() == 2 and cu_seqlens is None and self.reduction != "none":
+            cu_seqlens = torch.tensor([0, len(hidden)])  # rows do not depend on each other
+        rows = _target_rows(self, lin_weight, hidden, target, bias, cu_seqlens)
+        kl = linear_kl(
             rows.of(hidden), lin_weight, rows.of(ref_hidden), ref_weight, bias=bias,
             ref_bias=ref_bias, labels=rows.labels if self.demotion else None,
             demotion=self.demotion, reduction=self.reduction, chunk_rows=self.chunk_rows,
             **self.transforms,
         )  # fmt: skip
+        return segment_sum(kl, rows.cu_seqlens) if self.reduction == "none" else kl
 
     def extra_repr(self) -> str:
         """The settings, for the printed module."""
         return f"demotion={self.demotion}, reduction={self.reduction!r}"
+
+
+def _check_options(op: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{op} has no option {name!r}; of the head it has {', '.join(known)}")
 
 
 def _target_rows(

@@ -97,11 +97,16 @@ def _in_its_place(value: Any) -> str:
         return "; pass its .last_hidden_state"
     if hasattr(value, "logits"):
         return "; pass hidden states, model.get_decoder()(input_ids=…).last_hidden_state"
-    return "; torch.as_tensor makes one" if hasattr(value, "__len__") else ""
+    if isinstance(value, tuple | list) and value and isinstance(value[-1], Tensor):
+        return "; pass the last of them, such as hidden_states[-1]"
+    is_array = hasattr(value, "__len__") and not isinstance(value, str)
+    return "; torch.as_tensor makes one" if is_array else ""
 
 
 def shape_hint(hidden: Tensor, weight: Tensor) -> str:
     """What was probably meant by shapes of hidden states and weight that do not fit."""
+    if not hidden.is_floating_point():
+        return "; hidden are whole numbers: pass hidden states, not token ids"
     if weight.dim() > 2 and hidden.dim() == 2:
         return "; hidden and weight look swapped"
     if weight.dim() == 2 and hidden.dim() and hidden.shape[-1] == len(weight) != weight.shape[1]:

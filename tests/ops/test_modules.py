@@ -342,7 +342,7 @@ def test_kto_takes_its_baseline_with_the_batch():
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("demotion", [0.0, 3.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_kl_module_is_the_kl_of_whole_logits_on_the_labelled_rows(reduction, demotion, flat):
     tensors = exact_batch()
     ref = {
@@ -356,12 +356,19 @@ def test_the_kl_module_is_the_kl_of_whole_logits_on_the_labelled_rows(reduction,
     z_ref = z_ref - demotion * F.one_hot(tensors["target"].clamp(min=0), V)
     log_p, log_ref = z.log_softmax(-1)[keep], z_ref.log_softmax(-1)[keep]
     kl = (log_ref.exp() * (log_ref - log_p)).sum(-1)
+    by_sequence = torch.stack([part.sum() for part in kl.split(keep.sum(1).tolist())])
+    expected = {"mean": kl.mean(), "sum": kl.sum(), "none": by_sequence}[reduction]
     module = FusedLinearKLLoss(demotion, reduction=reduction, softcap=2.0, ref_logit_scale=0.5)
     given = {**tensors, **ref}
     if flat:
         positions = ("hidden", "target", "ref_hidden")
         given = {k: v.flatten(0, 1) if k in positions else v for k, v in given.items()}
-    assert_same(module(**given), kl.mean() if reduction == "mean" else kl.sum(), tensors)
+        given["cu_seqlens"] = torch.arange(0, B * T + 1, T)
+    for chunk_rows in (None, 2):
+        module.chunk_rows = chunk_rows
+        assert_same(module(**given), expected, tensors)
+    if flat and reduction != "none":
+        torch.testing.assert_close(module(**{**given, "cu_seqlens": None}), expected)
     assert f"demotion={demotion}, reduction={reduction!r}" in repr(module)
 
 
@@ -384,7 +391,7 @@ def test_sequence_log_probs_are_the_references_that_a_module_takes():
         (lambda: FusedLinearSequenceLoss("NPO"), "loss must be NPO.beta., .* got 'NPO'"),
         (lambda: FusedLinearSequenceLoss(losses.KL()), "KL compares whole distributions"),
         (lambda: FusedLinearNPOLoss(reduction="avg"), "reduction must be 'mean', .* got 'avg'"),
-        (lambda: FusedLinearKLLoss(reduction="none"), "reduction must be 'mean' or 'sum'"),
+        (lambda: FusedLinearKLLoss(reduction="avg"), "reduction must be 'mean', 'sum' or 'none'"),
         (lambda: FusedLinearDPOLoss(pairs="trl"), "pairs must be 'interleaved' or 'concatenated'"),
         (lambda: FusedLinearNPOLoss(pairs="concatenated"), "is for losses of pairs, not for NPO"),
         (
@@ -421,6 +428,8 @@ def test_a_setting_that_makes_no_sense_is_refused_when_the_module_is_made(make, 
         ),
         (lambda t: {"bias": REF, "ref_log_probs": None}, "pass ref_log_probs by its name"),
         (lambda t: {"ref_log_probs": [-7.0, -4.0, -9.0]}, "ref_log_probs must be a tensor, got li"),
+        (lambda t: {"hidden": (t["hidden"], t["hidden"])}, r"the last of them, such as hidden_s"),
+        (lambda t: {"hidden": t["target"]}, "hidden are whole numbers: pass hidden states"),
         (lambda t: {"ref_log_probs": REF.to("meta")}, "ref_log_probs on meta; move ref_log_probs"),
         (lambda t: {"target": t["target"].masked_fill(t["target"] < 0, -1)}, "target hold -1"),
         (lambda t: {"target": t["target"].float()}, "target must be int64 or int32, got torch.fl"),
@@ -432,6 +441,26 @@ def test_a_first_mistake_gets_a_line_that_helps(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         FusedLinearNPOLoss()(**{**tensors, **change(tensors)})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"logit_scale": None}, "logit_scale must be a number, got None"),
+        ({"softcap": "30"}, "softcap must be a number, got '30'"),
+        ({"softcap": torch.tensor(30.0)}, "softcap must be a number, .*; take its .item"),
+    ],
+)
+def test_a_setting_of_the_head_that_is_no_number_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        FusedLinearNPOLoss(**option)(**batch(), ref_log_probs=REF)
+
+
+def test_an_unknown_option_is_refused_when_the_module_is_made():
+    with pytest.raises(TypeError, match="FusedLinearNPOLoss has no option 'soft_cap'; .* softcap,"):
+        FusedLinearNPOLoss(soft_cap=30.0)
+    with pytest.raises(TypeError, match="FusedLinearKLLoss has no option .*, ref_softcap,"):
+        FusedLinearKLLoss(refsoftcap=30.0)
 
 
 def test_int32_labels_are_labels():
