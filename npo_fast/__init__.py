@@ -8,6 +8,8 @@ from npo_fast.losses import CEU, DPO, GA, KTO, NLL, NPO, TNPO, WGA, SatImp, SimN
 from npo_fast.modules import (
     FusedLinearDPOLoss,
     FusedLinearGALoss,
+    FusedLinearKLLoss,
+    FusedLinearKTOLoss,
     FusedLinearNLLLoss,
     FusedLinearNPOLoss,
     FusedLinearSequenceLoss,
@@ -20,15 +22,21 @@ from npo_fast.ops import (
     linear_log_probs,
     linear_sequence_loss,
     segment_sum,
+    sequence_log_probs,
 )
 
 if TYPE_CHECKING:
+    from npo_fast.model.head import head_of
     from npo_fast.runs import *
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # the front door: transformers takes seconds to import
-        from npo_fast import runs
+    if name in __all__:  # transformers takes seconds to import
+        if name == "head_of":
+            from npo_fast.model.head import head_of
+
+            return head_of
+        from npo_fast import runs  # the front door
 
         return getattr(runs, name)
     raise AttributeError(f"module 'npo_fast' has no attribute {name!r}")
@@ -41,10 +49,10 @@ def __dir__() -> list[str]:
 __all__ = [
     "CEU", "DPO", "GA", "KTO", "NLL", "NPO", "TNPO", "WGA", "AttackOptions", "Callback",
     "EvaluationOptions", "EvaluationSettings", "FusedLinearDPOLoss", "FusedLinearGALoss",
-    "FusedLinearNLLLoss", "FusedLinearNPOLoss", "FusedLinearSequenceLoss",
-    "FusedLinearSimNPOLoss", "Interrupted", "MethodOptions", "ModelOptions", "NonFiniteError",
-    "OutOfMemory", "ReportOptions", "Run", "RunOptions", "SatImp", "Scores", "SequenceLoss",
-    "SimNPO", "Skipped", "TrainSettings", "UserError", "__version__", "attack", "evaluate",
-    "finetune", "linear_kl", "linear_log_probs", "linear_sequence_loss", "npo_loss", "report",
-    "segment_sum", "unlearn",
+    "FusedLinearKLLoss", "FusedLinearKTOLoss", "FusedLinearNLLLoss", "FusedLinearNPOLoss",
+    "FusedLinearSequenceLoss", "FusedLinearSimNPOLoss", "Interrupted", "MethodOptions",
+    "ModelOptions", "NonFiniteError", "OutOfMemory", "ReportOptions", "Run", "RunOptions", "SatImp",
+    "Scores", "SequenceLoss", "SimNPO", "Skipped", "TrainSettings", "UserError", "__version__",
+    "attack", "evaluate", "finetune", "head_of", "linear_kl", "linear_log_probs",
+    "linear_sequence_loss", "npo_loss", "report", "segment_sum", "sequence_log_probs", "unlearn",
 ]  # fmt: skip

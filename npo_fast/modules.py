@@ -6,17 +6,27 @@ A target is *already shifted*: ``target[b, t]`` is the token that ``hidden[b, t]
 batch of token ids gives ``hidden[:, :-1]`` and ``ids[:, 1:]``.
 """
 
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from npo_fast.kernels.transform import TransformOptions
-from npo_fast.losses import DPO, GA, NLL, NPO, SimNPO
-from npo_fast.ops import Reduction, SequenceLoss, linear_sequence_loss
-from npo_fast.ops.checks import check_cu_seqlens
+from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, TransformOptions
+from npo_fast.losses import DPO, GA, KTO, NLL, NPO, Averaged, SimNPO
+from npo_fast.ops import (
+    Reduction,
+    SequenceLoss,
+    linear_kl,
+    linear_sequence_loss,
+    segment_sum,
+)
+from npo_fast.ops.checks import check_loss, check_tensors
+from npo_fast.ops.sequence_log_probs import LabelledRows, labelled_rows
+
+Pairs = Literal["interleaved", "concatenated"]
 
 
 class FusedLinearSequenceLoss(nn.Module):
@@ -29,22 +39,45 @@ class FusedLinearSequenceLoss(nn.Module):
     Args:
         loss: ``NPO(beta)`` and siblings, or anything that follows ``SequenceLoss``.
         reduction, chunk_rows, softcap, logit_scale: as in ``linear_sequence_loss``.
+        pairs: how a batch holds the pairs of DPO: "interleaved", an answer to prefer and one to
+            forget in turn, or "concatenated", first all to prefer, then all to forget (as in TRL).
+        average_log_prob: the loss is one of mean log-probs of tokens, ``l_i / |y_i|``; those of
+            the reference are means as well.
+        return_log_probs: return the loss and the detached log-probs of the sequences, (S,).
         ignore_index: the target of a position without a label.
+
+    Raises:
+        ValueError: a setting that makes no sense.
     """
 
     def __init__(
         self,
         loss: SequenceLoss,
         *,
-        reduction: Reduction = "mean",
+        reduction: Reduction | Literal["none"] = "mean",
+        pairs: Pairs = "interleaved",
+        average_log_prob: bool = False,
+        return_log_probs: bool = False,
         ignore_index: int = -100,
         chunk_rows: int | None = None,
         **transform: Unpack[TransformOptions],
     ) -> None:
         super().__init__()
-        self.loss, self.transform, self.chunk_rows = loss, transform, chunk_rows
-        self.reduction: Reduction = reduction
-        self.ignore_index = ignore_index
+        op = type(self).__name__
+        check_loss(op, loss)
+        if pairs not in ("interleaved", "concatenated"):
+            raise ValueError(f"{op}: pairs must be 'interleaved' or 'concatenated', got {pairs!r}")
+        if reduction not in ("mean", "token_mean", "sum", "none"):
+            raise ValueError(
+                f"{op}: reduction must be 'mean', 'token_mean', 'sum' or 'none', got {reduction!r}"
+            )
+        if pairs == "concatenated" and loss.group != 2:
+            raise ValueError(f"{op}: pairs='concatenated' is for losses of pairs, not for {loss!r}")
+        _check_options(op, transform, HeadTransform._fields)
+        self.loss: SequenceLoss = Averaged(loss) if average_log_prob else loss  # type: ignore
+        self.reduction: Reduction | Literal["none"] = reduction
+        self.pairs, self.return_log_probs = pairs, return_log_probs
+        self.transform, self.chunk_rows, self.ignore_index = transform, chunk_rows, ignore_index
 
     def forward(
         self,
@@ -55,8 +88,11 @@ class FusedLinearSequenceLoss(nn.Module):
         ref_log_probs: Tensor | None = None,  # (B,) or (S,); one a token: as target
         *,
         cu_seqlens: Tensor | None = None,  # (S + 1,)
-    ) -> Tensor:  # scalar
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, differentiable in ``hidden``, ``lin_weight`` and ``bias``.
+
+        It is a scalar, or with ``reduction="none"`` a value a sequence or pair. With
+        ``return_log_probs`` the log-probs of the sequences come second, in the order of the batch.
 
         Args:
             lin_weight: the LM head, in the dtype of ``hidden``; frozen, its GEMM is not done.
@@ -73,36 +109,31 @@ class FusedLinearSequenceLoss(nn.Module):
                 missing reference; the message names the shape.
         """
         op = type(self).__name__
-        if hidden.dim() not in (2, 3) or target.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"{op}: hidden must be (B, T, D) with target (B, T), or (N, D) with target (N,), "
-                f"got {tuple(hidden.shape)} and {tuple(target.shape)}"
-            )
-        if (hidden.dim() == 2) != (cu_seqlens is not None):
-            offsets = None if cu_seqlens is None else tuple(cu_seqlens.shape)
-            raise ValueError(
-                f"{op}: cu_seqlens belongs to flat (N, D) hidden states and to no other, got "
-                f"hidden {tuple(hidden.shape)} and cu_seqlens {offsets}"
-            )
-        keep = target != self.ignore_index
-        if self.loss.reference == "token" and ref_log_probs is not None:
-            if ref_log_probs.shape != target.shape:
+        rows = _target_rows(self, lin_weight, hidden, target, bias, cu_seqlens)
+        order = None
+        sequences = len(rows.cu_seqlens) - 1
+        if self.pairs == "concatenated" and sequences % 2 == 0:  # else refused below
+            order = torch.arange(sequences, device=target.device).view(2, -1).t().flatten()
+            rows = rows.in_order(order)
+        if ref_log_probs is not None and self.loss.reference is not None:
+            check_tensors(op, ref_log_probs=ref_log_probs)
+            per_token = self.loss.reference == "token"
+            shape = target.shape if per_token else (sequences,)
+            if ref_log_probs.shape != shape:
+                what = "in the shape of target, {}" if per_token else "of shape {}, one a sequence"
                 raise ValueError(
-                    f"{op}: {type(self.loss).__name__} needs ref_log_probs in the shape of target, "
-                    f"{tuple(target.shape)}, got {tuple(ref_log_probs.shape)}"
+                    f"{op}: {type(self.loss).__name__} needs ref_log_probs "
+                    f"{what.format(tuple(shape))}, got {tuple(ref_log_probs.shape)}"
                 )
-            ref_log_probs = ref_log_probs[keep]
-        kept_before = F.pad(keep.flatten().cumsum(0), (1, 0))  # (rows + 1,)
-        if cu_seqlens is None:
-            batch, length = target.shape
-            cu_seqlens = torch.arange(batch + 1, device=target.device) * length
-        else:
-            check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
-        loss, _ = linear_sequence_loss(
-            hidden[keep],
+            if per_token:
+                ref_log_probs = rows.of(ref_log_probs)
+            elif order is not None:
+                ref_log_probs = ref_log_probs[order.to(ref_log_probs.device)]
+        loss, log_probs = linear_sequence_loss(
+            rows.of(hidden),
             lin_weight,
-            target[keep],
-            kept_before[cu_seqlens.to(target.device)],
+            rows.labels,
+            rows.cu_seqlens,
             self.loss,
             ref_log_probs=ref_log_probs,
             bias=bias,
@@ -110,11 +141,14 @@ class FusedLinearSequenceLoss(nn.Module):
             chunk_rows=self.chunk_rows,
             **self.transform,
         )
-        return loss
+        if not self.return_log_probs:
+            return loss
+        return loss, log_probs if order is None else log_probs[order.argsort()]
 
     def extra_repr(self) -> str:
         """The settings, for the printed module."""
-        return f"{self.loss}, reduction={self.reduction!r}"
+        pairs = f", pairs={self.pairs!r}" if self.loss.group == 2 else ""
+        return f"{self.loss}, reduction={self.reduction!r}{pairs}"
 
 
 class FusedLinearNPOLoss(FusedLinearSequenceLoss):
@@ -125,13 +159,45 @@ class FusedLinearNPOLoss(FusedLinearSequenceLoss):
 
 
 class FusedLinearDPOLoss(FusedLinearSequenceLoss):
-    """DPO: ``mean_pairs -(2 / beta) * logsigmoid(beta * (r_2i - r_2i+1))``, ``r_i = l_i - ref_i``.
+    """DPO: ``mean_pairs -(2 / beta) * logsigmoid(beta * (r_w - r_l))``, ``r_i = l_i - ref_i``.
 
-    Preferred answers and those to forget alternate; needs ``ref_log_probs``.
+    w is the answer to prefer and l the one to forget; ``pairs`` says where the batch has them.
+    Needs ``ref_log_probs``. TRL's DPO loss has no factor ``2 / beta``.
     """
 
     def __init__(self, beta: float = 0.1, **options: Any) -> None:
         super().__init__(DPO(beta), **options)
+
+
+class FusedLinearKTOLoss(FusedLinearSequenceLoss):
+    """KTO on answers to forget: ``mean_i 1 - (2 / beta) * logsigmoid(z - beta * (l_i - ref_i))``.
+
+    Needs ``ref_log_probs``, and ``z``, the mean log-ratio of refusals to the batch's questions:
+    ``(sequence_log_probs(…) - ref).mean()`` under ``torch.no_grad``.
+    """
+
+    def __init__(self, beta: float = 0.1, **options: Any) -> None:
+        super().__init__(KTO(beta), **options)
+        self.beta = beta
+
+    def forward(
+        self,
+        lin_weight: Tensor,  # (V, D)
+        hidden: Tensor,  # (B, T, D) or (N, D)
+        target: Tensor,  # (B, T) or (N,)
+        bias: Tensor | None = None,  # (V,)
+        ref_log_probs: Tensor | None = None,  # (B,) or (S,)
+        *,
+        z: Tensor | float = 0.0,
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the loss as ``FusedLinearSequenceLoss`` does; ``z`` is one number."""
+        if ref_log_probs is not None:
+            check_tensors(type(self).__name__, ref_log_probs=ref_log_probs)
+            ref_log_probs = ref_log_probs + z / self.beta  # z - beta r, as a reference of r
+        return super().forward(
+            lin_weight, hidden, target, bias, ref_log_probs, cu_seqlens=cu_seqlens
+        )
 
 
 class FusedLinearSimNPOLoss(FusedLinearSequenceLoss):
@@ -153,3 +219,127 @@ class FusedLinearNLLLoss(FusedLinearSequenceLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(NLL(), **options)
+
+
+class FusedLinearKLLoss(nn.Module):
+    """``reduce_n KL(reference || model)`` over the rows with a label, from hidden states and heads.
+
+    Args:
+        demotion: nats by which the reference likes each label less (UNDIAL); 0 is the plain KL.
+        reduction: "mean" over rows, or "sum"; "none": the sum over the rows of each sequence.
+        ignore_index: the target of a position that does not count.
+        chunk_rows, softcap, logit_scale, ref_softcap, ref_logit_scale: as in ``linear_kl``.
+    """
+
+    def __init__(
+        self,
+        demotion: float = 0.0,
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        ignore_index: int = -100,
+        chunk_rows: int | None = None,
+        **transforms: Unpack[PairedTransformOptions],
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(
+                f"{type(self).__name__}: reduction must be 'mean', 'sum' or 'none', got "
+                f"{reduction!r}"
+            )
+        names = HeadTransform._fields
+        _check_options(type(self).__name__, transforms, (*names, *(f"ref_{n}" for n in names)))
+        self.demotion, self.ignore_index, self.chunk_rows = demotion, ignore_index, chunk_rows
+        self.reduction: Literal["mean", "sum", "none"] = reduction
+        self.transforms = transforms
+
+    def forward(
+        self,
+        lin_weight: Tensor,  # (V, D)
+        hidden: Tensor,  # (B, T, D) or (N, D)
+        target: Tensor,  # (B, T) or (N,)
+        bias: Tensor | None = None,  # (V,)
+        ref_hidden: Tensor | None = None,  # (B, T, D') or (N, D')
+        ref_weight: Tensor | None = None,  # (V, D')
+        ref_bias: Tensor | None = None,  # (V,)
+        *,
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+    ) -> Tensor:  # scalar, or (B,) or (S,)
+        """Returns the divergence, differentiable in ``hidden``, ``lin_weight`` and ``bias``.
+
+        Args:
+            target: shifted labels, with ``ignore_index`` where a position does not count; all
+                positions that are not padding may have one.
+            ref_hidden, ref_weight, ref_bias: hidden states of the same tokens under the reference,
+                and its head.
+            cu_seqlens: for flat input, where sequences begin and end; only ``reduction="none"``
+                asks.
+
+        Raises:
+            ValueError: shapes, dtypes, devices or labels that do not fit together.
+        """
+        op = type(self).__name__
+        check_tensors(op, ref_hidden=ref_hidden, ref_weight=ref_weight)
+        assert ref_hidden is not None  # as checked
+        assert ref_weight is not None
+        if ref_hidden.shape[:-1] != target.shape:
+            raise ValueError(
+                f"{op}: ref_hidden must have the positions of target, {tuple(target.shape)}, got "
+                f"{tuple(ref_hidden.shape)}"
+            )
+        if hidden.dim() == 2 and cu_seqlens is None and self.reduction != "none":
+            cu_seqlens = torch.tensor([0, len(hidden)])  # rows do not depend on each other
+        rows = _target_rows(self, lin_weight, hidden, target, bias, cu_seqlens)
+        kl = linear_kl(
+            rows.of(hidden), lin_weight, rows.of(ref_hidden), ref_weight, bias=bias,
+            ref_bias=ref_bias, labels=rows.labels if self.demotion else None,
+            demotion=self.demotion, reduction=self.reduction, chunk_rows=self.chunk_rows,
+            **self.transforms,
+        )  # fmt: skip
+        return segment_sum(kl, rows.cu_seqlens) if self.reduction == "none" else kl
+
+    def extra_repr(self) -> str:
+        """The settings, for the printed module."""
+        return f"demotion={self.demotion}, reduction={self.reduction!r}"
+
+
+def _check_options(op: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{op} has no option {name!r}; of the head it has {', '.join(known)}")
+
+
+def _target_rows(
+    module: FusedLinearSequenceLoss | FusedLinearKLLoss,
+    lin_weight: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> LabelledRows:
+    """The rows with a label; warns where the loss will have no gradient to give."""
+    op = type(module).__name__
+    check_tensors(op, lin_weight=lin_weight, hidden=hidden, target=target)
+    rows = labelled_rows(
+        op, hidden, target, lin_weight, cu_seqlens, module.ignore_index, shift=False, name="target"
+    )
+    if bias is not None:
+        check_tensors(op, bias=bias)
+        if bias.shape != lin_weight.shape[:1] and bias.shape == (len(rows.cu_seqlens) - 1,):
+            raise ValueError(
+                f"{op}: bias must be ({len(lin_weight)},), got {tuple(bias.shape)}, a number a "
+                "sequence: pass ref_log_probs by its name"
+            )
+    trained = (hidden, lin_weight) if bias is None else (hidden, lin_weight, bias)
+    if (
+        module.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not any(tensor.requires_grad for tensor in trained)
+    ):
+        warnings.warn(
+            f"{op}: neither hidden nor the head requires a gradient, so loss.backward() has none "
+            "to give: run the decoder outside of torch.no_grad(), and do not detach hidden (in an "
+            "evaluation call .eval() of the loss, or stay within torch.no_grad())",
+            stacklevel=5,
+        )
+    return rows

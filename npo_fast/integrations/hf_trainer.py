@@ -132,8 +132,9 @@ class UnlearningTrainer(Trainer):
     Args:
         method, coefficients, kl_positions: as in ``npo_fast.methods.build_method``.
         references: ``references`` of an earlier run on this dataset.
-        reference_cache: folder that keeps the hidden states that a KL compares with, to resume
-            such a run; None keeps them among the temporary files.
+        reference_cache: folder that keeps what the method compares with from run to run, and to
+            resume: log-probs, and the hidden states of a KL; None keeps those among the temporary
+            files.
         attention: as in ``CausalLM``; outside ``train`` the model has its own.
         options: of ``transformers.Trainer``, such as ``callbacks`` and ``processing_class``.
 
@@ -174,7 +175,7 @@ class UnlearningTrainer(Trainer):
         self.lm = CausalLM(self.model, attention)
         with self.lm.packing(), self.accelerator.autocast():
             self.references = references or reference_log_probs(
-                self.lm, self.sources, self.terms, REFERENCE_TOKENS
+                self.lm, self.sources, self.terms, REFERENCE_TOKENS, reference_cache
             )
             self.reference_cache = reference_cache_for(
                 self.terms, self.lm, self.sources, REFERENCE_TOKENS, reference_cache

@@ -10,6 +10,7 @@ take the fields as numbers, by ``schema``, and every function above and below pa
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
@@ -76,6 +77,10 @@ def check_transform(op: str, transform: HeadTransform, prefix: str = "") -> None
 
     ``op`` and ``prefix`` (of the argument's name) appear in the message.
     """
+    for name, value in transform._asdict().items():
+        if not isinstance(value, Real) and (value is not None or name != "softcap"):
+            cure = "; take its .item()" if isinstance(value, Tensor) else ""
+            raise ValueError(f"{op}: {prefix}{name} must be a number, got {value!r}{cure}")
     if transform.softcap is not None and not transform.softcap > 0:
         raise ValueError(f"{op}: {prefix}softcap must be positive or None, got {transform.softcap}")
 

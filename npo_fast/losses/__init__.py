@@ -8,9 +8,10 @@ the whole distribution.
 """
 
 from npo_fast.losses.kl import KL
-from npo_fast.losses.sequence import DPO, GA, KTO, NLL, NPO, SimNPO, npo_loss
+from npo_fast.losses.sequence import DPO, GA, KTO, NLL, NPO, Averaged, SimNPO, npo_loss
 from npo_fast.losses.tokens import CEU, TNPO, WGA, SatImp
 
 __all__ = [
-    "CEU", "DPO", "GA", "KL", "KTO", "NLL", "NPO", "TNPO", "WGA", "SatImp", "SimNPO", "npo_loss",
+    "CEU", "DPO", "GA", "KL", "KTO", "NLL", "NPO", "TNPO", "WGA", "Averaged", "SatImp", "SimNPO",
+    "npo_loss",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -21,12 +22,18 @@ class _Loss(ABC):
     def __post_init__(self) -> None:
         """Raises ValueError where a coefficient makes no sense; beta must be positive."""
         for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                cure = "; take its .item()" if isinstance(value, Tensor) else ""
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a number, got {value!r}{cure}"
+                )
+            number = float(value)
             if name == "beta":
-                sound, rule = 0 < value < math.inf, "positive and finite"
+                sound, rule = 0 < number < math.inf, "positive and finite"
             else:
                 at_least = "" if self.least == -math.inf else f" and at least {self.least:g}"
-                sound, rule = self.least <= value < math.inf, f"finite{at_least}"
-            if not (sound and value > -math.inf):
+                sound, rule = self.least <= number < math.inf, f"finite{at_least}"
+            if not (sound and number > -math.inf):
                 raise ValueError(f"{type(self).__name__}: {name} must be {rule}, got {value}")
 
     def __call__(
@@ -45,7 +52,7 @@ class _Loss(ABC):
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def _relative(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+    def relative(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
         """Returns log-probs minus those of the reference, where the loss has one."""
         if self.reference is None:
             return log_probs
@@ -73,7 +80,7 @@ class OfSequence(_Loss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         log_prob = segment_sum(log_probs, cu_seqlens)
         tokens = cu_seqlens.diff().to(log_probs.device)
-        values, slope = self.value_and_slope(self._relative(log_prob, ref_log_probs), tokens)
+        values, slope = self.value_and_slope(self.relative(log_prob, ref_log_probs), tokens)
         return values, log_prob, slope.repeat_interleave(tokens, output_size=len(log_probs))
 
 
@@ -93,7 +100,7 @@ class OfTokens(_Loss):
     def _evaluate(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.weight(self._relative(log_probs.detach(), ref_log_probs))
+        weight = self.weight(self.relative(log_probs.detach(), ref_log_probs))
         values = segment_sum(weight * log_probs, cu_seqlens)
         return values, segment_sum(log_probs, cu_seqlens), weight
 

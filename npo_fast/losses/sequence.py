@@ -5,9 +5,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from npo_fast.kernels.transform import TransformOptions
 from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
-from npo_fast.ops import Reference, linear_sequence_loss
+from npo_fast.ops import Reference, linear_sequence_loss, segment_sum
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,51 @@ class KTO(OfSequence):
         return 1 + values, slope
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """Another loss, of the mean log-prob of a sequence's tokens: ``l_i / |y_i|`` in place of l_i.
+
+    The reference's log-probs are means too. A sequence without a token has log-prob 0.
+    """
+
+    loss: OfSequence
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a loss that is not one of sequence log-probs."""
+        if not isinstance(self.loss, OfSequence):
+            raise ValueError(
+                f"average_log_prob is for losses of sequence log-probs, such as NPO and DPO, and "
+                f"{self.loss!r} is not: reduction='token_mean' averages it over tokens"
+            )
+
+    @property
+    def reference(self) -> Reference:
+        """As that of the loss."""
+        return self.loss.reference
+
+    @property
+    def group(self) -> int:
+        """As that of the loss."""
+        return self.loss.group
+
+    def __call__(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    ) -> Tensor:
+        return self.value_and_weight(log_probs, cu_seqlens, ref_log_probs)[0]
+
+    def value_and_weight(
+        self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns values (s / group,), mean log-probs (s,) and the derivative (n,)."""
+        tokens = cu_seqlens.diff().to(log_probs.device)
+        length = tokens.clamp(min=1)
+        mean = segment_sum(log_probs, cu_seqlens) / length
+        relative = self.loss.relative(mean, ref_log_probs)
+        values, slope = self.loss.value_and_slope(relative, torch.ones_like(tokens))
+        weight = (slope / length).repeat_interleave(tokens, output_size=len(log_probs))
+        return values, mean, weight
+
+
 def npo_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -118,12 +165,16 @@ def npo_loss(
     cu_seqlens: Tensor,  # (S + 1,)
     ref_log_probs: Tensor,  # (S,)
     beta: float = 0.1,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    **transform: Unpack[TransformOptions],
 ) -> Tensor:
     """Returns the mean NPO loss: ``mean_i -(2 / beta) * logsigmoid(-beta * (l_i - ref_i))``.
 
     ``linear_sequence_loss`` with ``NPO(beta)``; see there for shapes, dtypes and errors.
     """
     loss, _ = linear_sequence_loss(
-        hidden, weight, labels, cu_seqlens, NPO(beta), ref_log_probs=ref_log_probs
-    )
+        hidden, weight, labels, cu_seqlens, NPO(beta),
+        ref_log_probs=ref_log_probs, bias=bias, **transform,
+    )  # fmt: skip
     return loss

@@ -11,9 +11,8 @@ It is written a shard at a time and read through a memory map: neither holds all
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -31,6 +30,7 @@ from npo_fast.kernels.transform import HeadTransform
 from npo_fast.locks import CAN_LOCK, lock, locked
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_folder
+from npo_fast.ops.checks import WITH_AUTOCAST
 from npo_fast.ops.head import Head
 
 FORMAT = 1
@@ -95,25 +95,44 @@ def open_reference_states(
 
     Raises:
         UserError: the folder holds something else, or states that are damaged or were made from
-            another model, other data or other positions; or the model's states are not finite.
+            another model, head, data or positions; or the model's states are not finite.
     """
     temporary = None
     if folder is None:
         temporary = TemporaryFolder()
         folder = temporary.path / "reference"
     made_from = {  # token ids stand for template and tokenizer
-        "model": model_fingerprint(lm.model),
+        **reference_fingerprint(lm),
         "positions": positions,
         "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
     }
+    index = open_folder(
+        folder, made_from, lambda path: _write(lm, sources, path, made_from, micro_batch_tokens)
+    )
+    return ReferenceStates(folder, index, lm.device, temporary)
+
+
+def open_folder(
+    folder: Path, made_from: Mapping[str, Any], write: Callable[[Path], None]
+) -> dict[str, Any]:
+    """The content of ``reference.json``; where there is no folder, ``write`` fills it first.
+
+    Raises:
+        UserError: the folder holds something else, is damaged, or was made from something else.
+    """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent):  # another run may be making the same states
+        with locked(folder.parent):  # another run may be making the same
             if not folder.exists():
-                save_folder(
-                    folder, lambda path: _write(lm, sources, path, made_from, micro_batch_tokens)
-                )
-    return ReferenceStates(folder, _checked_index(folder, made_from), lm.device, temporary)
+                save_folder(folder, write)
+    return _checked_index(folder, made_from)
+
+
+def write_index(folder: Path, made_from: Mapping[str, Any], **content: Any) -> None:
+    """Writes ``reference.json``, last of the files in ``folder``."""
+    sha256 = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    index = {"format": FORMAT, "made_from": made_from, **content, "sha256": sha256}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 class TemporaryFolder:
@@ -136,6 +155,17 @@ class TemporaryFolder:
             self.path = Path(self._folder.name)
             self._lock = (self.path / LOCK).open("w")
             lock(self._lock)
+
+
+def reference_fingerprint(lm: CausalLM) -> dict[str, Any]:
+    """What log-probs and states of the model depend on, beside the data."""
+    device = lm.device.type
+    autocast = device in WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    return {
+        "model": model_fingerprint(lm.model),
+        "head": [None if value is None else f"{value:.6g}" for value in lm.transform],
+        "autocast": str(torch.get_autocast_dtype(device)) if autocast else None,
+    }
 
 
 def model_fingerprint(model: Any) -> str:
@@ -172,14 +202,7 @@ def _write(
             file = f"{source}-{len(shards[source]):05d}.safetensors"
             save_file({"hidden": torch.cat(states)}, folder / file)
             shards[source].append({"file": file, "lengths": [len(rows) for rows in states]})
-    index = {
-        "format": FORMAT,
-        "made_from": made_from,
-        **lm.transform._asdict(),
-        "sources": shards,
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    write_index(folder, made_from, **lm.transform._asdict(), sources=shards)
 
 
 @torch.no_grad()

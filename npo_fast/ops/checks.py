@@ -1,6 +1,7 @@
 """What the public operators are given: ValueErrors that name the shape or value; autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ def checked_head(
     Raises:
         ValueError: shapes, dtypes, devices and transform do not fit together.
     """
+    check_tensors(op, **{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
+    if bias is not None:
+        check_tensors(op, **{f"{prefix}bias": bias})
     device = hidden.device.type
     autocast = device in WITH_AUTOCAST and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
@@ -49,12 +53,13 @@ def checked_head(
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {prefix}hidden must be (N, D) and {prefix}weight (V, D) with the same D, "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}{shape_hint(hidden, weight)}"
         )
     if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
         raise ValueError(
             f"{op}: {prefix}hidden and {prefix}weight must have one dtype of float32, bfloat16, "
-            f"float16 or float64, got {hidden.dtype} and {weight.dtype} (autocast casts both)"
+            f"float16 or float64, got {hidden.dtype} and {weight.dtype}; autocast casts both, "
+            "outside of it cast one, such as hidden.to(weight.dtype)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -69,16 +74,74 @@ def checked_head(
     return hidden, weight, bias
 
 
-def check_labels(op: str, hidden: Tensor, labels: Tensor) -> None:
+def check_tensors(op: str, **arguments: object) -> None:
+    """Raises ValueError for the first argument that is no tensor, and says what to pass."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{op}: {name} must be a tensor, got {kind}{_in_its_place(value)}")
+        if hasattr(value, "full_tensor"):  # DTensor, of FSDP or tensor parallelism
+            raise ValueError(
+                f"{op}: {name} is sharded over processes; pass all of it, {name}.full_tensor()"
+            )
+
+
+def _in_its_place(value: Any) -> str:
+    """What was probably meant by an argument that is no tensor."""
+    if hasattr(value, "get_output_embeddings"):
+        return "; npo_fast.head_of(model) has the weight and bias of its LM head"
+    if isinstance(getattr(value, "weight", None), Tensor):
+        and_bias = " (and its .bias as bias)" if getattr(value, "bias", None) is not None else ""
+        return f"; pass its .weight{and_bias}"
+    if getattr(value, "last_hidden_state", None) is not None:
+        return "; pass its .last_hidden_state"
+    if hasattr(value, "logits"):
+        return "; pass hidden states, model.get_decoder()(input_ids=…).last_hidden_state"
+    if isinstance(value, tuple | list) and value and isinstance(value[-1], Tensor):
+        return "; pass the last of them, such as hidden_states[-1]"
+    is_array = hasattr(value, "__len__") and not isinstance(value, str)
+    return "; torch.as_tensor makes one" if is_array else ""
+
+
+def shape_hint(hidden: Tensor, weight: Tensor) -> str:
+    """What was probably meant by shapes of hidden states and weight that do not fit."""
+    if not hidden.is_floating_point():
+        return "; hidden are whole numbers: pass hidden states, not token ids"
+    if weight.dim() > 2 and hidden.dim() == 2:
+        return "; hidden and weight look swapped"
+    if weight.dim() == 2 and hidden.dim() and hidden.shape[-1] == len(weight) != weight.shape[1]:
+        if len(weight) > weight.shape[1]:
+            return "; these look like logits: pass the last hidden states, which the head reads"
+        return "; weight looks transposed: pass it as torch.nn.Linear has it"
+    if hidden.dim() == 3 and hidden.shape[-1] == weight.shape[-1]:
+        return "; for a padded batch there are sequence_log_probs and the FusedLinear modules"
+    return ""
+
+
+def check_labels(op: str, hidden: Tensor, labels: Tensor, weight: Tensor) -> None:
     """Raises ValueError unless labels are (N,) int64 or int32 on the device of ``hidden``."""
+    check_tensors(op, labels=labels)
     if labels.shape != hidden.shape[:1]:
+        hint = ""
+        if labels.shape == weight.shape[:1]:
+            hint = "; hidden and weight look swapped"
+        elif labels.dim() == 1 and len(labels) == len(hidden) + 1:
+            hint = "; a row predicts the next token: pass labels[1:]"
         raise ValueError(
             f"{op}: labels must be ({hidden.shape[0]},), one a row of hidden, "
-            f"got {tuple(labels.shape)}"
+            f"got {tuple(labels.shape)}{hint}"
         )
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
+    check_label_dtype(op, "labels", labels)
     check_device(op, "hidden", hidden, "labels", labels)
+
+
+def check_label_dtype(op: str, name: str, labels: Tensor) -> None:
+    """Raises ValueError unless labels are int64 or int32."""
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{op}: {name} must be int64 or int32, got {labels.dtype}; {name}.long() casts token "
+            "ids"
+        )
 
 
 def check_device(op: str, name: str, tensor: Tensor, other: str, moved: Tensor | None) -> None:
@@ -114,6 +177,7 @@ def capturing(device: torch.device) -> bool:
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
     """Raises ValueError unless offsets are (S + 1,) integers that rise from 0 to ``rows``."""
+    check_tensors(op, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"{op}: cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -135,9 +199,26 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, device: torch.devic
         torch._assert_async(well_formed, f"{op}: cu_seqlens must rise from 0 to {rows}")
     elif cu_seqlens.device.type == "cpu" and not bool(well_formed):
         shown = ", ".join(str(int(offset)) for offset in cu_seqlens[:8])
+        lengths = "; of lengths make F.pad(lengths.cumsum(0), (1, 0))"
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to the {rows} rows of hidden, "
             f"got [{shown}{', …' if len(cu_seqlens) > 8 else ''}]"
+            f"{lengths if int(cu_seqlens.sum()) == rows else ''}"
+        )
+
+
+def check_loss(op: str, loss: Any) -> None:
+    """Raises ValueError unless ``loss`` follows ``SequenceLoss``."""
+    if isinstance(loss, type):
+        raise ValueError(f"{op}: loss is the class {loss.__name__}; make one, {loss.__name__}()")
+    if getattr(loss, "reference", None) == "hidden":
+        raise ValueError(
+            f"{op}: {type(loss).__name__} compares whole distributions, not log-probs of labels; "
+            "linear_kl and FusedLinearKLLoss do"
+        )
+    if not (callable(loss) and hasattr(loss, "group") and hasattr(loss, "reference")):
+        raise ValueError(
+            f"{op}: loss must be NPO(beta), a sibling, or follow SequenceLoss, got {loss!r}"
         )
 
 
@@ -149,7 +230,11 @@ def check_ref_log_probs(
     if reference is None:
         return
     if ref_log_probs is None:
-        raise ValueError(f"{op}: {name} compares with a reference: pass ref_log_probs")
+        raise ValueError(
+            f"{op}: {name} compares with a reference: pass ref_log_probs, the log-probs of the "
+            "same labels under the model before training"
+        )
+    check_tensors(op, ref_log_probs=ref_log_probs)
     expected = sequences if reference == "sequence" else len(hidden)
     if ref_log_probs.shape != (expected,):
         raise ValueError(

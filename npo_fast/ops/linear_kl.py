@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
@@ -19,7 +20,14 @@ from npo_fast.ops.checks import (
     checked_head,
     no_autocast,
 )
-from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, OnePass, gradient_scale
+from npo_fast.ops.gradients import (
+    Gradients,
+    HeadGradients,
+    Needs,
+    OnePass,
+    gradient_scale,
+    wanted,
+)
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
 from npo_fast.tracing import breaks_graph
@@ -38,10 +46,10 @@ def linear_kl(
     ref_bias: Tensor | None = None,  # (V,)
     labels: Tensor | None = None,  # (N,)
     demotion: float = 0.0,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     chunk_rows: int | None = None,
     **transforms: Unpack[PairedTransformOptions],
-) -> Tensor:  # scalar
+) -> Tensor:  # scalar or, unreduced, (N,)
     """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, a chunk of logits at a time.
 
         z_n    = logit_scale * softcap(W h_n + b),       p_n     = softmax(z_n)
@@ -60,13 +68,14 @@ def linear_kl(
         ref_bias, ref_softcap, ref_logit_scale: as those of the model.
         labels: the tokens to demote, (N,), int64 or int32, in [0, V); None demotes nothing.
         demotion: nats that the reference's logit of each label is lowered by, 0 or more.
-        reduction: "mean" over rows, or "sum".
+        reduction: "mean" over rows, or "sum"; "none" returns that of each row, (N,), and its
+            backward pass makes the logits again.
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``, and what 96 MiB hold of the reference's.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 inputs), differentiable once in hidden, weight and bias. The
-        reference is a constant.
+        A scalar (unreduced, a number a row), fp32 (fp64 for fp64 inputs), differentiable once in
+        hidden, weight and bias. The reference is a constant.
 
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit together, an unknown
@@ -82,7 +91,7 @@ def linear_kl(
     )
     _check_pair(op, hidden, weight, ref_hidden, ref_weight)
     if labels is not None:
-        check_labels(op, hidden, labels)
+        check_labels(op, hidden, labels, weight)
         check_label_values(op, labels, len(weight))
         labels = labels.long()
     if not 0 <= demotion < float("inf") or (demotion and labels is None):
@@ -90,16 +99,18 @@ def linear_kl(
             f"{op}: demotion must be 0 or more and comes with labels, got {demotion}"
             f"{' without labels' if labels is None else ''}"
         )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
-    factor = gradient_scale(weight.dtype, round(1 / scale))
-    compute = partial(
-        _kl_and_gradients, (transform, ref_transform), demotion, scale, factor, chunk_rows
-    )
+    settings = (transform, ref_transform), demotion
     tensors = hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
+    if reduction == "none":
+        with no_autocast(hidden):
+            return _RowKL.apply(*settings, chunk_rows, *tensors)
+    factor = gradient_scale(weight.dtype, round(1 / scale))
+    compute = partial(_kl_and_gradients, *settings, scale, factor, chunk_rows)
     with no_autocast(hidden):
         (loss,) = OnePass.apply(compute, compute, factor, *tensors)
     return loss
@@ -113,6 +124,7 @@ def _kl_and_gradients(
     chunk_rows: int | None,
     needs: Needs,
     tensors: Sequence[Any],
+    upstream: Tensor | None = None,  # (N,) factors on the gradient of each row
 ) -> tuple[Tensor, Gradients]:
     """Returns the scaled sum of KL over rows, and the gradients of hidden, weight and bias."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = tensors
@@ -128,10 +140,46 @@ def _kl_and_gradients(
         head, hidden, ref_head, ref_hidden, step, labels, demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
+        if upstream is not None:
+            logits[: len(kl)] *= upstream[rows, None]
         logits[len(kl) :] = 0  # of the rows that pad the chunk
         gradients.set_hidden(rows, logits, alpha)  # GEMM 2
         gradients.add_weight(logits, hidden[rows], alpha)  # GEMM 3
     return (total * scale).to(head.opmath_dtype), gradients.finish()
+
+
+class _RowKL(torch.autograd.Function):
+    """The KL of each row; the backward pass makes both logits again, a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        transforms: tuple[HeadTransform, HeadTransform],
+        demotion: float,
+        chunk_rows: int | None,
+        *tensors: Any,
+    ) -> Tensor:  # (N,)
+        ctx.transforms, ctx.demotion, ctx.chunk_rows = transforms, demotion, chunk_rows
+        ctx.save_for_backward(*tensors)
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = tensors
+        head, ref_head = (
+            Head(weight, bias, transforms[0]),
+            Head(ref_weight, ref_bias, transforms[1]),
+        )
+        divided = divergences(head, hidden, ref_head, ref_hidden, chunk_rows, labels, demotion)
+        empty = hidden.new_empty(0, dtype=head.opmath_dtype)
+        return torch.cat([empty, *(kl for _, kl, _ in divided)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[3:6]
+        with no_autocast(upstream):
+            _, gradients = _kl_and_gradients(
+                ctx.transforms, ctx.demotion, 1.0, 1.0, ctx.chunk_rows, needs, ctx.saved_tensors,
+                upstream,
+            )  # fmt: skip
+        return None, None, None, *wanted(gradients, needs), None, None, None, None
 
 
 def divergences(

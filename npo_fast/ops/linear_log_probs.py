@@ -43,7 +43,7 @@ def linear_log_probs(
     op = "linear_log_probs"
     head_transform = HeadTransform(**transform)
     hidden, weight, bias = checked_head(op, hidden, weight, bias, head_transform)
-    check_labels(op, hidden, labels)
+    check_labels(op, hidden, labels, weight)
     step = resolve_chunk_rows(op, Head(weight, bias), len(hidden), chunk_rows)
     log_probs, _ = _forward(hidden, weight, bias, labels.long(), step, *head_transform)
     return log_probs

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from npo_fast.kernels.reference import segment_sum
 from npo_fast.kernels.transform import HeadTransform, TransformOptions
 from npo_fast.ops import compiled
 from npo_fast.ops.checks import (
     check_cu_seqlens,
     check_label_values,
     check_labels,
+    check_loss,
     check_ref_log_probs,
     checked_head,
     no_autocast,
 )
 from npo_fast.ops.gradients import OnePass
-from npo_fast.ops.linear_log_probs import resolve_chunk_rows
+from npo_fast.ops.linear_log_probs import linear_log_probs, resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
 from npo_fast.ops.vocab_parallel import VocabularySlice, local_head
@@ -36,10 +38,11 @@ def _fits_a_graph(
     *,
     skip_below: float = 0.0,
     vocabulary: VocabularySlice | None = None,
+    reduction: str = "mean",
     **_: Any,
 ) -> bool:
     """Elsewhere the loss is differentiated, or rows are chosen, on the host."""
-    in_graph = compiled.IN_GRAPH and hasattr(loss, "value_and_weight")
+    in_graph = compiled.IN_GRAPH and hasattr(loss, "value_and_weight") and reduction != "none"
     return in_graph and skip_below == 0 and vocabulary is None
 
 
@@ -53,14 +56,14 @@ def linear_sequence_loss(
     *,
     ref_log_probs: Tensor | None = None,  # (S,), or (N,) where the loss wants one a token
     bias: Tensor | None = None,  # (V,)
-    reduction: Reduction = "mean",
+    reduction: Reduction | Literal["none"] = "mean",
     chunk_rows: int | None = None,
     memory_bytes: int | None = None,
     skip_below: float = 0.0,
     skipped: Skipped | None = None,
     vocabulary: VocabularySlice | None = None,
     **transform: Unpack[TransformOptions],
-) -> tuple[Tensor, Tensor]:  # scalar, (S,)
+) -> tuple[Tensor, Tensor]:  # scalar or, unreduced, (S,); (S,)
     """Loss of whole sequences straight from hidden states and the LM head.
 
         z_n = logit_scale * softcap(W h_n + b),    l_n = z_n[y_n] - logsumexp(z_n)
@@ -83,7 +86,8 @@ def linear_sequence_loss(
         ref_log_probs: log-probs under the reference model, one a sequence (or one a token).
         bias: (V,) or None.
         reduction: "mean" over the loss's values (one a sequence, or one a pair), "token_mean"
-            (their sum / number of tokens), "sum".
+            (their sum / number of tokens), "sum"; "none" returns the values, and since their
+            upstream gradients are not known yet, the backward pass makes the logits again (8NDV).
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``: all of them where they fit the memory that the weight's gradient
             takes later (N <= D), or are no larger than an fp32 gradient; 0 makes no logits in
@@ -101,8 +105,9 @@ def linear_sequence_loss(
         logit_scale: factor on the (capped) logits, by default 1.
 
     Returns:
-        The scalar loss, differentiable once in hidden, weight and bias, and the detached
-        log-probs of the sequences, (S,); both fp32 (fp64 for fp64 inputs).
+        The scalar loss (unreduced, the values of the loss), differentiable once in hidden, weight
+        and bias, and the detached log-probs of the sequences, (S,); both fp32 (fp64 for fp64
+        inputs).
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
@@ -116,15 +121,18 @@ def linear_sequence_loss(
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """
     op, head_transform = "linear_sequence_loss", HeadTransform(**transform)
+    check_loss(op, loss)
     hidden, weight, bias = checked_head(op, hidden, weight, bias, head_transform)
-    check_labels(op, hidden, labels)
+    check_labels(op, hidden, labels, weight)
     check_cu_seqlens(op, cu_seqlens, len(hidden), hidden.device)
     sequences = len(cu_seqlens) - 1
     check_ref_log_probs(op, loss, ref_log_probs, sequences, hidden)
-    if reduction not in ("mean", "token_mean", "sum"):
+    if reduction not in ("mean", "token_mean", "sum", "none"):
         raise ValueError(
-            f"{op}: reduction must be 'mean', 'token_mean' or 'sum', got {reduction!r}"
+            f"{op}: reduction must be 'mean', 'token_mean', 'sum' or 'none', got {reduction!r}"
         )
+    if reduction == "none" and (skip_below or vocabulary is not None):
+        raise ValueError(f"{op}: skip_below and vocabulary need one loss, not reduction='none'")
     if loss.group > 1 and sequences % loss.group:
         raise ValueError(
             f"{op}: {type(loss).__name__} takes sequences in groups of {loss.group}, "
@@ -133,7 +141,7 @@ def linear_sequence_loss(
     if not 0 <= skip_below < 1:
         raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
     values = sequences // max(loss.group, 1)
-    count = {"mean": values, "token_mean": len(hidden), "sum": 1}[reduction]
+    count = {"mean": values, "token_mean": len(hidden), "sum": 1, "none": 1}[reduction]
     if vocabulary is not None:
         _check_slice(op, vocabulary, weight, chunk_rows)
     head = local_head(weight, bias, head_transform, vocabulary)
@@ -146,6 +154,11 @@ def linear_sequence_loss(
             )
         step = head.chunk_rows()
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
+    if reduction == "none":
+        log_probs = linear_log_probs(
+            hidden, weight, labels, bias=bias, chunk_rows=step, **transform
+        )
+        return _values(loss, log_probs, cu_seqlens, ref_log_probs)
     number = compiled.loss_number(loss) if torch.compiler.is_compiling() else -1
     config = LossConfig(loss, head_transform, max(count, 1), step, skip_below, vocabulary)
     inputs = Inputs(hidden, weight, bias, labels.long(), cu_seqlens, ref_log_probs)
@@ -158,6 +171,20 @@ def linear_sequence_loss(
         again = partial(loss_and_gradients, config)
         compute = partial(again, skipped=skipped)
         return OnePass.apply(compute, again, config.gradient_scale(weight.dtype), *inputs)
+
+
+def _values(
+    loss: SequenceLoss,
+    log_probs: Tensor,  # (N,)
+    cu_seqlens: Tensor,
+    ref_log_probs: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the differentiable values of ``loss``, and the log-probs of the sequences."""
+    cu_seqlens = cu_seqlens.to(log_probs.device)
+    values = loss(log_probs, cu_seqlens, ref_log_probs)
+    if (value_and_weight := getattr(loss, "value_and_weight", None)) is None:
+        return values, segment_sum(log_probs.detach(), cu_seqlens)
+    return values, value_and_weight(log_probs.detach(), cu_seqlens, ref_log_probs)[1]
 
 
 def _check_slice(

@@ -97,7 +97,8 @@ class _Method(Checked):
     """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
     that also counts padding, which packs do not have."""
     reference_cache: Path | None = None
-    """Folder that keeps the reference's hidden states for KL and UNDIAL from run to run."""
+    """Folder that keeps what methods compare with from run to run: the reference's log-probs, and
+    for KL and UNDIAL its hidden states."""
 
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":

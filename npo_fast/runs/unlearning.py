@@ -35,6 +35,7 @@ from npo_fast.methods import Term, build_method
 from npo_fast.metrics import FORGET, probability, retrained_log, rouge_l_recall
 from npo_fast.metrics.measures import without_end
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_log_probs import check_cache
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import (
@@ -153,7 +154,7 @@ def unlearn(
 
         reference = ReferenceData(
             before={} if prepared.resumable else answers_now("before"),
-            log_probs=_log_probs(lm, prepared),
+            log_probs=_log_probs(lm, prepared, method.reference_cache),
             hidden=reference_cache_for(
                 terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
             ),
@@ -172,10 +173,13 @@ def _resolve(
         raise UserError(f"method must be a name, MethodOptions or terms, got {method!r}")
     options = MethodOptions(method) if isinstance(method, str) else method
     terms = build_method(options.method, options.coefficients(), options.kl_positions)
-    if options.reference_cache is not None and all(t.loss.reference != "hidden" for t in terms):
-        raise UserError(
-            f"{options.method} compares with no hidden states; leave out --reference-cache"
-        )
+    if options.reference_cache is None:
+        return options, terms
+    if all(term.loss.reference is None for term in terms):
+        raise UserError(f"{options.method} compares with no reference; leave out --reference-cache")
+    if world_size() > 1:
+        raise UserError(f"--reference-cache runs on one process, not on {world_size()}")
+    check_cache(options.reference_cache)
     return options, terms
 
 
@@ -202,7 +206,7 @@ def _evaluation_callback(
     )
 
 
-def _log_probs(lm: CausalLM, prepared: PreparedRun) -> References:
+def _log_probs(lm: CausalLM, prepared: PreparedRun, cache: Path | None) -> References:
     """The reference's log-probs: kept by a resumed run, else of the model as it is now."""
     resumable, terms = prepared.resumable, prepared.terms
     if resumable and (resumable.references or resumable.trained):
@@ -213,7 +217,8 @@ def _log_probs(lm: CausalLM, prepared: PreparedRun) -> References:
             f"the reference's log-probs in {resumable.folder} are lost: go on with one process, "
             "which makes them again"
         )
-    return reference_log_probs(lm, prepared.sources, terms, prepared.training.micro_batch_tokens)
+    tokens = prepared.training.micro_batch_tokens
+    return reference_log_probs(lm, prepared.sources, terms, tokens, cache)
 
 
 def _answers(

@@ -15,8 +15,8 @@ from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
 from npo_fast.losses import KL
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_log_probs import STATES, check_cache, reference_log_probs_of
 from npo_fast.model.reference_states import ReferenceStates, open_reference_states
-from npo_fast.ops import segment_sum
 from npo_fast.trainer.optimizers import build_optimizer, trainable_parameters
 from npo_fast.trainer.order import (
     check_step_in_backward,
@@ -132,31 +132,26 @@ def check_settings(
         check_step_in_backward(sources, terms, settings)
 
 
-@torch.no_grad()
 def reference_log_probs(
-    lm: CausalLM, sources: Sources, terms: tuple[Term, ...], micro_batch_tokens: int
+    lm: CausalLM,
+    sources: Sources,
+    terms: tuple[Term, ...],
+    micro_batch_tokens: int,
+    cache: Path | None = None,
 ) -> dict[str, Tensor | list[Tensor]]:
     """Log-probs under the model as it is now, of the sources that a term compares with them.
 
     A number a sequence, (S,), or where the loss compares tokens a list of S tensors (n,). No
-    reference model stays in memory while training.
+    reference model stays in memory while training. The folder ``cache`` keeps them from run to run.
     """
-    references: dict[str, Tensor | list[Tensor]] = {}
     compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
     kinds = {name: term.loss.reference for term in compared for name in term.reads}
-    with lm.evaluating():
-        for source, kind in kinds.items():
-            reference = [torch.empty(0)] * len(sources[source])
-            for batch in lm.micro_batches(sources[source], micro_batch_tokens):
-                log_probs = lm.log_probs(batch)
-                if kind == "sequence":
-                    parts = segment_sum(log_probs, batch.answer_cu_seqlens).cpu().unbind()
-                else:
-                    parts = log_probs.cpu().split(batch.answer_cu_seqlens.diff().tolist())
-                for i, part in zip(batch.indices, parts, strict=True):
-                    reference[i] = part
-            references[source] = torch.stack(reference) if kind == "sequence" else reference
-    return references
+    data: Sources = {name: sources[name] for name in kinds}
+    found = reference_log_probs_of(lm, data, micro_batch_tokens, cache)
+    return {
+        name: found[name].sequences if kind == "sequence" else found[name].tokens
+        for name, kind in kinds.items()
+    }
 
 
 def reference_cache_for(
@@ -164,14 +159,20 @@ def reference_cache_for(
     lm: CausalLM,
     sources: Sources,
     micro_batch_tokens: int,
-    folder: Path | None = None,
+    cache: Path | None = None,
 ) -> ReferenceStates | None:
-    """The ``open_reference_states`` of the terms with a KL; None where no term has one."""
+    """The ``open_reference_states`` of the terms with a KL; None where no term has one.
+
+    They are kept in the folder ``cache``, beside its log-probs.
+    """
     kl_terms = [term for term in terms if isinstance(term.loss, KL)]
     if not kl_terms:
         return None
     (positions,) = {term.positions for term in kl_terms}
     compared: Sources = {term.source: sources[term.source] for term in kl_terms}
+    if cache is not None:
+        check_cache(cache)
+    folder = None if cache is None else cache / STATES
     return open_reference_states(lm, compared, folder, positions, micro_batch_tokens)
 
 

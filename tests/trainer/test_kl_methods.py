@@ -153,9 +153,10 @@ def test_the_command_line_runs_kl_and_reuses_a_cache(home, tmp_path, capsys):
     cache = tmp_path / "reference"
     options = ("--method", "NPO+KL", "--kl-coefficient", "2", "--reference-cache", str(cache))
     assert unlearn(home, tmp_path / "one", *options) == 0
-    written = (cache / "reference.json").stat().st_mtime_ns
+    index, head = (cache / "states" / name for name in ("reference.json", "head.safetensors"))
+    written = index.stat().st_mtime_ns
     assert unlearn(home, tmp_path / "two", *options) == 0
-    assert (cache / "reference.json").stat().st_mtime_ns == written
+    assert index.stat().st_mtime_ns == written
     assert unlearn(home, tmp_path / "three", *options[:4]) == 0
     steps = [
         [step["loss"] for step in read_jsonl(tmp_path / name / "steps.jsonl")]
@@ -165,7 +166,6 @@ def test_the_command_line_runs_kl_and_reuses_a_cache(home, tmp_path, capsys):
     capsys.readouterr()
     assert unlearn(home, tmp_path / "four", *options, "--kl-positions", "all") == 2
     assert "was made with another positions" in capsys.readouterr().err
-    head = cache / "head.safetensors"
     head.write_bytes(head.read_bytes()[:-8])
     assert unlearn(home, tmp_path / "five", *options) == 2
     assert "head.safetensors is damaged" in capsys.readouterr().err
@@ -173,9 +173,9 @@ def test_the_command_line_runs_kl_and_reuses_a_cache(home, tmp_path, capsys):
 
 
 def test_a_cache_for_a_method_that_has_no_use_for_it_is_refused(home, tmp_path, capsys):
-    options = ("--method", "NPO+RT", "--reference-cache", str(tmp_path / "reference"))
+    options = ("--method", "SimNPO+RT", "--reference-cache", str(tmp_path / "reference"))
     assert unlearn(home, tmp_path / "run", *options) == 2
-    assert "NPO+RT compares with no hidden states" in capsys.readouterr().err
+    assert "SimNPO+RT compares with no reference; leave out" in capsys.readouterr().err
 
 
 def test_other_answers_that_the_method_does_not_read_are_refused(home, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The reference's hidden states on disk: what comes back, and what is refused."""
+"""The reference's hidden states and log-probs on disk: what comes back, and what is refused."""
 
 import json
 import os
@@ -16,14 +16,28 @@ from safetensors.torch import load_file, save_file
 from npo_fast import linear_kl
 from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
+from npo_fast.methods import build_method
 from npo_fast.model import reference_states as module
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_log_probs import check_cache, reference_log_probs_of
 from npo_fast.model.reference_states import (
     TemporaryFolder,
     model_fingerprint,
     open_reference_states,
 )
-from tests.helpers import slow_but, tiny_model
+from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
+from npo_fast.trainer.settings import TrainSettings
+from tests.helpers import (
+    FACTS,
+    exit_code,
+    read_jsonl,
+    save_tiny_model,
+    slow_but,
+    sources,
+    tiny_model,
+    write_jsonl,
+)
+from tests.helpers import small_lm as trainable_lm
 
 SOURCES = {
     "retain": [TokenizedExample(tuple(range(3, 3 + 4 + i % 5)), 1 + i % 3, i) for i in range(9)],
@@ -238,3 +252,152 @@ def test_two_runs_that_want_one_cache_make_it_once(lm, tmp_path, monkeypatch):
         one, other = pool.map(open_cache, range(2))
     assert len(made) == 1
     assert one.made_from == other.made_from
+
+
+# ---- log-probs ----
+
+
+def losses(method: str, cache: Path | None) -> list[float]:
+    """Of a run on all data, with the reference from ``cache``."""
+    lm, terms = trainable_lm(), build_method(method)
+    references = reference_log_probs(lm, sources(), terms, 40, cache)
+    states = reference_cache_for(terms, lm, sources(), 40, cache)
+    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, micro_batch_tokens=40)
+    return [step.loss for step in train(lm, sources(), terms, settings, references, states)]
+
+
+@pytest.mark.parametrize("method", slow_but(["DPO+KL"], ["NPO+RT", "DPO+KL", "KTO", "TNPO+RT"]))
+def test_a_run_with_kept_log_probs_is_the_run_without_to_the_bit(method, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    alone = losses(method, None)
+    assert losses(method, cache) == alone
+    monkeypatch.setattr(
+        "npo_fast.model.reference_log_probs._compute", lambda *_: pytest.fail("computed again")
+    )
+    assert losses(method, cache) == alone
+
+
+def test_methods_share_the_log_probs_of_the_same_answers(tmp_path, monkeypatch):
+    from npo_fast.model import reference_log_probs as module
+
+    computed = []
+
+    def compute(lm, sequences, tokens):
+        computed.append(len(sequences))
+        return original(lm, sequences, tokens)
+
+    original = module._compute
+    monkeypatch.setattr(module, "_compute", compute)
+    data, lm = sources(), trainable_lm()
+    for method in ("NPO", "TNPO", "DPO", "KTO", "AltPO"):
+        expected = reference_log_probs(lm, data, build_method(method), 40)
+        del computed[:]
+        found = reference_log_probs(lm, data, build_method(method), 40, tmp_path)
+        assert computed == {"NPO": [7], "DPO": [7], "AltPO": [7]}.get(method, [])
+        assert found.keys() == expected.keys()
+        for source, value in found.items():
+            assert all(torch.equal(a, b) for a, b in zip(value, expected[source], strict=True))
+    kept = {"log_probs-forget", "log_probs-idk", "log_probs-alternate"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Log-probs of SOURCES under ``small_lm()``."""
+    reference_log_probs_of(small_lm(), SOURCES, 20, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_log_probs_of_another_model_head_data_or_dtype_are_refused(kept):
+    def opened(lm, data=SOURCES):
+        return reference_log_probs_of(lm, data, 20, kept)
+
+    opened(small_lm())
+    remedy = "; delete the folder or name another one"
+    changed = small_lm()
+    with torch.no_grad():
+        next(changed.model.parameters())[3, 0] += 1e-3
+    with pytest.raises(UserError, match=f"log_probs-retain was made with another model .*{remedy}"):
+        opened(changed)
+    with pytest.raises(UserError, match="another model"):
+        opened(CausalLM(small_lm().model.bfloat16(), probe=False))
+    capped = small_lm()
+    capped.transform = capped.transform._replace(softcap=3.0)
+    with pytest.raises(UserError, match="another head"):
+        opened(capped)
+    with pytest.raises(UserError, match="another autocast"), torch.autocast("cpu", torch.bfloat16):
+        opened(small_lm())
+    fewer = {**SOURCES, "retain": SOURCES["retain"][1:]}
+    with pytest.raises(UserError, match="another data"):
+        opened(small_lm(), fewer)
+    longer = [
+        TokenizedExample(e.input_ids, e.prompt_length + 1, e.index) for e in SOURCES["retain"]
+    ]
+    with pytest.raises(UserError, match="another data"):
+        opened(small_lm(), {"retain": longer})
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_damaged_log_probs_are_refused_by_name(lm, kept, damage):
+    damage(kept / "log_probs-forget" / "log_probs.safetensors")
+    with pytest.raises(UserError, match=r"log_probs-forget/log_probs.safetensors is damaged"):
+        reference_log_probs_of(lm, SOURCES, 20, kept)
+
+
+def test_log_probs_that_are_not_finite_are_not_kept(tmp_path):
+    lm = small_lm()
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[9] = torch.nan  # in forget record 1
+    with pytest.raises(UserError, match="forget records 1: the log-probs of the reference are not"):
+        reference_log_probs_of(lm, {"forget": SOURCES["forget"]}, 6, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_folder_that_is_no_reference_cache_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds no reference cache; name another reference_cache"):
+        reference_log_probs_of(small_lm(), SOURCES, 20, tmp_path)
+    with pytest.raises(UserError, match="thesis.txt is a file"):
+        check_cache(tmp_path / "thesis.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_cache_of_an_earlier_version_is_told(made):
+    with pytest.raises(UserError, match="is of an earlier version; delete the folder"):
+        check_cache(made)
+
+
+@pytest.mark.slow
+def test_the_command_line_shares_log_probs_between_runs(tmp_path, capsys):
+    save_tiny_model(tmp_path / "model")
+    write_jsonl(tmp_path / "forget.jsonl", FACTS[:4])
+    write_jsonl(tmp_path / "retain.jsonl", FACTS[4:])
+    cache = tmp_path / "reference"
+
+    def unlearn(name, *more):
+        return exit_code(
+            ["unlearn", "--model", str(tmp_path / "model"), "--epochs", "2", "--no-report",
+             "--forget", str(tmp_path / "forget.jsonl"), "--output", str(tmp_path / name),
+             "--retain", str(tmp_path / "retain.jsonl"), "--lr", "1e-3", *more]
+        )  # fmt: skip
+
+    shared = ("--method", "NPO+KL", "--reference-cache", str(cache))
+    assert unlearn("alone", *shared[:2]) == 0
+    assert unlearn("first", *shared) == 0
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    assert unlearn("second", *shared) == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == written
+    runs = [
+        [step["loss"] for step in read_jsonl(tmp_path / name / "steps.jsonl")]
+        for name in ("alone", "first", "second")
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert unlearn("dpo", "--method", "DPO+RT", *shared[2:]) == 0
+    assert (cache / "log_probs-idk").is_dir()
+    capsys.readouterr()
+    assert unlearn("other", "--model", str(tmp_path / "first"), *shared) == 2
+    assert "log_probs-forget was made with another model than this run's" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert unlearn("none", "--method", "NPO", "--reference-cache", str(tmp_path / "mine")) == 2
+    assert "holds no reference cache" in capsys.readouterr().err
