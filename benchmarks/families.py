@@ -118,7 +118,7 @@ def main() -> None:
     if not named:
         document = {"versions": versions(), "families": [asdict(result) for result in results]}
         RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(results), encoding="utf-8")
+        PAGE.write_text(page(results, document["versions"]), encoding="utf-8")
     raise SystemExit(1 if counts["WRONG"] else 0)
 
 
@@ -306,12 +306,11 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def page(results: list[Verdict]) -> str:
+def page(results: list[Verdict], ran_with: dict[str, str]) -> str:
     """The table as Markdown."""
     counts = Counter(result.verdict for result in results)
     built = len(results) - counts["not built"]
-    ran = ", ".join(f"{name} {version}" for name, version in versions().items()
-                    if name in ("torch", "transformers"))  # fmt: skip
+    ran = ", ".join(f"{name} {ran_with[name]}" for name in ("transformers", "torch"))
     lines = [
         "# Model families", "",
         f"Every causal language model that transformers lists ({ran}), as `CausalLM` takes it. "
