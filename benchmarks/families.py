@@ -118,7 +118,7 @@ def main() -> None:
     if not named:
         document = {"versions": versions(), "families": [asdict(result) for result in results]}
         RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(results), encoding="utf-8")
+        PAGE.write_text(page(results, document["versions"]), encoding="utf-8")
     raise SystemExit(1 if counts["WRONG"] else 0)
 
 
@@ -154,11 +154,17 @@ def judge(family: str) -> Verdict:
         return result
     taken = []
     for dtype in (torch.float32, torch.bfloat16):
+        typed = build(family, dtype)  # some keep parts of it in fp32
+        typed.load_state_dict(model.state_dict())
+        try:
+            plain_log_probs(typed, examples()).sum().backward()
+        except RuntimeError as error:
+            result.why = f"its own {dtype} does not run: {first_line(error)}"
+            continue
+        typed.zero_grad()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
-                typed = build(family, dtype)  # some keep parts of it in fp32
-                typed.load_state_dict(model.state_dict())
                 lm = CausalLM(typed)
             except UserError as error:
                 result.verdict, result.why = "refused", first_line(error)
@@ -300,9 +306,34 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def page(results: list[Verdict]) -> str:
+def page(results: list[Verdict], ran_with: dict[str, str]) -> str:
     """The table as Markdown."""
-    return ""
+    counts = Counter(result.verdict for result in results)
+    built = len(results) - counts["not built"]
+    ran = ", ".join(f"{name} {ran_with[name]}" for name in ("transformers", "torch"))
+    lines = [
+        "# Model families", "",
+        f"Every causal language model that transformers lists ({ran}), as `CausalLM` takes it. "
+        f"`python benchmarks/families.py` makes this page; {RESULT.name} beside the other results "
+        "has the figures.", "",
+        f"Of {built} families that a tiny configuration can build, {counts['packed']} train in "
+        f"packs, {counts['one by one']} one sequence at a time, and {counts['refused']} are "
+        "refused with a line that says why. Each verdict is reached on initial weights, in fp32 "
+        "and in bf16. Log-probs and gradients of what is taken are then compared, in fp64 at "
+        "larger weights, with those of the model's own forward, a sequence at a time: the two "
+        "columns are the largest differences, relative to the spread of the log-probs and to the "
+        "largest gradient. Parts that a family computes in fp32 differ by 1e-6.", "",
+        "| family | verdict | attention | scale | softcap | log-probs | gradients | why |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in sorted(results, key=lambda r: (r.verdict == "not built", r.family)):
+        gaps = ["", ""] if r.log_prob_gap is None else [
+            f"{gap:.0e}" for gap in (r.log_prob_gap, r.gradient_gap)]  # fmt: skip
+        scale, cap = ("" if r.scale == 1 else f"{r.scale:.3g}"), r.softcap or ""
+        why = r.why.replace(f"{r.model}: ", "").replace(f"{r.model} ", "").replace("|", "/")
+        cells = (r.family, r.verdict, r.attention, scale, cap, *gaps, why.replace("\n", " "))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def measure_transform(lm: Any) -> HeadTransform:
     head = lm.head
     if head.weight.is_meta:  # shapes without values, as the planner has them
         return HeadTransform()
+    if own := {name for name, _ in head.named_parameters()} - {"weight", "bias"}:
+        raise _not_understood(lm, f"the head has {', '.join(sorted(own))} beside weight and bias")
     width = head.weight.shape[1]
     hidden, weight, bias = _random_head(width, head.weight.device)
     with _exchanged(head, weight, bias), torch.enable_grad():

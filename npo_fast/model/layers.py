@@ -24,8 +24,9 @@ def stateful_layers(model: Any, decoder: nn.Module) -> str:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if named := sorted({kind for kind in kinds or () if STATEFUL.search(kind)}):
         return f"layers of {', '.join(named)}"
-    for layer in repeated_layers(decoder):
-        for module in layer.modules():
+    direct = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    for layers in direct or [nn.ModuleList(repeated_layers(decoder))]:
+        for module in layers.modules():
             is_wide = isinstance(module, nn.Conv1d) and max(module.kernel_size) > 1
             if is_wide or isinstance(module, nn.RNNBase | nn.RNNCellBase):
                 return f"layers with {type(module).__name__}"

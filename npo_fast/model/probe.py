@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError, first_line
+from npo_fast.model.attention import NAME as PACKED
 from npo_fast.model.head_transform import check_vocabulary
 from npo_fast.model.layers import stateful_layers
+from npo_fast.model.varlen import DTYPES as HALF
 
 # A difference counts where it is so many times the model's answer to embeddings that are off by
 # one rounding error, and not below a share of the spread of its log-probs
@@ -20,6 +23,7 @@ ROUNDINGS = 32.0
 LEAST_SHARE = {torch.float32: 1e-4, torch.float64: 1e-5}
 LEAST_HALF_SHARE, MOST_HALF_NATS = 2**-6, 2.0  # of a deep random model in bf16: 1.4 nats
 GRADIENT_TOLERANCE = 1e-2  # of the largest gradient; in half precision it may be anything but none
+FREE_SHARE = 0.5  # of the free memory, for a copy of the weights in fp32
 SMALL = 1 << 20  # numbers of a parameter whose gradient is compared: all but matrices
 
 
@@ -41,7 +45,10 @@ def run_probe(lm: Any, any_attention: bool) -> None:
         UserError: the model does not run, or its head or attention is not understood.
     """
     with runs(lm), lm.evaluating():
-        _probe(lm, any_attention)
+        with lm.generating():
+            check_vocabulary(lm)
+        with _in_fp32(lm):
+            _probe(lm, any_attention)
 
 
 @contextmanager
@@ -55,12 +62,42 @@ def runs(lm: Any) -> Iterator[None]:
         raise UserError(f"{lm.name} does not run here: {first_line(error)}") from error
 
 
+@contextmanager
+def _in_fp32(lm: Any) -> Iterator[None]:
+    """Inside, half-precision weights are fp32 where memory and attention permit.
+
+    Rounding hides what is small at initial weights, such as positions that are not told apart.
+    """
+    tensors = [t for t in (*lm.model.parameters(), *lm.model.buffers()) if t.dtype in HALF]
+    needed = sum(t.numel() for t in tensors) * 4
+    is_half_only = lm.attention not in (PACKED, "sdpa", "eager")
+    if is_half_only or lm.quantized or needed > free_memory(lm.device) * FREE_SHARE:
+        yield
+        return
+    kept = [t.data for t in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data = data
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device; 0 where it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    memory = Path("/proc/meminfo")
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), 0)
+
+
 def _probe(lm: Any, any_attention: bool) -> None:
     tokens = [int(token) for token in torch.linspace(1, lm.vocabulary - 1, 19)]
     batch = _pack_of_two(lm, tokens[:7], tokens[7:])
     singles = list(one_by_one(batch))
     with lm.generating() as model:
-        check_vocabulary(lm)
         own = _measure(lm, lambda: [_own_log_probs(model, single) for single in singles])
         with torch.no_grad(), _rounded_embeddings(lm):
             rounded = torch.cat([_own_log_probs(model, single) for single in singles])
@@ -72,7 +109,7 @@ def _probe(lm: Any, any_attention: bool) -> None:
         lm.packs = False
         warnings.warn(
             f"{lm.name} mixes the sequences of a pack ({why}): sequences run one at a time",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -126,7 +163,7 @@ def _measure_alone(
         does = "keeps" if lm.attention == lm.native_attention else "takes"
         warnings.warn(
             f"{lm.name} does not run with {refused}: it {does} {lm.attention} ({why})",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 

@@ -1,4 +1,4 @@
-"""A packed batch is the same computation as its sequences alone, for every family of model."""
+"""Attention within packs, what gives way to the model's own, and generation."""
 
 import pytest
 import torch
@@ -7,10 +7,7 @@ from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
-from tests.helpers import VOCABULARY, slow_but, tiny_model
-
-PACKED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "GPTNeoX", "Phi", "Cohere", "Granite"]
-
+from tests.helpers import VOCABULARY, tiny_model
 
 def sequences() -> list[TokenizedExample]:
     lengths = [(9, 3), (2, 1), (17, 5), (9, 8), (11, 1)]
@@ -25,55 +22,6 @@ def plain_log_probs(model, sequence: TokenizedExample) -> torch.Tensor:
     log_probs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     first = sequence.prompt_length
     return log_probs[first - 1 : -1].gather(1, ids[0, first:, None]).squeeze(1)
-
-
-@pytest.mark.parametrize(
-    "family", slow_but(["Llama", "Gemma2", "GPT2", "Bloom"], [*PACKED, "GPT2", "Bloom"])
-)
-@pytest.mark.filterwarnings("ignore:.*one at a time")
-def test_a_pack_gives_the_log_probs_of_its_sequences_alone(family: str) -> None:
-    model = tiny_model(family)
-    items = sequences()
-    expected = {s.index: plain_log_probs(model, s).detach() for s in items}
-    lm = CausalLM(model)
-    assert lm.packs == (family not in ("Bloom",)), "every family but Bloom keeps a pack apart"
-    (batch,) = pack(items, max_tokens=1000)
-    found = lm.log_probs(batch)
-    bounds = batch.answer_cu_seqlens.tolist()
-    for i, index in enumerate(batch.indices):
-        torch.testing.assert_close(
-            found[bounds[i] : bounds[i + 1]], expected[index], rtol=1e-4, atol=1e-4
-        )
-
-
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_gradients_of_a_pack_are_those_of_its_sequences(family: str) -> None:
-    model = tiny_model(family)
-    items = sequences()
-    torch.stack([plain_log_probs(model, s).sum() for s in items]).sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    lm = CausalLM(model)
-    (batch,) = pack(items, max_tokens=1000)
-    lm.log_probs(batch).sum().backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_the_probe_refuses_a_head_it_does_not_know() -> None:
-    model = tiny_model("Llama")
-    head = model.lm_head
-    model.lm_head.register_forward_hook(lambda module, args, out: out * 0.5 + head.weight[:, 0])
-    with pytest.raises(UserError, match="LM head"):
-        CausalLM(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_mixes_a_pack_runs_one_sequence_at_a_time(dtype) -> None:
-    model = tiny_model("FalconH1").to(dtype)
-    with pytest.warns(UserWarning, match="one at a time"):
-        lm = CausalLM(model)
-    assert not lm.packs
 
 
 @pytest.mark.parametrize(
@@ -144,3 +92,21 @@ def test_generation_continues_greedily_and_leaves_training_mode_alone() -> None:
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
             assert token == int(logits.argmax())
             ids.append(token)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GPT2"])
+def test_generate_and_padded_batches_work_beside_training(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [9, 10, 11, 12, 13]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected, logits = model.generate(**inputs, **settings), model(**inputs).logits
+    assert CausalLM(model).attention == "npo_fast_packed"
+    assert torch.equal(model.generate(**inputs, **settings), expected)
+    shown = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[shown], logits[shown], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_a_wrapper_is_refused_with_what_to_pass() -> None:
+    with pytest.raises(UserError, match="got DataParallel: pass its .module"):
+        CausalLM(torch.nn.DataParallel(tiny_model("Llama")))
