@@ -18,8 +18,9 @@ class PaddedCollator:
         DataLoader(records, batch_size=8, collate_fn=PaddedCollator(Template(tokenizer)))
 
     Labels are the input with ``ignore_index`` at prompts and padding; they are not shifted, as
-    Hugging Face models and ``sequence_log_probs`` take them. A raw text is a row a window. Items that are dicts of such items,
-    ``{"forget": …, "retain": …}``, give a batch for each key.
+    Hugging Face models and ``sequence_log_probs`` take them. A raw text is a row a
+    window. Items that are dicts of such items, ``{"forget": …, "retain": …}``, give a batch for
+    each key.
 
     Args:
         template: what tokenises records; a tokenizer stands for ``Template(tokenizer)``.
@@ -73,10 +74,7 @@ class PaddedCollator:
             )
         where = f"item {place + 1} of the batch"
         (record,) = [item] if isinstance(item, Record) else parse_row(item, where)
-        try:
-            return self.template.encode_all([record])[0]
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        return self.template.encode_all([record], f"{where}: ")[0]
 
     def _pad(self, examples: list[TokenizedExample]) -> dict[str, Tensor]:
         longest = max(len(example.input_ids) for example in examples)

@@ -1,7 +1,8 @@
 """How a record becomes tokens: rendered and tokenised once, the answer found by its characters."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -81,9 +82,10 @@ class Template:
             ChatTemplate(tokenizer, rendering) if name == "chat" else PlainTags(rendering)
         )
         added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-        self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        named = getattr(tokenizer, "all_special_ids", ())
+        self._special = {*named} | {i for i, token in added if token.special}
         self._given_stops = {tokenizer.eos_token_id, *stop_ids}
-        begins = {tokenizer.unk_token_id, tokenizer.bos_token_id}
+        begins = {getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "bos")}
         self._ends = self._special - begins | self._given_stops  # what may end a turn
 
     def description(self) -> dict[str, Any]:
@@ -125,50 +127,52 @@ class Template:
             UserError: the template fails on the record, its answer cannot be told from its prompt,
                 or the prompt leaves no room for an answer.
         """
-        ids, prompt_length = self._place(index, record, answer)
-        return TokenizedExample(tuple(ids[: self.max_length]), prompt_length, index)
+        with _named(f"record {index + 1}: "):
+            ids, prompt_length = self._fitting(record, answer)
+        return TokenizedExample(ids[: self.max_length], prompt_length, index)
 
-    def encode_all(self, records: Iterable[Record]) -> tuple[list[TokenizedExample], int]:
+    def encode_all(
+        self, records: Iterable[Record], where: str = ""
+    ) -> tuple[list[TokenizedExample], int]:
         """Examples of all records, and how many answers were cut to ``max_length``.
 
-        A record is one example, in order; a raw text is as many as it has windows.
+        A record is one example, in order; a raw text is as many as it has windows. Errors begin
+        with ``where``, else with the number of the record.
         """
         examples: list[TokenizedExample] = []
         truncated = 0
-        for number, record in enumerate(records):
-            if record.is_text:
-                windows, start = self.windows(record.answer, number)
-                examples += [
-                    TokenizedExample(window, start, len(examples) + i)
-                    for i, window in enumerate(windows)
-                ]
-                continue
-            ids, prompt_length = self._place(number, record, None)
-            examples.append(
-                TokenizedExample(tuple(ids[: self.max_length]), prompt_length, len(examples))
-            )
-            truncated += len(ids) > self.max_length
+        for number, record in enumerate(records, 1):
+            with _named(where or f"record {number}: "):
+                pieces = self.windows(record.answer) if record.is_text else [self._fitting(record)]
+            for ids, prompt_length in pieces:
+                cut = ids[: self.max_length]
+                examples.append(TokenizedExample(cut, prompt_length, len(examples)))
+                truncated += cut != ids
         return examples, truncated
 
-    def windows(self, text: str, number: int = 0) -> tuple[list[tuple[int, ...]], int]:
-        """Windows of a raw text, and how many tokens at the start of each carry no loss.
+    def windows(self, text: str) -> list[tuple[tuple[int, ...], int]]:
+        """The windows of a raw text, each with how many tokens at its start carry no loss.
 
         Every token of the text is predicted once; where nothing stands before it, all but the
         first.
+
+        Raises:
+            UserError: there is nothing to predict.
         """
         ids, plain = self._ids(text, True), self._ids(text, False)
         lead = _lead(ids, plain)
-        prefix, ids = ids[:lead], ids[lead:]
-        size = self.max_length - max(lead, 1)
-        if size < 1 or len(ids) < (1 if lead else 2):
+        given = max(lead, 1)
+        size = self.max_length - given
+        if size < 1 or len(ids) <= given:
             raise UserError(
-                f"record {number + 1}: a text of {len(ids)} tokens leaves none to predict within "
-                f"max_length {self.max_length}"
+                f"a text of {len(plain)} tokens leaves none to predict within max_length "
+                f"{self.max_length}"
             )
-        if lead:
-            starts = range(0, len(ids), size)
-            return [tuple(prefix + ids[i : i + size]) for i in starts], lead
-        return [tuple(ids[i : i + size + 1]) for i in range(0, len(ids) - 1, size)], 1
+        before, body = ids[:lead], ids[given:]
+        return [
+            (tuple((before or ids[i : i + 1]) + body[i : i + size]), given)
+            for i in range(0, len(body), size)
+        ]
 
     def answer_text(self, ids: list[int], max_new_tokens: int) -> tuple[str, Ending]:
         """The text of a generated answer, and how it ended.
@@ -190,19 +194,6 @@ class Template:
             text, ending = text[: min(cuts)], "ran on"
         return text.strip(), ending
 
-    def _place(self, number: int, record: Record, answer: str | None) -> tuple[list[int], int]:
-        """Tokens of a record, and of its prompt; errors name the record."""
-        try:
-            ids, prompt_length = self.tokenize(record, answer)
-        except UserError as error:
-            raise UserError(f"record {number + 1}: {error}") from error
-        if prompt_length >= self.max_length:
-            raise UserError(
-                f"record {number + 1}: its prompt alone has {prompt_length} tokens, so no answer "
-                f"token is left within max_length {self.max_length}; raise --max-length"
-            )
-        return ids, prompt_length
-
     def tokenize(self, record: Record, answer: str | None = None) -> tuple[list[int], int]:
         """Tokens through the end of the turn, however many; and how many are the prompt's.
 
@@ -222,6 +213,16 @@ class Template:
         if not ends_turn:
             return [*ids[:last], self.tokenizer.eos_token_id], first
         return ids[: next(i for i in range(last, len(ids)) if ids[i] in ends_turn) + 1], first
+
+    def _fitting(self, record: Record, answer: str | None = None) -> tuple[tuple[int, ...], int]:
+        """As ``tokenize``, where at least a token of the answer is within ``max_length``."""
+        ids, prompt_length = self.tokenize(record, answer)
+        if prompt_length >= self.max_length:
+            raise UserError(
+                f"its prompt alone has {prompt_length} tokens, so no answer token is left within "
+                f"max_length {self.max_length}; raise --max-length"
+            )
+        return tuple(ids), prompt_length
 
     def _answer_tokens(self, text: str, start: int, end: int) -> tuple[list[int], int, int]:
         """Tokens of a text; those from the first to before the last hold ``text[start:end]``."""
@@ -261,6 +262,15 @@ class Template:
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors inside begin with ``where``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
 
 
 def _lead(ids: list[int], plain: list[int]) -> int:

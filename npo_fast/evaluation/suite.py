@@ -88,10 +88,10 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
 def _with_windows(template: Template, records: list[Record]) -> list[Record]:
     """The records, with those of its windows in the place of each raw text."""
     expanded: list[Record] = []
-    for i, record in enumerate(records):
-        windows, start = template.windows(record.answer, i) if record.is_text else ([()], 0)
-        texts = template.tokenizer.batch_decode([list(w[start:]) for w in windows])
-        expanded += [replace(record, answer=t) for t in texts] if record.is_text else [record]
+    for record in records:
+        windows = template.windows(record.answer) if record.is_text else []
+        texts = template.tokenizer.batch_decode([list(ids[start:]) for ids, start in windows])
+        expanded += [replace(record, answer=text) for text in texts] or [record]
     return expanded
 
 

@@ -55,7 +55,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     transformers would write them anew, with settings that the given ones do not have.
     """
     tokenizer.save_pretrained(folder)
-    name = tokenizer.name_or_path
+    name = getattr(tokenizer, "name_or_path", "")
     files = {*TOKENIZER_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()}
     given = {file: path for file in files if (path := _cached(name, file)) is not None}
     if "tokenizer_config.json" not in given:
