@@ -20,18 +20,16 @@ from npo_fast import FusedLinearNLLLoss, FusedLinearNPOLoss, head_of, sequence_l
 class FusedNPO(GradDiff):
     def __init__(self, beta=1.0, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        head = head_of(self.model)
-        self.head = head.pop("weight"), head.pop("bias")  # what is left is softcap and scale
-        self.npo = FusedLinearNPOLoss(beta, **head)
-        self.nll = FusedLinearNLLLoss(reduction="token_mean", **head)
+        self.npo, self.nll = FusedLinearNPOLoss(beta), FusedLinearNLLLoss(reduction="token_mean")
+        self.head = head_of(self.model)
+        self.weight = self.head.pop("weight")  # what is left is bias, softcap and scale
         self.reference = {}  # token ids of a sequence -> log-prob before training
         size, collate = self.args.per_device_eval_batch_size, self.data_collator
         with torch.no_grad():
             self.model.eval()
             for batch in DataLoader(self.train_dataset.forget, size, collate_fn=collate):
                 hidden, target = self.shifted(self.model, self._prepare_inputs(batch))
-                weight, bias = self.head
-                values = sequence_log_probs(hidden, weight, target, shifted=True, bias=bias, **head)
+                values = sequence_log_probs(hidden, self.weight, target, shifted=True, **self.head)
                 self.reference |= zip(self.keys(batch), values.tolist(), strict=True)
 
     def keys(self, batch):
@@ -46,13 +44,13 @@ class FusedNPO(GradDiff):
     def compute_retain_loss(self, model, retain_inputs):
         if self.retain_loss_type != "NLL":
             return super().compute_retain_loss(model, retain_inputs)
-        weight, bias = self.head
-        return self.nll(weight, *self.shifted(model, retain_inputs), bias)
+        return self.nll(self.weight, *self.shifted(model, retain_inputs), **self.head)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        forget, (weight, bias) = inputs["forget"], self.head
+        forget = inputs["forget"]
         reference = torch.tensor([self.reference[key] for key in self.keys(forget)])
-        reference = reference.to(weight.device)
-        loss = self.gamma * self.npo(weight, *self.shifted(model, forget), bias, reference)
-        loss = loss + self.alpha * self.compute_retain_loss(model, inputs["retain"])
+        hidden, target = self.shifted(model, forget)
+        reference = reference.to(hidden.device)
+        npo = self.npo(self.weight, hidden, target, ref_log_probs=reference, **self.head)
+        loss = self.gamma * npo + self.alpha * self.compute_retain_loss(model, inputs["retain"])
         return (loss, {}) if return_outputs else loss

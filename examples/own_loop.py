@@ -24,14 +24,14 @@ def unlearn(model, tokenizer, forget, retain, beta=0.1, epochs=5, lr=1e-5, batch
     forget, retain = (template.encode_all(records)[0] for records in (forget, retain))
 
     head = head_of(model)
-    weight, bias = head.pop("weight"), head.pop("bias")  # what is left is softcap and scale
-    npo, nll = FusedLinearNPOLoss(beta, **head), FusedLinearNLLLoss(reduction="token_mean", **head)
+    weight = head.pop("weight")  # what is left is bias, softcap and scale
+    npo, nll = FusedLinearNPOLoss(beta), FusedLinearNLLLoss(reduction="token_mean")
     reference = torch.empty(len(forget))
     model.eval()
     with torch.no_grad():
         for batch in DataLoader(forget, batch_size, collate_fn=collate):
             reference[batch["index"]] = sequence_log_probs(
-                states(model, batch), weight, batch["labels"], bias=bias, **head
+                states(model, batch), weight, batch["labels"], **head
             )
 
     model.train()
@@ -41,9 +41,9 @@ def unlearn(model, tokenizer, forget, retain, beta=0.1, epochs=5, lr=1e-5, batch
         sets = (DataLoader(rows, batch_size, True, collate_fn=collate) for rows in (forget, retain))
         for old, kept in zip(*sets, strict=False):
             hidden, target = states(model, old)[:, :-1], old["labels"][:, 1:]
-            loss = npo(weight, hidden, target, bias, reference[old["index"]])
+            loss = npo(weight, hidden, target, ref_log_probs=reference[old["index"]], **head)
             hidden, target = states(model, kept)[:, :-1], kept["labels"][:, 1:]
-            loss = loss + nll(weight, hidden, target, bias)
+            loss = loss + nll(weight, hidden, target, **head)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -18,19 +18,18 @@ from npo_fast import FusedLinearDPOLoss, head_of
 
 class FusedDPOTrainer(DPOTrainer):
     @cached_property
-    def fused(self):
+    def head(self):
         head = head_of(self.model)
-        weight, bias = head.pop("weight"), head.pop("bias")  # what is left is softcap and scale
-        return FusedLinearDPOLoss(self.beta, pairs="concatenated", **head), weight, bias
+        return head.pop("weight"), head  # bias, softcap and scale
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        dpo, weight, bias = self.fused
-        decoder = self.model.get_decoder()
+        weight, head = self.head
+        dpo, decoder = FusedLinearDPOLoss(self.beta, pairs="concatenated"), self.model.get_decoder()
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
         reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        loss = dpo(weight, hidden[:, :-1], labels[:, 1:], bias, reference)
+        loss = dpo(weight, hidden[:, :-1], labels[:, 1:], ref_log_probs=reference, **head)
         loss = loss * self.beta / 2  # TRL's scale: npo_fast has the NPO paper's factor 2 / beta
         return (loss, {}) if return_outputs else loss
 

@@ -27,6 +27,7 @@ from npo_fast.ops.checks import check_loss, check_tensors
 from npo_fast.ops.sequence_log_probs import LabelledRows, labelled_rows
 
 Pairs = Literal["interleaved", "concatenated"]
+PAIRED = *HeadTransform._fields, *(f"ref_{name}" for name in HeadTransform._fields)
 
 
 class FusedLinearSequenceLoss(nn.Module):
@@ -88,6 +89,7 @@ class FusedLinearSequenceLoss(nn.Module):
         ref_log_probs: Tensor | None = None,  # (B,) or (S,); one a token: as target
         *,
         cu_seqlens: Tensor | None = None,  # (S + 1,)
+        **transform: Unpack[TransformOptions],
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, differentiable in ``hidden``, ``lin_weight`` and ``bias``.
 
@@ -103,12 +105,14 @@ class FusedLinearSequenceLoss(nn.Module):
                 loss needs it; of each label, in the shape of ``target``, for TNPO.
             cu_seqlens: for flat input: sequence i is rows ``cu_seqlens[i]`` to
                 ``cu_seqlens[i + 1]`` of ``hidden``, rows without a label included.
+            softcap, logit_scale: in place of the module's; ``head_of(model)`` has them and bias.
 
         Raises:
             ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, or a
                 missing reference; the message names the shape.
         """
         op = type(self).__name__
+        _check_options(op, transform, HeadTransform._fields)
         rows = _target_rows(self, lin_weight, hidden, target, bias, cu_seqlens)
         order = None
         sequences = len(rows.cu_seqlens) - 1
@@ -129,6 +133,7 @@ class FusedLinearSequenceLoss(nn.Module):
                 ref_log_probs = rows.of(ref_log_probs)
             elif order is not None:
                 ref_log_probs = ref_log_probs[order.to(ref_log_probs.device)]
+        options: TransformOptions = {**self.transform, **transform}
         loss, log_probs = linear_sequence_loss(
             rows.of(hidden),
             lin_weight,
@@ -139,7 +144,7 @@ class FusedLinearSequenceLoss(nn.Module):
             bias=bias,
             reduction=self.reduction,
             chunk_rows=self.chunk_rows,
-            **self.transform,
+            **options,
         )
         if not self.return_log_probs:
             return loss
@@ -190,13 +195,14 @@ class FusedLinearKTOLoss(FusedLinearSequenceLoss):
         *,
         z: Tensor | float = 0.0,
         cu_seqlens: Tensor | None = None,  # (S + 1,)
+        **transform: Unpack[TransformOptions],
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss as ``FusedLinearSequenceLoss`` does; ``z`` is one number."""
         if ref_log_probs is not None:
             check_tensors(type(self).__name__, ref_log_probs=ref_log_probs)
             ref_log_probs = ref_log_probs + z / self.beta  # z - beta r, as a reference of r
         return super().forward(
-            lin_weight, hidden, target, bias, ref_log_probs, cu_seqlens=cu_seqlens
+            lin_weight, hidden, target, bias, ref_log_probs, cu_seqlens=cu_seqlens, **transform
         )
 
 
@@ -246,8 +252,7 @@ class FusedLinearKLLoss(nn.Module):
                 f"{type(self).__name__}: reduction must be 'mean', 'sum' or 'none', got "
                 f"{reduction!r}"
             )
-        names = HeadTransform._fields
-        _check_options(type(self).__name__, transforms, (*names, *(f"ref_{n}" for n in names)))
+        _check_options(type(self).__name__, transforms, PAIRED)
         self.demotion, self.ignore_index, self.chunk_rows = demotion, ignore_index, chunk_rows
         self.reduction: Literal["mean", "sum", "none"] = reduction
         self.transforms = transforms
@@ -263,6 +268,7 @@ class FusedLinearKLLoss(nn.Module):
         ref_bias: Tensor | None = None,  # (V,)
         *,
         cu_seqlens: Tensor | None = None,  # (S + 1,)
+        **transforms: Unpack[PairedTransformOptions],
     ) -> Tensor:  # scalar, or (B,) or (S,)
         """Returns the divergence, differentiable in ``hidden``, ``lin_weight`` and ``bias``.
 
@@ -273,11 +279,13 @@ class FusedLinearKLLoss(nn.Module):
                 and its head.
             cu_seqlens: for flat input, where sequences begin and end; only ``reduction="none"``
                 asks.
+            softcap, logit_scale, ref_softcap, ref_logit_scale: in place of the module's.
 
         Raises:
             ValueError: shapes, dtypes, devices or labels that do not fit together.
         """
         op = type(self).__name__
+        _check_options(op, transforms, PAIRED)
         check_tensors(op, ref_hidden=ref_hidden, ref_weight=ref_weight)
         assert ref_hidden is not None  # as checked
         assert ref_weight is not None
@@ -289,11 +297,12 @@ class FusedLinearKLLoss(nn.Module):
         if hidden.dim() == 2 and cu_seqlens is None and self.reduction != "none":
             cu_seqlens = torch.tensor([0, len(hidden)])  # rows do not depend on each other
         rows = _target_rows(self, lin_weight, hidden, target, bias, cu_seqlens)
+        options: PairedTransformOptions = {**self.transforms, **transforms}
         kl = linear_kl(
             rows.of(hidden), lin_weight, rows.of(ref_hidden), ref_weight, bias=bias,
             ref_bias=ref_bias, labels=rows.labels if self.demotion else None,
             demotion=self.demotion, reduction=self.reduction, chunk_rows=self.chunk_rows,
-            **self.transforms,
+            **options,
         )  # fmt: skip
         return segment_sum(kl, rows.cu_seqlens) if self.reduction == "none" else kl
 

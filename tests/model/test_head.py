@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import npo_fast
-from npo_fast import head_of, linear_kl, npo_loss, sequence_log_probs
+from npo_fast import (
+    FusedLinearKLLoss,
+    FusedLinearKTOLoss,
+    FusedLinearNPOLoss,
+    head_of,
+    linear_kl,
+    npo_loss,
+    sequence_log_probs,
+)
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from tests.helpers import VOCABULARY, slow_but, tiny_model
@@ -49,6 +57,23 @@ def test_its_keys_are_keywords_of_every_loss():
     assert npo_loss(hidden, labels=labels, cu_seqlens=cu_seqlens, ref_log_probs=ref, **head) > 0
     ref_head = {f"ref_{name}": value for name, value in head.items()}
     assert float(linear_kl(hidden, ref_hidden=hidden, **head, **ref_head).detach()) < 1e-6
+
+
+def test_modules_take_them_in_place_of_their_own_settings():
+    head = head_of(tiny_model("Gemma2"))
+    weight = head.pop("weight")
+    hidden, target = torch.randn(2, 5, 32), torch.randint(0, VOCABULARY, (2, 5))
+    options = {key: head[key] for key in ("softcap", "logit_scale")}
+    for make, more in (
+        (FusedLinearNPOLoss, {"ref_log_probs": torch.zeros(2)}),
+        (FusedLinearKTOLoss, {"ref_log_probs": torch.zeros(2), "z": 0.3}),
+        (FusedLinearKLLoss, {"ref_hidden": hidden + 1, "ref_weight": weight}),
+    ):
+        at_call = make()(weight, hidden, target, **more, **head)
+        assert torch.equal(at_call, make(**options)(weight, hidden, target, **more))
+        assert not torch.allclose(at_call, make()(weight, hidden, target, **more))
+        with pytest.raises(TypeError, match="has no option 'soft_cap'; of the head it has softcap"):
+            make()(weight, hidden, target, **more, soft_cap=3.0)
 
 
 def test_the_weight_is_the_models_own_and_the_model_stays_as_it_was():
