@@ -158,7 +158,9 @@ def _resolve(
     if not isinstance(method, (str, MethodOptions)):
         raise UserError(f"method must be a name, MethodOptions or terms, got {method!r}")
     options = MethodOptions(method) if isinstance(method, str) else method
-    terms = build_method(options.method, options.coefficients(), options.kl_positions)
+    terms = build_method(
+        options.method, options.coefficients(), options.kl_positions, options.preset
+    )
     if options.reference_cache is not None and all(t.loss.reference != "hidden" for t in terms):
         raise UserError(
             f"{options.method} compares with no hidden states; leave out --reference-cache"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from npo_fast.data import PackedBatch, Sources, concatenate
 from npo_fast.errors import first_line
-from npo_fast.losses import KL
+from npo_fast.losses import CEU, KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_states import ReferenceStates
@@ -184,6 +184,10 @@ def micro_batch_loss(
         value = value / counts[term.name]
         values[term.name] = value.detach()
         loss = loss + term.coefficient * value
+        if isinstance(term.loss, CEU):  # logged as the cross-entropy that its gradient is of
+            cu_seqlens = micro.answer_cu_seqlens
+            entropy = term.loss.target_entropy(lm.linear_head, hidden, micro.labels, cu_seqlens)
+            values[term.name] = values[term.name] + entropy / counts[term.name]
     if sequence_log_probs is None:  # every term is a KL, which makes none on its way
         with torch.no_grad():
             log_probs = lm.log_probs_of(hidden, micro.labels)
@@ -228,5 +232,8 @@ def count(term: Term, batch: Sources) -> int:
     """What the term's sum over the step is divided by: sequences, tokens, or 1."""
     examples = [example for name in term.over or (term.source,) for example in batch.get(name, ())]
     everywhere = term.positions == "all"
-    tokens = sum(len(e.input_ids) if everywhere else e.answer_length for e in examples)
-    return {"mean": len(examples), "token_mean": tokens, "sum": 1}[term.reduction]
+    tokens = sum(
+        len(e.input_ids) if everywhere else max(0, e.answer_length - term.skip_first)
+        for e in examples
+    )
+    return {"mean": len(examples), "token_mean": max(1, tokens), "sum": 1}[term.reduction]
