@@ -3,7 +3,7 @@
 A method is a tuple of ``Term``; the training loop knows nothing else about it. To add one: write
 its loss in ``npo_fast.losses`` if it is new, an entry of ``_TERMS`` with the default of each
 coefficient, and its name in ``METHODS``; a coefficient that no other method has is one more line of
-``Coefficients``. Flags, help and the report follow. ``PRESETS`` has the defaults of other code bases.
+``Coefficients``. Flags, help and the report follow. ``PRESETS``: the defaults of other code bases.
 """
 
 import difflib
@@ -148,8 +148,8 @@ _TERMS: dict[str, Callable[..., Term]] = {
 }
 Preset = Literal["open-unlearning"]
 # What other code bases take where a coefficient is not given, by part of a method's name; what is
-# not here is as above. open-unlearning: configs/trainer. It calls the forget coefficient gamma, the
-# retain coefficient alpha. It has no TNPO: those are of the method's own code (tmlr-group/G-effect).
+# not here is as above. open-unlearning (configs/trainer) calls the forget coefficient gamma and the
+# retain coefficient alpha. It has no TNPO: that line is of its authors' code, tmlr-group/G-effect.
 PRESETS: Mapping[Preset, Mapping[str, Mapping[str, float]]] = {
     "open-unlearning": {
         "SimNPO": {"beta": 4.5, "forget": 0.125},

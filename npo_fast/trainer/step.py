@@ -5,7 +5,7 @@ through the model, ``micro_batch_loss`` makes the loss of one, and ``update`` ch
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -181,13 +181,12 @@ def micro_batch_loss(
                 reduction="sum",
                 **lm.head_arguments,
             )
+        if isinstance(term.loss, CEU):  # the cross-entropy that its gradient is of
+            offsets = micro.answer_cu_seqlens
+            value = value + term.loss.target_entropy(lm.linear_head, hidden, micro.labels, offsets)
         value = value / counts[term.name]
         values[term.name] = value.detach()
         loss = loss + term.coefficient * value
-        if isinstance(term.loss, CEU):  # logged as the cross-entropy that its gradient is of
-            cu_seqlens = micro.answer_cu_seqlens
-            entropy = term.loss.target_entropy(lm.linear_head, hidden, micro.labels, cu_seqlens)
-            values[term.name] = values[term.name] + entropy / counts[term.name]
     if sequence_log_probs is None:  # every term is a KL, which makes none on its way
         with torch.no_grad():
             log_probs = lm.log_probs_of(hidden, micro.labels)
@@ -212,18 +211,20 @@ def with_baselines(
     terms: Iterable[Term],
     micro_batches: Mapping[str, Iterable[PackedBatch]],  # those of the step, by source
     references: References | None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,  # over processes with other sequences
 ) -> tuple[Term, ...]:
     """The terms with their baselines: the mean log-ratio of the baseline source in this step."""
     with_baseline = []
     for term in terms:
         if term.baseline is not None:
             assert references is not None, f"{term.name} needs reference log-probs"
-            ratios = []
+            sums = torch.zeros(2)  # of log-ratios, of sequences
             for micro in micro_batches[term.baseline]:
                 log_probs = segment_sum(lm.log_probs(micro), micro.answer_cu_seqlens).cpu()
                 reference = torch.stack([references[term.baseline][i] for i in micro.indices])
-                ratios.append(log_probs - reference)
-            term = term.at_baseline(float(torch.cat(ratios).mean()))
+                sums += torch.stack([(log_probs - reference).sum(), torch.tensor(len(reference))])
+            total, sequences = reduce(sums).tolist()
+            term = term.at_baseline(total / sequences)
         with_baseline.append(term)
     return tuple(with_baseline)
 
