@@ -135,12 +135,12 @@ class UnlearningTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: UnlearningEvaluation | None = None,
+        eval_dataset: Any = None,  # UnlearningEvaluation
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The measures of ``eval_dataset``, by name with the prefix; they are logged too."""
-        evaluation = self.eval_dataset if eval_dataset is None else eval_dataset
+        evaluation: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         _check_evaluation(evaluation)
         if evaluation is None:
             raise UserError("evaluate needs an UnlearningEvaluation: name it as eval_dataset")
