@@ -37,6 +37,7 @@ from npo_fast.runs.options import (
     RunOptions,
     UnlearnData,
 )
+from npo_fast.runs.padding import padded_weights
 from npo_fast.runs.preparing import PreparedRun, prepare_run
 from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
@@ -128,6 +129,8 @@ def unlearn(
         "report": report, "watch": evaluation, "run": options,
     }  # fmt: skip
     prepared = prepare_run("unlearn", source, records, names, terms, settings, callbacks)
+    for line in padded_weights(terms, prepared.sources, training):
+        logger.info(line)
     suite = tofu_suite(inputs.data, forget, retain) if evaluation.eval_every else {}
     watch = _evaluation_callback(prepared, evaluation, report, suite)
     if options.dry_run:

@@ -121,6 +121,13 @@ def check_settings(
     """Raises ``UserError`` for settings that do not fit the model, the data or the device."""
     trainable_parameters(lm.model.parameters(), settings.optimizer)
     check_world_size(terms, settings, lm.world_size)
+    for term in terms:
+        longest = max((e.answer_length for e in sources[term.source]), default=0)
+        if 0 < longest <= term.skip_first:
+            raise UserError(
+                f"--skip-first {term.skip_first} leaves no token of any {term.source} answer: the "
+                f"longest has {longest}"
+            )
     if settings.offload_optimizer and lm.device.type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "

@@ -14,7 +14,8 @@ from npo_fast.trainer.loop import train
 from npo_fast.trainer.optimizers import build_optimizer, build_scheduler, decays
 from npo_fast.trainer.order import step_batches, step_count
 from npo_fast.trainer.settings import TrainSettings
-from tests.helpers import assert_near, calm_model, sequences, tiny_model
+from npo_fast.trainer.state import TrainState
+from tests.helpers import assert_near, calm_model, sequences, small_lm, tiny_model
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -148,6 +149,36 @@ def test_a_batch_that_no_epoch_fills_is_refused():
         settings = TrainSettings(epochs=2, batch_size=8, last_batch=last_batch)
         with pytest.raises(UserError, match=f"{last_batch} leaves no batch of 8 among 3 sequences"):
             step_count(3, settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_schedule": "cosine", "last_batch": "carry"},
+        pytest.param({"step_in_backward": True, "last_batch": "drop"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": "adamw-8bit", "lr_schedule": "constant"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_resumed_run_has_the_same_rates_batches_and_weights(changes, tmp_path):
+    settings = TrainSettings(epochs=3, batch_size=3, lr=1e-2, warmup_steps=3, **changes)
+    data = {"train": sequences(7, 1)}
+    whole = small_lm()
+    expected = list(train(whole, data, FINETUNE, settings))
+    one, state = small_lm(), TrainState()
+    steps = train(one, data, FINETUNE, settings, state=state)
+    for _ in range(4):
+        next(steps)
+    state.writer()(tmp_path)
+    other = small_lm()
+    other.model.load_state_dict(one.model.state_dict())
+    rest = list(train(other, data, FINETUNE, settings, state=TrainState.load(tmp_path)))
+    assert [(r.lr, r.loss, r.epoch) for r in rest] == [
+        (r.lr, r.loss, r.epoch) for r in expected[4:]
+    ]
+    for p, q in zip(whole.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_frozen_weights_are_in_no_group():

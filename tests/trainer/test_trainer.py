@@ -8,6 +8,7 @@ import torch
 
 from npo_fast.data import micro_batches, pack
 from npo_fast.errors import NonFiniteError, UserError
+from npo_fast.losses import CEU, TNPO, SatImp, SimNPO
 from npo_fast.methods import (
     COEFFICIENTS,
     FINETUNE,
@@ -285,6 +286,41 @@ def test_every_coefficient_of_a_method_reaches_its_terms(method):
         assert changed != defaults, name
         same = build_method(method, Coefficients(**{name: value}))
         assert same == defaults, name
+
+
+def test_the_preset_has_the_defaults_of_open_unlearning_and_what_is_given_wins():
+    def loss_of(method, **given):
+        term = build_method(method, Coefficients(**given), preset="open-unlearning")[0]
+        return term.loss, term.coefficient
+
+    assert loss_of("SimNPO+RT") == (SimNPO(4.5, 0.0), 0.125)
+    assert loss_of("SatImp+RT") == (SatImp(5.0, 1.0), 0.1)
+    assert loss_of("TNPO") == (TNPO(4.0, 1e-5), 1.0)
+    assert loss_of("CEU") == (CEU(1), 1.0)
+    assert loss_of("SimNPO", beta=3.0) == (SimNPO(3.0, 0.0), 0.125)
+    assert loss_of("SatImp", forget=1.0) == (SatImp(5.0, 1.0), 1.0)
+    for method in ("NPO+RT", "DPO+RT", "WGA+RT", "UNDIAL", "GA+RT", "NPO+KL"):  # as they are here
+        assert build_method(method, preset="open-unlearning") == build_method(method)
+    retain = build_method("SimNPO+RT", preset="open-unlearning")[1]
+    assert retain.coefficient == 1.0
+    with pytest.raises(UserError, match="unknown preset 'tofu'; known: open-unlearning"):
+        build_method("NPO", preset="tofu")
+
+
+def test_ceu_is_a_mean_cross_entropy_over_the_tokens_that_are_not_skipped():
+    lm, data, total, count = small_lm(), sources()["forget"], 0.0, 0
+    for s in data:
+        ids = torch.tensor([s.input_ids])
+        with torch.no_grad(), lm.generating() as model:
+            logits = model(ids).logits[0, s.prompt_length : -1]  # the first answer token left out
+        labels = ids[0, s.prompt_length + 1 :, None]
+        target = logits.scatter(1, labels, -torch.inf).softmax(-1)
+        total -= float((target * logits.log_softmax(-1)).sum())
+        count += len(labels)
+    _, (record,) = run_method("CEU", TrainSettings(epochs=1, batch_size=7), skip_first=1)
+    assert record.terms["CEU"] == record.loss == pytest.approx(total / count, rel=1e-5)
+    with pytest.raises(UserError, match="skip_first 99 leaves no token of any forget answer"):
+        run_method("CEU", TrainSettings(epochs=1), skip_first=99)
 
 
 def test_every_coefficient_is_declared_once_and_its_help_names_the_defaults():
