@@ -74,7 +74,7 @@ from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.model.probe import run_probe
 from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.trainer.loop import reference_log_probs, train
-from npo_fast.trainer.order import batch_keys, steps_per_epoch
+from npo_fast.trainer.order import batch_keys, step_count
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 ORIGINAL, RETRAINED = "original", "retrained"
@@ -223,9 +223,8 @@ class Experiment:
         """Steps, sources that a step passes through the model, and looks at the forget set."""
         options = self.options
         epochs = options.teach_epochs if job.taught_on else options.epochs
-        steps = epochs * steps_per_epoch(
-            len(self.split(job.taught_on or job.forget)), options.batch_size
-        )
+        settings = TrainSettings(epochs=epochs, batch_size=options.batch_size)
+        steps = step_count(len(self.split(job.taught_on or job.forget)), settings)
         looks = (epochs - 1) // options.look_every if options.look_every and job.forget else 0
         return steps, sum(map(len, batch_keys(job.terms))), 0 if job.taught_on else looks
 

@@ -190,7 +190,8 @@ def floor_of_steps(settings: Settings, sources: Sources, model: str) -> dict[str
     head = lm.head.weight.numel()
     body = lm.model.num_parameters() - head  # SmolLM2's embedding is its head
     timed = {source: sequences[settings.sequences :] for source, sequences in sources.items()}
-    batches = list(step_batches(sources, ("forget",), settings.sequences, 1, 0))[1:]
+    one_epoch = TrainSettings(epochs=1, batch_size=settings.sequences)
+    batches = list(step_batches(sources, ("forget",), one_epoch))[1:]
     flops = {PADDED: 0.0, "ours": 0.0}
     for batch in batches:
         for source, sequences in batch.items():

@@ -3,11 +3,12 @@
 A method is a tuple of ``Term``; the training loop knows nothing else about it. To add one: write
 its loss in ``npo_fast.losses`` if it is new, an entry of ``_TERMS`` with the default of each
 coefficient, and its name in ``METHODS``; a coefficient that no other method has is one more line of
-``Coefficients``. Flags, help and the report follow.
+``Coefficients``. Flags, help and the report follow. ``PRESETS``: the defaults of other code bases.
 """
 
 import difflib
 import inspect
+import typing
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -52,6 +53,11 @@ class Term:
         others = (self.preferred, self.baseline)
         return (self.source, *(source for source in others if source is not None))
 
+    @property
+    def skip_first(self) -> int:
+        """Tokens at the start of each answer that carry no loss, and do not count in its mean."""
+        return self.loss.skip_first if isinstance(self.loss, CEU) else 0
+
     def at_baseline(self, z: float) -> "Term":
         """The same term with ``z`` as the baseline of its loss."""
         assert isinstance(self.loss, KTO)
@@ -75,22 +81,33 @@ class Coefficients:
     beta1: float | None = _coefficient("SatImp's exponent of p")
     beta2: float | None = _coefficient("SatImp's exponent of 1 - p")
     gamma: float | None = _coefficient("UNDIAL's strength, in nats")
+    epsilon: float | None = _coefficient("TNPO: added to the denominator of a token's weight")
+    skip_first: int | None = _coefficient("CEU: tokens at the start of an answer without a loss")
     forget: float | None = _coefficient("Of the forget term", weights_term=True)
     retain: float | None = _coefficient(
         "Of the retain term",
         weights_term=True,
         note=" The paper takes 5 to forget half and 12 to forget 90 percent.",
     )
-    kl: float | None = _coefficient("Of the KL to the model as it was", weights_term=True)
+    kl: float | None = _coefficient(
+        "Of the KL to the model as it was",
+        weights_term=True,
+        note=" GA+forgetKL subtracts it, as the NPO paper's formula; the paper's code adds it.",
+    )
 
     def given(self) -> dict[str, float]:
         """Those that are not left to the method."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def over(self, others: Mapping[str, float]) -> "Coefficients":
+        """These, and of ``others`` those that are not given here."""
+        return Coefficients(**{**others, **self.given()})  # type: ignore[arg-type]
+
     def for_method(self, name: str) -> "Coefficients":
         """Those that the method has, to run several methods with one set of coefficients."""
         known = coefficients_of(name)
-        return Coefficients(**{k: v for k, v in self.given().items() if k in known})
+        given = {name: value for name, value in self.given().items() if name in known}
+        return Coefficients().over(given)
 
 
 # Makers of terms, by their part of a method's name: their parameters are the coefficients that
@@ -110,19 +127,36 @@ _TERMS: dict[str, Callable[..., Term]] = {
     "SimNPO": lambda beta=2.5, delta=0.0, forget=1.0: Term(
         "SimNPO", "forget", SimNPO(beta, delta), "mean", forget
     ),
-    "TNPO": lambda beta=0.1, forget=1.0: Term("TNPO", "forget", TNPO(beta), "token_mean", forget),
+    "TNPO": lambda beta=0.1, epsilon=0.0, forget=1.0: Term(
+        "TNPO", "forget", TNPO(beta, epsilon), "token_mean", forget
+    ),
     "WGA": lambda beta=1.0, forget=1.0: Term("WGA", "forget", WGA(beta), "token_mean", forget),
     "SatImp": lambda beta1=5.0, beta2=1.0, forget=1.0: Term(
         "SatImp", "forget", SatImp(beta1, beta2), "token_mean", forget
     ),
-    "CEU": lambda forget=1.0: Term("CEU", "forget", CEU(), "token_mean", forget),
+    "CEU": lambda skip_first=0, forget=1.0: Term(
+        "CEU", "forget", CEU(skip_first), "token_mean", forget
+    ),
     "UNDIAL": lambda gamma=10.0, forget=1.0: Term(
         "UNDIAL", "forget", KL(demotion=gamma), "token_mean", forget
     ),
     "IDK": lambda forget=1.0: Term("IDK NLL", "idk", NLL(), "token_mean", forget),
     "RT": lambda retain=1.0: Term("retain NLL", "retain", NLL(), "token_mean", retain),
     "KL": lambda kl=1.0: Term("retain KL", "retain", KL(), "token_mean", kl),
+    # the NPO paper's formula subtracts this KL; its code adds it
     "forgetKL": lambda kl=1.0: Term("forget KL", "forget", KL(), "token_mean", -kl),
+}
+Preset = Literal["open-unlearning"]
+# What other code bases take where a coefficient is not given, by part of a method's name; what is
+# not here is as above. open-unlearning (configs/trainer) calls the forget coefficient gamma and the
+# retain coefficient alpha. It has no TNPO: that line is of its authors' code, tmlr-group/G-effect.
+PRESETS: Mapping[Preset, Mapping[str, Mapping[str, float]]] = {
+    "open-unlearning": {
+        "SimNPO": {"beta": 4.5, "forget": 0.125},
+        "SatImp": {"forget": 0.1},
+        "TNPO": {"beta": 4.0, "epsilon": 1e-5},
+        "CEU": {"skip_first": 1},
+    },
 }
 METHODS = (
     "GA", "GA+RT", "GA+KL", "GA+forgetKL", "IDK+RT", "NPO", "NPO+RT", "NPO+KL", "DPO", "DPO+RT",
@@ -138,6 +172,8 @@ class Coefficient:
 
     name: str
     """As in ``Coefficients``."""
+    kind: type
+    """float or int."""
     description: str
     weights_term: bool
     """It multiplies a term, and must be 0 or more."""
@@ -171,32 +207,39 @@ class Coefficient:
 
 
 COEFFICIENTS: Mapping[str, Coefficient] = {
-    declared.name: Coefficient(declared.name, **declared.metadata)
+    declared.name: Coefficient(
+        declared.name, typing.get_args(declared.type)[0], **declared.metadata
+    )
     for declared in fields(Coefficients)
 }
 
 
 def build_method(
-    name: str, coefficients: Coefficients | None = None, kl_positions: Positions = "answer"
+    name: str,
+    coefficients: Coefficients | None = None,
+    kl_positions: Positions = "answer",
+    preset: Preset | None = None,
 ) -> tuple[Term, ...]:
     """The terms of a method, by its name in any case.
 
     ``kl_positions="all"`` takes the mean of a KL over every position of the sequences, prompts
-    included, instead of over answer tokens.
+    included, instead of over answer tokens. ``preset`` takes the defaults of another code base
+    (``PRESETS``) for coefficients that are not given.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest), a coefficient that the
             method does not have (the message names those which do), or a bad value.
     """
     name = canonical_name(name)
-    given = coefficients.given() if coefficients else {}
-    for key, value in given.items():
+    coefficients = coefficients or Coefficients()
+    for key, value in coefficients.given().items():
         coefficient = COEFFICIENTS[key]
         if key not in coefficients_of(name):
             others = ", ".join(_methods_with(key))
             raise UserError(f"{name} has no {coefficient.label}; these have: {others}")
         if coefficient.weights_term and not 0 <= value < float("inf"):
             raise UserError(f"the {coefficient.label} must be 0 or more, got {value}")
+    given = coefficients.over(preset_of(name, preset)).given()
     try:
         terms = tuple(
             _TERMS[term](**{key: given[key] for key in _parameters(term) if key in given})
@@ -235,6 +278,25 @@ def coefficients_of(name: str) -> dict[str, float]:
         for term in canonical_name(name).split("+")
         for key, parameter in _parameters(term).items()
     }
+
+
+def preset_of(name: str, preset: Preset | None) -> dict[str, float]:
+    """The coefficients that a preset sets for a method."""
+    if preset is None:
+        return {}
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    parts = (PRESETS[preset].get(term, {}) for term in canonical_name(name).split("+"))
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def preset_help(preset: Preset) -> str:
+    """What it sets, in words: "SimNPO beta 4.5, forget coefficient 0.125; SatImp …"."""
+    return "; ".join(
+        f"{term} "
+        + ", ".join(f"{COEFFICIENTS[key].label} {value:g}" for key, value in values.items())
+        for term, values in PRESETS[preset].items()
+    )
 
 
 def schedule_steps(terms: tuple[Term, ...], schedule: Schedule) -> tuple[tuple[Term, ...], ...]:

@@ -28,6 +28,7 @@ from npo_fast.methods import build_method
 from npo_fast.model.attention import NAME as PACKED
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_log_probs, train
+from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.order import step_batches
 from npo_fast.trainer.settings import TrainSettings
 
@@ -156,12 +157,10 @@ def padded(
     for one in (model, reference):
         one.set_attn_implementation("sdpa")
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = build_optimizer(model, "adamw", settings.lr, settings.weight_decay)
     total = len(sources["forget"]) // settings.batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (total - done) / total)
-    for batch in step_batches(sources, ("forget",), settings.batch_size, 1, settings.seed):
+    for batch in step_batches(sources, ("forget",), settings):
         forget, _ = log_probs(model, batch["forget"])
         with torch.no_grad():
             before, _ = log_probs(reference, batch["forget"])

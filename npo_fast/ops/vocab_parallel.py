@@ -100,6 +100,12 @@ class SlicedHead(Head):
         share = local.share * torch.exp(local.lse - lse)
         return Softmax(log_probs, lse, torch.where(mine, column, -1), local.shift, share)
 
+    def combine_means(self, lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:  # (R,), (R,)
+        """Returns logsumexp, and mean under the softmax, over the slices of all ranks."""
+        gathered = _all_gather(torch.stack([lse, mean]), 2, self.vocabulary.group)
+        over_all = gathered[:, 0].logsumexp(dim=0)
+        return over_all, (torch.exp(gathered[:, 0] - over_all) * gathered[:, 1]).sum(dim=0)
+
     def _combine(
         self,
         log_probs: Tensor,  # (R,) within the slice, of the label where that has it

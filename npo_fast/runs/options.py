@@ -10,7 +10,7 @@ from npo_fast.data import LossOn, Rendering
 from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
-from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients
+from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients, Preset, preset_help
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.metrics.memorization import Memorization
 from npo_fast.trainer.settings import TrainSettings
@@ -93,6 +93,7 @@ class ModelOptions(Checked):
 @dataclass(frozen=True)
 class _Method(Checked):
     method: str = "NPO+RT"
+    preset: Preset | None = None
     kl_positions: Literal["answer", "all"] = "answer"
     """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
     that also counts padding, which packs do not have."""
@@ -111,14 +112,21 @@ class _Method(Checked):
         return Coefficients(**{name: getattr(self, c.flag) for name, c in COEFFICIENTS.items()})
 
 
+_PRESET_HELP = (
+    "Defaults of another code base, for coefficients that are not given: "
+    f"{preset_help('open-unlearning')} (TNPO's are those of its authors' code)."
+)
 if TYPE_CHECKING:
     MethodOptions = _Method
 else:
     MethodOptions = make_dataclass(
         "MethodOptions",
-        [("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT")]
+        [
+            ("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT"),
+            ("preset", Annotated[Preset | None, tyro.conf.arg(help=_PRESET_HELP)], None),
+        ]
         + [
-            (each.flag, Annotated[float | None, tyro.conf.arg(help=each.help)], None)
+            (each.flag, Annotated[each.kind | None, tyro.conf.arg(help=each.help)], None)
             for each in COEFFICIENTS.values()
         ],
         bases=(_Method,),

@@ -27,7 +27,7 @@ from npo_fast.runs.options import RunOptions
 from npo_fast.runs.resume import ResumableRun, find_resumable
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
-from npo_fast.trainer.order import check_step_in_backward, primary_sources, steps_per_epoch
+from npo_fast.trainer.order import check_step_in_backward, primary_sources, step_count
 from npo_fast.trainer.settings import TrainSettings, check_world_size
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def prepare_run(
     if training.step_in_backward:
         check_step_in_backward(sources, terms, training)
     (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})
-    per_epoch = steps_per_epoch(len(sources[primary]), training.batch_size)
-    steps = training.epochs * per_epoch * len(step_terms)
+    steps = step_count(len(sources[primary]), training) * len(step_terms)
     logger.info(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
     metadata = {
         "command": verb,

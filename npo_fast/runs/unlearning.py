@@ -46,6 +46,7 @@ from npo_fast.runs.options import (
     RunOptions,
     UnlearnData,
 )
+from npo_fast.runs.padding import padded_weights
 from npo_fast.runs.preparing import PreparedRun, prepare_run
 from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
@@ -140,6 +141,8 @@ def unlearn(
         "report": report, "watch": evaluation, "run": options,
     }  # fmt: skip
     prepared = prepare_run("unlearn", source, records, names, terms, settings, callbacks)
+    for line in padded_weights(terms, prepared.sources, training):
+        logger.info(line)
     suite = {}
     if evaluation.eval_every:
         suite = tofu_suite(inputs.data, forget, retain, loss_on=loss_on)
@@ -172,7 +175,9 @@ def _resolve(
     if not isinstance(method, (str, MethodOptions)):
         raise UserError(f"method must be a name, MethodOptions or terms, got {method!r}")
     options = MethodOptions(method) if isinstance(method, str) else method
-    terms = build_method(options.method, options.coefficients(), options.kl_positions)
+    terms = build_method(
+        options.method, options.coefficients(), options.kl_positions, options.preset
+    )
     if options.reference_cache is None:
         return options, terms
     if all(term.loss.reference is None for term in terms):

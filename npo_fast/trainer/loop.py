@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from npo_fast.data import Sources
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
@@ -17,12 +16,12 @@ from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import STATES, check_cache, reference_log_probs_of
 from npo_fast.model.reference_states import ReferenceStates, open_reference_states
-from npo_fast.trainer.optimizers import build_optimizer, trainable_parameters
+from npo_fast.trainer.optimizers import build_optimizer, build_scheduler, trainable_parameters
 from npo_fast.trainer.order import (
     check_step_in_backward,
     primary_sources,
     step_batches,
-    steps_per_epoch,
+    step_count,
 )
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
@@ -43,7 +42,8 @@ def train(
 
     An epoch is one pass over the primary sources: the forget questions with one or more answers,
     or the retain data where a method has nothing else. Each batch takes ``batch_size`` of their
-    sequences and as many to retain, drawn without repetition until those are used up. It makes one
+    sequences (``last_batch`` says what becomes of the rest of an epoch) and as many to retain,
+    drawn without repetition until those are used up. It makes one
     step on the sum of the terms, or (``schedule="alternating"``) one on each side in turn.
     However small the micro-batches are, the loss is exactly that of the whole batch.
 
@@ -65,16 +65,19 @@ def train(
     sources = {name: sources[name] for term in terms for name in term.reads}
     primary = primary_sources(sources)
     terms_by_step = schedule_steps(terms, settings.schedule)  # of the steps on each batch
-    batches_per_epoch = steps_per_epoch(len(sources[primary[0]]), settings.batch_size)
-    per_epoch = batches_per_epoch * len(terms_by_step)
-    total = settings.epochs * per_epoch
+    questions, turns = len(sources[primary[0]]), len(terms_by_step)
+    total = turns * step_count(questions, settings)
+    per_epoch = total / settings.epochs
+    if settings.last_batch == "carry":
+        per_epoch = turns * questions / settings.batch_size
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = turns * (questions // settings.batch_size)
 
-    parameters = lm.model.parameters()
-    optimizer = build_optimizer(parameters, settings.optimizer, settings.lr, settings.weight_decay)
+    optimizer = build_optimizer(lm.model, settings.optimizer, settings.lr, settings.weight_decay)
     kind_of_update = StepInBackward if settings.step_in_backward else Update
     update = kind_of_update(optimizer, settings.max_grad_norm, settings.offload_optimizer)
-    warmup = per_epoch if settings.warmup_steps is None else settings.warmup_steps
-    scheduler = LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, total))
+    scheduler = build_scheduler(optimizer, settings.lr_schedule, warmup, total)
     if settings.gradient_checkpointing:
         lm.recompute_activations()
 
@@ -85,7 +88,7 @@ def train(
     state.micro_batch_tokens = min(state.micro_batch_tokens or largest, largest)
     lm.model.train()
 
-    batches = step_batches(sources, primary, settings.batch_size, settings.epochs, settings.seed)
+    batches = step_batches(sources, primary, settings)
     steps = ((batch, step_terms) for batch in batches for step_terms in terms_by_step)
     for batch, step_terms in islice(steps, state.step, None):
         started = time.perf_counter()
@@ -118,6 +121,13 @@ def check_settings(
     """Raises ``UserError`` for settings that do not fit the model, the data or the device."""
     trainable_parameters(lm.model.parameters(), settings.optimizer)
     check_world_size(terms, settings, lm.world_size)
+    for term in terms:
+        longest = max((e.answer_length for e in sources[term.source]), default=0)
+        if 0 < longest <= term.skip_first:
+            raise UserError(
+                f"--skip-first {term.skip_first} leaves no token of any {term.source} answer: the "
+                f"longest has {longest}"
+            )
     if settings.offload_optimizer and lm.device.type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
@@ -174,13 +184,6 @@ def reference_cache_for(
         check_cache(cache)
     folder = None if cache is None else cache / STATES
     return open_reference_states(lm, compared, folder, positions, micro_batch_tokens)
-
-
-def _lr_factor(step: int, warmup: int, total: int) -> float:
-    """Rises linearly over ``warmup`` steps, then falls linearly to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
 
 
 def _non_finite_message(record: StepRecord, batch: Sources, partially_applied: int) -> str:

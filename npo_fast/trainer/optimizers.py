@@ -2,18 +2,21 @@
 
 import importlib
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from npo_fast.errors import UserError
 
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
+LearningRateSchedule = Literal["linear", "cosine", "constant"]
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")  # in lower case
 
 
 def check_optimizer(name: Optimizer) -> None:
@@ -48,10 +51,37 @@ def trainable_parameters(parameters: Iterable[Parameter], name: Optimizer) -> li
     return trainable
 
 
+def decays(model: nn.Module) -> Iterator[tuple[Parameter, bool]]:
+    """The trainable parameters, and whether weight decay applies to each.
+
+    The rule of ``transformers.Trainer``: not to ``nn.LayerNorm``, nor to what is named a bias or a
+    norm.
+    """
+    in_layer_norm = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield parameter, name not in in_layer_norm and not NO_DECAY.search(name.lower())
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, name: LearningRateSchedule, warmup: int, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of ``transformers.get_scheduler``; "constant" with a warm-up too."""
+    from transformers import get_scheduler
+
+    full_name = "constant_with_warmup" if name == "constant" else name
+    return get_scheduler(full_name, optimizer, warmup, steps)
+
+
 def build_optimizer(
-    parameters: Iterable[Parameter], name: Optimizer, lr: float, weight_decay: float
+    model: nn.Module, name: Optimizer, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient.
+    """AdamW over the parameters that require a gradient; ``weight_decay`` on those of ``decays``.
 
     ================  =====================  ==========================================
     name              states of a weight     new weight, where weights are bf16
@@ -70,7 +100,16 @@ def build_optimizer(
         UserError: nothing to train, torchao is not installed, or adamw-bf16 without bf16 weights.
     """
     check_optimizer(name)
-    trainable = trainable_parameters(parameters, name)
+    trainable = trainable_parameters(model.parameters(), name)
+    marked = list(decays(model))
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in (
+            ([p for p, with_decay in marked if with_decay], weight_decay),
+            ([p for p, with_decay in marked if not with_decay], 0.0),
+        )
+        if parameters
+    ]
     if name == "adamw":
         if any(p.dtype == torch.bfloat16 for p in trainable):
             warnings.warn(
@@ -79,13 +118,13 @@ def build_optimizer(
                 "keeps them",
                 stacklevel=2,
             )
-        return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     from torchao import optim
 
     kind = optim.AdamW8bit if name == "adamw-8bit" else optim._AdamW
     if trainable[0].device.type == "cpu":
         kind = type(kind.__name__, (_Eager, kind), {})
-    return kind(trainable, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
+    return kind(groups, lr=lr, bf16_stochastic_round=True)
 
 
 class _Eager:

@@ -14,9 +14,24 @@ from npo_fast.trainer.settings import TrainSettings
 BatchKey = tuple[str, ...]  # the sources whose sequences alternate in a micro-batch
 
 
-def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Batches of one pass over ``examples``; the last may be smaller."""
-    return math.ceil(examples / batch_size)
+def step_count(examples: int, settings: TrainSettings) -> int:
+    """Batches of the whole run, where an epoch passes over so many ``examples``.
+
+    Raises:
+        UserError: none, since fewer examples than a batch are dropped.
+    """
+    size, epochs = settings.batch_size, settings.epochs
+    batches = {
+        "keep": epochs * math.ceil(examples / size),
+        "drop": epochs * (examples // size),
+        "carry": epochs * examples // size,
+    }[settings.last_batch]
+    if not batches:
+        raise UserError(
+            f"--last-batch {settings.last_batch} leaves no batch of {size} among {examples} "
+            f"sequences: lower --batch-size, or use --last-batch keep"
+        )
+    return batches
 
 
 def primary_sources(sources: Sources) -> tuple[str, ...]:
@@ -34,31 +49,36 @@ def primary_sources(sources: Sources) -> tuple[str, ...]:
 
 
 def step_batches(
-    sources: Sources,
-    primary: tuple[str, ...],
-    batch_size: int,
-    epochs: int,
-    seed: int,
+    sources: Sources, primary: tuple[str, ...], settings: TrainSettings
 ) -> Iterator[dict[str, list[TokenizedExample]]]:
-    """The sequences of each step, by source; the last step of an epoch may be smaller.
+    """The sequences of each step, by source; ``last_batch`` says what becomes of an epoch's rest.
 
     The primary sources hold answers to the same questions, and a step sees the same questions of
     each. Of the other sources a step sees as many sequences, none again before all were seen.
     """
     others = {
-        name: _endless(sequences, f"{seed}/{name}")
+        name: _endless(sequences, f"{settings.seed}/{name}")
         for name, sequences in sources.items()
         if name not in primary
     }
-    questions = len(sources[primary[0]])
-    for epoch in range(epochs):
-        order = permutation(questions, f"{seed}/{primary[0]}/{epoch}")
-        for first in range(0, questions, batch_size):
-            places = order[first : first + batch_size]
-            batch = {name: [sources[name][i] for i in places] for name in primary}
-            for name, examples in others.items():
-                batch[name] = [next(examples) for _ in places]
-            yield batch
+    for places in _places(len(sources[primary[0]]), f"{settings.seed}/{primary[0]}", settings):
+        batch = {name: [sources[name][i] for i in places] for name in primary}
+        for name, examples in others.items():
+            batch[name] = [next(examples) for _ in places]
+        yield batch
+
+
+def _places(questions: int, key: str, settings: TrainSettings) -> Iterator[list[int]]:
+    """The questions of each batch, epoch after epoch."""
+    rest: list[int] = []
+    for epoch in range(settings.epochs):
+        order = rest + permutation(questions, f"{key}/{epoch}")
+        whole = len(order) - len(order) % settings.batch_size
+        for first in range(0, whole, settings.batch_size):
+            yield order[first : first + settings.batch_size]
+        rest = order[whole:] if settings.last_batch == "carry" else []
+        if settings.last_batch == "keep" and whole < len(order):
+            yield order[whole:]
 
 
 def interleave(batch: Sources, batch_key: Iterable[str]) -> list[TokenizedExample]:
@@ -77,9 +97,7 @@ def check_step_in_backward(
 ) -> None:
     """Raises ``UserError`` where a step has more tokens than a micro-batch may."""
     sources = {name: sources[name] for term in terms for name in term.reads}
-    batches = step_batches(
-        sources, primary_sources(sources), settings.batch_size, settings.epochs, settings.seed
-    )
+    batches = step_batches(sources, primary_sources(sources), settings)
     keys_of_steps = [batch_keys(step) for step in schedule_steps(terms, settings.schedule)]
     tokens = max(
         sum(len(s.input_ids) for key in keys for name in key for s in batch[name])

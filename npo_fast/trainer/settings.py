@@ -1,11 +1,11 @@
 """Settings of the training loop, and the record of a step."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from npo_fast.errors import UserError
 from npo_fast.methods import Schedule, Term
-from npo_fast.trainer.optimizers import Optimizer
+from npo_fast.trainer.optimizers import LearningRateSchedule, Optimizer
 from npo_fast.validation import (
     NON_NEGATIVE,
     Bound,
@@ -15,20 +15,31 @@ from npo_fast.validation import (
     PositiveInt,
 )
 
+LastBatch = Literal["keep", "drop", "carry"]
+
 
 @dataclass(frozen=True)
 class TrainSettings(Checked):
-    """How to train; the defaults are those of the NPO paper on TOFU."""
+    """How to train; the defaults are those of the NPO paper, and of open-unlearning, on TOFU."""
 
     epochs: PositiveInt = 10
     """Passes over the data to forget (to learn, for finetune)."""
     lr: PositiveFloat = 1e-5
-    """Peak learning rate of AdamW; rises linearly, then falls linearly to 0."""
+    """Peak learning rate of AdamW."""
+    lr_schedule: LearningRateSchedule = "linear"
+    """From the peak on, as transformers.get_scheduler has it: falls to 0 linearly or as half a
+    cosine, or stays. Before it the rate rises linearly; the first step of a rise has rate 0."""
+    warmup_steps: Annotated[int | None, NON_NEGATIVE] = None
+    """Steps of the rise; where it is not given, the whole batches of one epoch."""
     weight_decay: NonNegativeFloat = 0.01
+    """Of AdamW; norms and biases have none, as in transformers.Trainer."""
     batch_size: PositiveInt = 32
     """Sequences of each set a step."""
-    warmup_steps: Annotated[int | None, NON_NEGATIVE] = None
-    """Steps of the rise; the first epoch where it is not given."""
+    last_batch: LastBatch = "keep"
+    """Where an epoch is no multiple of the batch size, the rest of it is: a smaller batch ("keep",
+    as transformers.Trainer does now), left out of this epoch ("drop", as PyTorch's drop_last), or
+    filled up by the next epoch, and only the rest of the run is dropped ("carry", the NPO paper's
+    code: epochs * questions // batch size steps)."""
     max_grad_norm: Annotated[float, Bound("positive or inf", lambda norm: norm > 0)] = 1.0
     """Gradients of a larger norm are scaled down to it; inf clips nothing."""
     micro_batch_tokens: PositiveInt = 2048

@@ -12,7 +12,7 @@ from npo_fast.distributed import world_size
 from npo_fast.errors import first_line
 from npo_fast.model.sharding import gather_state_dict, sharded_states
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.pt"
 
 

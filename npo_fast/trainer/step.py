@@ -5,7 +5,7 @@ through the model, ``micro_batch_loss`` makes the loss of one, and ``update`` ch
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from npo_fast.data import PackedBatch, Sources, concatenate
 from npo_fast.errors import first_line
-from npo_fast.losses import KL
+from npo_fast.losses import CEU, KL
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_states import ReferenceStates
@@ -181,6 +181,9 @@ def micro_batch_loss(
                 reduction="sum",
                 **lm.head_arguments,
             )
+        if isinstance(term.loss, CEU):  # the cross-entropy that its gradient is of
+            offsets = micro.answer_cu_seqlens
+            value = value + term.loss.target_entropy(lm.linear_head, hidden, micro.labels, offsets)
         value = value / counts[term.name]
         values[term.name] = value.detach()
         loss = loss + term.coefficient * value
@@ -208,18 +211,20 @@ def with_baselines(
     terms: Iterable[Term],
     micro_batches: Mapping[str, Iterable[PackedBatch]],  # those of the step, by source
     references: References | None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,  # over processes with other sequences
 ) -> tuple[Term, ...]:
     """The terms with their baselines: the mean log-ratio of the baseline source in this step."""
     with_baseline = []
     for term in terms:
         if term.baseline is not None:
             assert references is not None, f"{term.name} needs reference log-probs"
-            ratios = []
+            sums = torch.zeros(2)  # of log-ratios, of sequences
             for micro in micro_batches[term.baseline]:
                 log_probs = segment_sum(lm.log_probs(micro), micro.answer_cu_seqlens).cpu()
                 reference = torch.stack([references[term.baseline][i] for i in micro.indices])
-                ratios.append(log_probs - reference)
-            term = term.at_baseline(float(torch.cat(ratios).mean()))
+                sums += torch.stack([(log_probs - reference).sum(), torch.tensor(len(reference))])
+            total, sequences = reduce(sums).tolist()
+            term = term.at_baseline(total / sequences)
         with_baseline.append(term)
     return tuple(with_baseline)
 
@@ -228,5 +233,8 @@ def count(term: Term, batch: Sources) -> int:
     """What the term's sum over the step is divided by: sequences, tokens, or 1."""
     examples = [example for name in term.over or (term.source,) for example in batch.get(name, ())]
     everywhere = term.positions == "all"
-    tokens = sum(len(e.input_ids) if everywhere else e.answer_length for e in examples)
-    return {"mean": len(examples), "token_mean": tokens, "sum": 1}[term.reduction]
+    tokens = sum(
+        len(e.input_ids) if everywhere else max(0, e.answer_length - term.skip_first)
+        for e in examples
+    )
+    return {"mean": len(examples), "token_mean": max(1, tokens), "sum": 1}[term.reduction]

@@ -8,16 +8,31 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from npo_fast.data import Template, TokenizedExample
 from npo_fast.errors import UserError
+from npo_fast.evaluation.evaluate import evaluate
+from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.integrations.hf_trainer import (
     UnlearningCollator,
     UnlearningDataset,
+    UnlearningEvaluation,
     UnlearningTrainer,
 )
 from npo_fast.methods import METHODS, Coefficients, build_method
+from npo_fast.metrics import FORGET, RETAIN, save_result
+from npo_fast.metrics.measures import RECORDED, measures, score
+from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
-from tests.helpers import sequences, slow_but, small_lm
+from tests.helpers import (
+    FACTS,
+    VOCABULARY,
+    calm_model,
+    save_tiny_model,
+    sequences,
+    slow_but,
+    small_lm,
+)
 
 
 def arguments(folder, **changes) -> TrainingArguments:
@@ -81,21 +96,38 @@ def test_the_first_step_is_that_of_our_own_loop(tmp_path, method):
         assert log[name] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.slow
-def test_gradient_accumulation_is_the_whole_batch_for_a_mean_over_sequences(tmp_path):
-    whole, parts = (
-        trainer(
-            tmp_path, "NPO", max_steps=2, per_device_train_batch_size=6 // n,
-            gradient_accumulation_steps=n, max_grad_norm=0.0, optim="sgd",
-        )
-        for n in (1, 3)
-    )  # fmt: skip
-    whole.train()
-    parts.train()
-    for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
-    for a, b in zip(logged(whole), logged(parts), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-4)
+def uneven(count: int, seed: int) -> list[TokenizedExample]:
+    """Answers of 2 and 40 tokens: a mean over each device batch is not that of all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 2, (count,), generator=generator).mul(38).add(2).tolist()
+    ids = (torch.randint(3, VOCABULARY, (4 + n,), generator=generator).tolist() for n in lengths)
+    return [TokenizedExample(tuple(one), 4, i) for i, one in enumerate(ids)]
+
+
+@pytest.mark.parametrize("method", slow_but(["GA+RT", "KTO+KL"], METHODS))
+def test_device_batches_of_one_are_one_batch_of_all(tmp_path, method):
+    """In fp64, since some methods hardly move the weights of an untaught model."""
+    data = UnlearningDataset(uneven(7, 1), uneven(9, 2), idk=uneven(7, 3), alternate=uneven(7, 4))
+    found = []
+    for batch, parts in ((4, 1), (1, 4)):  # and three in the last step of the epoch
+        torch.manual_seed(0)
+        one = UnlearningTrainer(
+            calm_model().double(),
+            arguments(
+                tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=parts,
+                num_train_epochs=2, max_grad_norm=0.0, optim="sgd", learning_rate=1e-2,
+            ),
+            data, method=method,
+        )  # fmt: skip
+        one.train()
+        found.append((list(one.model.parameters()), logged(one)))
+    (weights, logs), (other_weights, other_logs) = found
+    assert len(logs) == len(other_logs) == 4
+    for p, q in zip(weights, other_weights, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-8)
+    for log, other in zip(logs, other_logs, strict=True):
+        for name in {"loss", "forget log-prob", *(term.name for term in one.terms)} & set(log):
+            assert log[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.slow
@@ -169,11 +201,94 @@ def test_the_collator_packs_every_source_whole():
     assert len(batch["retain"].labels) == sum(s.answer_length for s in data.sources["retain"])
 
 
+def evaluation_of(folder, **options) -> UnlearningEvaluation:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_tiny_model(folder / "base"))
+    rows = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
+    settings = EvaluationSettings(max_new_tokens=3)
+    return UnlearningEvaluation(
+        Template(tokenizer), forget=rows[6:], retain=rows[:6], settings=settings, **options
+    )
+
+
+def test_the_trainer_evaluates_by_our_measures_and_keeps_the_best(tmp_path):
+    measured = evaluation_of(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    logs = evaluate(CausalLM(model), measured.template, measured.suite, measured.settings)
+    save_result(logs, tmp_path / "log")
+    with_quality = evaluation_of(tmp_path, retrained=tmp_path / "log")
+    examples = {
+        name: with_quality.template.encode_all(records.records)[0]
+        for name, records in with_quality.suite.items()
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    one = UnlearningTrainer(
+        model,
+        arguments(
+            tmp_path, num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=True, metric_for_best_model="forget.probability",
+            greater_is_better=False,
+        ),
+        UnlearningDataset(examples[FORGET], examples[RETAIN]),
+        eval_dataset=with_quality,
+    )  # fmt: skip
+    before = one.evaluate()
+    assert before["eval_forget_quality"] == pytest.approx(1.0), "it is the retrained model"
+    expected = measures(logs, logs)
+    for key in RECORDED:
+        if (value := score(expected, key)) is not None:
+            assert before[f"eval_{key}"] == pytest.approx(value, rel=1e-5), key
+    one.train()
+    looks = [entry for entry in one.state.log_history if "eval_forget.probability" in entry]
+    assert len(looks) == 2
+    best = min(looks, key=lambda look: look["eval_forget.probability"])
+    assert best["eval_forget.probability"] < before["eval_forget.probability"]
+    assert one.state.best_metric == best["eval_forget.probability"]
+    after = one.evaluate()
+    assert after == pytest.approx({name: best[name] for name in after}, rel=1e-5)
+
+
+def test_looking_does_not_change_the_training(tmp_path):
+    measured = evaluation_of(tmp_path)
+    records = [record for rows in measured.suite.values() for record in rows.records]
+    examples, _ = measured.template.encode_all(records)
+    found = []
+    for strategy in ("no", "steps"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        one = UnlearningTrainer(
+            model,
+            arguments(tmp_path, max_steps=3, eval_strategy=strategy, eval_steps=1),
+            UnlearningDataset(examples[:4], examples[4:]), eval_dataset=measured,
+        )  # fmt: skip
+        one.train()
+        found.append([log["loss"] for log in logged(one)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_the_same_steps(tmp_path):
+    plain, compiled = (
+        trainer(tmp_path, "KTO+RT", max_steps=2, per_device_train_batch_size=3,
+                gradient_accumulation_steps=2, **compile_)
+        for compile_ in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"})
+    )  # fmt: skip
+    plain.train()
+    compiled.train()
+    assert all(layer._compiled_call_impl for layer in compiled.lm.decoder.layers)
+    for log, expected in zip(logged(compiled), logged(plain), strict=True):
+        assert log["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert log["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
 def test_a_wrapped_model_is_refused(tmp_path):
     one = trainer(tmp_path)
     batch = UnlearningCollator()([one.train_dataset[0]])
     with pytest.raises(UserError, match="weight whole, and the model is wrapped as DataParallel"):
         one.compute_loss(torch.nn.DataParallel(one.model), batch)
+    several = arguments(tmp_path)
+    assert several.n_gpu == 0
+    several._n_gpu = 2
+    with pytest.raises(UserError, match="wrapped as DataParallel: start one process a GPU"):
+        UnlearningTrainer(small_lm().model, several, one.train_dataset)
 
 
 def test_what_cannot_work_is_refused_early(tmp_path):
@@ -182,14 +297,16 @@ def test_what_cannot_work_is_refused_early(tmp_path):
     with pytest.raises(UserError, match="forget is empty"):
         UnlearningDataset([], sequences(3, 2))
     data = UnlearningDataset(sequences(2, 1))
-    with pytest.raises(UserError, match="no eval_dataset"):
+    with pytest.raises(UserError, match="must be an UnlearningEvaluation.*UnlearningDataset"):
         UnlearningTrainer(
             small_lm().model, arguments(tmp_path), data, method="NPO", eval_dataset=data
         )
+    with pytest.raises(UserError, match="evaluate needs an UnlearningEvaluation"):
+        trainer(tmp_path).evaluate()
 
 
-def _process(rank: int, folder: str) -> None:
-    """One of two: three sequences each, of unequal length."""
+def _process(rank: int, folder: str, method: str, parts: int) -> None:
+    """One of two: three sequences each, of unequal length, in so many device batches."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "nowhere", "MASTER_PORT": "0"}  # accelerate wants to see them
     torch.set_num_threads(1)
@@ -197,7 +314,10 @@ def _process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meeting", timedelta(minutes=2), world_size=2, rank=rank
     )
-    one = trainer(folder, per_device_train_batch_size=3, ddp_backend="gloo", **SHORT)
+    one = trainer(
+        folder, method, per_device_train_batch_size=3 // parts, gradient_accumulation_steps=parts,
+        ddp_backend="gloo", **SHORT,
+    )  # fmt: skip
     one.train()
     parameters = [p.detach() for p in one.model.parameters()]
     torch.save((logged(one), parameters), f"{folder}/{rank}.pt")
@@ -209,11 +329,12 @@ SHORT = {"max_steps": 2, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm":
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
-    """NPO is a mean over sequences, the retain loss one over tokens, of which each has its own."""
-    whole = trainer(tmp_path, **SHORT)
+@pytest.mark.parametrize(("method", "parts"), [("NPO+RT", 1), ("KTO+RT", 3)])
+def test_two_processes_train_as_one_on_the_whole_batch(tmp_path, method, parts):
+    """NPO and KTO are means over sequences, the retain loss over tokens: each has its own."""
+    whole = trainer(tmp_path, method, **SHORT)
     whole.train()
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(_process, (str(tmp_path), method, parts), nprocs=2)
     for rank in range(2):
         logs, parameters = torch.load(tmp_path / f"{rank}.pt")
         for p, q in zip(parameters, whole.model.parameters(), strict=True):

@@ -21,6 +21,7 @@ from npo_fast import (
     linear_log_probs,
     linear_sequence_loss,
 )
+from npo_fast.ops.head import Head
 
 CU = torch.tensor([0, 4, 9], dtype=torch.int32)
 REF = torch.tensor([-6.0, -9.0], dtype=torch.float64)
@@ -126,7 +127,9 @@ PLAIN = [
     (TNPO(0.6), weighted(lambda p, q: 2 * p**0.6 / (p**0.6 + q**0.6))),
     (WGA(0.5), weighted(lambda p, q: p**0.5)),
     (SatImp(1.5, 0.5), weighted(lambda p, q: p**1.5 * (1 - p) ** 0.5)),
-    (CEU(), weighted(lambda p, q: p / (1 - p))),
+    (CEU(), lambda z, y, ref: [-torch.log(1 - t.exp()).sum() for t in sequences_of(z, y)]),
+    (CEU(2), lambda z, y, ref: [-torch.log(1 - t[2:].exp()).sum() for t in sequences_of(z, y)]),
+    (TNPO(4.0, 1e-3), weighted(lambda p, q: 2 * p**4 / (p**4 + q**4 + 1e-3))),
 ]  # fmt: skip
 
 
@@ -153,13 +156,18 @@ def test_the_fused_loss_is_plain_pytorch_on_the_logits(loss, plain, chunk_rows):
         torch.testing.assert_close(one, other)
 
 
-def test_ceu_has_the_gradient_of_the_cross_entropy_without_the_label():
+@pytest.mark.parametrize("skip_first", [0, 1])
+def test_ceu_is_the_cross_entropy_with_what_the_model_says_without_the_label(skip_first):
     hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
     weight, labels = torch.randn(13, 6, dtype=torch.float64), torch.randint(0, 13, (9,))
-    found, _ = linear_sequence_loss(hidden, weight, labels, CU, CEU(), reduction="sum")
+    loss = CEU(skip_first)
+    found, _ = linear_sequence_loss(hidden, weight, labels, CU, loss, reduction="sum")
+    found = found + loss.target_entropy(Head(weight), hidden, labels, CU)
     logits = hidden @ weight.T
     target = torch.softmax(logits.detach().scatter(1, labels[:, None], -torch.inf), -1)
-    expected = -(target * torch.log_softmax(logits, -1)).sum()
+    expected = -(target * torch.log_softmax(logits, -1)).sum(1)
+    expected = torch.cat([expected[skip_first:4], expected[4 + skip_first :]]).sum()
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (found, expected)))
 
 
@@ -248,8 +256,15 @@ def test_a_beta_that_makes_no_sense_is_refused(loss, beta):
         lambda: SatImp(1.0, math.nan),
         lambda: SimNPO(delta=math.inf),
         lambda: KTO(0.1, math.nan),
+        lambda: TNPO(0.1, -1e-5),
     ],
 )
 def test_other_parameters_that_make_no_sense_are_refused(make):
-    with pytest.raises(ValueError, match="(beta1|beta2|delta|z) must be finite"):
+    with pytest.raises(ValueError, match="(beta1|beta2|delta|z|epsilon) must be finite"):
         make()
+
+
+@pytest.mark.parametrize("skip_first", [-1, 1.5])
+def test_ceu_skips_a_whole_number_of_tokens(skip_first):
+    with pytest.raises(ValueError, match="skip_first must be a whole number, 0 or more"):
+        CEU(skip_first)

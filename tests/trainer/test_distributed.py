@@ -341,9 +341,16 @@ def _train_on_ranks(mesh, family: str, lora: bool, method: str, checkpointing: b
         ("Llama", False, "NPO+RT", False),
         ("Qwen2", False, "DPO+RT", True),  # tied, with biases
         ("Phi", False, "KTO+RT", False),
+        ("Phi", False, "CEU+RT", False),
         ("Llama", True, "NPO+RT", True),
     ],
-    ids=["full", "tied and checkpointed", "a head with bias", "LoRA, checkpointed"],
+    ids=[
+        "full",
+        "tied and checkpointed",
+        "a head with bias",
+        "cross-entropy",
+        "LoRA, checkpointed",
+    ],
 )
 def test_several_processes_train_as_one(tmp_path, count, family, lora, method, checkpointing):
     lm = lm_of(family, lora)

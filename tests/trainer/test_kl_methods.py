@@ -1,13 +1,17 @@
 """Methods that compare whole distributions with the model's as it was, in the training loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from npo_fast.cli import main
-from npo_fast.data import pack
+from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.methods import Coefficients, build_method
+from npo_fast.runs.padding import padded_weights
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
+from npo_fast.trainer.order import step_batches
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import (
     FACTS,
@@ -182,3 +186,23 @@ def test_other_answers_that_the_method_does_not_read_are_refused(home, tmp_path,
     for flag in ("--idk", "--alternate"):
         assert unlearn(home, tmp_path / "run", "--method", "NPO", flag, "answers.jsonl") == 2
         assert f"NPO reads no such answers; leave out {flag}" in capsys.readouterr().err
+
+
+def test_a_run_says_what_its_kl_weighs_beside_one_over_padding():
+    """Two retain batches of 2: 4 + 6 and 5 + 9 tokens, of which 3, 4, 3 and 5 are answers."""
+    lengths = {0: (4, 1), 1: (6, 2), 2: (5, 2), 3: (9, 4)}
+    retain = [TokenizedExample((5,) * n, prompt, i) for i, (n, prompt) in lengths.items()]
+    data = {"retain": retain, "forget": retain}
+    settings = TrainSettings(batch_size=2)
+    batches = step_batches(data, ("forget",), replace(settings, epochs=1))
+    longest = sum(2 * max(len(s.input_ids) for s in batch["retain"]) for batch in batches)
+    (line,) = padded_weights(build_method("NPO+KL", Coefficients(kl=3.0)), data, settings)
+    assert f"longest (open-unlearning) {longest / 15:.3g} times less" in line
+    assert "padded to 500 (the NPO paper's code) 133 times less" in line
+    assert line.endswith(f"as much as with --kl-coefficient {45 / longest:.3g} or 0.0225")
+    (line,) = padded_weights(build_method("NPO+KL", kl_positions="all"), data, settings)
+    assert f"longest (open-unlearning) {longest / 24:.3g} times less" in line
+    (line,) = padded_weights(build_method("UNDIAL+RT"), data, settings)
+    assert "500" not in line
+    assert "with --forget-coefficient" in line
+    assert padded_weights(build_method("NPO+RT"), data, settings) == []

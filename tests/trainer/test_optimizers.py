@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import Parameter
+from torch.nn import Parameter, ParameterList
 
 from npo_fast.cli import main
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
@@ -66,7 +66,7 @@ def test_8bit_states_take_a_quarter_of_the_memory_and_steps_stay_close():
     found, bytes_ = {}, {}
     for name in ("adamw", "adamw-8bit"):
         parameter = Parameter(start.clone())
-        optimizer = build_optimizer([parameter], name, lr=1e-2, weight_decay=0.01)
+        optimizer = build_optimizer(ParameterList([parameter]), name, lr=1e-2, weight_decay=0.01)
         torch.manual_seed(1)
         for _ in range(5):
             parameter.grad = torch.randn_like(start)
@@ -89,7 +89,7 @@ def test_bf16_weights_move_by_steps_that_rounding_to_nearest_loses(name):
         parameter = Parameter(torch.ones(64, 256, dtype=torch.bfloat16))
         hears = pytest.warns if kind == "adamw" else contextlib.nullcontext
         with hears(*[UserWarning] * (kind == "adamw")):
-            optimizer = build_optimizer([parameter], kind, lr=1e-4, weight_decay=0.0)
+            optimizer = build_optimizer(ParameterList([parameter]), kind, lr=1e-4, weight_decay=0.0)
         for _ in range(10):
             parameter.grad = torch.ones_like(parameter)
             optimizer.step()
@@ -231,7 +231,7 @@ def test_a_tensor_at_a_time_is_the_same_step(name):
     starts = [torch.randn(s) for s in shapes]
     for offloaded in (False, True):
         parameters = [Parameter(start.clone()) for start in starts]
-        optimizer = build_optimizer(parameters, name, lr=1e-2, weight_decay=0.1)
+        optimizer = build_optimizer(ParameterList(parameters), name, lr=1e-2, weight_decay=0.1)
         if offloaded:
             keep_states_on_cpu(optimizer)
         torch.manual_seed(1)
@@ -247,8 +247,8 @@ def test_a_tensor_at_a_time_is_the_same_step(name):
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
 def test_states_that_are_read_stay_in_cpu_memory(name):
     """The meta device stands in for a GPU: a state that went there would have no values."""
-    saved = build_optimizer([Parameter(torch.ones(64, 256))], name, lr=1e-2, weight_decay=0.1)
-    (own,) = saved.param_groups[0]["params"]
+    own = Parameter(torch.ones(64, 256))
+    saved = build_optimizer(ParameterList([own]), name, lr=1e-2, weight_decay=0.1)
     own.grad = torch.ones_like(own)
     saved.step()
     elsewhere = Parameter(torch.ones(64, 256, device="meta"))

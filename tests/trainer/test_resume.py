@@ -372,7 +372,7 @@ def test_weights_and_state_of_a_checkpoint_are_exact(tmp_path, method, schedule,
 
 def test_a_state_of_another_format_is_damaged(tmp_path):
     torch.save({"format": 0}, tmp_path / "state.pt")
-    with pytest.raises(DamagedError, match="has the format 0, not 1"):
+    with pytest.raises(DamagedError, match="has the format 0, not 2"):
         TrainState.load(tmp_path)
 
 
@@ -477,7 +477,7 @@ def test_errors_other_than_out_of_memory_pass_through():
 @pytest.mark.slow
 def test_a_new_process_reads_8_bit_states(tmp_path):
     weight = torch.nn.Parameter(torch.randn(64, 64))
-    optimizer = build_optimizer([weight], "adamw-8bit", 1e-3, 0.0)
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), "adamw-8bit", 1e-3, 0.0)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     state = TrainState(1)

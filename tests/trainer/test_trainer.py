@@ -8,6 +8,7 @@ import torch
 
 from npo_fast.data import micro_batches, pack
 from npo_fast.errors import NonFiniteError, UserError
+from npo_fast.losses import CEU, TNPO, SatImp, SimNPO
 from npo_fast.methods import (
     COEFFICIENTS,
     FINETUNE,
@@ -47,9 +48,8 @@ def test_two_runs_of_a_method_are_the_same_to_the_bit(method):
 
 def test_idk_rt_is_one_token_mean_over_refusals_and_retain_data():
     lm, data = small_lm(), sources()
-    (batch,) = step_batches(
-        {name: data[name] for name in ("idk", "retain")}, ("idk",), batch_size=7, epochs=1, seed=0
-    )
+    settings = TrainSettings(epochs=1, batch_size=7)
+    (batch,) = step_batches({name: data[name] for name in ("idk", "retain")}, ("idk",), settings)
     together = [
         dataclasses.replace(s, index=i) for i, s in enumerate(batch["idk"] + batch["retain"])
     ]
@@ -94,7 +94,7 @@ def test_pairs_stay_whole_and_in_order_in_every_micro_batch(tokens):
 
 def test_dpo_sees_each_refusal_beside_its_own_question():
     data = sources()
-    batches = step_batches(data, ("forget", "idk"), batch_size=3, epochs=2, seed=0)
+    batches = step_batches(data, ("forget", "idk"), TrainSettings(batch_size=3, epochs=2))
     for batch in batches:
         assert [s.index for s in batch["forget"]] == [s.index for s in batch["idk"]]
 
@@ -212,7 +212,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit():
 
 def test_an_epoch_sees_every_forget_sequence_once_and_as_many_to_retain():
     data = sources()
-    batches = list(step_batches(data, ("forget",), batch_size=3, epochs=2, seed=0))
+    batches = list(step_batches(data, ("forget",), TrainSettings(batch_size=3, epochs=2)))
     assert [len(b["forget"]) for b in batches] == [3, 3, 1, 3, 3, 1]
     assert all(len(b["forget"]) == len(b["retain"]) for b in batches)
     for epoch in (batches[:3], batches[3:]):
@@ -223,11 +223,11 @@ def test_an_epoch_sees_every_forget_sequence_once_and_as_many_to_retain():
 
 
 def test_the_learning_rate_rises_over_the_first_epoch_and_falls_to_zero():
-    _, records = run_method("GA", TrainSettings(epochs=5, batch_size=4, lr=1.0))
-    rates = [r.lr for r in records]
-    assert rates[:2] == [0.5, 1.0]
+    _, records = run_method("GA", TrainSettings(epochs=4, batch_size=3, lr=1.0))
+    rates = [r.lr for r in records]  # 7 questions: two whole batches an epoch, and a smaller one
+    assert rates[:3] == [0.0, 0.5, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[-1] == pytest.approx(1 / 8)
+    assert rates[-1] == pytest.approx(1 / 10)
 
 
 def test_a_non_finite_step_stops_before_it_touches_the_weights():
@@ -282,10 +282,45 @@ def test_a_coefficient_that_a_method_does_not_have_is_an_error(method, given, me
 def test_every_coefficient_of_a_method_reaches_its_terms(method):
     defaults = build_method(method)
     for name, value in coefficients_of(method).items():
-        changed = build_method(method, Coefficients(**{name: value + 1.5}))
+        changed = build_method(method, Coefficients(**{name: value + 2}))
         assert changed != defaults, name
         same = build_method(method, Coefficients(**{name: value}))
         assert same == defaults, name
+
+
+def test_the_preset_has_the_defaults_of_open_unlearning_and_what_is_given_wins():
+    def loss_of(method, **given):
+        term = build_method(method, Coefficients(**given), preset="open-unlearning")[0]
+        return term.loss, term.coefficient
+
+    assert loss_of("SimNPO+RT") == (SimNPO(4.5, 0.0), 0.125)
+    assert loss_of("SatImp+RT") == (SatImp(5.0, 1.0), 0.1)
+    assert loss_of("TNPO") == (TNPO(4.0, 1e-5), 1.0)
+    assert loss_of("CEU") == (CEU(1), 1.0)
+    assert loss_of("SimNPO", beta=3.0) == (SimNPO(3.0, 0.0), 0.125)
+    assert loss_of("SatImp", forget=1.0) == (SatImp(5.0, 1.0), 1.0)
+    for method in ("NPO+RT", "DPO+RT", "WGA+RT", "UNDIAL", "GA+RT", "NPO+KL"):  # as they are here
+        assert build_method(method, preset="open-unlearning") == build_method(method)
+    retain = build_method("SimNPO+RT", preset="open-unlearning")[1]
+    assert retain.coefficient == 1.0
+    with pytest.raises(UserError, match="unknown preset 'tofu'; known: open-unlearning"):
+        build_method("NPO", preset="tofu")
+
+
+def test_ceu_is_a_mean_cross_entropy_over_the_tokens_that_are_not_skipped():
+    lm, data, total, count = small_lm(), sources()["forget"], 0.0, 0
+    for s in data:
+        ids = torch.tensor([s.input_ids])
+        with torch.no_grad(), lm.generating() as model:
+            logits = model(ids).logits[0, s.prompt_length : -1]  # the first answer token left out
+        labels = ids[0, s.prompt_length + 1 :, None]
+        target = logits.scatter(1, labels, -torch.inf).softmax(-1)
+        total -= float((target * logits.log_softmax(-1)).sum())
+        count += len(labels)
+    _, (record,) = run_method("CEU", TrainSettings(epochs=1, batch_size=7), skip_first=1)
+    assert record.terms["CEU"] == record.loss == pytest.approx(total / count, rel=1e-5)
+    with pytest.raises(UserError, match="skip_first 99 leaves no token of any forget answer"):
+        run_method("CEU", TrainSettings(epochs=1), skip_first=99)
 
 
 def test_every_coefficient_is_declared_once_and_its_help_names_the_defaults():
