@@ -33,12 +33,12 @@ class TNPO(OfTokens):
     def weight(self, log_probs: Tensor) -> Tensor:  # (n,) log-ratios
         return 2 * torch.sigmoid(self.beta * log_probs)
 
-    def _relative(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
+    def relative(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
         assert ref_log_probs is not None
         if self.epsilon:  # p_ref^beta + epsilon is the power of a reference that likes more
             floor = ref_log_probs.new_tensor(math.log(self.epsilon))
             ref_log_probs = torch.logaddexp(self.beta * ref_log_probs, floor) / self.beta
-        return super()._relative(log_probs, ref_log_probs)
+        return super().relative(log_probs, ref_log_probs)
 
 
 @dataclass(frozen=True)
