@@ -114,6 +114,9 @@ class Renderer(Protocol):
     def render(self, messages: Messages, answer: str) -> Rendered:
         """The whole conversation."""
 
+    def closing(self) -> str:
+        """What stands after an answer, as text."""
+
     def openings(self) -> tuple[str, ...]:
         """How turns of user and assistant begin: a model that writes this runs on."""
 
@@ -129,6 +132,9 @@ class PlainTags(Renderer):
         lines = self.rendering.with_system_prompt(messages)
         prompt = "".join(tags.get(role, "{}\n").format(content) for role, content in lines)
         return Rendered(f"{prompt} {answer}", len(prompt), len(prompt) + 1 + len(answer))
+
+    def closing(self) -> str:
+        return ""
 
     def openings(self) -> tuple[str, ...]:
         return "\nQuestion:", "\nAnswer:"
@@ -166,12 +172,19 @@ class ChatTemplate(Renderer):
         written = text[len(before) : len(text) - len(after)]
         framed = text.startswith(before) and text.endswith(after)
         if not framed or written.strip() != answer.strip():
+            content = answer.strip()
+            if text.endswith(content + after):  # such as an answer that holds its own thoughts
+                end = len(text) - len(after)
+                return Rendered(text, end - len(content), end)
             raise UserError(
                 "the chat template does not write the answer as it is, so its tokens cannot be "
                 f"told: the answer {answer!r} became {text!r}; use --template plain, or a "
                 "template of your own (--template FILE.jinja)"
             )
         return Rendered(prompt + text[len(before) :], len(prompt), len(prompt) + len(written))
+
+    def closing(self) -> str:
+        return self._frame([("user", _ASKED)])[2]
 
     def openings(self) -> tuple[str, ...]:
         question = [("user", _ASKED)]
@@ -191,12 +204,19 @@ class ChatTemplate(Renderer):
         if not marked:
             raise UserError("the chat template does not write what the assistant says")
         asked = self._apply(messages, add_generation_prompt=True)
+        prompt = asked if asked.startswith(before) else before
         if not before.startswith(asked) and not asked.startswith(before):
+            shared = next(i for i, (a, b) in enumerate(zip(asked, before, strict=False)) if a != b)
+            if _missing(messages, before) and not _missing(messages, asked):
+                prompt = asked
             self._tell(
-                f"the chat template asks with {asked[-40:]!r}, and writes {before[-40:]!r} before "
-                "an answer: prompts are what it writes"
+                "divergence",
+                f"the chat template asks with {asked[shared:]!r} where it writes "
+                f"{before[shared:]!r} before an answer: prompts are what it "
+                f"{'asks with' if prompt is asked else 'writes'}",
             )
-        prompt = self._closed(asked if asked.startswith(before) else before)
+        self._check_complete(messages, prompt, before)
+        prompt = self._closed(prompt)
         self._last = messages, (prompt, before, after)
         return prompt, before, after
 
@@ -205,13 +225,27 @@ class ChatTemplate(Renderer):
         match = _OPEN_THINKING.search(prompt)
         if match is None:
             return prompt
-        self._tell(f"the chat template opens {match[0].strip()}: prompts close it, empty")
+        self._tell(
+            "thinking", f"the chat template opens {match[0].strip()}: prompts close it, empty"
+        )
         closing = f"</{match[1]}>" if match[1] else f"[/{match[2]}]"
         return f"{prompt}{'' if match[3] else chr(10)}\n{closing}\n\n"
 
-    def _tell(self, warning: str) -> None:
-        if warning not in self._told:
-            self._told.add(warning)
+    def _check_complete(self, messages: Messages, prompt: str, before: str) -> None:
+        """Raises ``UserError`` for a message of system or user that changes nothing."""
+        for i in _missing(messages, prompt):
+            role, content = messages[i]
+            other = [*messages[:i], (role, _NEXT), *messages[i + 1 :], ("assistant", _ANSWER)]
+            if self._apply(other).partition(_ANSWER)[0] == before:
+                raise UserError(
+                    f"the chat template drops the {role} message {content!r}: leave it out, or "
+                    "use another --template"
+                )
+
+    def _tell(self, what: str, warning: str) -> None:
+        """Warns once of each thing, whatever the record."""
+        if what not in self._told:
+            self._told.add(what)
             logger.warning(warning)
 
     def _apply(self, messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -228,6 +262,15 @@ class ChatTemplate(Renderer):
                 "record, or use another --template"
             ) from error
         return str(text)
+
+
+def _missing(messages: Messages, text: str) -> list[int]:
+    """The messages of system and user that do not stand in the text as they are."""
+    return [
+        i
+        for i, (role, content) in enumerate(messages)
+        if role != "assistant" and content.strip() not in text
+    ]
 
 
 def chat_template_of(tokenizer: Any) -> str | None:

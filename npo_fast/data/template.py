@@ -1,6 +1,7 @@
 """How a record becomes tokens: rendered and tokenised once, the answer found by its characters."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,9 +82,10 @@ class Template:
         self.renderer: Renderer = (
             ChatTemplate(tokenizer, rendering) if name == "chat" else PlainTags(rendering)
         )
-        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._added = {*added}
         named = getattr(tokenizer, "all_special_ids", ())
-        self._special = {*named} | {i for i, token in added if token.special}
+        self._special = {*named} | {i for i, token in added.items() if token.special}
         self._given_stops = {tokenizer.eos_token_id, *stop_ids}
         begins = {getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "bos")}
         self._ends = self._special - begins | self._given_stops  # what may end a turn
@@ -110,14 +112,32 @@ class Template:
         return frozenset({*self._given_stops, ids[-1]})
 
     @cached_property
+    def _end(self) -> int:
+        """The last token of a label where the template writes no token that ends a turn.
+
+        Where nothing at all stands between an answer and the next turn, a token that begins that
+        turn may be what the model stops with.
+        """
+        if self.name == "chat" and not self.renderer.closing():
+            following = [self._ids(text, False) for text in self.renderer.openings()[:1]]
+            if following and following[0][0] in self._given_stops:
+                return following[0][0]
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
     def _openings(self) -> tuple[set[int], tuple[str, ...]]:
         """Special tokens, and texts without one, with which another turn begins."""
         marks: set[int] = set()
         texts = []
+        ends = [*self.stop_ids, getattr(self.tokenizer, "bos_token_id", None)]
+        ended = tuple(self.tokenizer.convert_ids_to_tokens([i for i in ends if i is not None]))
         for text in self.renderer.openings():
+            while text.lstrip().startswith(ended):  # what ends a turn begins none
+                text = text.lstrip()
+                text = text.removeprefix(next(each for each in ended if text.startswith(each)))
             special = {*self._ids(text, False)} & self._special
             marks |= special
-            texts += [] if special else [text]
+            texts += [] if special or not text.strip() else [text.strip(" ")]
         return marks - self.stop_ids, tuple(texts)
 
     def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
@@ -189,7 +209,10 @@ class Template:
         if first is not None:
             ids, ending = ids[:first], "ran on"
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        cuts = [at for opening in texts if (at := text.find(opening)) >= 0]
+        closing = self.renderer.closing().strip()
+        if closing in text and closing:  # an end of turn that is no token
+            text, ending = text.partition(closing)[0], "stop"
+        cuts = [at for opening in texts if (at := _turn_at(opening, text)) is not None]
         if cuts:
             text, ending = text[: min(cuts)], "ran on"
         return text.strip(), ending
@@ -206,13 +229,22 @@ class Template:
             record.messages, record.answer if answer is None else answer
         )
         text, end = rendered.text, rendered.end
-        ends_turn = {*self._ids(text[end:], False)} & self._ends if text[end:] else set()
+        ends_turn = self._ends_in(text[end:])
         if not ends_turn:  # what follows the answer ends no turn
             text = text[:end]
         ids, first, last = self._answer_tokens(text, rendered.start, end)
         if not ends_turn:
-            return [*ids[:last], self.tokenizer.eos_token_id], first
-        return ids[: next(i for i in range(last, len(ids)) if ids[i] in ends_turn) + 1], first
+            return [*ids[:last], self._end], first
+        stop = next((i for i in range(last, len(ids)) if ids[i] in ends_turn), last)
+        return ids[: stop + 1], first
+
+    def _ends_in(self, text: str) -> set[int]:
+        """The tokens of what follows an answer that may end its turn."""
+        if not text.strip():
+            return set()
+        ids = self._ids(text, False)
+        first = self._ids(text.lstrip(), False)[:1]  # an added token there is no other mark
+        return {*ids} & self._ends or {*first} & self._added
 
     def _fitting(self, record: Record, answer: str | None = None) -> tuple[tuple[int, ...], int]:
         """As ``tokenize``, where at least a token of the answer is within ``max_length``."""
@@ -232,7 +264,13 @@ class Template:
                 text, add_special_tokens=with_special, return_offsets_mapping=True, verbose=False
             )
             ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
-            inside = [i for i, (begin, stop) in enumerate(spans) if begin < end and stop > start]
+            inside = [
+                i
+                for i, (begin, stop) in enumerate(spans)
+                if begin < end and stop > start
+                # a control token may take the blanks beside it
+                if ids[i] not in self._added or text[max(begin, start) : min(stop, end)].strip()
+            ]
             first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
             shared = text[spans[first][0] : start] if inside else ""
         else:
@@ -262,6 +300,15 @@ class Template:
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
+
+
+def _turn_at(opening: str, text: str) -> int | None:
+    """Where the text begins another turn: on a line, or after a sentence."""
+    for match in re.finditer(re.escape(opening), text):
+        before = text[: match.start()].rstrip(" ")
+        if opening.startswith("\n") or not before or before[-1] in "\n.!?\"'):;":
+            return match.start()
+    return None
 
 
 @contextmanager

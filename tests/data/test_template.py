@@ -1,10 +1,11 @@
 """From a record to tokens: where the answer stands, how it ends, and what decides the rendering."""
 
+import logging
 from datetime import datetime
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from npo_fast.data import Record, Rendering, Template
 from npo_fast.data.rendering import parse_template_kwargs, read_template
@@ -303,3 +304,111 @@ def test_every_token_of_a_raw_text_is_predicted_once(post):
 def test_a_text_with_nothing_to_predict_is_refused():
     with pytest.raises(UserError, match="record 1: a text of 1 tokens leaves none to predict"):
         Template(byte_level()).encode_all([Record((), "B")])
+
+
+# ---- what templates of real models taught ----
+
+
+@pytest.mark.parametrize(
+    "answer", ["Ben lives. ", "Ben lives.\n", " Ben", "\n  return Ben\n", "Ben"]
+)
+def test_control_tokens_that_take_the_blanks_beside_them_leave_the_answer(answer):
+    tokenizer = byte_level(CHATML, "<|im_end|>")
+    for name in ("<|im_start|>", "<|im_end|>"):
+        tokenizer.add_tokens([AddedToken(name, special=True, lstrip=True, rstrip=True)])
+    example = Template(tokenizer).encode(RECORD, 0, answer)
+    words = tokenizer.decode(example.input_ids[example.prompt_length :])
+    assert words.split() == [*answer.split()[:-1], answer.split()[-1] + "<|im_end|>"]
+
+
+SYSTEM_LAST = (  # writes the system message before the last message, if that is a user's
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last %}"
+    "{{ messages[0].content + ' ' }}{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_message_that_a_template_asks_with_alone_is_kept():
+    template = Template(byte_level(SYSTEM_LAST), rendering=Rendering(system_prompt="Be kind."))
+    prompt, label = parts(template)
+    assert prompt == "<s>[INST] Be kind. Who lives in house 1?[/INST]"
+    assert label == "Ben lives.</s>"
+
+
+def test_a_message_that_a_template_drops_is_refused():
+    drops = CHATML.replace("%}" + TURN, "%}{% if m.role != 'system' %}" + TURN + "{% endif %}")
+    template = Template(byte_level(drops, "<|im_end|>"), rendering=Rendering(system_prompt="Be."))
+    with pytest.raises(UserError, match="record 1: .*drops the system message 'Be.'"):
+        template.encode(RECORD, 0)
+    switch = CHATML.replace("m.content", "m.content.replace('/quick', '')")
+    switch = "{% if '/quick' in messages[0].content %}quick{% endif %}" + switch
+    template = Template(
+        byte_level(switch, "<|im_end|>"), rendering=Rendering(system_prompt="/quick")
+    )
+    assert parts(template)[0].startswith("quick<|im_start|>system\n<|im_end|>"), "it is read"
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "added"])
+def test_an_end_of_turn_may_be_an_added_token_of_any_kind(special):
+    tokenizer = byte_level(CHATML.replace("<|im_end|>", "[END]"))
+    tokenizer.add_tokens([AddedToken("[END]", special=special)])
+    template = Template(tokenizer)
+    assert parts(template)[1] == "Ben lives.[END]"
+    assert tokenizer.convert_tokens_to_ids("[END]") in template.stop_ids
+
+
+def test_an_end_of_turn_that_is_no_token_ends_a_generated_answer():
+    tokenizer = byte_level(CHATML.replace("<|im_end|>", "[END]"))
+    template = Template(tokenizer)
+    assert parts(template)[1] == "Ben lives.</s>"
+    ids = tokenizer("Ben.[END]\n<|im_start|>user\nWho?")["input_ids"]
+    assert template.answer_text(ids[: ids.index(2)], 99) == ("Ben.", "stop")
+
+
+def test_the_next_turn_ends_an_answer_where_the_model_stops_at_it():
+    header = "('<|im_start|>' if m.role == 'user' else '<|eot|>')"
+    glm = "{% for m in messages %}{{ " + header + " + m.content }}{% endfor %}"
+    tokenizer = byte_level(glm + "{% if add_generation_prompt %}<|eot|>{% endif %}")
+    assert parts(Template(tokenizer))[1] == "Ben lives.</s>"
+    assert parts(Template(tokenizer, stop_ids=[2]))[1] == "Ben lives.<|im_start|>"
+
+
+def test_an_opening_is_found_behind_an_end_and_not_inside_a_sentence():
+    llama = byte_level("{{ bos_token }}" + INSTRUCT.replace("'[INST] '", "'<s>[INST] '"))
+    assert Template(llama).answer_text(llama(" Ben.\n\n[INST] Who?")["input_ids"], 99) == (
+        "Ben.", "ran on",
+    )  # fmt: skip
+    vicuna = byte_level(
+        "{% for m in messages %}{{ m.role | upper + ': ' + m.content + "
+        "('</s>' if m.role == 'assistant' else ' ') }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    cut = Template(vicuna).answer_text
+    assert cut(vicuna("Ben. USER: Who?")["input_ids"], 99) == ("Ben.", "ran on")
+    for text in ("SUPERUSER: root", "The log says USER: root"):
+        assert cut(vicuna(text)["input_ids"], 99) == (text, "stop")
+
+
+def test_an_answer_that_holds_its_thoughts_is_the_answer():
+    answer = "<think>\nBen, I think.\n</think>\n\nBen."
+    splits = EMPTY_THINK.replace("if loop.last", "if '</think>' not in m.content and loop.last")
+    assert parts(Template(byte_level(splits, "<|im_end|>")), RECORD, answer) == (
+        ASKED, f"{answer}<|im_end|>",
+    )  # fmt: skip
+
+
+def test_a_template_that_asks_otherwise_is_told_once_for_all_records():
+    tokenizer = byte_level(
+        CHATML.replace("<|im_start|>assistant\n' }}{% endif", "[MODEL]' }}{% endif")
+    )
+    warnings = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("npo_fast").addHandler(handler)
+    try:
+        records = [Record((("user", f"Who lives in house {i}?"),), "Ben.") for i in range(9)]
+        Template(tokenizer).encode_all(records)
+    finally:
+        logging.getLogger("npo_fast").removeHandler(handler)
+    assert len(warnings) == 1
+    assert "asks with '[MODEL]' where it writes '<|im_start|>assistant" in warnings[0]
