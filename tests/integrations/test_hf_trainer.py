@@ -342,3 +342,21 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path, method, parts):
         for log, expected in zip(logs, logged(whole), strict=True):
             for name in {"loss", "grad_norm", *(t.name for t in whole.terms), "forget log-prob"}:
                 assert log[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_trainers_share_the_log_probs_of_the_reference(tmp_path, monkeypatch):
+    def losses(cache):
+        one = UnlearningTrainer(
+            small_lm().model, arguments(tmp_path, max_steps=2),
+            UnlearningDataset(sequences(6, 1), sequences(6, 2)), reference_cache=cache,
+        )  # fmt: skip
+        one.train()
+        return [log["loss"] for log in logged(one)]
+
+    alone = losses(None)
+    assert losses(tmp_path / "cache") == alone
+    monkeypatch.setattr(
+        "npo_fast.model.reference_log_probs._compute", lambda *_: pytest.fail("computed again")
+    )
+    assert losses(tmp_path / "cache") == alone
