@@ -98,6 +98,8 @@ class UnlearningTrainer(Trainer):
             if not train_dataset.sources[source]:
                 raise UserError(f"method {method} needs {source} data; the dataset has none")
         _check_evaluation(options.get("eval_dataset"))
+        if args.fsdp:  # on a CPU accelerate would leave it out without a word
+            raise _wrapped("FSDP")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the model's forward knows neither forget nor retain
         batch_keys = ["/".join(term.batch_key) for term in self.terms]
@@ -105,7 +107,7 @@ class UnlearningTrainer(Trainer):
         collator = UnlearningCollator(list(dict.fromkeys(batch_keys)))
         super().__init__(model, args, collator, train_dataset=train_dataset, **options)
         for wrapper, wraps in (
-            ("FSDP", self.is_fsdp_enabled),
+            ("FSDP", self.is_fsdp_enabled),  # by accelerate launch
             ("DeepSpeed", self.is_deepspeed_enabled),
             ("DataParallel", self.args.n_gpu > 1),
         ):

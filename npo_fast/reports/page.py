@@ -236,6 +236,8 @@ def _row(run: RunRecord, measured: Mapping[str, Any], source: str) -> dict[str, 
     """The cells of a run by column."""
     settings = {label: run.setting(*path) for label, path in _SETTINGS.items()}
     named = [f"{label} {value:g}" for label, value in settings.items() if value is not None]
+    if preset := run.setting("method", "preset"):
+        named.append(f"preset {preset}")
     return {
         "run": run.name,
         "method": run.method,

@@ -284,6 +284,8 @@ def test_a_wrapped_model_is_refused(tmp_path):
     batch = UnlearningCollator()([one.train_dataset[0]])
     with pytest.raises(UserError, match="weight whole, and the model is wrapped as DataParallel"):
         one.compute_loss(torch.nn.DataParallel(one.model), batch)
+    with pytest.raises(UserError, match="wrapped as FSDP: .* -m npo_fast unlearn` shards it"):
+        trainer(tmp_path, fsdp=True)
     several = arguments(tmp_path)
     assert several.n_gpu == 0
     several._n_gpu = 2
