@@ -48,6 +48,8 @@ class CausalLM:
             )
         self.model = model
         self.head = model.get_output_embeddings()
+        if hasattr(self.head, "modules_to_save"):  # peft's copy, which trains beside an adapter
+            self.head = self.head.modules_to_save[self.head.active_adapters[0]]
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
         if hasattr(self.head, "base_layer"):
