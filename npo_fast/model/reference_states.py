@@ -11,7 +11,6 @@ It is written a shard at a time and read through a memory map: neither holds all
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress

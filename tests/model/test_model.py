@@ -9,6 +9,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
 from tests.helpers import VOCABULARY, tiny_model
 
+
 def sequences() -> list[TokenizedExample]:
     lengths = [(9, 3), (2, 1), (17, 5), (9, 8), (11, 1)]
     return [
