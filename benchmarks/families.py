@@ -12,6 +12,7 @@ are several times larger than the initial ones.
 import argparse
 import copy
 import json
+import re
 import signal
 import warnings
 from collections import Counter
@@ -64,6 +65,7 @@ SETTINGS: dict[str, Any] = {
     "final_logit_softcapping": 3.0, "logits_soft_cap": 3.0, "output_logit_soft_cap": 3.0,
     "attn_logit_softcapping": 2.0, "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8, "laurel_rank": 8, "is_decoder": True,
+    "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16,
 }  # fmt: skip
 # What a family needs beside or instead; None leaves the default
 OWN: dict[str, dict[str, Any]] = {
@@ -115,7 +117,7 @@ def main() -> None:
         print(line(results[-1]), flush=True)
     counts = Counter("WRONG" if result.wrong else result.verdict for result in results)
     print(dict(counts))
-    if not named:
+    if not named:  # the page is made of the file alone
         document = {"versions": versions(), "families": [asdict(result) for result in results]}
         RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(results, document["versions"]), encoding="utf-8")
@@ -330,8 +332,13 @@ def page(results: list[Verdict], ran_with: dict[str, str]) -> str:
         gaps = ["", ""] if r.log_prob_gap is None else [
             f"{gap:.0e}" for gap in (r.log_prob_gap, r.gradient_gap)]  # fmt: skip
         scale, cap = ("" if r.scale == 1 else f"{r.scale:.3g}"), r.softcap or ""
-        why = r.why.replace(f"{r.model}: ", "").replace(f"{r.model} ", "").replace("|", "/")
-        cells = (r.family, r.verdict, r.attention, scale, cap, *gaps, why.replace("\n", " "))
+        # the verdict has said the rest
+        reasons = re.findall(
+            r"(?:one at a time|a pack|hidden states|it keeps \w+) \((.*?)\)[;:]", r.why + ";"
+        )
+        why = "; ".join(reasons) or r.why.replace(f"{r.model} ", "")
+        why = why.replace("|", "/").replace("\n", " ")
+        cells = (r.family, r.verdict, r.attention, scale, cap, *gaps, why)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 

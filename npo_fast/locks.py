@@ -14,6 +14,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CAN_LOCK = fcntl is not None
+NO_LOCKS = "this system has no file locks: one process at a time may use a folder"
 logger = logging.getLogger(__name__)
 
 
@@ -46,4 +47,4 @@ def locked(folder: Path) -> Iterator[None]:
 
 @cache
 def _say_unlocked() -> None:
-    logger.warning("this system has no file locks: one process at a time may use a folder")
+    logger.warning(NO_LOCKS)

@@ -43,8 +43,8 @@ def packed_attention(
             raise NotImplementedError(f"{NAME}: {unsupported} is not supported")
     tokens = query.shape[2]
     if sequence_lengths is None and (attention_mask is not None or tokens != key.shape[2]):
-        out = _attention(query, key, value, attention_mask, False, scaling, dropout, softcap)
-        return out.transpose(1, 2), None
+        masked = _attention(query, key, value, attention_mask, False, scaling, dropout, softcap)
+        return masked.transpose(1, 2), None
     if attention_mask is not None and attention_mask.requires_grad:
         raise NotImplementedError(f"{NAME}: a mask with a gradient is not supported")
     lengths = sequence_lengths if sequence_lengths is not None else (tokens,)

@@ -33,7 +33,8 @@ class CausalLM:
         model: a Hugging Face causal language model.
         attention: as in ``load_model``.
         probe: compares a handful of tokens through ``model(...).logits`` with our decoder and
-            head, and a pack with its sequences alone (``npo_fast.model.probe``).
+            head, and a pack with its sequences alone (``npo_fast.model.probe``). What the model
+            does to its raw logits is measured in any case (``npo_fast.model.head_transform``).
 
     Raises:
         UserError: a head or a decoder that is not understood, or an attention that cannot run.
@@ -48,6 +49,8 @@ class CausalLM:
             )
         self.model = model
         self.head = model.get_output_embeddings()
+        if hasattr(self.head, "modules_to_save"):  # peft's copy, which trains beside an adapter
+            self.head = self.head.modules_to_save[self.head.active_adapters[0]]
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise UserError(f"{type(model).__name__} has no linear LM head (get_output_embeddings)")
         if hasattr(self.head, "base_layer"):
@@ -282,7 +285,7 @@ def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict
 
 
 def _decoder(model: Any, head: Any) -> Any:
-    """What makes the hidden states; ``get_decoder`` of some returns the whole model, or its head."""
+    """What makes the hidden states; ``get_decoder`` of some returns the model or its head."""
     decoder = model.get_decoder()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if decoder is base or decoder is head:

@@ -22,7 +22,7 @@ from npo_fast.model.varlen import DTYPES as HALF
 ROUNDINGS = 32.0
 LEAST_SHARE = {torch.float32: 1e-4, torch.float64: 1e-5}
 LEAST_HALF_SHARE, MOST_HALF_NATS = 2**-6, 2.0  # of a deep random model in bf16: 1.4 nats
-GRADIENT_TOLERANCE = 1e-2  # of the largest gradient; in half precision it may be anything but none
+GRADIENT_TOLERANCE = 1e-2  # of the largest gradient; half precision tells only whether one is made
 FREE_SHARE = 0.5  # of the free memory, for a copy of the weights in fp32
 SMALL = 1 << 20  # numbers of a parameter whose gradient is compared: all but matrices
 
@@ -209,15 +209,10 @@ def _reaches_neighbour(lm: Any, batch: PackedBatch) -> bool:
         states = lm.states(batch)
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
     start = batch.lengths[0]
-    for own, others in (
-        (slice(0, start), slice(start, None)),
-        (slice(start, None), slice(0, start)),
-    ):
+    first, second = slice(0, start), slice(start, None)
+    for own, others in ((first, second), (second, first)):
         total = (states[own] * weights[own]).sum()
-        for x, gradient in zip(
-            inputs, torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True),
-            strict=True,
-        ):  # fmt: skip
+        for gradient in torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True):
             if gradient is not None and bool((gradient.flatten(0, -2)[others] != 0).any()):
                 return True
     return False

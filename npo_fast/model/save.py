@@ -55,7 +55,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     transformers would write them anew, with settings that the given ones do not have.
     """
     tokenizer.save_pretrained(folder)
-    name = getattr(tokenizer, "name_or_path", "")
+    name = getattr(tokenizer, "name_or_path", "")  # none where it was made in memory
+    if not name:
+        return
     files = {*TOKENIZER_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()}
     given = {file: path for file in files if (path := _cached(name, file)) is not None}
     if "tokenizer_config.json" not in given:
@@ -65,13 +67,13 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
             AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(temporary)
         except (OSError, ValueError, KeyError):  # what cannot be read again was not the source
             return
-        written = [p.relative_to(temporary) for p in Path(temporary).rglob("*") if p.is_file()]
-        for path in written:
-            ours = folder / path
-            if not ours.exists() or ours.read_bytes() != (temporary / path).read_bytes():
+        fresh = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        written = [folder / path.relative_to(temporary) for path in fresh]
+        for ours, unchanged in zip(written, fresh, strict=True):
+            if not ours.exists() or ours.read_bytes() != unchanged.read_bytes():
                 return
-    for path in written:
-        (folder / path).unlink()
+    for ours in written:
+        ours.unlink()
     for file, source in given.items():
         shutil.copyfile(source, folder / file)
 

@@ -54,7 +54,7 @@ class ModelOptions(Checked):
     max_length: int = 512
     """Tokens of prompt and answer; longer answers are cut, counted and reported."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; "auto" is bf16 on a GPU, fp32 on a CPU."""
+    """Of the weights; "auto" is bf16 on a GPU, fp32 on a CPU, and saves the dtype they came in."""
     device: str = "auto"
     attention: str = "auto"
     """A transformers attention implementation; "auto" is FlashAttention where it can run: a package

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from npo_fast.cli import main
@@ -214,3 +214,23 @@ def test_a_missing_library_is_named_with_its_installation(base, monkeypatch):
         load_model(str(base), lora_rank=4)
     with pytest.raises(UserError, match="quantize 4bit needs bitsandbytes: pip install bits"):
         load_model(str(base), quantize="4bit")
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(base, tmp_path):
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, base_model_name_or_path=str(base)
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="PROMPT_TUNING, which cannot be merged"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_head_that_trains_beside_an_adapter_is_the_one_that_counts():
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(tiny_model("Llama"), config)
+    lm = CausalLM(model)
+    lm.log_probs(*pack(sequences(3, 0), 1000)).sum().backward()
+    assert model.base_model.model.lm_head.modules_to_save["default"].weight.grad is not None
