@@ -6,6 +6,8 @@ through scaled dot-product attention as one block.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -116,6 +118,18 @@ def packed_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length,
         attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False},
     )  # fmt: skip
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Inside, transformers makes no masks for packs: it would read their positions on the host."""
+    masks = AttentionMaskInterface._global_mapping  # where transformers itself looks
+    mask = masks.pop(NAME, None)
+    try:
+        yield
+    finally:
+        if mask is not None:
+            masks[NAME] = mask
 
 
 def _attend(

@@ -13,7 +13,7 @@ from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
-from npo_fast.model.attention import class_name, set_attention
+from npo_fast.model.attention import class_name, set_attention, without_masks
 from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
 from npo_fast.model.head_transform import measure_transform
 from npo_fast.model.probe import run_probe, runs
@@ -250,9 +250,11 @@ class CausalLM:
         inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
         inputs |= _boundary_arguments(self.attention, batch, self.packs)
         if self.wrapper is None:
-            return self.decoder(**inputs).last_hidden_state[0].to(self.dtype)
+            with without_masks():
+                return self.decoder(**inputs).last_hidden_state[0].to(self.dtype)
         caught: list[Any] = []
-        with self.decoder.register_forward_hook(lambda _module, _inputs, out: caught.append(out)):
+        catch = self.decoder.register_forward_hook(lambda _module, _inputs, out: caught.append(out))
+        with catch, without_masks():
             # one row of logits, so that the head too is part of what the wrapper returns
             self.wrapper(**inputs, logits_to_keep=1)
         return caught[0].last_hidden_state[0].to(self.dtype)
