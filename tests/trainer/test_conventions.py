@@ -79,7 +79,7 @@ def test_ten_steps_are_those_of_transformers_trainer(family, schedule, warmup, t
     assert [r.lr for r in records] == pytest.approx(their_rates, rel=1e-6, abs=1e-12)
     assert (records[0].lr == 0) == (warmup > 0)
     for ours, theirs in zip(models[1].parameters(), expected, strict=True):
-        assert_near(ours.detach(), theirs, 1e-6)
+        assert_near(ours.detach(), theirs, 1e-5)  # the loss of transformers is computed in fp32
 
 
 DROPOUTS = {"GPT2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
