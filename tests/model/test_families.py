@@ -167,3 +167,11 @@ def test_weights_are_untouched_by_the_probe() -> None:
         assert torch.equal(p, values), name
         assert p.grad is None, name
     assert lm.dtype == torch.bfloat16
+
+
+def test_a_compiled_model_keeps_nothing_of_the_probe() -> None:
+    model, ids = Changed(lambda z: z).requires_grad_(False), torch.arange(3, 12)[None]
+    expected = model(input_ids=ids).logits
+    compiled = torch.compile(model, backend="eager")
+    CausalLM(compiled)
+    assert torch.equal(compiled(input_ids=ids).logits, expected)
