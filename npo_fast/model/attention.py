@@ -104,20 +104,17 @@ def refuse_hidden_window(module: torch.nn.Module, longest: int, attention: str) 
 
 
 def packed_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
+    *, batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
     """The mask that transformers makes for ``packed_attention``: none of a pack."""
-    if batch_size == 1 and attention_mask is None and q_length == kv_length:
+    # earlier releases of transformers 5 give the positions of queries, not their number
+    queries = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
+    if batch_size == 1 and attention_mask is None and queries == kv_length:
         return None
+    kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length,
-        attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False},
-    )  # fmt: skip
+        batch_size=batch_size, kv_length=kv_length, attention_mask=attention_mask, **kwargs
+    )
 
 
 @contextmanager

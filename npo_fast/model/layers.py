@@ -5,8 +5,11 @@ from typing import Any
 
 from torch import nn
 
-# what configurations call layers whose state runs on into the next sequence of a pack
-STATEFUL = re.compile("mamba|conv|linear|recurrent|ssm|delta|rwkv|lstm|hybrid|retention|compress")
+# what configurations call layers whose state runs on into the next sequence of a pack, and layers
+# that choose or merge tokens of all that they are given
+ACROSS = re.compile(
+    "mamba|conv|linear|recurrent|ssm|delta|rwkv|lstm|hybrid|retention|compress|indexed|_sparse"
+)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -15,16 +18,19 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=()))
 
 
-def stateful_layers(model: Any, decoder: nn.Module) -> str:
-    """Which layers hand a state from token to token; empty where attention alone mixes tokens.
+def mixing_layers(model: Any, decoder: nn.Module) -> str:
+    """Which layers no mask keeps within a sequence; empty where plain attention mixes tokens.
 
-    Recurrent, convolutional and linear-attention layers have no mask that keeps a pack apart.
+    Recurrent, convolutional and linear-attention layers hand a state on; sparse attention with an
+    index takes the best tokens of a whole pack, once that has more than it may take.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    if named := sorted({kind for kind in kinds or () if STATEFUL.search(kind)}):
+    if named := sorted({kind for kind in kinds or () if ACROSS.search(kind)}):
         return f"layers of {', '.join(named)}"
     direct = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    if getattr(config, "index_topk", None):
+        return f"attention to {config.index_topk} indexed tokens"
     for layers in direct or [nn.ModuleList(repeated_layers(decoder))]:
         for module in layers.modules():
             is_wide = isinstance(module, nn.Conv1d) and max(module.kernel_size) > 1

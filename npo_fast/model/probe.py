@@ -14,11 +14,11 @@ from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.attention import NAME as PACKED
 from npo_fast.model.head_transform import check_vocabulary
-from npo_fast.model.layers import stateful_layers
+from npo_fast.model.layers import mixing_layers
 from npo_fast.model.varlen import DTYPES as HALF
 
-# A difference counts where it is so many times the model's answer to embeddings that are off by
-# one rounding error, and not below a share of the spread of its log-probs
+# A difference counts where it is so many times the rounding error of a log-prob and the model's
+# answer to embeddings that are off by one, and not below a share of the spread of its log-probs
 ROUNDINGS = 32.0
 LEAST_SHARE = {torch.float32: 1e-4, torch.float64: 1e-5}
 LEAST_HALF_SHARE, MOST_HALF_NATS = 2**-6, 2.0  # of a deep random model in bf16: 1.4 nats
@@ -53,9 +53,10 @@ def run_probe(lm: Any, any_attention: bool) -> None:
 
 @contextmanager
 def runs(lm: Any) -> Iterator[None]:
-    """Raises ``UserError`` where the model does not run inside."""
+    """Raises ``UserError`` where the model does not run inside; nothing is compiled with hooks."""
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
@@ -103,7 +104,7 @@ def _probe(lm: Any, any_attention: bool) -> None:
             rounded = torch.cat([_own_log_probs(model, single) for single in singles])
     tolerance = _tolerance(lm.dtype, own.log_probs, rounded)
     alone = _measure_alone(lm, singles, own, tolerance, any_attention)
-    if lm.packs and (why := stateful_layers(lm.model, lm.decoder) or _difference_of_packs(
+    if lm.packs and (why := mixing_layers(lm.model, lm.decoder) or _difference_of_packs(
         lm, batch, _pack_of_two(lm, tokens[-7:], tokens[7:]), alone, tolerance
     )):  # fmt: skip
         lm.packs = False
@@ -262,8 +263,9 @@ def _rounded_embeddings(lm: Any) -> Iterator[None]:
 def _tolerance(dtype: torch.dtype, log_probs: Tensor, rounded: Tensor) -> float:
     """The difference in nats that rounding explains."""
     share = LEAST_SHARE.get(dtype, LEAST_HALF_SHARE)
-    tolerance = max(ROUNDINGS * _gap(rounded, log_probs), share * float(log_probs.std()))
-    return min(tolerance, MOST_HALF_NATS)
+    last_place = torch.finfo(log_probs.dtype).eps * float(log_probs.abs().max())
+    explained = (ROUNDINGS * last_place, share * float(log_probs.std()))
+    return min(max(ROUNDINGS * _gap(rounded, log_probs), *explained), MOST_HALF_NATS)
 
 
 def _own_log_probs(model: Any, single: PackedBatch) -> Tensor:

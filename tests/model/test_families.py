@@ -89,6 +89,10 @@ def test_scale_and_softcap_are_measured_under_any_name(change, scale, softcap, d
     assert transform.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-5))
 
 
+def test_logits_that_are_nearly_equal_are_no_hindrance() -> None:
+    assert CausalLM(Changed(lambda z: z * 1e-4)).packs
+
+
 def test_a_hook_on_the_head_is_measured() -> None:
     model = Changed(lambda z: z)
     model.lm_head.register_forward_hook(lambda _module, _inputs, out: out * 0.5)
@@ -167,3 +171,11 @@ def test_weights_are_untouched_by_the_probe() -> None:
         assert torch.equal(p, values), name
         assert p.grad is None, name
     assert lm.dtype == torch.bfloat16
+
+
+def test_a_compiled_model_keeps_nothing_of_the_probe() -> None:
+    model, ids = Changed(lambda z: z).requires_grad_(False), torch.arange(3, 12)[None]
+    expected = model(input_ids=ids).logits
+    compiled = torch.compile(model, backend="eager")
+    CausalLM(compiled)
+    assert torch.equal(compiled(input_ids=ids).logits, expected)
