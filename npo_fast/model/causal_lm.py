@@ -278,10 +278,6 @@ def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict
         arguments["position_ids"] = batch.position_ids[None]
     if packs and attention == PACKED_ATTENTION:
         arguments["sequence_lengths"] = batch.lengths
-        if (
-            batch.input_ids.is_meta
-        ):  # no values to make a mask from: a ready one, which nobody reads
-            arguments["attention_mask"] = batch.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
     # "flash": of any version, or a kernel of the hub
     if "flash" in attention or (packs and attention == VARLEN_ATTENTION):
         longest = max(batch.lengths)
