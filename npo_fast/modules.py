@@ -314,7 +314,10 @@ class FusedLinearKLLoss(nn.Module):
 def _check_options(op: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in options:
         if name not in known:
-            raise TypeError(f"{op} has no option {name!r}; of the head it has {', '.join(known)}")
+            hint = "; here it is lin_weight, the first argument" if name == "weight" else ""
+            raise TypeError(
+                f"{op} has no option {name!r}{hint}; of the head it has {', '.join(known)}"
+            )
 
 
 def _target_rows(

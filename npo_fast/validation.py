@@ -1,5 +1,7 @@
 """Checks of values that a person has typed, by the types that are declared for them."""
 
+import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -82,11 +84,24 @@ def with_checked_keywords(function: Function) -> Function:
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
+        if unknown := sorted(keywords.keys() - kinds.keys()):
+            raise UserError(_unknown_keyword(function.__name__, unknown[0], kinds))
         for name in plain & keywords.keys():
             _check(name, keywords[name], kinds[name])
         return function(*args, **keywords)
 
     return typing.cast(Function, checked)
+
+
+def _unknown_keyword(function: str, name: str, kinds: dict[str, tuple[Any, ...]]) -> str:
+    """What to write in place of a keyword that the function has not: options have their groups."""
+    for parameter, classes in kinds.items():
+        for group in classes:
+            fields = dataclasses.fields(group) if dataclasses.is_dataclass(group) else ()
+            if name in {field.name for field in fields}:
+                return f"{function} has no {name}: write {parameter}={group.__name__}({name}=...)"
+    near = difflib.get_close_matches(name, kinds, n=1)
+    return f"{function} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:

@@ -1,10 +1,10 @@
 """Relearning: fine-tuning on a part of what was forgotten. Source: arXiv 2406.13356."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from npo_fast.data import TokenizedExample
+from npo_fast.data import Record, TokenizedExample
 from npo_fast.errors import UserError
 from npo_fast.methods import FINETUNE
 from npo_fast.model.causal_lm import CausalLM
@@ -21,17 +21,33 @@ class Split:
     rest: list[int]
 
     @classmethod
-    def of(cls, records: int, share: float, seed: int) -> "Split":
+    def of(cls, records: Sequence[Record], share: float, seed: int) -> "Split":
         """Draws ``share`` of the rows to be seen, at least one; a share of 0 leaves all to measure.
 
+        Answers of one conversation stay together.
+
         Raises:
-            UserError: there is a single record to split.
+            UserError: there is a single record or conversation to split.
         """
-        if share > 0 and records < 2:
-            raise UserError("relearning takes at least 2 forget records: a part, and a rest")
-        seen = min(records - 1, max(1, round(share * records))) if share > 0 else 0
-        order = permutation(records, f"{seed}/relearn")
-        return cls(sorted(order[:seen]), sorted(order[seen:]))
+        groups: list[list[int]] = []
+        for i, record in enumerate(records):
+            earlier = records[i - 1]
+            said = (*earlier.messages, ("assistant", earlier.answer))
+            if i and earlier.messages and record.messages[: len(said)] == said:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        if share > 0 and len(groups) < 2:
+            raise UserError(
+                "relearning takes at least 2 forget records, a part and a rest: give a text as "
+                "several files or lines, or leave it out with --attacks quantize"
+            )
+        seen = min(len(groups) - 1, max(1, round(share * len(groups)))) if share > 0 else 0
+        order = permutation(len(groups), f"{seed}/relearn")
+        drawn = (
+            [i for group in part for i in groups[group]] for part in (order[:seen], order[seen:])
+        )
+        return cls(*map(sorted, drawn))
 
 
 def relearn(

@@ -96,6 +96,8 @@ def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, dict) and typing.get_origin(kind) is dict:
             arguments += [flag, *as_pairs(value)]
+        elif isinstance(value, list) and typing.get_origin(kind) is dict:
+            arguments += [flag, *map(str, value)]
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer() and float not in kinds
             arguments.append(f"{flag}={int(value) if whole else value}")

@@ -1,5 +1,6 @@
 """How a conversation becomes text: a chat template or plain tags, and where the answer stands."""
 
+import difflib
 import json
 import logging
 import re
@@ -55,6 +56,16 @@ class Rendering:
             )
         if taken := sorted({*_RESERVED} & self.template_kwargs.keys()):
             raise UserError(f"--template-kwargs cannot set {taken[0]}: npo_fast sets it")
+
+    def check_variables(self, source: str) -> None:
+        """Raises ``UserError`` for a variable that the template ``source`` does not name."""
+        for name in self.template_kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                near = difflib.get_close_matches(name, re.findall(r"\w+", source), n=1, cutoff=0.8)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(
+                    f"--template-kwargs sets {name!r}, which the template does not read{hint}"
+                )
 
     def with_system_prompt(self, messages: Messages) -> Messages:
         """The messages, after the system prompt where they begin with none."""
@@ -126,6 +137,7 @@ class PlainTags(Renderer):
 
     def __init__(self, rendering: Rendering) -> None:
         self.rendering = rendering
+        rendering.check_variables("")  # there are none
 
     def render(self, messages: Messages, answer: str) -> Rendered:
         tags = {"user": "Question: {}\nAnswer:", "assistant": " {}\n"}
@@ -156,6 +168,7 @@ class ChatTemplate(Renderer):
         self.source = rendering.chat_template or chat_template_of(tokenizer)
         if self.source is None:
             raise UserError("this tokenizer has no chat template: use --template plain")
+        rendering.check_variables(self.source)
         self._program, self._variables = self.source, dict(rendering.template_kwargs)
         self._told: set[str] = set()
         self._last: tuple[Messages, tuple[str, str, str]] | None = None  # answers share a frame

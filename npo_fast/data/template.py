@@ -71,6 +71,8 @@ class Template:
         rendering: Rendering = Rendering(),
         stop_ids: Iterable[int] = (),
     ) -> None:
+        if not hasattr(tokenizer, "eos_token_id"):
+            raise UserError(f"Template takes a tokenizer of transformers, got {tokenizer!r:.80}")
         name = Rendering(rendering.template if name is None else name).template
         if name == "auto":
             own = rendering.chat_template or chat_template_of(tokenizer)
@@ -233,6 +235,8 @@ class Template:
         if not ends_turn:  # what follows the answer ends no turn
             text = text[:end]
         ids, first, last = self._answer_tokens(text, rendered.start, end)
+        if ids[last - 1] in ends_turn | self._given_stops:  # the answer brings its own end
+            return ids[:last], first
         if not ends_turn:
             return [*ids[:last], self._end], first
         stop = next((i for i in range(last, len(ids)) if ids[i] in ends_turn), last)

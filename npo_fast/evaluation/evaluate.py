@@ -163,7 +163,7 @@ class _Evaluation:
         from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
 
         template, size = self.template, self.settings.generation_batch
-        prompts, truths = self.tokens.prompts, self.tokens.truths
+        prompts, truths = self.tokens.prompts, [*self.tokens.truths]
         texts, endings = [""] * len(truths), [""] * len(truths)
         order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), size):
@@ -173,7 +173,14 @@ class _Evaluation:
                 template.tokenizer.pad_token_id, template.stop_ids,
             )  # fmt: skip
             for i, ids in zip(batch, continuations, strict=True):
-                texts[i], endings[i] = template.answer_text(ids, self.settings.max_new_tokens)
+                following = self.tokens.following.get(i, [])[: self.settings.max_new_tokens]
+                if following:  # a text ends nowhere: as many tokens are compared as are known
+                    texts[i], truths[i] = (
+                        template.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                        for tokens in (ids[: len(following)], following)
+                    )
+                else:
+                    texts[i], endings[i] = template.answer_text(ids, self.settings.max_new_tokens)
             self.progress(f"{self.name} answers", first + len(batch), len(truths))
         pairs = zip(truths, texts, strict=True)
         scores = [rouge_scorer(truth).score(truth, text) for truth, text in pairs]
@@ -183,5 +190,5 @@ class _Evaluation:
             "rougeL_recall": [score["rougeL"].recall for score in scores],
             "rougeL_f1": [score["rougeL"].fmeasure for score in scores],
             "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
-            "ending": endings,
+            **({"ending": endings} if any(endings) else {}),
         }

@@ -32,19 +32,18 @@ class TokenizedSet:
     answers: list[TokenizedExample]  # S right answers
     prompts: list[list[int]]  # S, to answer; of a window the first half of it
     truths: list[str]  # S, what should follow
+    following: dict[int, list[int]]  # of each window the tokens of its second half
     other_answers: list[TokenizedExample]
     """Of each record in turn the paraphrase, where it has one, and its wrong answers. Empty where
     any record has no wrong answer."""
 
     def first(self, count: int) -> "TokenizedSet":
         """The first ``count`` records, without other answers."""
+        following = {i: ids for i, ids in self.following.items() if i < count}
         return TokenizedSet(
-            self.records[:count],
-            self.answers[:count],
-            self.prompts[:count],
-            self.truths[:count],
-            [],
-        )
+            self.records[:count], self.answers[:count], self.prompts[:count], self.truths[:count],
+            following, [],
+        )  # fmt: skip
 
 
 Suite = Mapping[str, list[Record]]  # log file name -> records
@@ -77,12 +76,13 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
     if any(record.is_text for record in records):
         records = _with_windows(template, records)
     truths = [record.answer for record in records]
+    following: dict[int, list[int]] = {}
     for i, record in enumerate(records):
         if record.is_text:  # the second half of the window should follow the first
             ids, half = list(answers[i].input_ids), len(prompts[i]) + answers[i].answer_length // 2
-            prompts[i] = ids[:half]
+            prompts[i], following[i] = ids[:half], ids[half:]
             truths[i] = template.tokenizer.decode(ids[half:], skip_special_tokens=True)
-    return TokenizedSet(records, answers, prompts, truths, others)
+    return TokenizedSet(records, answers, prompts, truths, following, others)
 
 
 def _with_windows(template: Template, records: list[Record]) -> list[Record]:

@@ -97,7 +97,7 @@ class UnlearningEvaluation(torch.utils.data.Dataset[Any]):
     """``eval_dataset`` of ``UnlearningTrainer``: what to measure, as ``npo-fast evaluate`` does.
 
     Args:
-        template: how records become tokens.
+        template: how records become tokens; a tokenizer stands for ``Template(tokenizer)``.
         forget, retain, data: as in ``npo_fast.unlearn``; of ``data``, what has wrong answers.
         retrained: log of a model trained without the forget set, for forget quality.
         settings: length of answers, and whether there are any.
@@ -105,7 +105,7 @@ class UnlearningEvaluation(torch.utils.data.Dataset[Any]):
 
     def __init__(
         self,
-        template: Template,
+        template: Any,
         *,
         forget: Records | None = None,
         retain: Records | None = None,
@@ -117,6 +117,7 @@ class UnlearningEvaluation(torch.utils.data.Dataset[Any]):
         suite = tofu_suite(data, *rows)
         if not suite:
             raise UserError("UnlearningEvaluation: name forget or retain; there is nothing to ask")
+        template = template if isinstance(template, Template) else Template(template)
         self.template, self.settings = template, settings
         self.retrained = None
         if retrained is not None:

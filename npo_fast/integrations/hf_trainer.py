@@ -30,7 +30,7 @@ from npo_fast.integrations.hf_data import (
     UnlearningDataset,
     UnlearningEvaluation,
 )
-from npo_fast.methods import Coefficients, Positions, Preset, Term, build_method
+from npo_fast.methods import COEFFICIENTS, Coefficients, Positions, Preset, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.sharding import repeated_layers
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
@@ -93,6 +93,18 @@ class UnlearningTrainer(Trainer):
         attention: str = "auto",
         **options: Any,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(f"UnlearningTrainer takes a loaded model, got {model!r:.80}")
+        if not isinstance(train_dataset, UnlearningDataset):
+            raise UserError(
+                "UnlearningTrainer takes an UnlearningDataset of encoded examples "
+                f"(Template.encode_all), got {type(train_dataset).__name__}"
+            )
+        if given := [name for name in COEFFICIENTS if name in options]:
+            raise UserError(
+                f"UnlearningTrainer has no {given[0]}: write "
+                f"coefficients=Coefficients({given[0]}=...)"
+            )
         self.terms = build_method(method, coefficients, kl_positions, preset)
         for source in {source for term in self.terms for source in term.reads}:
             if not train_dataset.sources[source]:

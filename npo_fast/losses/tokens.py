@@ -100,7 +100,8 @@ class CEU(OfTokens):
         cu_seqlens: Tensor,  # (s + 1,)
     ) -> Tensor:  # scalar
         """Returns the sum of the targets' entropies, in nats; makes the logits once more."""
-        return entropy_without_labels(head, hidden, labels)[self._carries(hidden, cu_seqlens)].sum()
+        entropy = entropy_without_labels(head, hidden, labels)
+        return torch.where(self._carries(hidden, cu_seqlens), entropy, 0).sum()
 
     def _evaluate(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None

@@ -104,9 +104,12 @@ def kl_to_reference(log: Log) -> float:
 
 
 def without_end(log: Log) -> float:
-    """Returns the share of generated answers that ran on or were cut at the longest length."""
+    """Returns the share of generated answers that ran on or were cut at the longest length.
+
+    Texts, which end nowhere, are not counted.
+    """
     endings = log["ending"].values() if isinstance(log["ending"], Mapping) else log["ending"]
-    return float(np.mean([ending != "stop" for ending in endings]))
+    return float(np.mean([ending != "stop" for ending in endings if ending]))
 
 
 def _of_log(

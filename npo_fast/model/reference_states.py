@@ -242,6 +242,11 @@ def _shards(states: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield shard
 
 
+_OF_TOKENS = (
+    " (other records, or a template, system prompt or date that makes other tokens of them)"
+)
+
+
 def _checked_index(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
     remedy = "delete the folder or name another one, and it is made anew"
     try:
@@ -261,7 +266,8 @@ def _checked_index(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any]
     if differing:
         raise UserError(
             f"the reference cache {folder} was made with another "
-            f"{' and other '.join(differing)} than this run's; {remedy}"
+            f"{' and other '.join(differing)} than this run's"
+            f"{_OF_TOKENS if 'data' in differing else ''}; {remedy}"
         )
     for name, sha256 in files.items():
         try:

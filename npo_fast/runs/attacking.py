@@ -75,7 +75,7 @@ def attack(
     suite = tofu_suite(inputs.data, forget, retain, utility=False, loss_on=loss_on)
     forget_records = suite[FORGET]
     share = attacks.relearn_share if "relearn" in attacks.names else 0.0
-    split = Split.of(len(forget_records), share, training.seed)
+    split = Split.of(forget_records, share, training.seed)
     compared = None
     if retrained is not None:
         check_forget_quality(suite)

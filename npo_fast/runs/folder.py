@@ -197,7 +197,8 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"the output {folder} holds files that are not a run; name another folder")
     if not overwrite and read_metadata(folder).get("status") not in UNFINISHED:
         raise UserError(
-            f"the output {folder} holds another run; name another folder or add --overwrite"
+            f"the output {folder} holds a run that has ended; name another folder, or add "
+            "--overwrite"
         )
 
 

@@ -178,7 +178,10 @@ def _as_trained(given: Rendering, run: Mapping[str, Any]) -> Rendering:
         run.get("template_kwargs") or {}, datetime.fromisoformat(now) if now else None,
     )  # fmt: skip
     if given.template != "auto":
-        as_run = replace(as_run, template=given.template, chat_template=given.chat_template)
+        as_run = Rendering(
+            given.template, given.chat_template, as_run.system_prompt,
+            as_run.template_kwargs if given.template == run["template"] else {}, as_run.now,
+        )  # fmt: skip
     if given.system_prompt is not None:
         as_run = replace(as_run, system_prompt=given.system_prompt)
     return replace(as_run, template_kwargs={**as_run.template_kwargs, **given.template_kwargs})

@@ -252,7 +252,7 @@ def _answers(
         name: {
             "probability": float(probability(log).mean()),
             "rouge_l_recall": float(np.mean(rouge_l_recall(log))),
-            "without_end": without_end(log),
+            **({"without_end": without_end(log)} if "ending" in log else {}),
             "answers": [
                 {"question": record.question or prompt, "answer": text, "truth": truth}
                 for record, (prompt, text, truth) in zip(

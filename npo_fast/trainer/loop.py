@@ -1,5 +1,6 @@
 """The training loop: fine-tuning and every unlearning method, one step record at a time."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_siz
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, take_step
 from npo_fast.trainer.update import StepInBackward, Update
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -73,6 +76,11 @@ def train(
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = turns * (questions // settings.batch_size)
+    if 0 < total <= warmup:
+        what = (
+            "the only step has rate 0 and changes nothing" if total == 1 else "no step is at --lr"
+        )
+        logger.warning(f"all of the {total} steps are warm-up, {what}: lower --warmup-steps")
 
     optimizer = build_optimizer(lm.model, settings.optimizer, settings.lr, settings.weight_decay)
     kind_of_update = StepInBackward if settings.step_in_backward else Update

@@ -98,14 +98,29 @@ def test_relearning_changes_a_copy_only(home):
     assert copied.head is copied.model.get_output_embeddings(), "the copy's head is its own"
 
 
+RECORDS = [Record((("user", f["question"]),), f["answer"]) for f in FACTS]
+
+
 def test_what_is_relearned_is_not_measured():
-    split = Split.of(10, 0.2, seed=0)
+    split = Split.of(RECORDS, 0.2, seed=0)
     assert len(split.seen) == 2
     assert sorted(split.seen + split.rest) == list(range(10))
-    assert split == Split.of(10, 0.2, seed=0) != Split.of(10, 0.2, seed=1)
-    assert len(Split.of(2, 0.01, 0).seen) == len(Split.of(2, 0.99, 0).rest) == 1
-    with pytest.raises(UserError, match="at least 2"):
-        Split.of(1, 0.2, 0)
+    assert split == Split.of(RECORDS, 0.2, seed=0) != Split.of(RECORDS, 0.2, seed=1)
+    two = RECORDS[:2]
+    assert len(Split.of(two, 0.01, 0).seen) == len(Split.of(two, 0.99, 0).rest) == 1
+    with pytest.raises(UserError, match="at least 2 .*several files or lines"):
+        Split.of(RECORDS[:1], 0.2, 0)
+
+
+def test_answers_of_one_conversation_are_relearned_or_measured_together():
+    asked = [("user", "Who?"), ("assistant", "Ada."), ("user", "Sure?")]
+    talks = [record for i in range(6)
+             for record in (Record([("user", f"{i}"), *asked[:1]], "Ada."),
+                            Record([("user", f"{i}"), *asked], "Yes."))]  # fmt: skip
+    for seed in range(5):
+        split = Split.of(talks, 0.5, seed)
+        assert len(split.seen) == 6
+        assert {i // 2 for i in split.seen}.isdisjoint(i // 2 for i in split.rest)
     assert Split.of(3, 0.0, 0) == Split([], [0, 1, 2])
 
 

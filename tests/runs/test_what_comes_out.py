@@ -20,7 +20,7 @@ from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import FACTS, save_tiny_model
 
 QUIET = ReportOptions(no_report=True)
-TRAINING = TrainSettings(epochs=1, lr=1e-2, batch_size=2)
+TRAINING = TrainSettings(epochs=1, lr=1e-2, batch_size=2, warmup_steps=0)
 
 
 @pytest.fixture(scope="module")
