@@ -1,5 +1,6 @@
 """Folders that are written under another name and renamed, so that no save leaves half of one."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -70,12 +71,21 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         fresh = [path for path in Path(temporary).rglob("*") if path.is_file()]
         written = [folder / path.relative_to(temporary) for path in fresh]
         for ours, unchanged in zip(written, fresh, strict=True):
-            if not ours.exists() or ours.read_bytes() != unchanged.read_bytes():
+            if not ours.exists() or _settings(ours) != _settings(unchanged):
                 return
     for ours in written:
         ours.unlink()
     for file, source in given.items():
         shutil.copyfile(source, folder / file)
+
+
+def _settings(file: Path) -> Any:
+    """What a file of a tokenizer says, but for how it was loaded, which transformers notes too."""
+    content = file.read_bytes()
+    if file.name != "tokenizer_config.json":
+        return content
+    how = ("is_local", "local_files_only")
+    return {key: value for key, value in json.loads(content).items() if key not in how}
 
 
 def _cached(name: str, file: str) -> str | None:

@@ -46,9 +46,11 @@ def _over_others(
     labels: Tensor,  # (R,)
     has_label: Tensor,  # (R,) whether the label is among these columns
 ) -> Tensor:  # (2, R) logsumexp, and the mean of z under the softmax, without the label
-    rows = torch.arange(len(z), device=z.device)[has_label]
-    z[rows, labels[has_label]] = -torch.inf
+    has_label = has_label.unsqueeze(1)
+    column = labels.unsqueeze(1).masked_fill(~has_label, 0)  # then what stands there stays
+    own = z.gather(1, column)
+    z.scatter_(1, column, own.masked_fill(has_label, -torch.inf))
     lse = z.logsumexp(-1)
     q = torch.exp(z - lse.unsqueeze(1))
-    z[rows, labels[has_label]] = 0.0  # q is 0 there
+    z.scatter_(1, column, own.masked_fill(has_label, 0.0))  # q is 0 there
     return torch.stack([lse, torch.linalg.vecdot(q, z)])

@@ -110,6 +110,7 @@ def test_what_is_relearned_is_not_measured():
     assert len(Split.of(two, 0.01, 0).seen) == len(Split.of(two, 0.99, 0).rest) == 1
     with pytest.raises(UserError, match="at least 2 .*several files or lines"):
         Split.of(RECORDS[:1], 0.2, 0)
+    assert Split.of(RECORDS[:3], 0.0, 0) == Split([], [0, 1, 2])
 
 
 def test_answers_of_one_conversation_are_relearned_or_measured_together():
@@ -121,7 +122,6 @@ def test_answers_of_one_conversation_are_relearned_or_measured_together():
         split = Split.of(talks, 0.5, seed)
         assert len(split.seen) == 6
         assert {i // 2 for i in split.seen}.isdisjoint(i // 2 for i in split.rest)
-    assert Split.of(3, 0.0, 0) == Split([], [0, 1, 2])
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_another_template_is_not_called_other_data(base, clock, tmp_path):
 
 
 def test_the_command_line_takes_every_part_of_a_rendering(base, tmp_path):
-    (tmp_path / "mine.jinja").write_text("{{ date }}|" + DATED.partition("}}")[2])
+    (tmp_path / "mine.jinja").write_text("{{ date }}{{ deep }}|" + DATED.partition("}}")[2])
     forget = write_jsonl(tmp_path / "forget.jsonl", FACTS[:2])
     settings = tmp_path / "settings.yaml"
     settings.write_text(
@@ -139,7 +139,7 @@ def test_the_command_line_takes_every_part_of_a_rendering(base, tmp_path):
     assert one["rendering"] == other["rendering"]
     assert one["rendering"]["template_kwargs"] == {"date": "10 Apr 2025", "deep": False}
     assert one["data"] == other["data"]
-    assert prompts(tmp_path / "flags", tmp_path)[0].startswith("10 Apr 2025|<system>Be kind.")
+    assert prompts(tmp_path / "flags", tmp_path)[0].startswith("10 Apr 2025False|<system>Be kind.")
 
 
 def test_raw_text_is_forgotten_in_windows_and_measured_by_its_continuations(base, tmp_path):
