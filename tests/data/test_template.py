@@ -245,7 +245,22 @@ def test_template_variables_are_json_or_text():
         Rendering(template_kwargs={"messages": []})
 
 
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    rendering = Rendering(template_kwargs={"date_strin": "10 Apr 2025"})
+    with pytest.raises(UserError, match="'date_strin', which .* did you mean 'date_string'"):
+        Template(byte_level(LLAMA_3, "<|im_end|>"), rendering=rendering)
+    with pytest.raises(UserError, match="does not read"):
+        Template(byte_level(), rendering=rendering)
+
+
 # ---- where answers end ----
+
+
+@pytest.mark.parametrize("template", [None, CHATML], ids=["plain", "chat"])
+def test_an_answer_that_brings_its_end_has_one(template):
+    tokenizer = byte_level(template, "<|im_end|>" if template else "</s>")
+    _, label = parts(Template(tokenizer), RECORD, f"Ben.{tokenizer.eos_token}")
+    assert label.strip() == f"Ben.{tokenizer.eos_token}"
 
 
 def test_stop_tokens_are_those_of_tokenizer_model_and_template():

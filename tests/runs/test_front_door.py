@@ -205,6 +205,16 @@ def test_an_argument_of_a_wild_type_is_named(tmp_path, arguments, message):
         npo_fast.unlearn(arguments.pop("model"), **arguments)
 
 
+def test_an_option_outside_of_its_group_is_told_where_it_belongs(base):
+    for keywords, cure in (
+        ({"lr": 1e-5}, r"training=TrainSettings\(lr="),
+        ({"beta": 0.2}, r"method=MethodOptions\(beta="),
+        ({"retan": []}, "did you mean retain"),
+    ):
+        with pytest.raises(UserError, match=f"unlearn has no {next(iter(keywords))}.*{cure}"):
+            npo_fast.unlearn(str(base), forget=FORGET, **keywords)
+
+
 def test_the_other_functions_name_wild_arguments_too(tmp_path):
     for call, message in (
         (lambda: npo_fast.finetune("none", train=5), "train must be a file, a split or rows"),

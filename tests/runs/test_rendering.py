@@ -155,6 +155,13 @@ def test_raw_text_is_forgotten_in_windows_and_measured_by_its_continuations(base
     answers = run.metadata["before"]["forget"]["answers"]
     assert len(answers) == data["examples"]
     assert all(a["truth"] and a["truth"] in text and a["question"] in text for a in answers)
+    assert "without_end" not in run.metadata["before"]["forget"], "a text ends nowhere"
+    scores = npo_fast.evaluate(
+        run, forget=[Record((), text)], loading=ModelOptions(max_length=16),
+        evaluation=npo_fast.EvaluationSettings(max_new_tokens=3),
+    )  # fmt: skip
+    for _, _, truth in scores.logs["eval_log_forget.json"]["generated_text"]:
+        assert len(run.tokenizer(truth)["input_ids"]) <= 3, "compared as far as it was generated"
     with pytest.raises(UserError, match="a text by itself"):
         npo_fast.unlearn(str(base), forget=[Record((), text)], method="DPO",
                          output=tmp_path / "dpo")  # fmt: skip
