@@ -128,6 +128,7 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path, name):
     assert name in str(error.value)
 
 
+@pytest.mark.slow
 def test_plain_files_are_read_without_the_library_that_caches_them(tmp_path):
     pd.DataFrame(FACTS).to_parquet(tmp_path / "facts.parquet")
     write_jsonl(tmp_path / "lines.jsonl", FACTS)

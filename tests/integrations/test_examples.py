@@ -74,12 +74,13 @@ def test_the_plain_loop_forgets_with_the_loss_of_our_own_loop(model, tokenizer):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "files"),
     [
         ("own_loop", ["forget.jsonl", "retain.jsonl"]),
-        pytest.param("hf_trainer", ["forget.jsonl", "retain.jsonl"], marks=pytest.mark.slow),
-        pytest.param("trl_dpo", ["pairs.jsonl"], marks=pytest.mark.slow),
+        ("hf_trainer", ["forget.jsonl", "retain.jsonl"]),
+        ("trl_dpo", ["pairs.jsonl"]),
     ],
 )
 def test_a_script_runs_as_its_first_line_says(home, tmp_path, name, files):

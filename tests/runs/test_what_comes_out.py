@@ -91,6 +91,7 @@ def test_without_file_locks_a_run_says_so_and_goes_on(
     assert said == [locks.NO_LOCKS]
 
 
+@pytest.mark.slow
 def test_everything_imports_without_fcntl() -> None:
     modules = "npo_fast.integrations.hf_trainer, npo_fast.trainer.loop, npo_fast.cli.unlearn"
     code = f"import sys; sys.modules['fcntl'] = None; import {modules}"
