@@ -104,7 +104,7 @@ def uneven(count: int, seed: int) -> list[TokenizedExample]:
     return [TokenizedExample(tuple(one), 4, i) for i, one in enumerate(ids)]
 
 
-@pytest.mark.parametrize("method", slow_but(["GA+RT", "KTO+KL"], METHODS))
+@pytest.mark.parametrize("method", slow_but(["GA+RT"], METHODS))
 def test_device_batches_of_one_are_one_batch_of_all(tmp_path, method):
     """In fp64, since some methods hardly move the weights of an untaught model."""
     data = UnlearningDataset(uneven(7, 1), uneven(9, 2), idk=uneven(7, 3), alternate=uneven(7, 4))
@@ -247,6 +247,7 @@ def test_the_trainer_evaluates_by_our_measures_and_keeps_the_best(tmp_path):
     assert after == pytest.approx({name: best[name] for name in after}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_looking_does_not_change_the_training(tmp_path):
     measured = evaluation_of(tmp_path)
     records = [record for rows in measured.suite.values() for record in rows.records]
