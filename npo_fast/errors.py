@@ -63,6 +63,15 @@ class Interrupted(_NamesSettings):
         self.signal = signal
 
 
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Inside, the message of a ``UserError`` begins with ``where``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def first_line(error: BaseException) -> str:
     """The reason that an error gives, without advice and traces below it."""
     return str(error).strip().partition("\n")[0]

@@ -74,7 +74,7 @@ class PaddedCollator:
             )
         where = f"item {place + 1} of the batch"
         (record,) = [item] if isinstance(item, Record) else parse_row(item, where)
-        return self.template.encode_all([record], f"{where}: ")[0]
+        return self.template.encode_all([record], where)[0]
 
     def _pad(self, examples: list[TokenizedExample]) -> dict[str, Tensor]:
         longest = max(len(example.input_ids) for example in examples)

@@ -2,8 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from npo_fast.data.rendering import (
     Rendering,
     chat_template_of,
 )
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, named
 
 Ending = Literal["stop", "ran on", "limit"]  # how a generated answer ended
 
@@ -91,18 +90,19 @@ class Template:
         self._given_stops = {tokenizer.eos_token_id, *stop_ids}
         begins = {getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "bos")}
         self._ends = self._special - begins | self._given_stops  # what may end a turn
+        self._ends_of: dict[str, set[int]] = {}
 
     def description(self) -> dict[str, Any]:
         """The rendering as ``run.json`` has it, and as ``evaluate`` takes it over from a run."""
         rendering, source = self.rendering, getattr(self.renderer, "source", None)
-        dated = source is not None and "strftime_now" in source and rendering.now
+        now = rendering.now if source is not None and "strftime_now" in source else None
         return {
             "template": self.name,
             "chat_template": rendering.chat_template,
             "chat_template_sha256": source and hashlib.sha256(source.encode()).hexdigest(),
             "system_prompt": rendering.system_prompt,
             "template_kwargs": dict(rendering.template_kwargs),
-            "now": rendering.now.isoformat() if dated and rendering.now else None,
+            "now": now and now.isoformat(),
         }
 
     @cached_property
@@ -149,7 +149,7 @@ class Template:
             UserError: the template fails on the record, its answer cannot be told from its prompt,
                 or the prompt leaves no room for an answer.
         """
-        with _named(f"record {index + 1}: "):
+        with named(f"record {index + 1}"):
             ids, prompt_length = self._fitting(record, answer)
         return TokenizedExample(ids[: self.max_length], prompt_length, index)
 
@@ -164,7 +164,7 @@ class Template:
         examples: list[TokenizedExample] = []
         truncated = 0
         for number, record in enumerate(records, 1):
-            with _named(where or f"record {number}: "):
+            with named(where or f"record {number}"):
                 pieces = self.windows(record.answer) if record.is_text else [self._fitting(record)]
             for ids, prompt_length in pieces:
                 cut = ids[: self.max_length]
@@ -246,9 +246,11 @@ class Template:
         """The tokens of what follows an answer that may end its turn."""
         if not text.strip():
             return set()
-        ids = self._ids(text, False)
-        first = self._ids(text.lstrip(), False)[:1]  # an added token there is no other mark
-        return {*ids} & self._ends or {*first} & self._added
+        if text not in self._ends_of:  # few: most answers of a template are followed by the same
+            ids = self._ids(text, False)
+            first = self._ids(text.lstrip(), False)[:1]  # an added token there is no other mark
+            self._ends_of[text] = {*ids} & self._ends or {*first} & self._added
+        return self._ends_of[text]
 
     def _fitting(self, record: Record, answer: str | None = None) -> tuple[tuple[int, ...], int]:
         """As ``tokenize``, where at least a token of the answer is within ``max_length``."""
@@ -313,15 +315,6 @@ def _turn_at(opening: str, text: str) -> int | None:
         if opening.startswith("\n") or not before or before[-1] in "\n.!?\"'):;":
             return match.start()
     return None
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Errors inside begin with ``where``."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}{error}") from error
 
 
 def _lead(ids: list[int], plain: list[int]) -> int:

@@ -15,7 +15,7 @@ from npo_fast.data import (
     load_records,
     split_suffix,
 )
-from npo_fast.errors import NoSuchSplitError, UserError
+from npo_fast.errors import NoSuchSplitError, UserError, named
 from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
 TOFU_SPLIT = re.compile(r"(forget|retain)\d\d")
@@ -56,10 +56,8 @@ def tokenize_suite(template: Template, suite: Suite) -> dict[str, TokenizedSet]:
 
 def tokenize_set(template: Template, name: str, records: list[Record]) -> TokenizedSet:
     """Tokenises the records of the log ``name``; see ``tokenize_suite``."""
-    try:
+    with named(name):
         answers, truncated = template.encode_all(records)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
     if truncated:
         warnings.warn(
             f"{name}: {truncated} of {len(records)} answers are cut to max_length "

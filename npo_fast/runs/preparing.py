@@ -17,7 +17,7 @@ from npo_fast.data import (
     text_fingerprint,
 )
 from npo_fast.distributed import world_size
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, named
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.callbacks import Callback
@@ -82,10 +82,8 @@ def prepare_run(
     step_terms = schedule_steps(terms, training.schedule)
     sources, described = {}, {}
     for source, rows in records.items():
-        try:
+        with named(f"{source} ({names[source]})"):
             examples, truncated = template.encode_all(rows)
-        except UserError as error:
-            raise UserError(f"{source} ({names[source]}): {error}") from error
         tokens = sum(len(example.input_ids) for example in examples)
         cut = f", {truncated} cut to {template.max_length}" if truncated else ""
         logger.info(f"{source}: {len(rows)} records, {tokens} tokens{cut} ({names[source]})")
