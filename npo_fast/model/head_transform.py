@@ -65,7 +65,7 @@ def measure_transform(lm: Any) -> HeadTransform:
 
 
 @torch.no_grad()
-def check_vocabulary(lm: Any) -> None:
+def check_all_logits(lm: Any) -> None:
     """Compares all logits of the model with those of its head, in the weights' own dtype.
 
     Raises:

@@ -13,7 +13,7 @@ from npo_fast.data import PackedBatch, TokenizedExample, pack
 from npo_fast.data.packing import one_by_one
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.attention import NAME as PACKED
-from npo_fast.model.head_transform import check_vocabulary
+from npo_fast.model.head_transform import check_all_logits
 from npo_fast.model.layers import mixing_layers
 from npo_fast.model.varlen import DTYPES as HALF
 
@@ -46,7 +46,7 @@ def run_probe(lm: Any, any_attention: bool) -> None:
     """
     with runs(lm), lm.evaluating():
         with lm.generating():
-            check_vocabulary(lm)
+            check_all_logits(lm)
         with _in_fp32(lm):
             _probe(lm, any_attention)
 
