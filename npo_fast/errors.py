@@ -23,12 +23,16 @@ def settings_as_flags() -> Iterator[None]:
         _as_flags.reset(token)
 
 
+def in_words_of_caller(message: str) -> str:
+    """The message with keywords in the place of flags, unless the caller typed a command."""
+    if _as_flags.get():
+        return message
+    return _FLAG.sub(lambda m: m[1].replace("-", "_") if m[1] else m[0], message)
+
+
 class _NamesSettings(Exception):  # noqa: N818 - a base class that nobody raises
     def __str__(self) -> str:
-        message = super().__str__()
-        if _as_flags.get():
-            return message
-        return _FLAG.sub(lambda m: m[1].replace("-", "_") if m[1] else m[0], message)
+        return in_words_of_caller(super().__str__())
 
 
 class UserError(_NamesSettings, ValueError):

@@ -48,4 +48,9 @@ def markdown(rows: Iterable[Iterable[Any]], header: Sequence[str]) -> str:
 
 
 def _markdown_cell(cell: Any) -> str:
-    return text(cell).translate(_ESCAPES)
+    return markdown_text(text(cell))
+
+
+def markdown_text(words: str) -> str:
+    """Words as one line of Markdown that shows them as they are."""
+    return words.translate(_ESCAPES)

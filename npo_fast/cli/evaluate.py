@@ -1,6 +1,6 @@
 """``npo-fast evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ class DataOptions:
     """Measure this log (file or folder) instead of running a model."""
     retrained: Path | None = None
     """Log of the model trained without the forget set: forget quality compares with it."""
+    original: Path | None = None
+    """Log of the model before unlearning: the verdict compares with it."""
     output: Path | None = None
     """Folder for the log files."""
     log_format: LogForm = "tofu"
@@ -61,7 +63,7 @@ class Command:
 
 
 def run(command: Command) -> Output:
-    """Evaluates a model or logs; returns the measures."""
+    """Evaluates a model or logs; returns the measures, their intervals and the verdict."""
     from npo_fast.runs.evaluating import evaluate
 
     sources = dict(vars(command.data))
@@ -69,10 +71,18 @@ def run(command: Command) -> Output:
         command.model.model, utility=not sources.pop("no_utility"), **sources,
         loading=command.model, evaluation=command.evaluation,
     )  # fmt: skip
+    between = {
+        name: f"{tables.number(low)} to {tables.number(high)}"
+        for name, (low, high) in scores.intervals.items()
+    }
+    rows = ([name, value, between.get(name, "")] for name, value in scores.items())
+    header = ("measure", "value", "95 % of resampled records")
     return Output(
         {
             "metrics": scores,
+            "intervals": scores.intervals,
             "examples": {name: examples_in(log) for name, log in scores.logs.items()},
+            "verdict": asdict(scores.verdict),
         },
-        tables.plain(scores.items(), ("measure", "value")),
+        f"{tables.plain(rows, header)}\n\nverdict: {scores.verdict}",
     )

@@ -7,6 +7,7 @@ from typing import Any
 from npo_fast import tables
 from npo_fast.cli.console import Output
 from npo_fast.metrics.measures import value_of
+from npo_fast.metrics.verdict import Verdict
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.options import (
     EvaluationOptions,
@@ -45,7 +46,8 @@ def run(command: Command) -> Output:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
     return Output(
         {"output": str(command.run.output), **metadata},
-        f"\n{_text(metadata)}\n{_chosen(command.watch, metadata)} {command.run.output / 'model'}",
+        f"\n{_text(metadata)}\n{_chosen(command.watch, metadata)} {command.run.output / 'model'}\n"
+        f"verdict: {Verdict.of(metadata['verdict'])}",
     )
 
 

@@ -8,7 +8,7 @@ from npo_fast.data.padding import PaddedCollator
 from npo_fast.data.readers import as_rows, describe, load_records
 from npo_fast.data.records import Record, Records
 from npo_fast.data.rendering import Rendering
-from npo_fast.data.repeats import repeats
+from npo_fast.data.repeats import check_apart, repeats
 from npo_fast.data.template import (
     Sources,
     Template,
@@ -20,7 +20,7 @@ from npo_fast.data.template import (
 
 __all__ = [
     "LossOn", "PackedBatch", "PaddedCollator", "Record", "Records", "Rendering", "Sources",
-    "Template", "TokenizedExample", "alternated", "as_rows", "check_vocabulary", "concatenate",
-    "data_fingerprint", "describe", "load_records", "load_refusals", "micro_batches", "pack",
-    "refused", "repeats", "split_suffix", "text_fingerprint",
+    "Template", "TokenizedExample", "alternated", "as_rows", "check_apart", "check_vocabulary",
+    "concatenate", "data_fingerprint", "describe", "load_records", "load_refusals", "micro_batches",
+    "pack", "refused", "repeats", "split_suffix", "text_fingerprint",
 ]  # fmt: skip

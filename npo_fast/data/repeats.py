@@ -5,15 +5,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from npo_fast.data.records import Record
+from npo_fast.errors import UserError
 
 PASSAGE = 8  # words of a line, from which it is no heading that many texts have
+MARKS = " ?!.,;:…¿¡\"'“”‘’«»？！。"
 
 
 def repeats(sets: Mapping[str, Sequence[Record]], apart: str = "forget") -> Iterator[str]:
     """A sentence for each set that repeats records, and each that shares some with ``apart``.
 
-    Records are the same where their messages and answers are, but for the system message, case,
-    white space and Unicode form. Texts by themselves share what they have a whole line in common.
+    A record repeats another where messages and answer are the same, but for the system message,
+    case, white space and Unicode form. Records of two sets are the same where they ask the same,
+    whatever the answer; see ``shared``. Texts by themselves share what they have a whole line in
+    common.
     """
     for name, records in sets.items():
         counts = Counter(map(_key, records))
@@ -26,25 +30,51 @@ def repeats(sets: Mapping[str, Sequence[Record]], apart: str = "forget") -> Iter
             )
     forgotten = sets.get(apart, ())
     for name, records in sets.items():
-        if name == apart:
-            continue
-        others = {key for record in records for key in _keys(record)}
-        shared = [
-            i for i, record in enumerate(forgotten, 1) if not others.isdisjoint(_keys(record))
-        ]
-        if shared:
+        if name != apart and (numbers := shared(forgotten, records, lines=True)):
             yield (
-                f"{len(shared)} of {len(forgotten)} {apart} records are {name} records too, in "
-                f"whole or in part, such as record {shared[0]}: take them out of one of the sets"
+                f"{len(numbers)} of {len(forgotten)} {apart} records are {name} records too, in "
+                f"whole or in part, such as record {numbers[0]}: take them out of one of the sets"
             )
 
 
-def _keys(record: Record) -> Iterator[tuple[str, ...]]:
-    yield _key(record)
-    if record.is_text:
-        for line in record.answer.split("\n"):
-            if len(line.split()) >= PASSAGE:
-                yield (_normalised(line),)
+def check_apart(forget: Sequence[Record], retain: Sequence[Record]) -> None:
+    """Raises ``UserError`` where every record to forget is one to retain."""
+    if forget and len(shared(forget, retain)) == len(forget):
+        raise UserError(
+            f"all {len(forget)} forget records are retain records too, so nothing could be "
+            "forgotten: take them out of --retain"
+        )
+
+
+def shared(
+    records: Sequence[Record], others: Sequence[Record], lines: bool = False
+) -> list[int]:  # from 1
+    """The numbers of the records that are among the others, by what they ask.
+
+    Where the same is asked for several answers, such as by a prompt that all records begin with,
+    the answer decides.
+
+    Args:
+        lines: of texts a whole line in common is enough.
+    """
+    answers = Counter(_question(key) for key in {*map(_key, records)})
+
+    def keys(record: Record) -> set[tuple[str, ...]]:
+        key = _key(record)
+        found = {key if record.is_text or answers[_question(key)] > 1 else _question(key)}
+        if record.is_text and lines:
+            passages = [x for x in record.answer.split("\n") if len(x.split()) >= PASSAGE]
+            found |= {(_normalised(passage),) for passage in passages}
+        return found
+
+    present = {key for record in others for key in keys(record)}
+    return [i for i, record in enumerate(records, 1) if not present.isdisjoint(keys(record))]
+
+
+def _question(key: tuple[str, ...]) -> tuple[str, ...]:
+    """What is asked, apart from the answer, and from the marks around a sentence."""
+    *asked, _ = key
+    return ("asked", *(text.strip(MARKS) or text for text in asked))
 
 
 def _key(record: Record) -> tuple[str, ...]:

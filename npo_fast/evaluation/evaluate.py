@@ -12,7 +12,8 @@ from npo_fast.data import PackedBatch, Record, Template, TokenizedExample, pack
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import TokenizedSet, tokenize_set
 from npo_fast.evaluation.tokens import TokenScores, token_scores
-from npo_fast.metrics.logs import CONVENTIONS, HOLDOUT
+from npo_fast.metrics.logs import CONVENTIONS, HOLDOUT, VOCABULARY
+from npo_fast.metrics.memorization import repetition
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
 from npo_fast.model.reference_states import ReferenceStates
@@ -116,6 +117,7 @@ class _Evaluation:
             **{name: [values[name] for values in memorization] for name in memorization[0]},
             "zlib_bytes": [len(zlib.compress(r.answer.encode())) for r in self.tokens.records],
             CONVENTIONS: self.settings.entry(),
+            VOCABULARY: self.lm.vocabulary,
         }
 
     def is_closed(self, example: TokenizedExample) -> bool:
@@ -165,6 +167,7 @@ class _Evaluation:
         template, size = self.template, self.settings.generation_batch
         prompts, truths = self.tokens.prompts, [*self.tokens.truths]
         texts, endings = [""] * len(truths), [""] * len(truths)
+        repeated = [0.0] * len(truths)
         order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), size):
             batch = order[first : first + size]
@@ -173,6 +176,7 @@ class _Evaluation:
                 template.tokenizer.pad_token_id, template.stop_ids,
             )  # fmt: skip
             for i, ids in zip(batch, continuations, strict=True):
+                repeated[i] = repetition(ids)
                 following = self.tokens.following.get(i, [])[: self.settings.max_new_tokens]
                 if following:  # a text ends nowhere: as many tokens are compared as are known
                     texts[i], truths[i] = (
@@ -189,6 +193,7 @@ class _Evaluation:
             "rouge1_recall": [score["rouge1"].recall for score in scores],
             "rougeL_recall": [score["rougeL"].recall for score in scores],
             "rougeL_f1": [score["rougeL"].fmeasure for score in scores],
+            "repetition": repeated,
             "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
             **({"ending": endings} if any(endings) else {}),
         }

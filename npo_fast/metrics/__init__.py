@@ -20,6 +20,7 @@ from npo_fast.metrics.logs import (
     LOGS,
     REAL_AUTHORS,
     RETAIN,
+    SETS,
     WORLD_FACTS,
     Log,
     Result,
@@ -44,7 +45,7 @@ from npo_fast.metrics.tofu import (
 
 __all__ = [
     "AGGREGATED", "FORGET", "HOLDOUT", "LOGS", "LOG_FILES", "MEASURES", "REAL_AUTHORS", "RETAIN",
-    "WORLD_FACTS", "Log", "LogForm", "Result", "check_comparable", "column", "examples_in",
+    "SETS", "WORLD_FACTS", "Log", "LogForm", "Result", "check_comparable", "column", "examples_in",
     "forget_quality", "forget_truth_ratio", "has_truth_ratio", "holds_logs", "kl_to_reference",
     "knowledge_ratio", "load_result", "membership_auc", "model_utility", "probability",
     "retrained_log", "rouge_l_recall", "save_result", "select", "summary", "truth_ratio",

@@ -25,9 +25,12 @@ WORLD_FACTS = "eval_real_world_wo_options.json"
 HOLDOUT = "eval_log_holdout.json"  # npo_fast's own: records like the forget set, never trained on
 AGGREGATED = "eval_log_aggregated.json"
 UTILITY_SETS = {"retain": RETAIN, "real authors": REAL_AUTHORS, "world facts": WORLD_FACTS}
+SETS = {"forget": FORGET, "retain": RETAIN}
 LOGS = (*UTILITY_SETS.values(), FORGET, HOLDOUT)
 TRUTH_RATIO_COLUMNS = ("avg_paraphrased_loss", "average_perturb_loss")
-CONVENTIONS = "conventions"  # the entry of a log that is no column: ``Conventions.entry``
+CONVENTIONS = "conventions"  # an entry of a log that is no column: ``Conventions.entry``
+VOCABULARY = "vocabulary"  # another: how many tokens the model chooses from
+ENTRIES = (CONVENTIONS, VOCABULARY)
 
 Log = Mapping[str, Any]  # column -> values by example
 Result = Mapping[str, Log]  # file name -> log
@@ -50,7 +53,7 @@ def values_of(log: Log, name: str) -> list[Any]:
 
 def examples_in(log: Log) -> int:
     """Returns how many examples the log holds."""
-    return next((len(values) for name, values in log.items() if name != CONVENTIONS), 0)
+    return next((len(values) for name, values in log.items() if name not in ENTRIES), 0)
 
 
 def column(log: Log, name: str) -> Array:
@@ -102,7 +105,7 @@ def select(log: Log, examples: Iterable[int]) -> dict[str, Any]:
     examples = list(examples)
     selected = {}
     for name, values in log.items():
-        if name != CONVENTIONS:
+        if name not in ENTRIES:
             values = [
                 values[str(i)] if isinstance(values, Mapping) else values[i] for i in examples
             ]

@@ -5,6 +5,7 @@ the report's columns and curves derive from the registry ``MEASURES``.
 """
 
 import difflib
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -20,9 +21,12 @@ from npo_fast.metrics.logs import (
     RETAIN,
     TRUTH_RATIO_COLUMNS,
     UTILITY_SETS,
+    VOCABULARY,
     Log,
     Result,
     column,
+    examples_in,
+    values_of,
 )
 from npo_fast.metrics.memorization import ATTACKS, attack_auc, conventions_of
 from npo_fast.metrics.tofu import (
@@ -31,6 +35,7 @@ from npo_fast.metrics.tofu import (
     knowledge_ratio,
     model_utility,
     probability,
+    smallest_forget_quality,
     utility_terms,
 )
 
@@ -40,9 +45,9 @@ _SOURCES = {  # what fills a log or a column, in words
     HOLDOUT: "--holdout",
     **{file: name for name, file in UTILITY_SETS.items() if file != RETAIN},
     **dict.fromkeys(TRUTH_RATIO_COLUMNS, "wrong answers"),
-    "rougeL_recall": "generated answers",
+    **dict.fromkeys(("rougeL_recall", "repetition"), "generated answers"),
 }
-_ALWAYS = ("avg_gt_loss",)  # columns that every evaluation of npo_fast has
+_ALWAYS = ("avg_gt_loss", VOCABULARY)  # columns that every evaluation of npo_fast has
 _BY_CONVENTION = ("exact_memorization", "extraction_strength")  # as min-k is, see ``Conventions``
 
 
@@ -108,25 +113,37 @@ def without_end(log: Log) -> float:
 
     Texts, which end nowhere, are not counted.
     """
-    endings = log["ending"].values() if isinstance(log["ending"], Mapping) else log["ending"]
-    return float(np.mean([ending != "stop" for ending in endings if ending]))
+    return float(np.mean([ending != "stop" for ending in values_of(log, "ending") if ending]))
+
+
+def at_the_limit(log: Log) -> float:
+    """Returns the share of generated answers that ``max_new_tokens`` cut."""
+    return float(np.mean([ending == "limit" for ending in values_of(log, "ending") if ending]))
+
+
+def below_chance(log: Log) -> float:
+    """Returns the share of answers that are less likely than random tokens.
+
+    Their mean loss a token is above ``ln V``, that of a token drawn evenly from the vocabulary.
+    """
+    return float(np.mean(column(log, "avg_gt_loss") > math.log(log[VOCABULARY])))
 
 
 def _of_log(
     part: str,  # "forget" or "retain"
     name: str,
     label: str,
-    needs: str,  # a column
+    *needs: str,  # columns
     formula: Callable[[Log], float] | None = None,
-    recorded: bool = True,
+    direction: int | None = None,
     in_report: bool = False,
 ) -> Measure:
     """A measure of one log, by default a column's mean: less is forgotten, more is kept."""
-    file, direction = {"forget": (FORGET, -1), "retain": (RETAIN, 1)}[part]
-    formula = formula or (lambda log: float(column(log, needs).mean()))
+    file, usual = {"forget": (FORGET, -1), "retain": (RETAIN, 1)}[part]
+    formula = formula or (lambda log: float(column(log, needs[0]).mean()))
     return Measure(
         f"{part}.{name}", f"{part} {label}", lambda result, _: formula(result[file]),
-        {file: (needs,)}, direction=direction * recorded, in_report=in_report,
+        {file: needs}, direction=usual if direction is None else direction, in_report=in_report,
     )  # fmt: skip
 
 
@@ -142,10 +159,15 @@ def _beyond_tofu(part: str) -> tuple[Measure, ...]:
     return (
         _of_log(part, "exact_memorization", "exact memorization", "exact_memorization"),
         _of_log(part, "extraction_strength", "extraction strength", "extraction_strength"),
-        _of_log(part, "kl_to_reference", "KL to reference", "kl_to_reference", kl_to_reference,
-                recorded=False),
-        _of_log(part, "without_end", "answers without an end", "ending", without_end,
-                recorded=False),
+        _of_log(part, "kl_to_reference", "KL to reference", "kl_to_reference", "num_token_gt",
+                formula=kl_to_reference, direction=0),
+        _of_log(part, "without_end", "answers without an end", "ending", formula=without_end,
+                direction=0),
+        _of_log(part, "at_the_limit", "answers at the length limit", "ending",
+                formula=at_the_limit, direction=0),
+        _of_log(part, "repetition", "repetition in answers", "repetition", direction=-1),
+        _of_log(part, "below_chance", "answers less likely than random tokens", "avg_gt_loss",
+                VOCABULARY, formula=below_chance, direction=-1),
     )  # fmt: skip
 
 
@@ -183,6 +205,9 @@ MEASURES = {  # by key, in the order of ``summary``
                 {FORGET: TRUTH_RATIO_COLUMNS}, direction=1),
         Measure("forget_quality", "forget quality", forget_quality,
                 {FORGET: TRUTH_RATIO_COLUMNS}, needs_retrained=True, direction=1, in_report=True),
+        Measure("smallest_forget_quality", "smallest forget quality of as many records",
+                lambda result, _: smallest_forget_quality(examples_in(result[FORGET])),
+                {FORGET: TRUTH_RATIO_COLUMNS}, needs_retrained=True, direction=-1),
         *_beyond_tofu("forget"),
         *_beyond_tofu("retain"),
         *(_membership_auc(attack) for attack in ATTACKS),

@@ -8,7 +8,7 @@ Two conventions are around (``Conventions``), and their numbers cannot be compar
 one they follow, and labels of measures say where it is not the usual one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -136,6 +136,16 @@ def min_k_plus_plus(
     """
     log_probs, mean, std = (np.asarray(x, dtype=np.float64) for x in (log_probs, mean, std))
     return min_k((log_probs - mean) / np.maximum(std, SMALLEST_STD), share)
+
+
+def repetition(tokens: Sequence[int], length: int = 4) -> float:
+    """Returns ``1 - distinct / all`` of the runs of ``length`` tokens in a generated answer.
+
+    0 where no run comes twice, near 1 where the model says the same again and again. Source:
+    seq-rep-n of arXiv 1908.04319, section 4.
+    """
+    runs = [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def roc_auc(members: ArrayLike, others: ArrayLike) -> float:  # (M,), (N,)

@@ -36,6 +36,7 @@ from scipy.stats import hmean, ks_2samp
 from npo_fast.errors import UserError
 from npo_fast.metrics.logs import (
     CONVENTIONS,
+    ENTRIES,
     FORGET,
     HOLDOUT,
     REAL_AUTHORS,
@@ -360,7 +361,7 @@ def _say_what_is_lost(result: Result, metrics: Metrics) -> None:
             f"({conventions_of(log, min_k=True) or 'papers'}): evaluate with --memorization "
             "open-unlearning and no --min-k-share to have them"
         )
-    kept = {*_LOSSES.values(), *_ROUGE, *_MEMORIZATION, "generated_text", CONVENTIONS}
+    kept = {*_LOSSES.values(), *_ROUGE, *_MEMORIZATION, "generated_text", *ENTRIES}
     kept |= {name for _, name in _ATTACKS.values()} if HOLDOUT in result else set()
     lost = sorted({name for log in result.values() for name in log} - kept)
     if RETAIN in result and any(name in result[RETAIN] for name in _MEMORIZATION):

@@ -1,5 +1,7 @@
 """TOFU's measures, as formulas over logs. Source: arXiv 2401.06121, section 2.2."""
 
+import math
+
 import numpy as np
 from scipy.stats import hmean, ks_2samp
 
@@ -98,6 +100,15 @@ def forget_quality(unlearned: Result, retrained: Result) -> float:
             "evaluate both on the same items, for example --forget 'forget10[:300]'"
         )
     return float(ks_2samp(ours, theirs).pvalue)
+
+
+def smallest_forget_quality(records: int) -> float:
+    """Returns the smallest ``forget_quality`` that as many records can have.
+
+    Every ratio of one model is then above those of the other. ``2 / binomial(2 n, n)`` for n
+    records: 3 cannot fall below 0.1, whatever the models do.
+    """
+    return float(min(1.0, 2 / math.comb(2 * records, records)))
 
 
 def forget_truth_ratio(result: Result) -> float:

@@ -10,7 +10,9 @@ from npo_fast import tables
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
+from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import REPORTED, measures, score
+from npo_fast.metrics.verdict import Verdict
 from npo_fast.reports import svg
 from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import MARK, render
@@ -44,7 +46,7 @@ class Report:
             except UserError as error:
                 self._errors.append(f"{run.name}: {error}")
                 measured, source = run.measured({})
-            self.rows.append(_row(run, measured, source))
+            self.rows.append(_row(run, measured, source, self._verdict(run)))
         for name, result in self._anchors.items():
             try:
                 measured = measures(result, self.retrained)
@@ -52,6 +54,12 @@ class Report:
                 self._errors.append(f"{name}: {error}")
                 measured = measures(result)
             self.rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
+
+    def _verdict(self, run: RunRecord) -> Verdict | None:
+        try:
+            return run.verdict(self.original, self.retrained)
+        except UserError:  # the retrained logs are of other items
+            return run.verdict(self.original, {})
 
     @property
     def _anchors(self) -> dict[str, Result]:
@@ -103,6 +111,8 @@ class Report:
         return render(
             "report",
             title="Unlearning report",
+            verdicts=self._verdicts(),
+            intervals=self._intervals,
             runs=tables.from_records(self.rows),
             tradeoff=self._tradeoff(),
             truth_ratios=self._truth_ratios(),
@@ -117,9 +127,29 @@ class Report:
     def markdown(self) -> str:
         """The table of runs, and what is missing."""
         parts = [MARK, "# Unlearning report", tables.markdown(*tables.from_records(self.rows))]
+        if verdicts := self._verdicts():
+            lines = (f"- {tables.markdown_text(f'{name}: {text}')}" for name, text in verdicts)
+            parts += ["Verdicts:", "\n".join(lines)]
         if self.missing:
             parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in self.missing)]
         return "\n\n".join(parts) + "\n"
+
+    def _verdicts(self) -> list[tuple[str, str]]:
+        """Each run by name with its verdict in full, where it has one."""
+        verdicts = ((run.name, self._verdict(run)) for run in self.runs)
+        return [(name, str(verdict)) for name, verdict in verdicts if verdict is not None]
+
+    @cached_property
+    def _intervals(self) -> tuple[tables.Cells, list[str]]:
+        """Rows and header of the bootstrap intervals of all that has logs."""
+        results = {run.name: run.result for run in self.runs if run.result} | self._anchors
+        shown = {measure.key: measure.label for measure in REPORTED if not measure.needs_retrained}
+        rows = []
+        for name, result in results.items():
+            found = intervals(result, (*shown,))
+            low_high = {shown[key]: " to ".join(map(tables.number, v)) for key, v in found.items()}
+            rows.append({"run": name, **dict.fromkeys(shown.values()), **low_high})
+        return tables.from_records(rows)
 
     def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""
@@ -232,7 +262,9 @@ def npo_weight(run: RunRecord, step: Mapping[str, Any]) -> float | None:
     return 2 * -math.expm1(-(DEFAULT_BETA if beta is None else beta) * loss / 2)
 
 
-def _row(run: RunRecord, measured: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _row(
+    run: RunRecord, measured: Mapping[str, Any], source: str, verdict: Verdict | None
+) -> dict[str, Any]:
     """The cells of a run by column."""
     settings = {label: run.setting(*path) for label, path in _SETTINGS.items()}
     named = [f"{label} {value:g}" for label, value in settings.items() if value is not None]
@@ -241,6 +273,7 @@ def _row(run: RunRecord, measured: Mapping[str, Any], source: str) -> dict[str, 
     return {
         "run": run.name,
         "method": run.method,
+        "verdict": None if verdict is None else verdict.outcome,
         **_scores(measured),
         "measured on": source,
         "status": run.metadata.get("status", "unknown"),

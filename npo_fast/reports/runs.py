@@ -10,11 +10,11 @@ from typing import Any
 from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError
-from npo_fast.metrics import FORGET, RETAIN, Result, holds_logs, load_result
+from npo_fast.metrics import FORGET, SETS, Result, examples_in, holds_logs, load_result
 from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
+from npo_fast.metrics.verdict import Evidence, Verdict, judge
 
-SETS = {"forget": FORGET, "retain": RETAIN}
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
     "template": "auto", "max_length": 512, "dtype": "auto", "attention": "auto",
     "quantize": "none",
@@ -75,13 +75,35 @@ class RunRecord:
             UserError: the retrained model's logs are of other forget items.
         """
         if self.result:
-            return measures(self.result, retrained), "eval/ logs"
+            count = examples_in(self.result.get(FORGET, {}))
+            source = f"eval/ logs, {count} forget records" if count else "eval/ logs"
+            return measures(self.result, retrained), source
         if evaluation := self.metadata.get("best") or next(reversed(self.evaluations), None):
             count = self.setting("watch", "eval_records")
             return dict(evaluation), f"step {evaluation['step']}, up to {count} records a set"
         after = self.metadata.get("after") or {}
         count = self.setting("report", "report_records")
         return dict(after), f"up to {count} records a set" if after else "nothing"
+
+    def verdict(self, original: Result, retrained: Result) -> Verdict | None:
+        """What came out: of its logs in eval/ beside other models, else as the run found.
+
+        None of a run that forgets nothing.
+        """
+        if not self.result:
+            found = self.metadata.get("verdict")
+            return None if found is None else Verdict.of(found)
+        before = self.metadata.get("before") or {}
+        if not original and not before:  # it was fine-tuned
+            return None
+        return judge(
+            Evidence(
+                measures(self.result, retrained),
+                measures(original) or before,
+                measures(retrained),
+                records=examples_in(self.result.get(FORGET, {})),
+            )
+        )
 
     def answers(self, part: str, when: str) -> list[Answer]:
         """Answers to the ``forget`` or ``retain`` set, ``before`` or ``after`` the run."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Union
 
@@ -25,14 +26,21 @@ from npo_fast.metrics import (
     FORGET,
     HOLDOUT,
     LOG_FILES,
+    MEASURES,
+    RETAIN,
     LogForm,
     Result,
     check_comparable,
+    examples_in,
     has_truth_ratio,
     load_result,
     save_result,
 )
+from npo_fast.metrics.intervals import intervals
+from npo_fast.metrics.measures import measures
+from npo_fast.metrics.verdict import Evidence, Verdict, judge
 from npo_fast.model.reference_states import open_reference_states
+from npo_fast.runs.folder import metadata_of_model
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.progress import progress
@@ -45,11 +53,40 @@ Logs = Union[str, Path, Run, "Scores", Result]
 
 
 class Scores(dict[str, float]):
-    """Measures by name, such as "model utility"; ``logs`` holds the values of every record."""
+    """Measures by name, such as "model utility"; ``logs`` holds the values of every record.
 
-    def __init__(self, logs: Result, retrained: Result | None = None) -> None:
+    Args:
+        retrained: logs of the model trained without the forget set.
+        before: nested measures of the model before unlearning, for the verdict.
+    """
+
+    def __init__(
+        self,
+        logs: Result,
+        retrained: Result | None = None,
+        before: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(metrics.summary(logs, retrained))
-        self.logs = logs
+        self.logs, self._retrained, self._before = logs, retrained, before or {}
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % bootstrap intervals of measures by name; see ``npo_fast.metrics.intervals``."""
+        by_key = intervals(self.logs)
+        return {MEASURES[key].label_of(self.logs): each for key, each in by_key.items()}
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What came out, with the numbers behind it; see ``npo_fast.metrics.verdict``."""
+        attack = "membership_auc.loss"
+        evidence = Evidence(
+            measures(self.logs, self._retrained),
+            self._before,
+            {} if self._retrained is None else measures(self._retrained),
+            intervals(self.logs, (attack,)),
+            examples_in(self.logs.get(FORGET, {})),
+        )
+        return judge(evidence)
 
 
 @with_checked_keywords
@@ -63,6 +100,7 @@ def evaluate(
     loss_on: LossOn = "last",
     reference: Model | None = None,
     retrained: Logs | None = None,
+    original: Logs | None = None,
     log: Logs | None = None,
     output: str | Path | None = None,
     log_format: LogForm = "tofu",
@@ -84,6 +122,8 @@ def evaluate(
         loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
         reference: the model before unlearning, for KL(reference || model).
         retrained: logs of the model trained without the forget set, for the forget quality.
+        original: logs of the model before unlearning, for the verdict; else what the run itself
+            measured before its first step.
         log: logs to measure instead of running a model.
         output: folder for the log files.
         log_format: form of these files, "tofu" or "open-unlearning"; both are read.
@@ -98,6 +138,7 @@ def evaluate(
     elif log_format != "tofu":
         raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
+    before = _before(model) if original is None else measures(logs_of(original, "original"))
     if log is not None:
         for name in ("memorization", "min_k_share"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):
@@ -126,7 +167,8 @@ def evaluate(
             check_comparable(compared)
         for name, records in suite.items():
             logger.info(f"{name}: {len(records)} records")
-        compared_sets = {"forget": suite.get(FORGET, []), "holdout": suite.get(HOLDOUT, [])}
+        files = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
+        compared_sets = {name: suite.get(file, []) for name, file in files.items()}
         for sentence in repeats(compared_sets):
             logger.warning(f"warning: {sentence}")
         source = ModelSource(model, loading, tokenizer)
@@ -134,7 +176,16 @@ def evaluate(
     if folder is not None:
         save_result(logs, folder, log_format, compared)
         logger.info(f"logs saved in {folder}")
-    return Scores(logs, compared)
+    return Scores(logs, compared, before)
+
+
+def _before(model: Model | None) -> Mapping[str, Any]:
+    """What the run that made the model measured before its first step."""
+    if isinstance(model, Run):
+        return model.metadata.get("before") or {}
+    if isinstance(model, (str, Path)) and model:
+        return metadata_of_model(Path(model)).get("before") or {}
+    return {}
 
 
 def logs_of(logs: Logs, role: str) -> Result:

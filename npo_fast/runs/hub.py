@@ -1,6 +1,7 @@
 """Model cards, and uploads to the Hugging Face hub."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from npo_fast import tables
 from npo_fast._version import __version__
 from npo_fast.errors import UserError
 from npo_fast.metrics.measures import RECORDED, score
+from npo_fast.metrics.verdict import Verdict
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.folder import save_file
@@ -57,9 +59,16 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         eval_records=settings.get("watch", {}).get("eval_records"),
         report_records=settings.get("report", {}).get("report_records"),
         adapter=adapter,
+        verdict=tables.markdown_text(_verdict(metadata)),
         repository=settings["run"].get("push_to_hub") or "PATH_OR_REPOSITORY",
     )
     save_file(folder / CARD, card.save)
+
+
+def _verdict(metadata: Mapping[str, Any]) -> str:
+    """The outcome and its numbers, without advice; empty of a run that forgets nothing."""
+    found = metadata.get("verdict")
+    return "" if found is None else str(replace(Verdict.of(found), advice=""))
 
 
 def _table(rows: Iterable[tuple[Any, ...]], header: Sequence[str]) -> str:

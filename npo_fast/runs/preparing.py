@@ -11,6 +11,7 @@ from npo_fast.data import (
     Record,
     Template,
     TokenizedExample,
+    check_apart,
     check_vocabulary,
     data_fingerprint,
     repeats,
@@ -98,6 +99,7 @@ def prepare_run(
             "sha256": data_fingerprint(examples),
         }
     given = {name: rows for name, rows in records.items() if name in GIVEN}
+    check_apart(given.get("forget", ()), given.get("retain", ()))
     for sentence in repeats(given):
         logger.warning(f"warning: {sentence}")
     if training.step_in_backward:

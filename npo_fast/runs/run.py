@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from npo_fast.metrics.verdict import Verdict
 from npo_fast.reports.runs import RunRecord, load_run
 from npo_fast.runs import hub
 
@@ -61,6 +62,12 @@ class Run:
         if (self.folder / "run.json").is_file():  # it may have been evaluated meanwhile
             self._record = load_run(self.folder, self.folder.name)
         return self._record.measured({})[0]
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What came out, with the numbers behind it; None of a run that forgets nothing."""
+        found = self.metadata.get("verdict")
+        return None if found is None else Verdict.of(found)
 
     @cached_property
     def model(self) -> Any:

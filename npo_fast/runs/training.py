@@ -52,13 +52,13 @@ def run_training(
     prepared: PreparedRun,
     reference: ReferenceData = ReferenceData(),
     evaluation: EvaluationCallback | None = None,
-    report: Callable[[], Mapping[str, Any]] = dict,
+    closing: Callable[[RunFolder], Mapping[str, Any]] = lambda folder: {},
 ) -> Run:
     """Trains in a run folder, or goes on with a run that did not end.
 
     Args:
         evaluation: the callback that evaluates while training.
-        report: answers of the final model, for ``run.json``.
+        closing: what ``run.json`` says of the final model.
     """
     options, resumable = prepared.options, prepared.resumable
     tokenizer = prepared.template.tokenizer
@@ -92,10 +92,10 @@ def run_training(
                     f"interrupted after the last step; {hint} makes the report", signal.number
                 )
         with _closed(training, hint):
-            after = report()
+            outcome = closing(folder)
     finally:
         training.emit_end()
-    folder.finish("finished", **({"after": after} if after else {}))
+    folder.finish("finished", **outcome)
     wait_for_all(lm)  # the others read what the first process has written
     if is_main_process():
         scores = folder.metadata.get("best") or [{}, *folder.evaluations()][-1]

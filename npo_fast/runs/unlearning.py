@@ -2,11 +2,9 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from npo_fast.data import (
     LossOn,
@@ -32,11 +30,13 @@ from npo_fast.evaluation.suite import (
     tokenize_suite,
 )
 from npo_fast.methods import Term, build_method
-from npo_fast.metrics import FORGET, probability, retrained_log, rouge_l_recall
-from npo_fast.metrics.measures import without_end
+from npo_fast.metrics import FORGET, SETS, retrained_log
+from npo_fast.metrics.measures import measures, without_end
+from npo_fast.metrics.verdict import ADVICE, Evidence, judge, unknown_before
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import check_cache
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
+from npo_fast.runs.folder import RunFolder
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import (
     EvaluationOptions,
@@ -155,14 +155,22 @@ def unlearn(
         def answers_now(when: str) -> dict[str, Any]:
             return _answers(lm, prepared.template, sampled, report, when)
 
+        def closing(folder: RunFolder) -> dict[str, Any]:
+            after = answers_now("after")
+            verdict = judge(_evidence(folder, after, watch, report.report_records))
+            return {**({"after": after} if after else {}), "verdict": asdict(verdict)}
+
+        before = {} if prepared.resumable else answers_now("before")
+        if unknown := unknown_before(before):
+            logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
         reference = ReferenceData(
-            before={} if prepared.resumable else answers_now("before"),
+            before=before,
             log_probs=_log_probs(lm, prepared, method.reference_cache),
             hidden=reference_cache_for(
                 terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
             ),
         )
-        return run_training(lm, prepared, reference, watch, lambda: answers_now("after"))
+        return run_training(lm, prepared, reference, watch, closing)
 
 
 def _resolve(
@@ -226,6 +234,18 @@ def _log_probs(lm: CausalLM, prepared: PreparedRun, cache: Path | None) -> Refer
     return reference_log_probs(lm, prepared.sources, terms, tokens, cache)
 
 
+def _evidence(
+    folder: RunFolder, after: Mapping[str, Any], watch: EvaluationCallback | None, records: int
+) -> Evidence:
+    """What the run measured: its evaluations where it made any, else the short report."""
+    evaluations = folder.evaluations()
+    if watch is None or len(evaluations) < 2:
+        return Evidence(after, folder.metadata.get("before", {}), records=records)
+    retrained = {} if watch.retrained is None else measures(watch.retrained)
+    best = folder.metadata.get("best", evaluations[-1])
+    return Evidence(best, evaluations[0], retrained, records=watch.options.eval_records)
+
+
 def _answers(
     lm: CausalLM,
     template: Template,
@@ -248,10 +268,10 @@ def _answers(
     settings = EvaluationSettings(max_new_tokens=options.max_new_tokens)
     with progress(when) as update:
         logs = evaluate(lm, template, first, settings, update)
+    scores = measures({SETS[name]: log for name, log in logs.items()})
     return {
         name: {
-            "probability": float(probability(log).mean()),
-            "rouge_l_recall": float(np.mean(rouge_l_recall(log))),
+            **scores[name],
             **({"without_end": without_end(log)} if "ending" in log else {}),
             "answers": [
                 {"question": record.question or prompt, "answer": text, "truth": truth}

@@ -126,22 +126,25 @@ def test_a_summary_says_what_the_logs_allow():
 
 def test_a_summary_has_these_labels_in_this_order():
     extra = {name: [0.5] * 6 for name in ("exact_memorization", "extraction_strength", "min_k",
-             "kl_to_reference", "num_token_gt", "zlib_bytes", "min_k_plus_plus")}  # fmt: skip
+             "kl_to_reference", "num_token_gt", "zlib_bytes", "min_k_plus_plus",
+             "repetition")}  # fmt: skip
     result = {name: {**log, **extra} for name, log in make_result().items()}
     for log in result.values():
-        log["ending"] = ["stop"] * 6
+        log |= {"ending": ["stop"] * 6, "vocabulary": 64}
     result[metrics.HOLDOUT] = result[metrics.FORGET]
     labels = list(metrics.summary(result, result))
     assert labels == [measure.label for measure in MEASURES.values()]
     tofu = ("probability", "ROUGE-L", "truth ratio")
     ours = ("exact memorization", "extraction strength", "KL to reference",
-            "answers without an end")  # fmt: skip
+            "answers without an end", "answers at the length limit", "repetition in answers",
+            "answers less likely than random tokens")  # fmt: skip
     assert labels == [
         "model utility",
         "model utility, arithmetic truth ratio",
         *(f"{part} {name}" for part in ("retain", "real authors", "world facts", "forget")
           for name in tofu),
         "forget quality",
+        "smallest forget quality of as many records",
         *(f"{part} {name}" for part in ("forget", "retain") for name in ours),
         *(f"membership AUC, {attack}" for attack in ("loss", "zlib", "min-k", "min-k++")),
     ]  # fmt: skip
@@ -153,7 +156,9 @@ def test_recorded_measures_are_those_of_the_summary():
     for key, measure in RECORDED.items():
         if measure.label in numbers:
             assert value_of(scores, key) == numbers[measure.label]
-    assert set(scores) == {"forget_quality", "model_utility", "forget", "retain"}
+    assert set(scores) == {
+        "forget_quality", "smallest_forget_quality", "model_utility", "forget", "retain",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,10 @@ def test_our_measures_survive_their_form(home, tmp_path, capsys):
         assert expected.keys() - found.keys() == {
             "retain exact memorization (open-unlearning)",
             "retain extraction strength (open-unlearning)",
-            "retain answers without an end",
-            "forget answers without an end",
-        }
+            *(f"{part} {name}" for part in ("forget", "retain") for name in (
+                "answers without an end", "answers at the length limit", "repetition in answers",
+                "answers less likely than random tokens")),
+        }  # fmt: skip
         assert found == pytest.approx({label: expected[label] for label in found}, abs=1e-6)
     texts = [metrics.load_result(logs)[FORGET]["generated_text"] for logs in (ours, theirs)]
     assert texts[0] == texts[1]
@@ -196,7 +197,7 @@ def test_some_metrics_will_do(content, tmp_path):
     few["forget_Q_A_PERT_Prob"] = content["forget_Q_A_PERT_Prob"]
     result = metrics.load_result(save(few, tmp_path))
     assert set(metrics.summary(result, result)) == {
-        "forget truth ratio", "forget quality",
+        "forget truth ratio", "forget quality", "smallest forget quality of as many records",
         "membership AUC, min-k (open-unlearning, k not recorded)",
     }  # fmt: skip
     assert [metrics.examples_in(result[file]) for file in (FORGET, HOLDOUT)] == [4, 5]
@@ -252,7 +253,7 @@ def test_a_run_may_hold_logs_of_either_form(content, tmp_path):
     (tmp_path / "run.json").write_text('{"status": "finished"}')
     save(content, tmp_path / "eval")
     measured, source = load_run(tmp_path, "run").measured({})
-    assert source == "eval/ logs"
+    assert source == "eval/ logs, 4 forget records"
     assert measured["model_utility"] == pytest.approx(content["model_utility"]["agg_value"])
     (tmp_path / "eval").rename(tmp_path / "evals")  # as open-unlearning's runs have it
     assert FORGET in metrics.load_result(tmp_path)

@@ -1,0 +1,285 @@
+"""What came out, in one word: rules over measures before and after, the worst outcome first.
+
+``RULES`` is all of it; ``docs/verdict.md`` says the same in words. A rule is a function of the
+``Evidence`` that returns its reason, with the numbers, or None where it does not hold or cannot be
+told. The first outcome with a reason is the verdict.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from npo_fast.errors import in_words_of_caller
+from npo_fast.metrics.measures import find_measure, score
+from npo_fast.tables import number
+
+Outcome = Literal[
+    "collapsed", "nothing to forget", "over-forgotten", "not forgotten", "forgotten", "undecided"
+]
+Scores = Mapping[str, Any]  # nested, as ``measures`` returns them
+Interval = tuple[float, float]
+
+KEPT = 2 / 3  # less than this share of what the model knew of the retain set is a collapse
+KNOWN = 0.05  # a mean probability below it, with ROUGE-L below ANSWERED, is no knowledge
+ANSWERED = 0.2
+LOOPING = 0.5  # repetition of answers, and ...
+LOOPING_MORE = 0.3  # ... how much more than before: small models repeat themselves anyway
+MOST = 0.5  # share of answers that are less likely than random tokens
+FORGOTTEN = 0.5  # share of the forget probability that may be left, where nothing else tells
+RECITED = 0.95  # share of the forget ROUGE-L from which the model still gives the answers, ...
+GIVEN = 0.5  # ... where it gave them: ROUGE-L before
+MEANINGFUL = 0.05  # p-value below which two models can be told apart
+FAR_BELOW = 1 / 20  # of the retrained model's forget probability: forgotten past all need
+ABOVE = 1.5  # times the retrained model's forget probability: not forgotten
+
+ADVICE: dict[Outcome, str] = {
+    "collapsed": "lower --lr or --epochs, or raise --retain-coefficient of a method with +RT",
+    "nothing to forget": "check --model, --forget and --template: it did not give these answers "
+    "before",
+    "over-forgotten": "lower --epochs or --lr, raise --beta, or stop in time with --stop-when",
+    "not forgotten": "raise --epochs or --lr, or lower --beta",
+    "undecided": "name logs of the model before (--original), or of one retrained without the "
+    "forget set (--retrained)",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome, the numbers that it follows from, and what to turn."""
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    advice: str = ""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Verdict":
+        """The verdict that ``run.json`` holds."""
+        return cls(content["outcome"], tuple(content["reasons"]), content["advice"])
+
+    def __str__(self) -> str:
+        """One line; from Python, keywords in the place of flags."""
+        text = f"{self.outcome}: {'; '.join(self.reasons)}"
+        return in_words_of_caller(f"{text} – {self.advice}" if self.advice else text)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a model, and of models to compare it with; {} where there is none."""
+
+    after: Scores
+    before: Scores = field(default_factory=dict)
+    retrained: Scores = field(default_factory=dict)
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of ``after``, by key
+    records: int | None = None  # forget records measured
+
+    @property
+    def kept_by(self) -> tuple[str, Scores]:
+        """A model that knows the retain set, and its name: the one before, else the retrained."""
+        return ("before", self.before) if self.before.get("retain") else (
+            "retrained", self.retrained
+        )  # fmt: skip
+
+    @property
+    def quality(self) -> float | None:
+        """The forget quality; None where as many records could not fall below 0.05."""
+        smallest = score(self.after, "smallest_forget_quality")
+        if smallest is not None and smallest >= MEANINGFUL:
+            return None
+        return score(self.after, "forget_quality")
+
+    def change(self, key: str, name: str = "before", other: Scores | None = None) -> str:
+        """A measure of both models in words: "forget probability 0.97 -> 0.06"."""
+        old = score(self.before if other is None else other, key)
+        new = score(self.after, key)
+        label = find_measure(key).label
+        if new is None:
+            return ""
+        if old is None:
+            return f"{label} {number(new)}"
+        if name == "before":
+            return f"{label} {number(old)} -> {number(new)}"
+        return f"{label} {number(new)} ({name} {number(old)})"
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict of ``RULES`` on the evidence."""
+    for outcome, rules in RULES.items():
+        reasons = tuple(reason for rule in rules if (reason := rule(evidence)))
+        if reasons:
+            return Verdict(outcome, reasons, ADVICE.get(outcome, ""))
+    advice = ADVICE["undecided"] if evidence.after.get("forget") else "measure a forget set"
+    return Verdict("undecided", (_numbers(evidence) or "nothing was measured",), advice)
+
+
+Rule = Callable[[Evidence], str | None]
+
+
+# ---- collapsed: what was to be kept, or fluency, is lost ----
+
+
+def _lost(key: str) -> Rule:
+    def rule(evidence: Evidence) -> str | None:
+        name, other = evidence.kept_by
+        old, new = score(other, key), score(evidence.after, key)
+        if old is None or new is None or old < KNOWN or new >= KEPT * old:
+            return None
+        return f"{evidence.change(key, name, other)}, {new / old:.0%} of it"
+
+    return rule
+
+
+def _babble(evidence: Evidence) -> str | None:
+    share = score(evidence.after, "retain.below_chance")
+    if share is None or share <= MOST:
+        return None
+    return f"{share:.0%} of the retain answers are less likely than random tokens"
+
+
+def _loops(part: str) -> Rule:
+    def rule(evidence: Evidence) -> str | None:
+        key = f"{part}.repetition"
+        old, new = score(evidence.before, key), score(evidence.after, key)
+        if old is None or new is None or new < max(LOOPING, old + LOOPING_MORE):
+            return None
+        return evidence.change(key)
+
+    return rule
+
+
+def _loops_without_retain(evidence: Evidence) -> str | None:
+    return None if evidence.after.get("retain") else _loops("forget")(evidence)
+
+
+# ---- nothing to forget ----
+
+
+def unknown_before(before: Scores) -> str | None:
+    """Says that a model hardly knows the forget set, with the numbers; None where it does."""
+    likely, answered = (score(before, f"forget.{key}") for key in ("probability", "rouge_l_recall"))
+    if likely is None or likely >= KNOWN or (answered or 0.0) >= ANSWERED:
+        return None
+    rouge = "" if answered is None else f" and ROUGE-L {number(answered)}"
+    return f"the forget answers had probability {number(likely)}{rouge} before: never known"
+
+
+def _unknown(evidence: Evidence) -> str | None:
+    return unknown_before(evidence.before)
+
+
+def _as_retrained_before(evidence: Evidence) -> str | None:
+    old, other = (score(s, "forget.probability") for s in (evidence.before, evidence.retrained))
+    if old is None or other is None or old > other:
+        return None
+    return (
+        f"the forget answers had probability {number(old)} before, no more than under the "
+        f"retrained model ({number(other)})"
+    )
+
+
+# ---- over-forgotten: the forget set stands out again ----
+
+
+def _below_chance(evidence: Evidence) -> str | None:
+    share = score(evidence.after, "forget.below_chance")
+    if share is None or share <= MOST:
+        return None
+    return f"{share:.0%} of the forget answers are less likely than random tokens"
+
+
+def _below_retrained(evidence: Evidence) -> str | None:
+    key, quality = "forget.probability", evidence.quality
+    ours, theirs = score(evidence.after, key), score(evidence.retrained, key)
+    if ours is None or theirs is None:
+        return None
+    if quality is not None and quality < MEANINGFUL and ours < theirs:
+        return (
+            f"forget quality {number(quality)}, and "
+            f"{evidence.change(key, 'retrained', evidence.retrained)}"
+        )
+    if ours < FAR_BELOW * theirs:
+        return evidence.change(key, "retrained", evidence.retrained)
+    return None
+
+
+def _below_strangers(evidence: Evidence) -> str | None:
+    interval = evidence.intervals.get("membership_auc.loss")
+    if interval is None or interval[1] >= 0.5:
+        return None
+    return (
+        f"membership AUC by loss in [{number(interval[0])}, {number(interval[1])}], below 0.5: "
+        "less likely than records that no model saw"
+    )
+
+
+# ---- not forgotten ----
+
+
+def _above_retrained(evidence: Evidence) -> str | None:
+    key, quality = "forget.probability", evidence.quality
+    ours, theirs = score(evidence.after, key), score(evidence.retrained, key)
+    told_apart = quality is not None and quality < MEANINGFUL
+    if ours is None or theirs is None:
+        return f"forget quality {number(quality)}" if quality is not None and told_apart else None
+    text = evidence.change(key, "retrained", evidence.retrained)
+    if quality is not None and told_apart:
+        return f"forget quality {number(quality)}, and {text}"
+    return text if quality is None and ours > ABOVE * theirs else None
+
+
+def _as_before(key: str, share: float, least: float = 0.0) -> Rule:
+    def rule(evidence: Evidence) -> str | None:
+        old, new = score(evidence.before, key), score(evidence.after, key)
+        if evidence.retrained or old is None or new is None or old < least or new <= share * old:
+            return None
+        return evidence.change(key)
+
+    return rule
+
+
+def _likely(evidence: Evidence) -> str | None:
+    """Without a model to compare with, an answer that is likelier than not is known."""
+    new = score(evidence.after, "forget.probability")
+    if new is None or evidence.before.get("forget") or evidence.retrained or new <= 0.5:
+        return None
+    return evidence.change("forget.probability")
+
+
+# ---- forgotten ----
+
+
+def _numbers(evidence: Evidence) -> str | None:
+    quality = score(evidence.after, "forget_quality")
+    texts = [evidence.change("forget.probability")]
+    if texts[0] and evidence.records:
+        texts[0] += f" on {evidence.records} records"
+    if (other := score(evidence.retrained, "forget.probability")) is not None:
+        texts[0] += f" (retrained {number(other)})"
+    if quality is not None:
+        texts.append(f"forget quality {number(quality)}")
+    if quality is not None and evidence.quality is None:
+        smallest = score(evidence.after, "smallest_forget_quality")
+        texts[-1] += f", which as few records cannot bring below {number(smallest or 1.0)}"
+    keys = ("model_utility", "retain.probability")
+    texts += [evidence.change(key, *evidence.kept_by) for key in keys]
+    return ", ".join(text for text in texts if text) or None
+
+
+def _forgotten(evidence: Evidence) -> str | None:
+    compared = evidence.before.get("forget") or evidence.retrained
+    measured = score(evidence.after, "forget.probability") is not None
+    return _numbers(evidence) if compared and measured else None
+
+
+RULES: dict[Outcome, tuple[Rule, ...]] = {
+    "collapsed": (
+        _lost("model_utility"), _lost("retain.probability"), _lost("retain.rouge_l_recall"),
+        _babble, _loops("retain"), _loops_without_retain,
+    ),
+    "nothing to forget": (_unknown, _as_retrained_before),
+    "over-forgotten": (_below_chance, _below_retrained, _below_strangers),
+    "not forgotten": (
+        _above_retrained, _as_before("forget.probability", FORGOTTEN),
+        _as_before("forget.rouge_l_recall", RECITED, GIVEN), _likely,
+    ),
+    "forgotten": (_forgotten,),
+}  # fmt: skip
