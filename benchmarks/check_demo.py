@@ -26,6 +26,9 @@ def check(result: dict) -> list[str]:
         wrong.append(f"NPO+RT forgets only to p = {npo['forget_quality']:.3g}")
     if npo["model_utility"] < KEPT * original:
         wrong.append(f"NPO+RT keeps {npo['model_utility'] / original:.0%} of the utility")
+    for name, expected in (("GA", "collapsed"), ("NPO+RT", "forgotten")):
+        if (outcome := models[name]["verdict"]["outcome"]) != expected:
+            wrong.append(f"the verdict on {name} is {outcome!r}, not {expected!r}")
     return wrong
 
 

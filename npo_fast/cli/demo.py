@@ -66,9 +66,12 @@ def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str
             _utility(peak.model_utility, original),
             tables.number(last.forget_quality),
             _utility(last.model_utility, original),
+            outcome.verdict.outcome,
         ]
 
-    header = ("model", "forget quality: peak", "utility there", "at the end", "utility then")
+    header = (
+        "model", "forget quality: peak", "utility there", "at the end", "utility then", "verdict"
+    )  # fmt: skip
     lines = [tables.plain((row(name, outcome) for name, outcome in outcomes.items()), header)]
     lines.append(
         "\nforget quality: p-value against the model that was never taught (above 0.05: no "

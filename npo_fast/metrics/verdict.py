@@ -117,11 +117,11 @@ Rule = Callable[[Evidence], str | None]
 # ---- collapsed: what was to be kept, or fluency, is lost ----
 
 
-def _lost(key: str) -> Rule:
+def _lost(key: str, least: float = KNOWN) -> Rule:
     def rule(evidence: Evidence) -> str | None:
         name, other = evidence.kept_by
         old, new = score(other, key), score(evidence.after, key)
-        if old is None or new is None or old < KNOWN or new >= KEPT * old:
+        if old is None or new is None or old < least or new >= KEPT * old:
             return None
         return f"{evidence.change(key, name, other)}, {new / old:.0%} of it"
 
@@ -130,7 +130,11 @@ def _lost(key: str) -> Rule:
 
 def _babble(evidence: Evidence) -> str | None:
     share = score(evidence.after, "retain.below_chance")
-    if share is None or share <= MOST:
+    if (
+        share is None
+        or share <= MOST
+        or (score(evidence.before, "retain.below_chance") or 0) > MOST
+    ):
         return None
     return f"{share:.0%} of the retain answers are less likely than random tokens"
 
@@ -272,7 +276,7 @@ def _forgotten(evidence: Evidence) -> str | None:
 
 RULES: dict[Outcome, tuple[Rule, ...]] = {
     "collapsed": (
-        _lost("model_utility"), _lost("retain.probability"), _lost("retain.rouge_l_recall"),
+        _lost("model_utility"), _lost("retain.probability"), _lost("retain.rouge_l_recall", ANSWERED),
         _babble, _loops("retain"), _loops_without_retain,
     ),
     "nothing to forget": (_unknown, _as_retrained_before),

@@ -90,12 +90,10 @@ class RunRecord:
 
         None of a run that forgets nothing.
         """
-        if not self.result:
+        if not self.result or self.metadata.get("command") != "unlearn":
             found = self.metadata.get("verdict")
             return None if found is None else Verdict.of(found)
         before = self.metadata.get("before") or {}
-        if not original and not before:  # it was fine-tuned
-            return None
         return judge(
             Evidence(
                 measures(self.result, retrained),

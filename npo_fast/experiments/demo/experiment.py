@@ -16,6 +16,9 @@ from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import Coefficients
+from npo_fast.metrics import examples_in
+from npo_fast.metrics.measures import measures
+from npo_fast.metrics.verdict import Evidence, Verdict, judge
 from npo_fast.reports.figures import Point, plot_unlearning
 from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
 from npo_fast.trainer.settings import StepRecord, TrainSettings
@@ -59,6 +62,7 @@ class Outcome:
     peak: Point
     last: Point
     answers: dict[str, str]  # to a "forgotten" and to a "kept" question, at the end
+    verdict: Verdict  # at the end
     time_s: float
 
 
@@ -117,6 +121,7 @@ class Demo:
         self.student = Student(self.dataset.texts(), seed)
         self.suite = self.dataset.kept() | {metrics.FORGET: self.dataset.forget}
         self.shown = {"forgotten": self.dataset.forget[0], "kept": self.dataset.retain[0]}
+        self.original: metrics.Result = {}
         self.retrained: metrics.Result = {}
 
     def run(self) -> dict[str, Outcome]:
@@ -132,9 +137,13 @@ class Demo:
             student.lm.model.load_state_dict(pretrained)
             student.learn(records, settings.teaching, self.folder / name)
             logs = self._evaluate(name)
+            if name == "original":
+                self.original = logs
             self.retrained = self.retrained or logs
             point = self._point(0, logs)
-            outcomes[name] = Outcome([], point, point, self._answers(logs), 0.0)
+            outcomes[name] = Outcome(
+                [], point, point, self._answers(logs), self._verdict(logs), 0.0
+            )
         original = weights(student.lm)
         for method in METHODS:
             student.lm.model.load_state_dict(original)
@@ -158,7 +167,8 @@ class Demo:
             self.student.lm.model.load_state_dict(callback.weights)
             peak = self._point(callback.peak.epoch, self._evaluate(f"{name}/peak"))
             path[peak.epoch - 1] = peak
-        return Outcome(path, peak, path[-1], self._answers(logs), time.perf_counter() - started)
+        time_s = time.perf_counter() - started
+        return Outcome(path, peak, path[-1], self._answers(logs), self._verdict(logs), time_s)
 
     def _forget_quality(self) -> float:
         logs = self.student.evaluate({metrics.FORGET: self.dataset.forget}, generate=False)
@@ -172,6 +182,12 @@ class Demo:
     def _point(self, epoch: int, result: metrics.Result) -> Point:
         quality = metrics.forget_quality(result, self.retrained)
         return Point(epoch, quality, metrics.model_utility(result))
+
+    def _verdict(self, result: metrics.Result) -> Verdict:
+        """What came out, beside the original model and the retrained one."""
+        retrained, records = measures(self.retrained), examples_in(result[metrics.FORGET])
+        scores = measures(result, self.retrained)
+        return judge(Evidence(scores, measures(self.original), retrained, records=records))
 
     def _answers(self, result: metrics.Result) -> dict[str, str]:
         """What the model says to the first question about a forgotten and about a kept author."""
