@@ -276,8 +276,9 @@ def _forgotten(evidence: Evidence) -> str | None:
 
 RULES: dict[Outcome, tuple[Rule, ...]] = {
     "collapsed": (
-        _lost("model_utility"), _lost("retain.probability"), _lost("retain.rouge_l_recall", ANSWERED),
-        _babble, _loops("retain"), _loops_without_retain,
+        _lost("model_utility"), _lost("retain.probability"),
+        _lost("retain.rouge_l_recall", ANSWERED), _babble,
+        _loops("retain"), _loops_without_retain,
     ),
     "nothing to forget": (_unknown, _as_retrained_before),
     "over-forgotten": (_below_chance, _below_retrained, _below_strangers),
