@@ -13,6 +13,7 @@ from npo_fast.errors import UserError
 from npo_fast.metrics import FORGET, RETAIN, Result, holds_logs, load_result
 from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
+from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
 
 SETS = {"forget": FORGET, "retain": RETAIN}
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
@@ -154,6 +155,8 @@ def load_run(folder: Path, name: str) -> RunRecord:
             "npo-fast unlearn or npo-fast finetune"
         )
     metadata = _parse(file, file.read_text(encoding="utf-8"))
+    if metadata.get("status") == "finished":
+        _check_records(folder)
     logs = folder / "eval"
     return RunRecord(
         name,
@@ -188,6 +191,20 @@ def logged_answers(result: Result, part: str) -> list[Answer]:
     log = result.get(SETS[part], {})
     rows = values_of(log, "generated_text") if "generated_text" in log else []
     return [Answer(question, truth, text) for question, text, truth in rows]
+
+
+def _check_records(folder: Path) -> None:
+    """Raises ``UserError`` where the records of a run that has ended were changed since."""
+    model = folder / "model"
+    if not (model / MANIFEST).is_file():
+        return
+    try:
+        for name, state in read_manifest(model)["records"].items():
+            checked_records(folder / name, state, ended=True)
+    except DamagedError as error:
+        raise UserError(
+            f"{error}. Restore it, or delete {model / MANIFEST} to take it as it is now"
+        ) from error
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
