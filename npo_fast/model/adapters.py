@@ -189,7 +189,7 @@ def _read_adapter(adapted: Any, folder: Path) -> None:
 
     weights = load_peft_weights(str(folder), device=str(next(adapted.parameters()).device))
     try:
-        result = set_peft_model_state_dict(adapted, weights)
+        result: Any = set_peft_model_state_dict(adapted, weights)
     except (KeyError, RuntimeError) as error:
         raise _misfit(folder, error) from error
     prefix, name = adapted.base_model.prefix, adapted.active_adapter

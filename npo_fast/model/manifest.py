@@ -41,7 +41,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise DamagedError(f"{file} is missing") from None
+        raise DamagedError(f"cannot read {file} (it is missing)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{file} cannot be read ({error})") from error
     return unsealed(content, file)
@@ -56,40 +56,42 @@ def check_saved(folder: Path, run: str | None, unread: tuple[str, ...] = ()) -> 
     facts = read_manifest(folder)
     if run is not None and facts.get("run") != run:
         raise DamagedError(f"{folder / MANIFEST} is of another run ({facts.get('run')}, not {run})")
-    check_files(folder, facts["files"], unread)
+    check_files(folder, facts["files"], unread=unread)
     return facts
 
 
 def check_files(
-    folder: Path, files: Mapping[str, Mapping[str, Any]], unread: tuple[str, ...] = ()
+    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    name: str = MANIFEST,
+    unread: tuple[str, ...] = (),
 ) -> None:
     """Raises ``DamagedError`` for the first file that is not as listed, or that is one too many.
 
     A file too many is one of a kind that is loaded by its name. A model card is none.
 
     Args:
-        files: of the manifest.
+        files: of the manifest, whose name is ``name``.
         unread: endings of files of which only the size is compared.
     """
-    for name, listed in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise DamagedError(f"{file} is missing")
-        if (size := file.stat().st_size) != listed["bytes"]:
-            raise DamagedError(f"{file} is damaged ({size} bytes, not {listed['bytes']})")
+    for file, listed in files.items():
+        path = folder / file
+        if not path.is_file():
+            raise DamagedError(f"cannot read {path} (it is missing)")
+        if (size := path.stat().st_size) != listed["bytes"]:
+            raise DamagedError(f"{path} is damaged ({size} bytes, not {listed['bytes']})")
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.suffix in LOADED and relative.as_posix() not in {*files, MANIFEST} and not hidden:
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix in LOADED and relative.as_posix() not in {*files, name} and not is_hidden:
             raise DamagedError(f"{path} is not among the files that were saved")
-    hashed = {name: listed for name, listed in files.items() if not name.endswith(unread)}
-    total = sum(listed["bytes"] for listed in hashed.values())
+    hashed = [file for file in files if not file.endswith(unread)]
+    total = sum(files[file]["bytes"] for file in hashed)
     if total > LARGE_BYTES:
         logger.info(f"checking {total / 2**30:.1f} GiB in {folder}")
-    digests = _sha256_of([folder / name for name in hashed])
-    for (name, listed), sha256 in zip(hashed.items(), digests, strict=True):
-        if sha256 != listed["sha256"]:
-            raise DamagedError(f"{folder / name} is damaged (its SHA-256 has changed)")
+    for file, sha256 in zip(hashed, _sha256_of([folder / f for f in hashed]), strict=True):
+        if sha256 != files[file]["sha256"]:
+            raise DamagedError(f"{folder / file} is damaged (its SHA-256 has changed)")
 
 
 def records_state(content: bytes | bytearray) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def find_resumable(
         return None
     resumable.check(metadata)
     for damage in resumable.damaged:
-        logger.info(f"ignored: {damage}")
+        logger.info(f"ignored, for it is damaged: {damage}")
     if resumable.weights is None and in_memory:
         raise UserError(
             f"the run in {folder} ended without a checkpoint, and may have changed the model in "

@@ -92,7 +92,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:
-        raise DamagedError(f"{file} is missing") from None
+        raise DamagedError(f"cannot read {file} (it is missing)") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DamagedError(f"{file} cannot be read: {first_line(error)}") from error
 
