@@ -160,16 +160,17 @@ def _check_own(folder: Path, unread: tuple[str, ...]) -> None:
     Raises:
         UserError: a file changed since it was saved; it is taken as it is without a manifest.
     """
-    manifest = folder / MANIFEST
-    for parent in folder.resolve().parents[:2] if manifest.is_file() else ():
-        if (parent / "run.json").is_file():
-            try:
-                run = json.loads((parent / "run.json").read_bytes())
-                check_saved(folder, run["id"], unread)
-            except (ValueError, KeyError, TypeError, DamagedError) as error:
-                raise UserError(
-                    f"{error}. Restore it, or delete {manifest} to take the model as it is now"
-                ) from error
+    manifest, parents = folder / MANIFEST, folder.resolve().parents[:2]
+    run = next((path for p in parents if (path := p / "run.json").is_file()), None)
+    if run is None or not manifest.is_file():
+        return
+    try:
+        check_saved(folder, json.loads(run.read_bytes()).get("id"), unread)
+    except (ValueError, AttributeError, DamagedError) as error:
+        reason = str(error) if isinstance(error, DamagedError) else f"{run} is damaged ({error})"
+        raise UserError(
+            f"{reason}. Restore it, or delete {manifest} to take the model as it is now"
+        ) from error
 
 
 def _stored_dtype(name: str) -> torch.dtype | None:

@@ -36,9 +36,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """``run.json``, or {} where there is none; raises ``UserError`` where it is damaged."""
     file = folder / RUN
     try:
-        content = json.loads(found_metadata(folder) or b"{}")
-        return unsealed(content, file) if "sha256" in content else dict(content)
-    except (ValueError, TypeError) as error:
+        content = json.loads(b"{}" if (found := found_metadata(folder)) is None else found)
+        if isinstance(content, dict) and "sha256" not in content:
+            return content
+        return unsealed(content, file)
+    except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
     except DamagedError as error:
         raise UserError(
@@ -93,6 +95,7 @@ def locked_records(folder: Path) -> TextIO:
 
 
 def is_open_file(file: TextIO, path: Path) -> bool:
+    """Whether the path still leads to the file that is open."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:  # there is none
