@@ -113,7 +113,7 @@ class RunFolder:
         if references:
             run._references = references
             run._write_references()
-            run.note(references_sha256=sha256_of_file(folder / REFERENCES))
+            run._write_metadata()
         return run
 
     @classmethod
@@ -136,7 +136,7 @@ class RunFolder:
         recover(run._best)
         if facts["best"] is None and run._best.exists():  # of a step that is made again
             shutil.rmtree(run._best)
-        run._best_step = run.best().get("step")
+        run._best_step = facts["best"]
         newest = [path for done, path in checkpoints_of(folder).items() if done <= step][-1:]
         for path in {*(folder / "checkpoints").glob("*")} - {run._best, *newest}:
             shutil.rmtree(path)
@@ -199,7 +199,7 @@ class RunFolder:
     def restore_best(self, lm: CausalLM) -> None:
         """The weights of ``keep_best``, in place; ``UserError`` where they are lost."""
         try:
-            check_saved(self._best, self.metadata["id"])
+            check_saved(self._best, self.metadata.get("id"))
         except DamagedError as error:
             raise UserError(f"the best model is lost: {error}") from error
         read_weights(lm, self._best)
@@ -264,6 +264,7 @@ class RunFolder:
             save_file(file, lambda partial: save_tensors(self._references, partial))
         except OSError as error:
             raise UserError(f"cannot save {file}: {error}") from error
+        self.metadata["references_sha256"] = sha256_of_file(file)
 
     def _restore_lost(self) -> None:
         """Writes again what was deleted or cut while the run goes on, and says so.
