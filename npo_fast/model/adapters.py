@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.weights import check_tensors, load_complete
 
 Quantize = Literal["none", "4bit"]
 ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
@@ -99,12 +100,13 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
+            adapted = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the adapter in {folder} does not fit its base: {first_line(error)}"
-        ) from error
+        raise _misfit(folder, error) from error
     check_adapter(adapted)
+    _read_adapter(adapted, folder)
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
@@ -171,14 +173,34 @@ def converted(
 def read_weights(lm: CausalLM, folder: Path) -> None:
     """Reads what ``write_weights`` wrote into the same model, in place."""
     if lm.adapted:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        weights = load_peft_weights(str(folder), device=str(lm.device))
-        set_peft_model_state_dict(lm.model, weights)
+        _read_adapter(lm.model, folder)
     else:
         with no_progress_bars():
-            saved = type(lm.model).from_pretrained(folder, dtype=lm.dtype)
+            saved = load_complete(
+                type(lm.model), str(folder),
+                pretrained_model_name_or_path=folder, dtype=lm.dtype,
+            )  # fmt: skip
         lm.model.load_state_dict(saved.state_dict())
+
+
+def _read_adapter(adapted: Any, folder: Path) -> None:
+    """The weights of an adapter, in place; ``UserError`` where one is missing or has no place."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(folder), device=str(next(adapted.parameters()).device))
+    try:
+        result: Any = set_peft_model_state_dict(adapted, weights)
+    except (KeyError, RuntimeError) as error:
+        raise _misfit(folder, error) from error
+    prefix, name = adapted.base_model.prefix, adapted.active_adapter
+    missing = [key for key in result.missing_keys if prefix in key and f".{name}" in key]
+    check_tensors(str(folder), "the adapter", missing, result.unexpected_keys)
+
+
+def _misfit(folder: Path, error: Exception) -> UserError:
+    lines = [line.strip() for line in str(error).splitlines()]
+    reason = next((line for line in lines if "size mismatch" in line), first_line(error))
+    return UserError(f"the adapter in {folder} does not fit its base: {reason}")
 
 
 @contextmanager

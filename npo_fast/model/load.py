@@ -1,12 +1,15 @@
 """Models and tokenizers by hub name, folder or GGUF file."""
 
+import json
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.adapters import (
@@ -22,6 +25,8 @@ from npo_fast.model.adapters import (
     no_progress_bars,
 )
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.manifest import MANIFEST, DamagedError, check_saved
+from npo_fast.model.weights import load_complete
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,6 +87,7 @@ def load_model(
 
 def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
     folder = Path(_folder(name))
+    _check_own(folder, unread=(".pt",))
     if (folder / ADAPTER_CONFIG).is_file():
         is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
         base = _load_weights(adapter_base(folder), dtype, device, "4bit" if is_4bit else "none")
@@ -93,8 +99,8 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize:
         if is_gguf:
             raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
         arguments |= {"device_map": {"": device}, "quantization_config": nf4_config(dtype)}
-        return keep_4bit_layout(_load(transformers.AutoModelForCausalLM, name, **arguments))
-    model = _load(transformers.AutoModelForCausalLM, name, **arguments)
+        return keep_4bit_layout(_load_model(name, **arguments))
+    model = _load_model(name, **arguments)
     return (_dequantised(model) if is_gguf else model).to(device)
 
 
@@ -104,15 +110,16 @@ def load_config(name: str) -> Any:
     if is_file and not Path(name).is_file():
         raise UserError(f"no configuration file {name!r}")
     source = {"pretrained_model_name_or_path": name} if is_file else _source(name)
-    return _load(transformers.AutoConfig, name, **source)
+    return _load(transformers.AutoConfig.from_pretrained, name, **source)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model by a name as ``load_model`` takes it."""
     folder = Path(_folder(name))
+    _check_own(folder, unread=(".pt", ".safetensors"))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    tokenizer = _load(transformers.AutoTokenizer, name, **_source(name))
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, name, **_source(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
     return tokenizer
@@ -145,6 +152,25 @@ def _folder(name: str) -> str:
     if (path / "run.json").is_file() and (path / "model").is_dir():
         return str(path / "model")
     return name
+
+
+def _check_own(folder: Path, unread: tuple[str, ...]) -> None:
+    """Checks a model that lies in the folder of its run against the manifest beside it.
+
+    Raises:
+        UserError: a file changed since it was saved; it is taken as it is without a manifest.
+    """
+    manifest, parents = folder / MANIFEST, folder.resolve().parents[:2]
+    run = next((path for p in parents if (path := p / "run.json").is_file()), None)
+    if run is None or not manifest.is_file():
+        return
+    try:
+        check_saved(folder, json.loads(run.read_bytes()).get("id"), unread)
+    except (ValueError, AttributeError, DamagedError) as error:
+        reason = str(error) if isinstance(error, DamagedError) else f"{run} is damaged ({error})"
+        raise UserError(
+            f"{reason}. Restore it, or delete {manifest} to take the model as it is now"
+        ) from error
 
 
 def _stored_dtype(name: str) -> torch.dtype | None:
@@ -191,16 +217,23 @@ def _source(name: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": name}
 
 
-def _load(auto: Any, name: str, **arguments: Any) -> Any:
+def _load_model(name: str, **arguments: Any) -> Any:
+    load = partial(load_complete, transformers.AutoModelForCausalLM, repr(name))
+    return _load(load, name, **arguments)
+
+
+def _load(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
     local = Path(arguments["pretrained_model_name_or_path"]).exists()
     try:
         with no_progress_bars() if local else nullcontext():
-            return auto.from_pretrained(**arguments)
+            return load(**arguments)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(
             f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load {name!r} as a causal language model: {first_line(error)}"
         ) from error

@@ -20,12 +20,8 @@ from torch import Tensor
 from npo_fast.data import Sources, TokenizedExample, data_fingerprint
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.reference_states import (
-    INDEX,
-    open_folder,
-    reference_fingerprint,
-    write_index,
-)
+from npo_fast.model.manifest import write_manifest
+from npo_fast.model.reference_states import FORMAT, INDEX, open_folder, reference_fingerprint
 from npo_fast.ops import segment_sum
 
 STATES, LOG_PROBS = "states", "log_probs-"
@@ -113,7 +109,7 @@ def _shared(
         lengths = torch.tensor([len(part) for part in found.tokens])
         content = {"tokens": torch.cat(found.tokens), "sequences": found.sequences}
         save_file({**content, "lengths": lengths}, path / FILE)
-        write_index(path, made_from)
+        write_manifest(path, INDEX, format=FORMAT, made_from=made_from)
 
     open_folder(folder, made_from, write)
     kept = load_file(folder / FILE)

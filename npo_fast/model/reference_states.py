@@ -2,7 +2,7 @@
 
 A folder holds
 
-reference.json               what the states were made from; size and SHA-256 of every other file
+reference.json               what the states were made from; a manifest of the other files
 head.safetensors             weight (V, D) and bias (V,)
 <source>-00000.safetensors   hidden (n, D): sequences end to end, one file after another
 
@@ -29,11 +29,12 @@ from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.locks import CAN_LOCK, lock, locked
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.manifest import DamagedError, check_files, unsealed, write_manifest
 from npo_fast.model.save import save_folder
 from npo_fast.ops.checks import WITH_AUTOCAST
 from npo_fast.ops.head import Head
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 256 << 20
 INDEX, HEAD = "reference.json", "head.safetensors"
 LOCK = "in-use"
@@ -128,13 +129,6 @@ def open_folder(
     return _checked_index(folder, made_from)
 
 
-def write_index(folder: Path, made_from: Mapping[str, Any], **content: Any) -> None:
-    """Writes ``reference.json``, last of the files in ``folder``."""
-    sha256 = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    index = {"format": FORMAT, "made_from": made_from, **content, "sha256": sha256}
-    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
-
-
 class TemporaryFolder:
     """A temporary folder that is removed together with the object.
 
@@ -202,7 +196,8 @@ def _write(
             file = f"{source}-{len(shards[source]):05d}.safetensors"
             save_file({"hidden": torch.cat(states)}, folder / file)
             shards[source].append({"file": file, "lengths": [len(rows) for rows in states]})
-    write_index(folder, made_from, **lm.transform._asdict(), sources=shards)
+    facts = {**lm.transform._asdict(), "sources": shards}
+    write_manifest(folder, INDEX, format=FORMAT, made_from=made_from, **facts)
 
 
 @torch.no_grad()
@@ -249,39 +244,29 @@ _OF_TOKENS = (
 
 def _checked_index(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
     remedy = "delete the folder or name another one, and it is made anew"
+    file = folder / INDEX
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(file.read_bytes())
         if index["format"] != FORMAT:
-            raise UserError(
-                f"{folder / INDEX} has the format {index['format']}, not {FORMAT}; {remedy}"
-            )
-        earlier, files = index["made_from"], index["sha256"]
+            raise UserError(f"{file} has the format {index['format']}, not {FORMAT}; {remedy}")
+        earlier = unsealed(index, file)["made_from"]
         differing = [name for name in made_from if earlier.get(name) != made_from[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{folder / INDEX} is not there or not a reference cache's ({error}); {remedy}"
+            f"{file} is not there or not a reference cache's ({error}); {remedy}"
         ) from error
+    except DamagedError as error:
+        raise UserError(f"{error}; {remedy}") from error
     if differing:
         raise UserError(
             f"the reference cache {folder} was made with another "
             f"{' and other '.join(differing)} than this run's"
             f"{_OF_TOKENS if 'data' in differing else ''}; {remedy}"
         )
-    for name, sha256 in files.items():
-        try:
-            intact = _sha256(folder / name) == sha256
-        except OSError as error:
-            raise UserError(f"cannot read {folder / name} ({error}); {remedy}") from error
-        if not intact:
-            raise UserError(f"{folder / name} is damaged (its SHA-256 has changed); {remedy}")
+    try:
+        check_files(folder, index["files"], INDEX)
+    except DamagedError as error:
+        raise UserError(f"{error}; {remedy}") from error
     return index
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

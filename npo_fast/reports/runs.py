@@ -14,6 +14,7 @@ from npo_fast.metrics import FORGET, SETS, Result, examples_in, holds_logs, load
 from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge
+from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
 
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
     "template": "auto", "max_length": 512, "dtype": "auto", "attention": "auto",
@@ -174,6 +175,8 @@ def load_run(folder: Path, name: str) -> RunRecord:
             "npo-fast unlearn or npo-fast finetune"
         )
     metadata = _parse(file, file.read_text(encoding="utf-8"))
+    if metadata.get("status") == "finished":
+        _check_records(folder)
     logs = folder / "eval"
     return RunRecord(
         name,
@@ -208,6 +211,20 @@ def logged_answers(result: Result, part: str) -> list[Answer]:
     log = result.get(SETS[part], {})
     rows = values_of(log, "generated_text") if "generated_text" in log else []
     return [Answer(question, truth, text) for question, text, truth in rows]
+
+
+def _check_records(folder: Path) -> None:
+    """Raises ``UserError`` where the records of a run that has ended were changed since."""
+    model = folder / "model"
+    if not (model / MANIFEST).is_file():
+        return
+    try:
+        for name, state in read_manifest(model)["records"].items():
+            checked_records(folder / name, state, ended=True)
+    except DamagedError as error:
+        raise UserError(
+            f"{error}. Restore it, or delete {model / MANIFEST} to take it as it is now"
+        ) from error
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -139,7 +139,15 @@ class EvaluationCallback(Callback):
         if self.best:
             best = {"measure": self.options.keep_best, **self.best}
             self.training.final_metadata["best"] = best
-            self.training.folder.restore_best(self.training.lm)
+            self._restore_best()
+
+    def _restore_best(self) -> None:
+        training = self.training
+        try:
+            training.folder.restore_best(training.lm)
+        except UserError as error:
+            path = training.folder.checkpoint(training.lm, training.tokenizer, training.state.step)
+            raise UserError(f"{error}. The model of the last step is in {path}") from error
 
     def _evaluate(self, record: StepRecord) -> None:
         training, self.pending = self.training, None

@@ -40,9 +40,9 @@ from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge
 from npo_fast.model.reference_states import open_reference_states
-from npo_fast.runs.folder import metadata_of_model
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
+from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
 from npo_fast.validation import check_output, with_checked_keywords

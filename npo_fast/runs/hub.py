@@ -13,6 +13,7 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.model.adapters import ADAPTER_CONFIG
+from npo_fast.model.manifest import MANIFEST
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.folder import save_file
 
@@ -96,7 +97,9 @@ def upload(folder: Path, repo: str, token: str | None = None) -> None:
     """Uploads a model folder as it is to a repository that exists."""
     message = "Upload from npo_fast"
     try:
-        HfApi(token=token).upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        HfApi(token=token).upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[MANIFEST]
+        )
     except Exception as error:
         raise UserError(
             f"cannot upload to {repo!r}: {error} The model stays in {folder}; "

@@ -16,8 +16,8 @@ from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import eos_ids
 from npo_fast.model.load import default_dtype, load_generation_config, load_model, load_tokenizer
-from npo_fast.runs.folder import metadata_of_model
 from npo_fast.runs.options import ModelOptions
+from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.resume import ResumableRun
 from npo_fast.runs.run import Run
 

@@ -200,7 +200,7 @@ class RunOptions(Checked):
 
     def check(self, model: ModelOptions) -> None:
         """Raises ``UserError`` where the model cannot train, or not into the output folder."""
-        from npo_fast.runs.folder import check_run_folder
+        from npo_fast.runs.output import check_run_folder
 
         model.check_training()
         if self.merge and (not model.lora_rank or model.quantize != "none"):

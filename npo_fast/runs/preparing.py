@@ -22,9 +22,9 @@ from npo_fast.errors import UserError, named
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.callbacks import Callback
-from npo_fast.runs.folder import UNFINISHED, read_metadata
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
+from npo_fast.runs.output import UNFINISHED, found_metadata, read_metadata
 from npo_fast.runs.resume import ResumableRun, find_resumable
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
@@ -47,6 +47,7 @@ class PreparedRun:
     training: TrainSettings
     options: RunOptions
     metadata: dict[str, Any]  # of run.json
+    found: bytes | None  # run.json of the output folder, as it is before the run
     resumable: ResumableRun | None  # the run in the output folder that goes on
     callbacks: list[Callback]  # the user's
 
@@ -116,9 +117,10 @@ def prepare_run(
     }
     if "method" in settings and settings["method"].method not in METHODS:
         metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
+    found = found_metadata(options.output)
     resumable = find_resumable(options, metadata, model.in_memory is not None)
     return PreparedRun(
-        model, template, sources, terms, training, options, metadata, resumable, heard
+        model, template, sources, terms, training, options, metadata, found, resumable, heard
     )
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.errors import UserError
-from npo_fast.runs.folder import (
-    REFERENCES,
-    STEPS,
-    UNFINISHED,
-    check_unused,
-    checkpoints_of,
-    lines_of,
-    read_metadata,
+from npo_fast.model.manifest import (
+    MANIFEST,
+    DamagedError,
+    check_saved,
+    checked_records,
+    sha256_of_file,
 )
+from npo_fast.model.save import old_of
+from npo_fast.runs.folder import REFERENCES, checkpoints_of
 from npo_fast.runs.options import RunOptions
-from npo_fast.trainer.state import DamagedError, TrainState, load_tensors
+from npo_fast.runs.output import UNFINISHED, check_unused, read_metadata
+from npo_fast.trainer.state import TrainState, load_tensors
 from npo_fast.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,14 @@ class ResumableRun:
     metadata: dict[str, Any]  # its run.json
     weights: Path | None  # of its last complete checkpoint; None: it has to start anew
     state: TrainState = field(default_factory=TrainState)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the manifest beside the weights
     references: dict[str, Any] | None = None  # log-probs of the model as it was, if not lost
-    trained: bool = False  # the weights are the final ones
-    damaged: tuple[str, ...] = ()  # checkpoints that cannot be used, with the reason
+    damaged: tuple[str, ...] = ()  # files that cannot be used, with the reason
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are the final ones."""
+        return self.weights == self.folder / "model"
 
     def check(self, metadata: Mapping[str, Any]) -> None:
         """Raises ``UserError`` unless it is the run that ``metadata`` describes."""
@@ -61,6 +67,7 @@ def find_resumable(
             none of its checkpoints can be read, or it may have changed the model ``in_memory``.
     """
     folder = options.output
+    check_unused(folder)
     resumable = None if options.overwrite else _resumable_run(folder)
     if resumable is None:
         return None
@@ -89,32 +96,68 @@ def _resumable_run(folder: Path) -> ResumableRun | None:
     metadata = read_metadata(folder)
     if metadata.get("status") not in UNFINISHED:
         return None
-    check_unused(folder)
-    if "final" in metadata and (folder / "model").is_dir():
-        state = TrainState(metadata["final"]["step"])
-        return ResumableRun(folder, metadata, folder / "model", state, trained=True)
     damaged: list[str] = []
-    references = None
-    for checkpoint in reversed(checkpoints_of(folder).values()):
+    final = metadata.get("final", {}).get("step")
+    if final is not None and (folder / "model").is_dir():
         try:
+            facts = _checked(folder, folder / "model", metadata, final)
+            return ResumableRun(folder, metadata, folder / "model", TrainState(final), facts)
+        except DamagedError as error:
+            damaged.append(str(error))
+    for step, checkpoint in reversed(checkpoints_of(folder).items()):
+        try:
+            facts = _checked(folder, checkpoint, metadata, step)
+            _check_best(folder, metadata, facts["best"])
             state = TrainState.load(checkpoint)
-            if all(line["step"] != state.step for line, _ in lines_of(folder / STEPS)):
-                raise DamagedError(f"steps.jsonl has no line for step {state.step}")
         except DamagedError as error:
-            damaged.append(f"{checkpoint}: {error}")
+            damaged.append(str(error))
             continue
-        try:
-            references = load_tensors(folder / REFERENCES)
-        except DamagedError as error:
-            if (folder / REFERENCES).exists():
-                damaged.append(f"{folder / REFERENCES}: {error}")
-        return ResumableRun(folder, metadata, checkpoint, state, references, damaged=tuple(damaged))
+        references, lost = _references(folder, metadata)
+        damaged += lost
+        return ResumableRun(folder, metadata, checkpoint, state, facts, references, tuple(damaged))
     if damaged:
         raise UserError(
             f"no checkpoint in {folder} can be read: {'; '.join(damaged)}. Mend or remove them, or "
             "add --overwrite to begin anew"
         )
     return ResumableRun(folder, metadata, None)
+
+
+def _checked(folder: Path, saved: Path, metadata: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The facts of a model that the run saved after ``step``, with the records until then.
+
+    Raises:
+        DamagedError: something of it, or of the records, is not what was written.
+    """
+    facts = check_saved(saved, metadata.get("id", ""))
+    if facts["step"] != step:
+        raise DamagedError(f"{saved / MANIFEST} is of step {facts['step']}, not {step}")
+    for name, state in facts["records"].items():
+        checked_records(folder / name, state)
+    return facts
+
+
+def _check_best(folder: Path, metadata: Mapping[str, Any], step: int | None) -> None:
+    """Checks that the best model is there as it was saved at ``step``, or later."""
+    best = folder / "checkpoints" / "best"
+    if step is None:  # none was saved, or one of a step that is made again
+        return
+    saved = best if best.exists() or not old_of(best).exists() else old_of(best)
+    facts = check_saved(saved, metadata["id"])
+    if facts["step"] < step:
+        raise DamagedError(f"{saved / MANIFEST} is of step {facts['step']}, not {step}")
+
+
+def _references(
+    folder: Path, metadata: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The log-probs of the model as it was, if they are what was written; else why they are not."""
+    file = folder / REFERENCES
+    if not file.exists():
+        return None, []
+    if sha256_of_file(file) != metadata.get("references_sha256"):
+        return None, [f"{file} is damaged (its SHA-256 has changed)"]
+    return load_tensors(file), []
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:

@@ -95,6 +95,7 @@ def run_training(
             outcome = closing(folder)
     finally:
         training.emit_end()
+    folder.save_lost_model(lm, tokenizer)
     folder.finish("finished", **outcome)
     wait_for_all(lm)  # the others read what the first process has written
     if is_main_process():
@@ -102,7 +103,7 @@ def run_training(
         hub.write_card(folder.folder / "model", folder.metadata, scores)
         if options.push_to_hub is not None:
             hub.upload(folder.folder / "model", options.push_to_hub)
-    return Run(options.output, lm.model, tokenizer)
+    return Run(folder.folder, lm.model, tokenizer)
 
 
 def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> None:
@@ -125,7 +126,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     training.emit("on_trained")
     if merge:
         merge_adapter(lm)
-    path = folder.save_model(lm, training.tokenizer)
+    path = folder.save_model(lm, training.tokenizer, record.step)
     width = str(lm.saved_dtype).removeprefix("torch.")
     rounded = f", rounded to {width} as it came (--dtype fp32 keeps fp32)"
     is_narrower = lm.saved_dtype is not None and lm.saved_dtype.itemsize < lm.dtype.itemsize
@@ -181,7 +182,9 @@ def _open_folder(
         if reference.before:
             metadata["before"] = reference.before
         metadata["processes"] = world_size()
-        folder = RunFolder.begin(options.output, options.overwrite, metadata, reference.log_probs)
+        folder = RunFolder.begin(
+            options.output, options.overwrite, metadata, prepared.found, reference.log_probs
+        )
         if scores is not None:
             folder.log_evaluation(scores)
         return folder
@@ -191,7 +194,7 @@ def _open_folder(
         merge_adapter(lm)
     if world_size() == 1:  # several processes have read them before they sharded the model
         read_weights(lm, resumable.weights)
-    folder = RunFolder.resume(resumable.folder, resumable.metadata, resumable.state.step)
-    if evaluation is not None:
+    folder = RunFolder.resume(resumable.folder, resumable.metadata, prepared.found, resumable.facts)
+    if evaluation is not None and not resumable.trained:
         evaluation.load_state(folder.evaluations(), folder.best())
     return folder

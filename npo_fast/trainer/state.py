@@ -10,14 +10,11 @@ from torch import Tensor
 
 from npo_fast.distributed import world_size
 from npo_fast.errors import first_line
+from npo_fast.model.manifest import DamagedError
 from npo_fast.model.sharding import gather_state_dict, sharded_states
 
 FORMAT = 2
 STATE = "state.pt"
-
-
-class DamagedError(Exception):
-    """Raised where a checkpoint cannot be read, or is not what was written."""
 
 
 class TrainState:
@@ -64,18 +61,16 @@ class TrainState:
             "parts": gather_state_dict(parts),
             "random": random_state(self._device),
         }
-        return lambda folder: save_tensors({**content, "bytes": _sizes(folder)}, folder / STATE)
+        return lambda folder: save_tensors(content, folder / STATE)
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """Reads ``state.pt``; ``DamagedError`` where that or a file beside it is not as written."""
+        """Reads ``state.pt``; ``DamagedError`` where that cannot be read."""
         saved = load_tensors(folder / STATE)
         if saved.get("format") != FORMAT:
-            raise DamagedError(f"{STATE} has the format {saved.get('format')}, not {FORMAT}")
-        sizes = _sizes(folder)
-        for name, size in saved["bytes"].items():
-            if sizes.get(name) != size:
-                raise DamagedError(f"{name} has {sizes.get(name, 0)} bytes, not {size}")
+            raise DamagedError(
+                f"{folder / STATE} has the format {saved.get('format')}, not {FORMAT}"
+            )
         state = cls(saved["step"], saved["micro_batch_tokens"])
         state._saved = saved
         return state
@@ -97,9 +92,9 @@ def load_tensors(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:
-        raise DamagedError(f"it has no {file.name}") from None
+        raise DamagedError(f"cannot read {file} (it is missing)") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DamagedError(f"{file.name} cannot be read: {first_line(error)}") from error
+        raise DamagedError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -115,11 +110,3 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != STATE
-    }

@@ -172,12 +172,14 @@ def test_a_missing_file_is_refused_by_name(lm, copy):
         open_reference_states(lm, SOURCES, copy, "answer", 20)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"format": 1}', '{"format": 0}'])
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"format": 2}', '{"format": 1}'])
 def test_a_folder_that_is_no_cache_is_refused_and_left_alone(lm, tmp_path, text):
     (tmp_path / "thesis.txt").write_text("precious")
     if text is not None:
         (tmp_path / "reference.json").write_text(text)
-    with pytest.raises(UserError, match=r"reference\.json (is not there or not|has the format 0)"):
+    with pytest.raises(
+        UserError, match=r"reference\.json (is not there or not|is damaged|has the format 1)"
+    ):
         open_reference_states(lm, SOURCES, tmp_path, "answer", 20)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -203,7 +205,41 @@ def test_an_interrupted_write_leaves_no_cache(lm, tmp_path, monkeypatch):
 
 def test_the_index_names_every_file(made):
     facts = json.loads((made / "reference.json").read_text())
-    assert {*facts["sha256"], "reference.json"} == {path.name for path in made.iterdir()}
+    assert {*facts["files"], "reference.json"} == {path.name for path in made.iterdir()}
+
+
+EDITS = {
+    "softcap": lambda index: index.update(softcap=3.0),
+    "logit_scale": lambda index: index.update(logit_scale=0.5),
+    "places": lambda index: index["sources"]["retain"][0]["lengths"].reverse(),
+    "files": lambda index: index["files"].pop("forget-00000.safetensors"),
+    "its own SHA-256": lambda index: index.pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_index_is_refused(lm, copy, edit):
+    file = copy / "reference.json"
+    index = json.loads(file.read_text())
+    EDITS[edit](index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"reference\.json is damaged .*; delete the folder"):
+        open_reference_states(lm, SOURCES, copy, "answer", 20)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_bit_of_the_index_is_never_lost_in_silence(lm, made, copy, share):
+    file = copy / "reference.json"
+    content = bytearray(file.read_bytes())
+    content[int(share * len(content))] ^= 4
+    file.write_bytes(content)
+    try:
+        cache = open_reference_states(lm, SOURCES, copy, "answer", 20)
+    except UserError as error:
+        assert str(file) in str(error)  # noqa: PT017
+    else:  # a space of the layout
+        expected = open_reference_states(lm, SOURCES, made, "answer", 20)
+        assert cache.head.transform == expected.head.transform
 
 
 ABANDON = """

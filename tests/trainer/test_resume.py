@@ -124,6 +124,7 @@ MOMENTS = {
     "before the run is in its folder": ("os.rename", "run.json.partial", 1, None),
     "before the first checkpoint": ("os.mkdir", "step-000002.partial", 1, None),
     "while a checkpoint is written": ("open", "step-000002.partial/tokenizer_config.json", 1, None),
+    "before the manifest of a checkpoint": ("open", "step-000004.partial/manifest.json", 1, 2),
     "before a checkpoint gets its name": ("os.rename", "step-000004.partial", 1, 2),
     "while an evaluation is written": ("open", "evaluations.jsonl", 3, 2),
     "before the older checkpoint goes": ("shutil.rmtree", "step-000002.old", 1, 4),

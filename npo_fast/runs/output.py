@@ -1,0 +1,116 @@
+"""The folder that a run is to have: what is in it, and which process may write to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from npo_fast.distributed import is_main_process
+from npo_fast.errors import UserError
+from npo_fast.locks import lock
+from npo_fast.model.manifest import DamagedError, unsealed
+
+UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
+RUN, STEPS = "run.json", "steps.jsonl"
+
+
+def check_run_folder(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds a run that came to its end, or anything that is not a run."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output {folder} is a file; name a folder")
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*")}
+    if RUN not in sizes:
+        # what a run leaves that was killed before it began
+        if sizes.keys() - {f"{RUN}.partial", STEPS} or sizes.get(STEPS):
+            raise UserError(
+                f"the output {folder} holds files that are not a run; name another folder"
+            )
+    elif not overwrite and read_metadata(folder).get("status") not in UNFINISHED:
+        raise UserError(
+            f"the output {folder} holds a run that has ended; name another folder, or add "
+            "--overwrite"
+        )
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """``run.json``, or {} where there is none; raises ``UserError`` where it is damaged."""
+    file = folder / RUN
+    try:
+        content = json.loads(b"{}" if (found := found_metadata(folder)) is None else found)
+        if isinstance(content, dict) and "sha256" not in content:
+            return content
+        return unsealed(content, file)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
+    except DamagedError as error:
+        raise UserError(
+            f"{error}; add --overwrite to begin anew, or restore it. Without its sha256 it is "
+            "taken as it is"
+        ) from error
+
+
+def found_metadata(folder: Path) -> bytes | None:
+    """``run.json`` as it is; None where there is none."""
+    file = folder / RUN
+    return file.read_bytes() if file.exists() else None
+
+
+def metadata_of_model(path: Path) -> dict[str, Any]:
+    """``run.json`` of the run that made a model: its folder, or a model in it; else {}."""
+    for folder in (path, *path.resolve().parents[:2]):
+        if (folder / RUN).is_file():
+            return read_metadata(folder)
+    return {}
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ``UserError`` where another process writes to the run in the folder."""
+    if is_main_process() and (folder / STEPS).exists():
+        locked_records(folder).close()
+
+
+def claimed(folder: Path, found: bytes | None) -> TextIO:
+    """``_locked``, where ``run.json`` is still as it was ``found``."""
+    steps = locked_records(folder)
+    if found_metadata(folder) == found:
+        return steps
+    steps.close()
+    raise UserError(
+        f"another process had a run in {folder} meanwhile; see how that ended, or name another "
+        "--output"
+    )
+
+
+def locked_records(folder: Path) -> TextIO:
+    """``steps.jsonl``, to append to; the lock ends with the process, however that ends."""
+    file = (folder / STEPS).open("a", encoding="utf-8")
+    try:
+        lock(file, wait=False)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"another process writes to the run in {folder}; stop it or name another --output"
+        ) from error
+    return file
+
+
+def is_open_file(file: TextIO, path: Path) -> bool:
+    """Whether the path still leads to the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:  # there is none
+        return False
+
+
+def is_taken(folder: Path, run: str) -> bool:
+    """Whether the folder is no longer that of the run with this id."""
+    if folder.exists() and not folder.is_dir():
+        return True
+    try:
+        other = json.loads(found_metadata(folder) or b"null")
+        check_unused(folder)
+    except UserError:
+        return True
+    except ValueError:  # a damaged run.json, which comes anew
+        other = None
+    return isinstance(other, dict) and other.get("id") != run
