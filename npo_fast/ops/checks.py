@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.kernels.transform import HeadTransform, check_transform
+from npo_fast.ops.derivatives import check_derivatives
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # computed at import: torch.compile of PyTorch 2.11 cannot ask
@@ -44,6 +45,7 @@ def checked_head(
     check_tensors(op, **{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
     if bias is not None:
         check_tensors(op, **{f"{prefix}bias": bias})
+    check_derivatives(op, hidden, weight, bias)
     device = hidden.device.type
     autocast = device in WITH_AUTOCAST and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:

@@ -16,6 +16,7 @@ from torch import Tensor
 from npo_fast.kernels.layout import empty_gradients, opmath_dtype
 from npo_fast.kernels.transform import HeadTransform, schema
 from npo_fast.ops.checks import check_cu_seqlens, check_label_values, no_autocast
+from npo_fast.ops.derivatives import no_second_derivative
 from npo_fast.ops.gradients import Gradients, gradient_scale, scale_, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 from npo_fast.tracing import constant_result
@@ -126,4 +127,9 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | Non
     return *wanted(gradients, needs), None, None, None, *[None] * len(ctx.settings)
 
 
+def _differentiate_again(*_: Any) -> Any:
+    raise no_second_derivative("linear_sequence_loss")
+
+
 _operator.register_autograd(_differentiate, setup_context=_save)
+_backward_operator.register_autograd(_differentiate_again)

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from npo_fast.kernels import layout
 from npo_fast.kernels.layout import column_stride, empty_gradients, in_huge_pages
 from npo_fast.kernels.products import add_product_
 from npo_fast.ops import cost
+from npo_fast.ops.derivatives import first_derivative
 from npo_fast.ops.head import Head
 
 Needs = Sequence[bool]  # whether hidden, weight and bias want a gradient
@@ -27,26 +27,33 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        op: str,  # for messages
         compute: Callable[[Needs, Sequence[Any]], Any],
         again: Callable[[Needs, Sequence[Any]], Any],
         scale: float,
         *tensors: Tensor | None,  # hidden, weight, bias, and what else ``compute`` takes
     ) -> Any:
-        ctx.again, ctx.scale = again, scale
+        ctx.op, ctx.again, ctx.scale = op, again, scale
         ctx.save_for_backward(*tensors)
-        loss, *others, ctx.gradients = compute(ctx.needs_input_grad[3:6], tensors)
+        loss, *others, ctx.gradients = compute(ctx.needs_input_grad[4:7], tensors)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            *_, gradients = ctx.again(ctx.needs_input_grad[3:6], ctx.saved_tensors)
-        scale_(gradients, upstream, ctx.scale)
-        others = [None] * (len(ctx.needs_input_grad) - 6)
-        return None, None, None, *wanted(gradients, ctx.needs_input_grad[3:6]), *others
+        needs = ctx.needs_input_grad[4:7]
+
+        def compute() -> tuple[Tensor | None, ...]:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                *_, gradients = ctx.again(needs, ctx.saved_tensors)
+            scale_(gradients, upstream, ctx.scale)
+            return wanted(gradients, needs)
+
+        operands = ctx.saved_tensors[:3] if torch.is_grad_enabled() else ()
+        gradients = first_derivative(ctx.op, compute, upstream, *operands)
+        others = [None] * (len(ctx.needs_input_grad) - 7)
+        return None, None, None, None, *gradients, *others
 
 
 class HeadGradients:
@@ -178,9 +185,9 @@ def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
     return slices
 
 
-def wanted(gradients: Gradients, needs: Needs) -> list[Tensor | None]:
+def wanted(gradients: Gradients, needs: Needs) -> tuple[Tensor | None, ...]:
     """Returns the gradients as autograd takes them, with None for those that are not wanted."""
-    return [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 def gradient_scale(dtype: torch.dtype, count: int) -> float:

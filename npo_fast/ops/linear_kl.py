@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
@@ -20,6 +19,7 @@ from npo_fast.ops.checks import (
     checked_head,
     no_autocast,
 )
+from npo_fast.ops.derivatives import first_derivative
 from npo_fast.ops.gradients import (
     Gradients,
     HeadGradients,
@@ -80,6 +80,7 @@ def linear_kl(
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit together, an unknown
             reduction, or a demotion without labels.
+        UserError: a second derivative, forward mode, or a transform of ``torch.func``.
 
     Source: KL on retain data as in NPO (arXiv 2404.05868, section 2); UNDIAL, arXiv 2402.10052.
     """
@@ -112,7 +113,7 @@ def linear_kl(
     factor = gradient_scale(weight.dtype, round(1 / scale))
     compute = partial(_kl_and_gradients, *settings, scale, factor, chunk_rows)
     with no_autocast(hidden):
-        (loss,) = OnePass.apply(compute, compute, factor, *tensors)
+        (loss,) = OnePass.apply(op, compute, compute, factor, *tensors)
     return loss
 
 
@@ -171,15 +172,18 @@ class _RowKL(torch.autograd.Function):
         return torch.cat([empty, *(kl for _, kl, _ in divided)])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:6]
-        with no_autocast(upstream):
-            _, gradients = _kl_and_gradients(
-                ctx.transforms, ctx.demotion, 1.0, 1.0, ctx.chunk_rows, needs, ctx.saved_tensors,
-                upstream,
-            )  # fmt: skip
-        return None, None, None, *wanted(gradients, needs), None, None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs, tensors = ctx.needs_input_grad[3:6], ctx.saved_tensors
+
+        def compute() -> tuple[Tensor | None, ...]:
+            with no_autocast(upstream):
+                _, gradients = _kl_and_gradients(
+                    ctx.transforms, ctx.demotion, 1.0, 1.0, ctx.chunk_rows, needs, tensors, upstream
+                )
+            return wanted(gradients, needs)
+
+        gradients = first_derivative("linear_kl", compute, upstream, *tensors[:3])
+        return None, None, None, *gradients, None, None, None, None
 
 
 def divergences(

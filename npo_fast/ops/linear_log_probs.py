@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
 from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
+from npo_fast.ops.derivatives import no_second_derivative
 from npo_fast.ops.gradients import Gradients, HeadGradients, wanted
 from npo_fast.ops.head import Head
 
@@ -24,7 +25,7 @@ def linear_log_probs(
 ) -> Tensor:  # (N,)
     """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the backward
+    Differentiable once in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the backward
     pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing V-wide.
     ``torch.compile`` takes it into its graph and checks the labels when the graph runs.
 
@@ -39,6 +40,7 @@ def linear_log_probs(
 
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit together.
+        UserError: a second derivative, forward mode, or a transform of ``torch.func``.
     """
     op = "linear_log_probs"
     head_transform = HeadTransform(**transform)
@@ -143,4 +145,9 @@ def _differentiate(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *wanted(gradients, needs), None, *[None] * len(ctx.settings)
 
 
+def _differentiate_again(*_: Any) -> Any:
+    raise no_second_derivative("linear_log_probs")
+
+
 _forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_differentiate_again)

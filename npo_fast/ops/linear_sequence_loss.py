@@ -112,6 +112,7 @@ def linear_sequence_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
+        UserError: a second derivative, forward mode, or a transform of ``torch.func``.
 
     ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
     graph as one operator; the loss must be hashable, and labels and offsets are checked when the
@@ -170,7 +171,7 @@ def linear_sequence_loss(
             return loss_alone(config, inputs)
         again = partial(loss_and_gradients, config)
         compute = partial(again, skipped=skipped)
-        return OnePass.apply(compute, again, config.gradient_scale(weight.dtype), *inputs)
+        return OnePass.apply(op, compute, again, config.gradient_scale(weight.dtype), *inputs)
 
 
 def _values(

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from npo_fast.kernels.reference import segment_sum
 from npo_fast.kernels.transform import TransformOptions
 from npo_fast.ops.checks import (
     check_cu_seqlens,
@@ -17,6 +16,7 @@ from npo_fast.ops.checks import (
     shape_hint,
 )
 from npo_fast.ops.linear_log_probs import linear_log_probs
+from npo_fast.ops.segments import segment_sum
 
 
 def sequence_log_probs(
