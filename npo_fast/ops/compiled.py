@@ -15,7 +15,12 @@ from torch import Tensor
 
 from npo_fast.kernels.layout import empty_gradients, opmath_dtype
 from npo_fast.kernels.transform import HeadTransform, schema
-from npo_fast.ops.checks import check_cu_seqlens, check_label_values, no_autocast
+from npo_fast.ops.checks import (
+    check_cu_seqlens,
+    check_label_values,
+    check_ref_values,
+    no_autocast,
+)
 from npo_fast.ops.derivatives import no_second_derivative
 from npo_fast.ops.gradients import Gradients, gradient_scale, scale_, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
@@ -64,6 +69,7 @@ def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:  # loss, (S,), k
     op, inputs = "linear_sequence_loss", Inputs(*operands[:6])
     check_label_values(op, inputs.labels, len(inputs.weight))
     check_cu_seqlens(op, inputs.cu_seqlens, len(inputs.hidden), inputs.hidden.device)
+    check_ref_values(op, list(_numbered)[operands[6]], inputs.ref_log_probs)
     value, sequence_log_probs, gradients = _evaluate(inputs, *operands[6:])
     return value, sequence_log_probs, _keep(gradients)
 

@@ -142,6 +142,6 @@ class Head:
         if self.weight.dtype == self.logits_dtype:
             yield slice(0, vocabulary), self.weight
             return
-        step = max(1, UPCAST_BYTES // (width * self.logits_dtype.itemsize))
+        step = max(1, UPCAST_BYTES // (max(1, width) * self.logits_dtype.itemsize))
         for columns in spans(vocabulary, step):
             yield columns, self.weight[columns].to(self.logits_dtype)

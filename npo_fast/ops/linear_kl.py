@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
-from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
+from npo_fast.kernels.transform import (
+    LARGEST,
+    HeadTransform,
+    PairedTransformOptions,
+    paired_transforms,
+)
 from npo_fast.ops import cost
 from npo_fast.ops.checks import (
     check_device,
@@ -78,7 +84,7 @@ def linear_kl(
         hidden, weight and bias. The reference is a constant.
 
     Raises:
-        ValueError: shapes, dtypes, devices or labels that do not fit together, an unknown
+        UserError: shapes, dtypes, devices or labels that do not fit together, an unknown
             reduction, or a demotion without labels.
         UserError: a second derivative, forward mode, or a transform of ``torch.func``.
 
@@ -95,16 +101,17 @@ def linear_kl(
         check_labels(op, hidden, labels, weight)
         check_label_values(op, labels, len(weight))
         labels = labels.long()
-    if not 0 <= demotion < float("inf") or (demotion and labels is None):
-        raise ValueError(
-            f"{op}: demotion must be 0 or more and comes with labels, got {demotion}"
+    if not 0 <= demotion <= LARGEST or (demotion and labels is None):
+        raise UserError(
+            f"{op}: demotion must be 0 or more, at most {LARGEST:g}, and comes with labels, got "
+            f"{demotion}"
             f"{' without labels' if labels is None else ''}"
         )
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        raise UserError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
     if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
+        raise UserError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     settings = (transform, ref_transform), demotion
     tensors = hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
     if reduction == "none":
@@ -233,7 +240,9 @@ def _demote_(
 ) -> HeadTransform:
     """Lowers ``z`` at the labels, in place; returns the transform still to be applied."""
     scale = transform.scale
-    if scale is None:  # a capped logit minus the demotion may lie below the cap
+    # a capped logit minus the demotion may lie below the cap; a small scale would need raw logits
+    # that fp16 does not hold
+    if scale is None or demotion > 1e3 * abs(scale):
         opmath = opmath_dtype(logits.dtype)
         for slab in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
             slab.copy_(transform.apply(slab.to(opmath)))
@@ -247,13 +256,13 @@ def _check_pair(
     op: str, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
 ) -> None:
     if len(ref_hidden) != len(hidden) or len(ref_weight) != len(weight):
-        raise ValueError(
+        raise UserError(
             f"{op}: the reference must have the rows and the vocabulary of the model, got "
             f"ref_hidden {tuple(ref_hidden.shape)} for hidden {tuple(hidden.shape)} and "
             f"ref_weight {tuple(ref_weight.shape)} for weight {tuple(weight.shape)}"
         )
     if ref_hidden.dtype != hidden.dtype:
-        raise ValueError(
+        raise UserError(
             f"{op}: model and reference must have one dtype, got {hidden.dtype} and "
             f"{ref_hidden.dtype}"
         )

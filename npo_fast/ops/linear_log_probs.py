@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
 from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
@@ -25,8 +26,9 @@ def linear_log_probs(
 ) -> Tensor:  # (N,)
     """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
 
-    Differentiable once in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the backward
-    pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing V-wide.
+    Differentiable once in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the
+    backward pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing
+    V-wide.
     ``torch.compile`` takes it into its graph and checks the labels when the graph runs.
 
     Args:
@@ -39,7 +41,7 @@ def linear_log_probs(
         (N,) in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes, devices or labels that do not fit together.
+        UserError: shapes, dtypes, devices or labels that do not fit together.
         UserError: a second derivative, forward mode, or a transform of ``torch.func``.
     """
     op = "linear_log_probs"
@@ -58,7 +60,7 @@ def resolve_chunk_rows(
     if chunk_rows is None:
         return head.problem(count, head.weight.requires_grad).choose(memory_bytes).chunk_rows
     if chunk_rows < 0:
-        raise ValueError(
+        raise UserError(
             f"{op}: chunk_rows must be at least 1, 0 for no logits, or None, got {chunk_rows}"
         )
     return chunk_rows

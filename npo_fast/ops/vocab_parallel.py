@@ -120,7 +120,7 @@ class SlicedHead(Head):
         gathered = _all_gather(local, len(local), self.vocabulary.group)
         others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
         log_probs = -torch.nn.functional.softplus(others - z)
-        return log_probs, z - log_probs
+        return log_probs, torch.logaddexp(others, z)
 
 
 def local_head(
