@@ -22,7 +22,7 @@ from npo_fast.ops.checks import (
     no_autocast,
 )
 from npo_fast.ops.derivatives import no_second_derivative
-from npo_fast.ops.gradients import Gradients, gradient_scale, scale_, wanted
+from npo_fast.ops.gradients import Gradients, dtypes_of, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 from npo_fast.tracing import constant_result
 
@@ -82,12 +82,11 @@ def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:  # loss, (S,), k
 def _backward_operator(
     upstream: Tensor, key: Tensor, *operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
-    inputs, count = Inputs(*operands[:6]), operands[7]
+    inputs = Inputs(*operands[:6])
     gradients = _kept.pop(key.data_ptr(), None)
     if gradients is None:  # another backward through a retained graph starts anew
         _, _, gradients = _evaluate(inputs, *operands[6:])
-    scale_(gradients, upstream, gradient_scale(inputs.weight.dtype, count))
-    return gradients
+    return gradients.times(upstream, dtypes_of(inputs[:3]))
 
 
 def _evaluate(

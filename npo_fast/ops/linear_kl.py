@@ -31,7 +31,7 @@ from npo_fast.ops.gradients import (
     HeadGradients,
     Needs,
     OnePass,
-    gradient_scale,
+    dtypes_of,
     wanted,
 )
 from npo_fast.ops.head import Head
@@ -117,10 +117,9 @@ def linear_kl(
     if reduction == "none":
         with no_autocast(hidden):
             return _RowKL.apply(*settings, chunk_rows, *tensors)
-    factor = gradient_scale(weight.dtype, round(1 / scale))
-    compute = partial(_kl_and_gradients, *settings, scale, factor, chunk_rows)
+    compute = partial(_kl_and_gradients, *settings, scale, chunk_rows)
     with no_autocast(hidden):
-        (loss,) = OnePass.apply(op, compute, compute, factor, *tensors)
+        (loss,) = OnePass.apply(op, compute, compute, *tensors)
     return loss
 
 
@@ -128,7 +127,6 @@ def _kl_and_gradients(
     transforms: tuple[HeadTransform, HeadTransform],
     demotion: float,
     scale: float,  # factor on the sum over rows
-    gradient_factor: float,  # on the gradients, beside ``scale``
     chunk_rows: int | None,
     needs: Needs,
     tensors: Sequence[Any],
@@ -141,18 +139,17 @@ def _kl_and_gradients(
         problem = replace(head.problem(len(hidden), True), makes_logits=True)
         chunk_rows = problem.choose().chunk_rows
     step = chunk_rows or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
-    gradients = HeadGradients(head, hidden, needs, step)
-    alpha = scale * gradient_factor
+    gradients = HeadGradients(head, hidden, needs, step, unit=scale)
     total = hidden.new_zeros((), dtype=torch.float64)
     for rows, kl, logits in divergences(  # GEMM 1 of either head; logits <- d kl / d logits
         head, hidden, ref_head, ref_hidden, step, labels, demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
         if upstream is not None:
-            logits[: len(kl)] *= upstream[rows, None]
+            logits[: len(kl)] *= gradients.scaled(upstream[rows]).unsqueeze(1)
         logits[len(kl) :] = 0  # of the rows that pad the chunk
-        gradients.set_hidden(rows, logits, alpha)  # GEMM 2
-        gradients.add_weight(logits, hidden[rows], alpha)  # GEMM 3
+        gradients.set_hidden(rows, logits)  # GEMM 2
+        gradients.add_weight(logits, hidden[rows])  # GEMM 3
     return (total * scale).to(head.opmath_dtype), gradients.finish()
 
 
@@ -185,9 +182,10 @@ class _RowKL(torch.autograd.Function):
         def compute() -> tuple[Tensor | None, ...]:
             with no_autocast(upstream):
                 _, gradients = _kl_and_gradients(
-                    ctx.transforms, ctx.demotion, 1.0, 1.0, ctx.chunk_rows, needs, tensors, upstream
+                    ctx.transforms, ctx.demotion, 1.0, ctx.chunk_rows, needs, tensors, upstream
                 )
-            return wanted(gradients, needs)
+                one = upstream.new_ones(())
+                return wanted(gradients.times(one, dtypes_of(tensors[:3])), needs)
 
         gradients = first_derivative("linear_kl", compute, upstream, *tensors[:3])
         return None, None, None, *gradients, None, None, None, None

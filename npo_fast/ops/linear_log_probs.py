@@ -11,7 +11,7 @@ from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
 from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
 from npo_fast.ops.derivatives import no_second_derivative
-from npo_fast.ops.gradients import Gradients, HeadGradients, wanted
+from npo_fast.ops.gradients import HeadGradients, dtypes_of, wanted
 from npo_fast.ops.head import Head
 
 
@@ -112,7 +112,7 @@ def _(hidden: Tensor, weight: Any, bias: Any, labels: Any, chunk_rows: int, *_: 
     schema=f"(Tensor g, {_HEAD}, Tensor log_probs, Tensor lse, bool[] needs, int chunk_rows, "
     f"{schema()}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(*operands: Any) -> Gradients:
+def _backward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     g, hidden, weight, bias, labels, log_probs, lse, needs, chunk_rows, *transform = operands
     with no_autocast(hidden):
         if chunk_rows == 0:
@@ -124,14 +124,15 @@ def _backward(*operands: Any) -> Gradients:
         for rows in split_rows(slice(0, len(hidden)), chunk_rows):
             logits = head.logits(hidden[rows], gradients.logits)  # GEMM 1
             softmax = head.softmax(logits, hidden[rows], labels[rows])
-            head.differentiate_(logits, softmax, g[rows])
+            g_rows = gradients.scaled(g[rows], softmax.log_probs[: rows.stop - rows.start])
+            head.differentiate_(logits, softmax, g_rows)
             gradients.set_hidden(rows, logits)  # GEMM 2
             gradients.add_weight(logits, hidden[rows])  # GEMM 3
-    return gradients.finish()
+        return gradients.finish().times(g.new_ones(()), dtypes_of((hidden, weight, bias)))
 
 
 @_backward.register_fake
-def _(g: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradients:
+def _(g: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     return empty_gradients(hidden, weight, bias, needs=rest[3])
 
 

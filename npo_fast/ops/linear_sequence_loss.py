@@ -176,7 +176,7 @@ def linear_sequence_loss(
             return loss_alone(config, inputs)
         again = partial(loss_and_gradients, config)
         compute = partial(again, skipped=skipped)
-        return OnePass.apply(op, compute, again, config.gradient_scale(weight.dtype), *inputs)
+        return OnePass.apply(op, compute, again, *inputs)
 
 
 def _values(
