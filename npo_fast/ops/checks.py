@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_fast.errors import UserError
+from npo_fast.kernels import cpu
 from npo_fast.kernels.transform import HeadTransform, check_transform
 from npo_fast.ops.derivatives import check_derivatives
 
@@ -47,6 +48,8 @@ def checked_head(
     if bias is not None:
         check_tensors(op, **{f"{prefix}bias": bias})
     check_derivatives(op, hidden, weight, bias)
+    if hidden.is_cpu and not torch.compiler.is_compiling():
+        cpu.tell_if_absent()
     device = hidden.device.type
     autocast = device in WITH_AUTOCAST and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
