@@ -17,7 +17,7 @@ import torch
 PARAMETERS_A_THREAD = 5_000_000  # with fewer, a second thread waits more than it computes
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("npo_fast.threads")  # the demo silences those of npo_fast.runs
 
 
 class Machine(NamedTuple):
