@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, TransformOptions
 from npo_fast.losses import DPO, GA, KTO, NLL, NPO, Averaged, SimNPO
 from npo_fast.ops import (
@@ -48,7 +49,7 @@ class FusedLinearSequenceLoss(nn.Module):
         ignore_index: the target of a position without a label.
 
     Raises:
-        ValueError: a setting that makes no sense.
+        UserError: a setting that makes no sense.
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class FusedLinearSequenceLoss(nn.Module):
         op = type(self).__name__
         check_loss(op, loss)
         if pairs not in ("interleaved", "concatenated"):
-            raise ValueError(f"{op}: pairs must be 'interleaved' or 'concatenated', got {pairs!r}")
+            raise UserError(f"{op}: pairs must be 'interleaved' or 'concatenated', got {pairs!r}")
         if reduction not in ("mean", "token_mean", "sum", "none"):
-            raise ValueError(
+            raise UserError(
                 f"{op}: reduction must be 'mean', 'token_mean', 'sum' or 'none', got {reduction!r}"
             )
         if pairs == "concatenated" and loss.group != 2:
-            raise ValueError(f"{op}: pairs='concatenated' is for losses of pairs, not for {loss!r}")
+            raise UserError(f"{op}: pairs='concatenated' is for losses of pairs, not for {loss!r}")
         _check_options(op, transform, HeadTransform._fields)
         self.loss: SequenceLoss = Averaged(loss) if average_log_prob else loss  # type: ignore
         self.reduction: Reduction | Literal["none"] = reduction
@@ -108,7 +109,7 @@ class FusedLinearSequenceLoss(nn.Module):
             softcap, logit_scale: in place of the module's; ``head_of(model)`` has them and bias.
 
         Raises:
-            ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, or a
+            UserError: shapes, dtypes, devices, labels or offsets that do not fit together, or a
                 missing reference; the message names the shape.
         """
         op = type(self).__name__
@@ -125,7 +126,7 @@ class FusedLinearSequenceLoss(nn.Module):
             shape = target.shape if per_token else (sequences,)
             if ref_log_probs.shape != shape:
                 what = "in the shape of target, {}" if per_token else "of shape {}, one a sequence"
-                raise ValueError(
+                raise UserError(
                     f"{op}: {type(self.loss).__name__} needs ref_log_probs "
                     f"{what.format(tuple(shape))}, got {tuple(ref_log_probs.shape)}"
                 )
@@ -248,7 +249,7 @@ class FusedLinearKLLoss(nn.Module):
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}: reduction must be 'mean', 'sum' or 'none', got "
                 f"{reduction!r}"
             )
@@ -282,7 +283,7 @@ class FusedLinearKLLoss(nn.Module):
             softcap, logit_scale, ref_softcap, ref_logit_scale: in place of the module's.
 
         Raises:
-            ValueError: shapes, dtypes, devices or labels that do not fit together.
+            UserError: shapes, dtypes, devices or labels that do not fit together.
         """
         op = type(self).__name__
         _check_options(op, transforms, PAIRED)
@@ -290,7 +291,7 @@ class FusedLinearKLLoss(nn.Module):
         assert ref_hidden is not None  # as checked
         assert ref_weight is not None
         if ref_hidden.shape[:-1] != target.shape:
-            raise ValueError(
+            raise UserError(
                 f"{op}: ref_hidden must have the positions of target, {tuple(target.shape)}, got "
                 f"{tuple(ref_hidden.shape)}"
             )
@@ -337,7 +338,7 @@ def _target_rows(
     if bias is not None:
         check_tensors(op, bias=bias)
         if bias.shape != lin_weight.shape[:1] and bias.shape == (len(rows.cu_seqlens) - 1,):
-            raise ValueError(
+            raise UserError(
                 f"{op}: bias must be ({len(lin_weight)},), got {tuple(bias.shape)}, a number a "
                 "sequence: pass ref_log_probs by its name"
             )

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from npo_fast import __version__
 from npo_fast.distributed import (
@@ -88,6 +89,9 @@ SUBCOMMANDS = {
 }
 
 
+# subcommands that run a model, and measure no time
+FIT_THREADS = ("demo", "unlearn", "finetune", "evaluate", "attack", "synthetic")
+
 # they tell every user of a CPU which GPU libraries cannot be loaded, and developers what is old
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"npo_fast.cli.{verb}")
         about = f"{SUBCOMMANDS[verb].help}.\n\nExample: {SUBCOMMANDS[verb].example}"
         command, common = parse(module.Command, rest, verb, about)
-        output = module.run(command)
+        output = _run(module, command, verb, as_process=argv is None)
         show(output, common.json)
     except (NonFiniteError, OutOfMemory, OSError) as error:
         return _fail(error, 1)
@@ -149,6 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world_size() > 1:
         destroy_process_group()
     return output.exit_code
+
+
+def _run(module: Any, command: Any, verb: str, as_process: bool) -> Any:
+    """Runs a subcommand; where it is the whole process, with threads that fit its model."""
+    if not as_process or verb not in FIT_THREADS:
+        return module.run(command)
+    from npo_fast.runs.threads import automatic_threads
+
+    with automatic_threads():
+        return module.run(command)
 
 
 def overview() -> str:

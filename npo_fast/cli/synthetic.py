@@ -45,9 +45,13 @@ def run(command: Command) -> Output:
     check_output(folder, CURVES, "an experiment", command.overwrite, alone=True)
     started = time.perf_counter()
     logger.info("loading PyTorch")
+    import torch
+
     from npo_fast.bench.provenance import provenance
     from npo_fast.experiments.synthetic import claims, experiment, figures, theory
+    from npo_fast.runs.threads import fit_threads
 
+    fit_threads(0, torch.device("cpu"))  # of linear models
     origin = provenance()
 
     steps = experiment.QUICK if command.quick else experiment.Steps()

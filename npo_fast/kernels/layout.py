@@ -62,6 +62,16 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def power_of_two(number: Tensor) -> Tensor:  # ()
+    """Returns the power of two at or below a positive number, which it divides without rounding.
+
+    At least 1e-30, so that fp32 holds what is divided by it; inf or NaN for such a number.
+    """
+    _, exponent = torch.frexp(number.clamp(min=1e-30))
+    power = torch.ldexp(torch.ones_like(number), exponent - 1)
+    return torch.where(number.isfinite(), power, number)
+
+
 @constant_result
 def cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AMX or AVX-512 BF16; NPO_FAST_CPU_BF16=0 or 1 overrides it."""

@@ -15,6 +15,11 @@ from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
+from npo_fast.errors import UserError
+
+# settings and coefficients lie within it, and 1 over it: beyond, fp32 has no room for products
+LARGEST = 1e30
+
 
 class HeadTransform(NamedTuple):
     """The elementwise function from raw logits ``a`` to the logits ``z`` of the softmax."""
@@ -73,16 +78,25 @@ def schema(prefix: str = "") -> str:
 
 
 def check_transform(op: str, transform: HeadTransform, prefix: str = "") -> None:
-    """Raises ValueError where a field has a value that makes no sense.
+    """Raises UserError where a field has a value that makes no sense.
 
     ``op`` and ``prefix`` (of the argument's name) appear in the message.
     """
     for name, value in transform._asdict().items():
         if not isinstance(value, Real) and (value is not None or name != "softcap"):
             cure = "; take its .item()" if isinstance(value, Tensor) else ""
-            raise ValueError(f"{op}: {prefix}{name} must be a number, got {value!r}{cure}")
-    if transform.softcap is not None and not transform.softcap > 0:
-        raise ValueError(f"{op}: {prefix}softcap must be positive or None, got {transform.softcap}")
+            raise UserError(f"{op}: {prefix}{name} must be a number, got {value!r}{cure}")
+    softcap, scale = transform
+    if softcap is not None and not 1 / LARGEST <= softcap <= LARGEST:
+        raise UserError(
+            f"{op}: {prefix}softcap must be positive or None, got {softcap} (None is no cap; the "
+            f"range is {1 / LARGEST:g} to {LARGEST:g})"
+        )
+    if not 1 / LARGEST <= abs(scale) <= LARGEST:
+        raise UserError(
+            f"{op}: {prefix}logit_scale must be finite and not 0, got {scale} (1 leaves logits as "
+            f"they are; the range of its size is {1 / LARGEST:g} to {LARGEST:g})"
+        )
 
 
 def takes_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:

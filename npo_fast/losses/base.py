@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npo_fast.errors import UserError
+from npo_fast.kernels.transform import LARGEST
 from npo_fast.ops import Reference, segment_sum
 
 
@@ -20,21 +22,22 @@ class _Loss(ABC):
     least: ClassVar[float] = -math.inf  # of every coefficient
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a coefficient makes no sense; beta must be positive."""
+        """Raises UserError where a coefficient makes no sense; beta must be positive."""
         for name, value in vars(self).items():
             if not isinstance(value, Real):
                 cure = "; take its .item()" if isinstance(value, Tensor) else ""
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__}: {name} must be a number, got {value!r}{cure}"
                 )
-            number = float(value)
+            least = max(self.least, -LARGEST)
+            rule = "finite" if self.least == -math.inf else f"finite and at least {self.least:g}"
             if name == "beta":
-                sound, rule = 0 < number < math.inf, "positive and finite"
-            else:
-                at_least = "" if self.least == -math.inf else f" and at least {self.least:g}"
-                sound, rule = self.least <= number < math.inf, f"finite{at_least}"
-            if not (sound and number > -math.inf):
-                raise ValueError(f"{type(self).__name__}: {name} must be {rule}, got {value}")
+                least, rule = 1 / LARGEST, "positive and finite"
+            if not least <= float(value) <= LARGEST:
+                raise UserError(
+                    f"{type(self).__name__}: {name} must be {rule}, got {value} (the range is "
+                    f"{least:g} to {LARGEST:g})"
+                )
 
     def __call__(
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None = None
@@ -87,7 +90,8 @@ class OfSequence(_Loss):
 class OfTokens(_Loss):
     """Base of losses ``L_i = sum_n w_n l_n`` over the tokens of a sequence: a subclass gives w.
 
-    No gradient flows through ``w``.
+    No gradient flows through ``w``. Where w is 0 the term is 0, for a log-prob of -inf too: the
+    limit of ``p^beta log p``.
     """
 
     @abstractmethod
@@ -101,8 +105,8 @@ class OfTokens(_Loss):
         self, log_probs: Tensor, cu_seqlens: Tensor, ref_log_probs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.weight(self.relative(log_probs.detach(), ref_log_probs))
-        values = segment_sum(weight * log_probs, cu_seqlens)
-        return values, segment_sum(log_probs, cu_seqlens), weight
+        terms = torch.where(weight == 0, 0.0, weight * log_probs)
+        return segment_sum(terms, cu_seqlens), segment_sum(log_probs, cu_seqlens), weight
 
 
 def log_sigmoid_penalty(

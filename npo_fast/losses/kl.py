@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from npo_fast.errors import UserError
+from npo_fast.kernels.transform import LARGEST
 from npo_fast.ops.linear_kl import linear_kl
 
 
@@ -22,8 +24,11 @@ class KL:
     reference: ClassVar[Literal["hidden"]] = "hidden"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.demotion < float("inf"):
-            raise ValueError(f"demotion (gamma) must be 0 or more and finite, got {self.demotion}")
+        if not 0 <= self.demotion <= LARGEST:
+            raise UserError(
+                f"demotion (gamma) must be 0 or more and finite, got {self.demotion} (the range is "
+                f"0 to {LARGEST:g})"
+            )
 
     def __call__(
         self,

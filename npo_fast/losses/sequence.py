@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.transform import TransformOptions
 from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
 from npo_fast.ops import Reference, linear_sequence_loss, segment_sum
@@ -123,9 +124,9 @@ class Averaged:
     loss: OfSequence
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a loss that is not one of sequence log-probs."""
+        """Raises UserError for a loss that is not one of sequence log-probs."""
         if not isinstance(self.loss, OfSequence):
-            raise ValueError(
+            raise UserError(
                 f"average_log_prob is for losses of sequence log-probs, such as NPO and DPO, and "
                 f"{self.loss!r} is not: reduction='token_mean' averages it over tokens"
             )

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from npo_fast.errors import UserError
 from npo_fast.losses.base import OfTokens
 from npo_fast.ops import Reference, segment_sum
 from npo_fast.ops.head import Head
@@ -22,7 +23,8 @@ class TNPO(OfTokens):
     """NPO on tokens: ``w = 2 p^beta / (p^beta + p_ref^beta + epsilon)``.
 
     Needs the reference's log-prob of every token. Source: arXiv 2502.19301, whose code takes a beta
-    of 4 and an epsilon of 1e-5: no token weighs more than ``2 p^beta / epsilon``.
+    of 4 and an epsilon of 1e-5: no token weighs more than ``2 p^beta / epsilon``. A token without
+    probability (p = 0) has no weight, whatever the reference says.
     """
 
     beta: float = 0.1
@@ -36,9 +38,11 @@ class TNPO(OfTokens):
     def relative(self, log_probs: Tensor, ref_log_probs: Tensor | None) -> Tensor:
         assert ref_log_probs is not None
         if self.epsilon:  # p_ref^beta + epsilon is the power of a reference that likes more
+            ref_log_probs = ref_log_probs.to(log_probs.dtype)
             floor = ref_log_probs.new_tensor(math.log(self.epsilon))
             ref_log_probs = torch.logaddexp(self.beta * ref_log_probs, floor) / self.beta
-        return super().relative(log_probs, ref_log_probs)
+        r = super().relative(log_probs, ref_log_probs)
+        return r.masked_fill(log_probs == -torch.inf, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class SatImp(OfTokens):
     least: ClassVar[float] = 0.0
 
     def weight(self, log_probs: Tensor) -> Tensor:
+        if self.beta1 == 0:  # p^0 is 1 at p = 0 too
+            return _one_minus_p(log_probs) ** self.beta2
         return torch.exp(self.beta1 * log_probs) * _one_minus_p(log_probs) ** self.beta2
 
 
@@ -85,7 +91,7 @@ class CEU(OfTokens):
 
     def __post_init__(self) -> None:
         if not isinstance(self.skip_first, int) or self.skip_first < 0:
-            raise ValueError(
+            raise UserError(
                 f"CEU: skip_first must be a whole number, 0 or more, got {self.skip_first}"
             )
 

@@ -15,8 +15,14 @@ from torch import Tensor
 
 from npo_fast.kernels.layout import empty_gradients, opmath_dtype
 from npo_fast.kernels.transform import HeadTransform, schema
-from npo_fast.ops.checks import check_cu_seqlens, check_label_values, no_autocast
-from npo_fast.ops.gradients import Gradients, gradient_scale, scale_, wanted
+from npo_fast.ops.checks import (
+    check_cu_seqlens,
+    check_label_values,
+    check_ref_values,
+    no_autocast,
+)
+from npo_fast.ops.derivatives import no_second_derivative
+from npo_fast.ops.gradients import Gradients, dtypes_of, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 from npo_fast.tracing import constant_result
 
@@ -63,6 +69,7 @@ def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:  # loss, (S,), k
     op, inputs = "linear_sequence_loss", Inputs(*operands[:6])
     check_label_values(op, inputs.labels, len(inputs.weight))
     check_cu_seqlens(op, inputs.cu_seqlens, len(inputs.hidden), inputs.hidden.device)
+    check_ref_values(op, list(_numbered)[operands[6]], inputs.ref_log_probs)
     value, sequence_log_probs, gradients = _evaluate(inputs, *operands[6:])
     return value, sequence_log_probs, _keep(gradients)
 
@@ -75,12 +82,11 @@ def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:  # loss, (S,), k
 def _backward_operator(
     upstream: Tensor, key: Tensor, *operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # of hidden, weight and bias; empty: not wanted
-    inputs, count = Inputs(*operands[:6]), operands[7]
+    inputs = Inputs(*operands[:6])
     gradients = _kept.pop(key.data_ptr(), None)
     if gradients is None:  # another backward through a retained graph starts anew
         _, _, gradients = _evaluate(inputs, *operands[6:])
-    scale_(gradients, upstream, gradient_scale(inputs.weight.dtype, count))
-    return gradients
+    return gradients.times(upstream, dtypes_of(inputs[:3]))
 
 
 def _evaluate(
@@ -126,4 +132,9 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | Non
     return *wanted(gradients, needs), None, None, None, *[None] * len(ctx.settings)
 
 
+def _differentiate_again(*_: Any) -> Any:
+    raise no_second_derivative("linear_sequence_loss")
+
+
 _operator.register_autograd(_differentiate, setup_context=_save)
+_backward_operator.register_autograd(_differentiate_again)

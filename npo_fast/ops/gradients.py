@@ -1,52 +1,110 @@
 """Gradients of hidden states, weight and bias of a head: their memory, and GEMMs 2 and 3."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from npo_fast.kernels import layout
-from npo_fast.kernels.layout import column_stride, empty_gradients, in_huge_pages
+from npo_fast.kernels.layout import (
+    column_stride,
+    empty_gradients,
+    in_huge_pages,
+    opmath_dtype,
+    power_of_two,
+)
 from npo_fast.kernels.products import add_product_
 from npo_fast.ops import cost
+from npo_fast.ops.derivatives import first_derivative
 from npo_fast.ops.head import Head
 
 Needs = Sequence[bool]  # whether hidden, weight and bias want a gradient
-Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; empty where not wanted
+Dtypes = Sequence[torch.dtype | None]  # of hidden, weight and bias
+Unit = Tensor | float  # a stored number times its unit is the number
+
+
+FP16_SIZE = 64.0  # of the largest gradient of a logit: hidden states of 500 times that fit fp16
+
+
+class Gradients(NamedTuple):
+    """Gradients of hidden, weight and bias, empty where not wanted, until the upstream is known.
+
+    fp16 has no room for them before that: hidden and bias are then in fp32, and the weight's (as
+    much memory as all else) in fp16 with a unit that fits them.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    weight_unit: Unit = 1.0
+    hidden_unit: Unit = 1.0  # the bias's too
+
+    def times(self, upstream: Tensor, dtypes: Dtypes) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients, times ``upstream``, in the dtypes of their parameters.
+
+        In place where the dtype stays, so that autograd keeps these buffers instead of copies. A
+        factor of 1 costs nothing.
+        """
+        hidden, weight, bias = (
+            _times(values, upstream, unit, dtype)
+            for values, unit, dtype in zip(
+                self[:3],
+                (self.hidden_unit, self.weight_unit, self.hidden_unit),
+                dtypes,
+                strict=True,
+            )
+        )
+        return hidden, weight, bias
+
+
+def _times(values: Tensor, upstream: Tensor, unit: Unit, dtype: torch.dtype | None) -> Tensor:
+    factor = upstream if isinstance(unit, float) and unit == 1.0 else upstream * unit
+    if values.numel():
+        torch.ops.npo_fast.scale_(values, factor)
+    return values if dtype is None else values.to(dtype)
+
+
+def dtypes_of(tensors: Sequence[Tensor | None]) -> Dtypes:
+    """Returns the dtype of each tensor."""
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
 
 
 class OnePass(torch.autograd.Function):
     """A loss whose forward pass computes the gradients of hidden, weight and bias too.
 
-    ``compute(needs, tensors)`` returns the loss, other results without gradient, and the gradients
-    times ``scale``. Another backward through a retained graph calls ``again`` in its place.
+    ``compute(needs, tensors)`` returns the loss, other results without gradient, and the gradients.
+    Another backward through a retained graph calls ``again`` in its place.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        op: str,  # for messages
         compute: Callable[[Needs, Sequence[Any]], Any],
         again: Callable[[Needs, Sequence[Any]], Any],
-        scale: float,
         *tensors: Tensor | None,  # hidden, weight, bias, and what else ``compute`` takes
     ) -> Any:
-        ctx.again, ctx.scale = again, scale
+        ctx.op, ctx.again, ctx.dtypes = op, again, dtypes_of(tensors[:3])
         ctx.save_for_backward(*tensors)
         loss, *others, ctx.gradients = compute(ctx.needs_input_grad[3:6], tensors)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            *_, gradients = ctx.again(ctx.needs_input_grad[3:6], ctx.saved_tensors)
-        scale_(gradients, upstream, ctx.scale)
+        needs = ctx.needs_input_grad[3:6]
+
+        def compute() -> tuple[Tensor | None, ...]:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                *_, gradients = ctx.again(needs, ctx.saved_tensors)
+            return wanted(gradients.times(upstream, ctx.dtypes), needs)
+
+        operands = ctx.saved_tensors[:3] if torch.is_grad_enabled() else ()
+        gradients = first_derivative(ctx.op, compute, upstream, *operands)
         others = [None] * (len(ctx.needs_input_grad) - 6)
-        return None, None, None, *wanted(gradients, ctx.needs_input_grad[3:6]), *others
+        return None, None, None, *gradients, *others
 
 
 class HeadGradients:
@@ -55,15 +113,27 @@ class HeadGradients:
     The gradient of the weight is written last, so ``logits`` can be a view of its memory: where all
     rows are one chunk, GEMM 3 goes straight into the weight's dtype and replaces the logits strip
     by strip. Where several chunks add up in fp32, the logits lie in the finished gradient instead.
+
+    The gradient of the logits carries a unit, so that products of any size fit fp16: ``scaled``
+    fits it to the rows that come. That of the weight is the largest so far.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, needs: Needs, chunk_rows: int) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, needs: Needs, chunk_rows: int, unit: float = 1.0
+    ) -> None:
         self.head, self.rows = head, len(hidden)
+        self.is_fp16 = head.weight.dtype == torch.float16
+        # the unit of the gradient of the logits: a factor of the GEMMs, or in fp16 kept apart
+        self.alpha = 1.0 if self.is_fp16 else unit
+        self.unit: Unit = unit if self.is_fp16 else 1.0
+        # fp16 stores a mean over rows, of which the largest is about FP16_SIZE: no sum overflows
+        self.weight_alpha = FP16_SIZE / power_of_rows(self.rows) if self.is_fp16 else unit
         rows = min(chunk_rows, self.rows)
         self.hidden = None
         if needs[0]:  # the rows that pad the last chunk included
             length = head.padded(rows) if rows == self.rows else self.rows + head.padded(1) - 1
-            self.hidden = hidden.new_empty(length, hidden.shape[1])
+            dtype = opmath_dtype(hidden.dtype) if self.is_fp16 else hidden.dtype
+            self.hidden = hidden.new_empty(length, hidden.shape[1], dtype=dtype)
         self.weight: Tensor | None = None  # the products add up in it
         self.finished: Tensor | None = None  # in the dtype of the parameter, where that is another
         self.strips: list[slice] = []  # of the vocabulary, where logits lie in self.weight
@@ -95,50 +165,73 @@ class HeadGradients:
         end = memory[len(memory) - vocabulary * stride :]
         return end.view(vocabulary, stride)[:, : head.padded(rows)].t()
 
+    def scaled(
+        self,
+        g: Tensor,  # (R,) factors of the rows to come
+        log_probs: Tensor | None = None,  # (R,) of their labels
+    ) -> Tensor:
+        """Returns ``g`` in a unit that makes the largest gradient in fp16 about ``FP16_SIZE``.
+
+        That of row n is at most ``|g_n| (1 - p_n)``, times the slope of the head's transform. What
+        adds up already is changed to the new unit where that is larger.
+        """
+        if not self.is_fp16 or not len(g):
+            return g
+        size = g.abs() if log_probs is None else g.abs() * -torch.expm1(log_probs)
+        largest = power_of_two(size.max()) * (self.head.transform.largest_slope / FP16_SIZE)
+        if isinstance(self.unit, Tensor):
+            largest = torch.maximum(largest, self.unit)
+            if self.weight is not None:
+                torch.ops.npo_fast.scale_(self.weight, self.unit / largest)
+        self.unit, self.weight_alpha = largest, 1 / power_of_rows(self.rows)
+        return g / largest
+
     def set_hidden(
         self,
         rows: slice,  # of the chunk
         logits_gradient: Tensor,  # (padded R, V), or of the K rows that are kept
-        alpha: float = 1.0,
         kept: Tensor | None = None,  # (K,) row numbers in the chunk; others have no gradient
     ) -> None:
-        """GEMM 2: ``d_hidden[rows] = alpha * logits_gradient @ weight``.
+        """GEMM 2: ``d_hidden[rows] = logits_gradient @ weight``, times the unit.
 
         Rows that pad this chunk are overwritten by the next, and cut off from the last.
         """
         if self.hidden is None:
             return
-        padded = len(logits_gradient)
-        if kept is None and self.hidden.dtype == logits_gradient.dtype:
-            out = self.hidden[rows.start : rows.start + padded]
-            self.head.hidden_gradient(logits_gradient, out, alpha)
-            return
-        product = logits_gradient.new_empty(padded, self.hidden.shape[1])
-        self.head.hidden_gradient(logits_gradient, product, alpha)
-        if kept is None:
-            self.hidden[rows] = product[: rows.stop - rows.start]
+        padded, dtype = len(logits_gradient), logits_gradient.dtype
+        if self.is_fp16:
+            dtype = self.hidden.dtype
+        in_place = kept is None and self.hidden.dtype == dtype
+        if in_place:
+            product = self.hidden[rows.start : rows.start + padded]
         else:
+            product = self.hidden.new_empty(padded, self.hidden.shape[1], dtype=dtype)
+        self.head.hidden_gradient(logits_gradient, product, self.alpha)
+        if self.is_fp16:
+            product.mul_(self.unit)
+        if kept is not None:
             self.hidden[rows] = 0
             product = product[: len(kept)].to(self.hidden.dtype)
             self.hidden[rows].index_copy_(0, kept, product)
+        elif not in_place:
+            self.hidden[rows] = product[: rows.stop - rows.start]
 
     def add_weight(
         self,
         logits_gradient: Tensor,  # (padded R, V) in self.logits; strips of d_weight overwrite it
         hidden: Tensor,  # (R, D) rows of this chunk
-        alpha: float = 1.0,
     ) -> None:
-        """GEMM 3: ``d_weight += alpha * logits_gradient.T @ hidden``; d_bias gets the sum of rows.
+        """GEMM 3: ``d_weight += logits_gradient.T @ hidden``; d_bias gets the sum of rows.
 
         The last use of ``logits_gradient``.
         """
         if self.bias is not None:
-            total = logits_gradient.sum(dim=0, dtype=self.bias.dtype)
-            self.bias.add_(total, alpha=alpha)
+            total = logits_gradient.sum(dim=0, dtype=self.bias.dtype).mul_(self.unit)
+            self.bias.add_(total, alpha=self.alpha)
         if self.weight is None:
             return
         operand = self.head.operand(hidden)
-        by_column = logits_gradient.t()
+        by_column, alpha = logits_gradient.t(), self.weight_alpha
         for columns in self.strips:
             self.weight[columns].addmm_(by_column[columns], operand, beta=0, alpha=alpha)
         if not self.strips:
@@ -146,7 +239,7 @@ class HeadGradients:
         self.beta = 1
 
     def finish(self) -> Gradients:
-        """Returns the gradients in the dtypes of their parameters."""
+        """Returns the gradients, in the dtypes of their parameters but for fp16."""
         weight, bias = self.head.weight, self.head.bias
         d_hidden, d_weight, d_bias = empty_gradients(weight, weight, bias, (False, False, False))
         if self.hidden is not None:
@@ -156,8 +249,9 @@ class HeadGradients:
                 self.weight.zero_()
             d_weight = self.weight if self.finished is None else self.finished.copy_(self.weight)
         if self.bias is not None:
-            d_bias = self.bias.to(d_bias.dtype)
-        return d_hidden, d_weight.to(weight.dtype), d_bias
+            d_bias = self.bias
+        unit = self.unit / self.weight_alpha if self.is_fp16 else 1.0
+        return Gradients(d_hidden, d_weight.to(weight.dtype), d_bias, unit)
 
 
 def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
@@ -178,27 +272,11 @@ def strips(vocabulary: int, width: int, stride: int, ahead: int) -> list[slice]:
     return slices
 
 
-def wanted(gradients: Gradients, needs: Needs) -> list[Tensor | None]:
+def wanted(gradients: Sequence[Tensor], needs: Needs) -> tuple[Tensor | None, ...]:
     """Returns the gradients as autograd takes them, with None for those that are not wanted."""
-    return [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
-def gradient_scale(dtype: torch.dtype, count: int) -> float:
-    """Returns the factor on gradients until the backward pass knows the upstream one.
-
-    It is 1 but in fp16: there the gradient of a mean over many tokens would leave the range before
-    a loss scale could keep it in. A power of two rounds nothing; at most 256 leaves the
-    gradient of the head, a sum over rows, below the largest number.
-    """
-    return float(min(256, 1 << (count.bit_length() - 1))) if dtype == torch.float16 else 1.0
-
-
-def scale_(gradients: Gradients, upstream: Tensor, scale: float = 1.0) -> None:
-    """Multiplies gradients that carry the factor ``scale`` by ``upstream / scale``, in place.
-
-    In place, autograd keeps these buffers instead of copies. A factor of 1 costs nothing.
-    """
-    factor = upstream if scale == 1.0 else upstream / scale
-    for gradient in gradients:
-        if gradient.numel():
-            torch.ops.npo_fast.scale_(gradient, factor)
+def power_of_rows(rows: int) -> float:
+    """Returns the power of two at or above ``rows``."""
+    return float(1 << max(rows - 1, 0).bit_length())

@@ -10,7 +10,7 @@ from torch import Tensor
 import npo_fast.kernels  # noqa: F401  (declares the operators)
 from npo_fast.kernels import layout
 from npo_fast.kernels.layout import empty_logits, opmath_dtype, pad_rows, padded_rows, spans
-from npo_fast.kernels.products import linear_
+from npo_fast.kernels.products import add_product_, linear_
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops import cost
 from npo_fast.ops.cost import Problem
@@ -134,7 +134,7 @@ class Head:
         """GEMM 2: ``out = alpha * logits_gradient @ weight``."""
         for columns, weight in self._weight_slices():
             beta = int(columns.start > 0)
-            out.addmm_(logits_gradient[:, columns], weight, beta=beta, alpha=alpha)
+            add_product_(out, logits_gradient[:, columns], weight, beta, alpha)
 
     def _weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the weight in ``logits_dtype``: itself, or converted slices of its rows."""
@@ -142,6 +142,6 @@ class Head:
         if self.weight.dtype == self.logits_dtype:
             yield slice(0, vocabulary), self.weight
             return
-        step = max(1, UPCAST_BYTES // (width * self.logits_dtype.itemsize))
+        step = max(1, UPCAST_BYTES // (max(1, width) * self.logits_dtype.itemsize))
         for columns in spans(vocabulary, step):
             yield columns, self.weight[columns].to(self.logits_dtype)

@@ -7,11 +7,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
-from npo_fast.kernels.transform import HeadTransform, PairedTransformOptions, paired_transforms
+from npo_fast.kernels.transform import (
+    LARGEST,
+    HeadTransform,
+    PairedTransformOptions,
+    paired_transforms,
+)
 from npo_fast.ops import cost
 from npo_fast.ops.checks import (
     check_device,
@@ -20,12 +25,13 @@ from npo_fast.ops.checks import (
     checked_head,
     no_autocast,
 )
+from npo_fast.ops.derivatives import first_derivative
 from npo_fast.ops.gradients import (
     Gradients,
     HeadGradients,
     Needs,
     OnePass,
-    gradient_scale,
+    dtypes_of,
     wanted,
 )
 from npo_fast.ops.head import Head
@@ -78,8 +84,9 @@ def linear_kl(
         hidden, weight and bias. The reference is a constant.
 
     Raises:
-        ValueError: shapes, dtypes, devices or labels that do not fit together, an unknown
+        UserError: shapes, dtypes, devices or labels that do not fit together, an unknown
             reduction, or a demotion without labels.
+        UserError: a second derivative, forward mode, or a transform of ``torch.func``.
 
     Source: KL on retain data as in NPO (arXiv 2404.05868, section 2); UNDIAL, arXiv 2402.10052.
     """
@@ -94,25 +101,25 @@ def linear_kl(
         check_labels(op, hidden, labels, weight)
         check_label_values(op, labels, len(weight))
         labels = labels.long()
-    if not 0 <= demotion < float("inf") or (demotion and labels is None):
-        raise ValueError(
-            f"{op}: demotion must be 0 or more and comes with labels, got {demotion}"
+    if not 0 <= demotion <= LARGEST or (demotion and labels is None):
+        raise UserError(
+            f"{op}: demotion must be 0 or more, at most {LARGEST:g}, and comes with labels, got "
+            f"{demotion}"
             f"{' without labels' if labels is None else ''}"
         )
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        raise UserError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
     if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
+        raise UserError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     settings = (transform, ref_transform), demotion
     tensors = hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
     if reduction == "none":
         with no_autocast(hidden):
             return _RowKL.apply(*settings, chunk_rows, *tensors)
-    factor = gradient_scale(weight.dtype, round(1 / scale))
-    compute = partial(_kl_and_gradients, *settings, scale, factor, chunk_rows)
+    compute = partial(_kl_and_gradients, *settings, scale, chunk_rows)
     with no_autocast(hidden):
-        (loss,) = OnePass.apply(compute, compute, factor, *tensors)
+        (loss,) = OnePass.apply(op, compute, compute, *tensors)
     return loss
 
 
@@ -120,7 +127,6 @@ def _kl_and_gradients(
     transforms: tuple[HeadTransform, HeadTransform],
     demotion: float,
     scale: float,  # factor on the sum over rows
-    gradient_factor: float,  # on the gradients, beside ``scale``
     chunk_rows: int | None,
     needs: Needs,
     tensors: Sequence[Any],
@@ -133,18 +139,17 @@ def _kl_and_gradients(
         problem = replace(head.problem(len(hidden), True), makes_logits=True)
         chunk_rows = problem.choose().chunk_rows
     step = chunk_rows or head.chunk_rows(cost.CHUNK_BYTES // 2)  # two share the budget
-    gradients = HeadGradients(head, hidden, needs, step)
-    alpha = scale * gradient_factor
+    gradients = HeadGradients(head, hidden, needs, step, unit=scale)
     total = hidden.new_zeros((), dtype=torch.float64)
     for rows, kl, logits in divergences(  # GEMM 1 of either head; logits <- d kl / d logits
         head, hidden, ref_head, ref_hidden, step, labels, demotion, gradients.logits
     ):
         total += kl.sum(dtype=torch.float64)
         if upstream is not None:
-            logits[: len(kl)] *= upstream[rows, None]
+            logits[: len(kl)] *= gradients.scaled(upstream[rows]).unsqueeze(1)
         logits[len(kl) :] = 0  # of the rows that pad the chunk
-        gradients.set_hidden(rows, logits, alpha)  # GEMM 2
-        gradients.add_weight(logits, hidden[rows], alpha)  # GEMM 3
+        gradients.set_hidden(rows, logits)  # GEMM 2
+        gradients.add_weight(logits, hidden[rows])  # GEMM 3
     return (total * scale).to(head.opmath_dtype), gradients.finish()
 
 
@@ -171,15 +176,19 @@ class _RowKL(torch.autograd.Function):
         return torch.cat([empty, *(kl for _, kl, _ in divided)])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:6]
-        with no_autocast(upstream):
-            _, gradients = _kl_and_gradients(
-                ctx.transforms, ctx.demotion, 1.0, 1.0, ctx.chunk_rows, needs, ctx.saved_tensors,
-                upstream,
-            )  # fmt: skip
-        return None, None, None, *wanted(gradients, needs), None, None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs, tensors = ctx.needs_input_grad[3:6], ctx.saved_tensors
+
+        def compute() -> tuple[Tensor | None, ...]:
+            with no_autocast(upstream):
+                _, gradients = _kl_and_gradients(
+                    ctx.transforms, ctx.demotion, 1.0, ctx.chunk_rows, needs, tensors, upstream
+                )
+                one = upstream.new_ones(())
+                return wanted(gradients.times(one, dtypes_of(tensors[:3])), needs)
+
+        gradients = first_derivative("linear_kl", compute, upstream, *tensors[:3])
+        return None, None, None, *gradients, None, None, None, None
 
 
 def divergences(
@@ -229,7 +238,9 @@ def _demote_(
 ) -> HeadTransform:
     """Lowers ``z`` at the labels, in place; returns the transform still to be applied."""
     scale = transform.scale
-    if scale is None:  # a capped logit minus the demotion may lie below the cap
+    # a capped logit minus the demotion may lie below the cap; a small scale would need raw logits
+    # that fp16 does not hold
+    if scale is None or demotion > 1e3 * abs(scale):
         opmath = opmath_dtype(logits.dtype)
         for slab in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
             slab.copy_(transform.apply(slab.to(opmath)))
@@ -243,13 +254,13 @@ def _check_pair(
     op: str, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
 ) -> None:
     if len(ref_hidden) != len(hidden) or len(ref_weight) != len(weight):
-        raise ValueError(
+        raise UserError(
             f"{op}: the reference must have the rows and the vocabulary of the model, got "
             f"ref_hidden {tuple(ref_hidden.shape)} for hidden {tuple(hidden.shape)} and "
             f"ref_weight {tuple(ref_weight.shape)} for weight {tuple(weight.shape)}"
         )
     if ref_hidden.dtype != hidden.dtype:
-        raise ValueError(
+        raise UserError(
             f"{op}: model and reference must have one dtype, got {hidden.dtype} and "
             f"{ref_hidden.dtype}"
         )

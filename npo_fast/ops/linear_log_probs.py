@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.layout import empty_gradients, empty_per_row
 from npo_fast.kernels.transform import HeadTransform, TransformOptions, schema
 from npo_fast.ops.checks import check_label_values, check_labels, checked_head, no_autocast
-from npo_fast.ops.gradients import Gradients, HeadGradients, wanted
+from npo_fast.ops.derivatives import no_second_derivative
+from npo_fast.ops.gradients import HeadGradients, dtypes_of, wanted
 from npo_fast.ops.head import Head
 
 
@@ -24,8 +26,9 @@ def linear_log_probs(
 ) -> Tensor:  # (N,)
     """``log softmax(logit_scale * softcap(W h_n + b))[y_n]`` for every row n.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the backward
-    pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing V-wide.
+    Differentiable once in ``hidden``, ``weight`` and ``bias`` for any upstream gradient; the
+    backward pass recomputes a chunk of logits at a time (8NDV flops in all) and saves nothing
+    V-wide.
     ``torch.compile`` takes it into its graph and checks the labels when the graph runs.
 
     Args:
@@ -38,7 +41,8 @@ def linear_log_probs(
         (N,) in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes, devices or labels that do not fit together.
+        UserError: shapes, dtypes, devices or labels that do not fit together.
+        UserError: a second derivative, forward mode, or a transform of ``torch.func``.
     """
     op = "linear_log_probs"
     head_transform = HeadTransform(**transform)
@@ -56,7 +60,7 @@ def resolve_chunk_rows(
     if chunk_rows is None:
         return head.problem(count, head.weight.requires_grad).choose(memory_bytes).chunk_rows
     if chunk_rows < 0:
-        raise ValueError(
+        raise UserError(
             f"{op}: chunk_rows must be at least 1, 0 for no logits, or None, got {chunk_rows}"
         )
     return chunk_rows
@@ -108,7 +112,7 @@ def _(hidden: Tensor, weight: Any, bias: Any, labels: Any, chunk_rows: int, *_: 
     schema=f"(Tensor g, {_HEAD}, Tensor log_probs, Tensor lse, bool[] needs, int chunk_rows, "
     f"{schema()}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(*operands: Any) -> Gradients:
+def _backward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     g, hidden, weight, bias, labels, log_probs, lse, needs, chunk_rows, *transform = operands
     with no_autocast(hidden):
         if chunk_rows == 0:
@@ -120,14 +124,15 @@ def _backward(*operands: Any) -> Gradients:
         for rows in split_rows(slice(0, len(hidden)), chunk_rows):
             logits = head.logits(hidden[rows], gradients.logits)  # GEMM 1
             softmax = head.softmax(logits, hidden[rows], labels[rows])
-            head.differentiate_(logits, softmax, g[rows])
+            g_rows = gradients.scaled(g[rows], softmax.log_probs[: rows.stop - rows.start])
+            head.differentiate_(logits, softmax, g_rows)
             gradients.set_hidden(rows, logits)  # GEMM 2
             gradients.add_weight(logits, hidden[rows])  # GEMM 3
-    return gradients.finish()
+        return gradients.finish().times(g.new_ones(()), dtypes_of((hidden, weight, bias)))
 
 
 @_backward.register_fake
-def _(g: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Gradients:
+def _(g: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     return empty_gradients(hidden, weight, bias, needs=rest[3])
 
 
@@ -143,4 +148,9 @@ def _differentiate(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *wanted(gradients, needs), None, *[None] * len(ctx.settings)
 
 
+def _differentiate_again(*_: Any) -> Any:
+    raise no_second_derivative("linear_log_probs")
+
+
 _forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_differentiate_again)

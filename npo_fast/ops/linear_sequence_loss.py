@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from npo_fast.errors import UserError
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.kernels.transform import HeadTransform, TransformOptions
 from npo_fast.ops import compiled
@@ -16,6 +17,7 @@ from npo_fast.ops.checks import (
     check_labels,
     check_loss,
     check_ref_log_probs,
+    check_ref_values,
     checked_head,
     no_autocast,
 )
@@ -101,7 +103,8 @@ def linear_sequence_loss(
         vocabulary: on several processes, the slice of V whose rows ``weight`` and ``bias`` are. The
             other arguments and the results are the same on all. ``hidden`` gets this slice's part
             of its gradient: ``gather_rows`` adds up the parts.
-        softcap: c in ``c * tanh(z / c)`` (Gemma 2), or None, the default.
+        softcap: c in ``c * tanh(z / c)`` (Gemma 2), from 1e-30 to 1e30, or None for no cap, the
+            default.
         logit_scale: factor on the (capped) logits, by default 1.
 
     Returns:
@@ -110,8 +113,9 @@ def linear_sequence_loss(
         inputs).
 
     Raises:
-        ValueError: shapes, dtypes, devices, labels or offsets that do not fit together, an
+        UserError: shapes, dtypes, devices, labels or offsets that do not fit together, an
             unknown reduction, or a missing reference.
+        UserError: a second derivative, forward mode, or a transform of ``torch.func``.
 
     ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
     graph as one operator; the loss must be hashable, and labels and offsets are checked when the
@@ -128,18 +132,18 @@ def linear_sequence_loss(
     sequences = len(cu_seqlens) - 1
     check_ref_log_probs(op, loss, ref_log_probs, sequences, hidden)
     if reduction not in ("mean", "token_mean", "sum", "none"):
-        raise ValueError(
+        raise UserError(
             f"{op}: reduction must be 'mean', 'token_mean', 'sum' or 'none', got {reduction!r}"
         )
     if reduction == "none" and (skip_below or vocabulary is not None):
-        raise ValueError(f"{op}: skip_below and vocabulary need one loss, not reduction='none'")
+        raise UserError(f"{op}: skip_below and vocabulary need one loss, not reduction='none'")
     if loss.group > 1 and sequences % loss.group:
-        raise ValueError(
+        raise UserError(
             f"{op}: {type(loss).__name__} takes sequences in groups of {loss.group}, "
             f"got {sequences}"
         )
     if not 0 <= skip_below < 1:
-        raise ValueError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
+        raise UserError(f"{op}: skip_below must be in [0, 1), got {skip_below}")
     values = sequences // max(loss.group, 1)
     count = {"mean": values, "token_mean": len(hidden), "sum": 1, "none": 1}[reduction]
     if vocabulary is not None:
@@ -148,12 +152,14 @@ def linear_sequence_loss(
     step = resolve_chunk_rows(op, head, len(hidden), chunk_rows, memory_bytes)
     if step == 0 and skip_below > 0:
         if chunk_rows == 0:
-            raise ValueError(
+            raise UserError(
                 f"{op}: skip_below={skip_below} leaves rows out of a chunk of logits, and "
                 "chunk_rows=0 makes none; drop one of the two"
             )
         step = head.chunk_rows()
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
+    if not torch.compiler.is_compiling():
+        check_ref_values(op, loss, ref_log_probs)
     if reduction == "none":
         log_probs = linear_log_probs(
             hidden, weight, labels, bias=bias, chunk_rows=step, **transform
@@ -170,7 +176,7 @@ def linear_sequence_loss(
             return loss_alone(config, inputs)
         again = partial(loss_and_gradients, config)
         compute = partial(again, skipped=skipped)
-        return OnePass.apply(compute, again, config.gradient_scale(weight.dtype), *inputs)
+        return OnePass.apply(op, compute, again, *inputs)
 
 
 def _values(
@@ -191,9 +197,9 @@ def _check_slice(
     op: str, vocabulary: VocabularySlice, weight: Tensor, chunk_rows: int | None
 ) -> None:
     if len(weight) != vocabulary.rows or not vocabulary.rows:
-        raise ValueError(
+        raise UserError(
             f"{op}: rank {vocabulary.rank} of {vocabulary.world_size} has {vocabulary.rows} rows "
             f"of a vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
         )
     if chunk_rows == 0:
-        raise ValueError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")
+        raise UserError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")

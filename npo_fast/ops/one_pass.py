@@ -26,10 +26,18 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from npo_fast.kernels.layout import power_of_two
 from npo_fast.kernels.reference import segment_sum
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.checks import capturing
-from npo_fast.ops.gradients import Gradients, HeadGradients, Needs, gradient_scale
+from npo_fast.ops.gradients import (
+    FP16_SIZE,
+    Gradients,
+    HeadGradients,
+    Needs,
+    Unit,
+    power_of_rows,
+)
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
 from npo_fast.ops.skipping import Skipped, without_small_rows
@@ -88,10 +96,6 @@ class LossConfig:
         """Returns the head of ``inputs``."""
         return local_head(inputs.weight, inputs.bias, self.transform, self.vocabulary)
 
-    def gradient_scale(self, dtype: torch.dtype) -> float:
-        """Returns the factor on all gradients until the upstream one is known."""
-        return gradient_scale(dtype, self.count)
-
 
 class Group(NamedTuple):
     """Whole sequences whose loss is evaluated at once: what fits a chunk, or a longer one."""
@@ -116,7 +120,7 @@ def loss_and_gradients(
     needs: Needs,
     tensors: Sequence[Any],  # those of Inputs
     skipped: Skipped | None = None,
-) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,), gradients times config.gradient_scale
+) -> tuple[Tensor, Tensor, Gradients]:  # scalar, (S,)
     """Returns the loss, the log-probs of the sequences, and the gradients that ``needs`` names."""
     inputs = Inputs(*tensors)
     if config.chunk_rows == 0:
@@ -126,15 +130,11 @@ def loss_and_gradients(
     total = hidden.new_zeros((), dtype=head.opmath_dtype)
     sequence_log_probs = total.new_empty(len(inputs.cu_seqlens) - 1)
     scale = 1 / config.count
-    # in fp16 the scale comes after the GEMMs: the gradient of the logits is as large as it can be
-    g_scale, alpha = scale, 1.0
-    if head.weight.dtype == torch.float16:
-        g_scale, alpha = 1.0, scale * config.gradient_scale(torch.float16)
 
     def differentiate_loss(group: Group, log_probs: Tensor) -> Tensor:  # (n,) -> g (n,)
         value, sequence_log_probs[group.sequences], g = _value_and_g(config.loss, log_probs, group)
         total.add_(value)
-        return g * g_scale
+        return g * scale
 
     for group in _groups(config, inputs):
         g, chunks = None, [group.rows]
@@ -151,11 +151,12 @@ def loss_and_gradients(
             g_rows, kept = g[rows.start - group.rows.start :][:count], None
             if config.skip_below > 0:
                 logits, h, softmax, g_rows, kept = without_small_rows(
-                    head, logits, h, softmax, g_rows, alpha, config.skip_below, skipped
+                    head, logits, h, softmax, g_rows, config.skip_below, skipped
                 )
+            g_rows = gradients.scaled(g_rows, softmax.log_probs[: len(g_rows)])
             head.differentiate_(logits, softmax, g_rows)  # in place: logits <- d loss / d logits
-            gradients.set_hidden(rows, logits, alpha, kept)  # GEMM 2: logits @ weight
-            gradients.add_weight(logits, h, alpha)  # GEMM 3: logits.T @ h, and the bias's sum
+            gradients.set_hidden(rows, logits, kept)  # GEMM 2: logits @ weight
+            gradients.add_weight(logits, h)  # GEMM 3: logits.T @ h, and the bias's sum
     return total * scale, sequence_log_probs, gradients.finish()
 
 
@@ -166,11 +167,17 @@ def _loss_and_gradients_without_logits(
     log_probs, lse = torch.ops.npo_fast.linear_log_probs(*operands, *config.transform)
     value, sequence_log_probs, g = _value_and_g(config.loss, log_probs, _whole(inputs))
     scale = 1 / config.count
-    g = g * (scale * config.gradient_scale(inputs.weight.dtype))
-    gradients = torch.ops.npo_fast.linear_log_probs_backward(
+    g = g * scale
+    unit: Unit = 1.0
+    if inputs.weight.dtype == torch.float16 and len(g):  # until the upstream gradient is known
+        size = power_of_two((g.abs() * -torch.expm1(log_probs)).max())
+        # one unit for the gradient of hidden, whose rows it makes small, and that of the weight
+        unit = size * (config.transform.largest_slope * power_of_rows(len(g)) / (8 * FP16_SIZE))
+        g = g / unit
+    d_hidden, d_weight, d_bias = torch.ops.npo_fast.linear_log_probs_backward(
         g, *operands, log_probs, lse, *config.transform, needs
     )
-    return value * scale, sequence_log_probs, gradients
+    return value * scale, sequence_log_probs, Gradients(d_hidden, d_weight, d_bias, unit, unit)
 
 
 def _groups(config: LossConfig, inputs: Inputs) -> Iterator[Group]:

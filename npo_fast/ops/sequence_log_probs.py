@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from npo_fast.kernels.reference import segment_sum
+from npo_fast.errors import UserError
 from npo_fast.kernels.transform import TransformOptions
 from npo_fast.ops.checks import (
     check_cu_seqlens,
@@ -17,6 +17,7 @@ from npo_fast.ops.checks import (
     shape_hint,
 )
 from npo_fast.ops.linear_log_probs import linear_log_probs
+from npo_fast.ops.segments import segment_sum
 
 
 def sequence_log_probs(
@@ -57,7 +58,7 @@ def sequence_log_probs(
         A log-prob a sequence in fp32 (fp64 for fp64 inputs); 0 where it has no label.
 
     Raises:
-        ValueError: shapes, dtypes, devices or labels that do not fit together.
+        UserError: shapes, dtypes, devices or labels that do not fit together.
     """
     op = "sequence_log_probs"
     if attention_mask is not None:
@@ -112,17 +113,17 @@ def labelled_rows(
     labels in messages.
 
     Raises:
-        ValueError: shapes, dtypes, devices, labels or offsets that do not fit together.
+        UserError: shapes, dtypes, devices, labels or offsets that do not fit together.
     """
     check_tensors(op, **{"hidden": hidden, name: labels, "weight": weight})
     if hidden.dim() not in (2, 3) or labels.shape != hidden.shape[:-1]:
-        raise ValueError(
+        raise UserError(
             f"{op}: hidden must be (B, T, D) with {name} (B, T), or (N, D) with {name} (N,), got "
             f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
             f"{_label_hint(hidden, labels, weight, shift, name)}"
         )
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"{op}: hidden must be (…, D) and the weight of the head (V, D) with the same D, got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}{shape_hint(hidden, weight)}"
         )
@@ -131,7 +132,7 @@ def labelled_rows(
     is_pack = hidden.dim() == 2 or (cu_seqlens is not None and len(hidden) == 1)
     if is_pack != (cu_seqlens is not None):
         offsets = None if cu_seqlens is None else tuple(cu_seqlens.shape)
-        raise ValueError(
+        raise UserError(
             f"{op}: cu_seqlens belongs to flat (N, D) hidden states and to no other, got "
             f"hidden {tuple(hidden.shape)} and cu_seqlens {offsets}"
         )
@@ -158,12 +159,12 @@ def _masked(
     """Returns labels without those of padding, or predicted by padding."""
     check_tensors(op, labels=labels, attention_mask=attention_mask)
     if attention_mask.shape != labels.shape:
-        raise ValueError(
+        raise UserError(
             f"{op}: attention_mask must have the shape of labels, {tuple(labels.shape)}, got "
             f"{tuple(attention_mask.shape)}"
         )
     if shifted:
-        raise ValueError(
+        raise UserError(
             f"{op}: attention_mask goes with labels that are not shifted: drop shifted=True and "
             "pass hidden and labels whole"
         )
@@ -192,12 +193,12 @@ def _label_hint(hidden: Tensor, labels: Tensor, weight: Tensor, shift: bool, nam
 def _check_values(
     op: str, name: str, labels: Tensor, keep: Tensor, vocabulary: int, ignore_index: int
 ) -> None:
-    """Raises ValueError for a label outside the vocabulary; a GPU's are left to the operators."""
+    """Raises UserError for a label outside the vocabulary; a GPU's are left to the operators."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside = labels[keep & ((labels < 0) | (labels >= vocabulary))]
     if len(outside):
-        raise ValueError(
+        raise UserError(
             f"{op}: {name} hold {int(outside[0])}, which is outside the vocabulary "
             f"[0, {vocabulary}) and is not ignore_index, {ignore_index}: name it as ignore_index "
             "where it stands for no label"

@@ -44,8 +44,7 @@ def without_small_rows(
     logits: Tensor,  # (padded R, V) raw
     hidden: Tensor,  # (R, D)
     softmax: Softmax,
-    g: Tensor,  # (R,) d loss / d log_prob, to be multiplied by alpha
-    alpha: float,
+    g: Tensor,  # (R,) d loss / d log_prob
     fraction: float,  # of the largest bound
     skipped: Skipped | None,  # gets what is left out added
 ) -> tuple[Tensor, Tensor, Softmax, Tensor, Tensor | None]:
@@ -54,8 +53,7 @@ def without_small_rows(
     The logits move to the front of the chunk, in place. The numbers are None, and all else is as it
     was, where every row is kept. Reads one number a row: on a GPU it waits for the row kernel.
     """
-    slope = head.transform.largest_slope * abs(alpha)
-    bound = 2 * slope * g.abs() * -torch.expm1(softmax.log_probs[: len(g)])
+    bound = 2 * head.transform.largest_slope * g.abs() * -torch.expm1(softmax.log_probs[: len(g)])
     small = bound < fraction * bound.max() if len(g) else bound > 0  # NaN is not small
     if skipped is not None:
         skipped.rows += len(bound)

@@ -38,7 +38,7 @@ def entropy_without_labels(
     lse, mean = torch.cat(parts, dim=1)
     if isinstance(head, SlicedHead):
         lse, mean = head.combine_means(lse, mean)
-    return lse - mean
+    return torch.where(lse == -torch.inf, 0.0, lse - mean)  # nothing is left beside the label
 
 
 def _over_others(
@@ -52,5 +52,6 @@ def _over_others(
     z.scatter_(1, column, own.masked_fill(has_label, -torch.inf))
     lse = z.logsumexp(-1)
     q = torch.exp(z - lse.unsqueeze(1))
-    z.scatter_(1, column, own.masked_fill(has_label, 0.0))  # q is 0 there
-    return torch.stack([lse, torch.linalg.vecdot(q, z)])
+    impossible = z == -torch.inf  # the label, and what a bias masks: 0 * log 0 = 0
+    mean = torch.linalg.vecdot(q.masked_fill_(impossible, 0.0), z.masked_fill_(impossible, 0.0))
+    return torch.stack([lse, mean])

@@ -25,6 +25,7 @@ from npo_fast.distributed import all_reduce_max
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.cost import Problem
+from npo_fast.ops.derivatives import check_derivatives, first_derivative
 from npo_fast.ops.head import Head, Softmax
 
 # newer names since PyTorch 2.13, which warns of the older ones
@@ -119,7 +120,7 @@ class SlicedHead(Head):
         gathered = _all_gather(local, len(local), self.vocabulary.group)
         others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
         log_probs = -torch.nn.functional.softplus(others - z)
-        return log_probs, z - log_probs
+        return log_probs, torch.logaddexp(others, z)
 
 
 def local_head(
@@ -140,6 +141,7 @@ def gather_rows(
     group: dist.ProcessGroup,
 ) -> Tensor:  # (sum(counts), D)
     """Returns the rows of all ranks, in the order of ranks; gradients are summed over ranks."""
+    check_derivatives("gather_rows", rows)
     return _GatherRows.apply(rows, tuple(counts), group)
 
 
@@ -155,12 +157,16 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         counts, group = ctx.counts, ctx.group
-        opmath = opmath_dtype(upstream.dtype)
-        padded = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=opmath)
-        for target, part in zip(padded, upstream.split(list(counts)), strict=True):
-            target[: len(part)] = part
-        local = _reduce_scatter(padded, group)[: counts[dist.get_rank(group)]]
-        return local.to(upstream.dtype), None, None
+
+        def compute() -> Tensor:
+            opmath = opmath_dtype(upstream.dtype)
+            padded = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=opmath)
+            for target, part in zip(padded, upstream.split(list(counts)), strict=True):
+                target[: len(part)] = part
+            local = _reduce_scatter(padded, group)[: counts[dist.get_rank(group)]]
+            return local.to(upstream.dtype)
+
+        return first_derivative("gather_rows", compute, upstream), None, None
 
 
 def vocab_parallel_embedding(
@@ -170,6 +176,7 @@ def vocab_parallel_embedding(
     padding_id: int | None = None,
 ) -> Tensor:  # (T, D)
     """Returns ``weight[ids]`` of the whole weight; the row of ``padding_id`` gets no gradient."""
+    check_derivatives("vocab_parallel_embedding", weight)
     return _Embedding.apply(weight, ids, vocabulary, padding_id)
 
 
@@ -193,9 +200,12 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         row, mine = ctx.saved_tensors
-        gathered = _all_gather(upstream, ctx.length, ctx.group) * mine.unsqueeze(-1)
-        gradient = torch.ops.aten.embedding_dense_backward(gathered, row, ctx.rows, -1, False)
-        return gradient, None, None, None
+
+        def compute() -> Tensor:
+            gathered = _all_gather(upstream, ctx.length, ctx.group) * mine.unsqueeze(-1)
+            return torch.ops.aten.embedding_dense_backward(gathered, row, ctx.rows, -1, False)
+
+        return first_derivative("vocab_parallel_embedding", compute, upstream), None, None, None
 
 
 def _all_gather(

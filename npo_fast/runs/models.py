@@ -20,6 +20,7 @@ from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.resume import ResumableRun
 from npo_fast.runs.run import Run
+from npo_fast.runs.threads import fit_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,6 +127,7 @@ class ModelSource:
             f"{lm.name}, {lm.model.num_parameters() / 1e6:.1f}M parameters{trained}, {width} on "
             f"{lm.device}{processes}, attention {lm.attention}"
         )
+        fit_threads(lm.model.num_parameters(), lm.device)
         return lm
 
     def _load(self, **changes: str) -> CausalLM:

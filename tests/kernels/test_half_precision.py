@@ -1,15 +1,19 @@
 """bf16 where a CPU has instructions for it, and fp16 under a loss scale."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch import Tensor
 
-from npo_fast import NLL, NPO, linear_kl, linear_log_probs, linear_sequence_loss
+from npo_fast import (
+    NLL,
+    NPO,
+    linear_kl,
+    linear_log_probs,
+    linear_sequence_loss,
+    segment_sum,
+)
 from npo_fast.kernels import layout
 from npo_fast.ops import head
-from npo_fast.ops.gradients import gradient_scale
 from tests.helpers import assert_as_exact, slow_but
 
 WIDTH, VOCABULARY = 64, 517
@@ -243,35 +247,68 @@ def test_gradients_of_kl_over_many_tokens_do_not_underflow():
 
 
 @pytest.mark.usefixtures("_policy")
-@pytest.mark.parametrize("rows", [6, 100, 700])
-def test_the_factor_that_gradients_carry_does_not_change_them(rows, monkeypatch):
-    """A power of two rounds nothing but what is below the normal numbers of fp16."""
+@pytest.mark.parametrize("way", [{}, {"chunk_rows": 100}, {"chunk_rows": 0}, {"skip_below": 1e-9}])
+@pytest.mark.parametrize("forgotten_by", [0, 100, 150, 200, "some more than others"])
+def test_gradients_of_forgotten_sequences_do_not_underflow(forgotten_by, way):
+    """NPO at beta 0.1 weighs a sequence that lost 200 nats 2e-9; a GradScaler multiplies later."""
+    rows = 512
     tensors, labels = fp16_case(rows), torch.randint(64, (rows,))
-    ref = {f"ref_{name}": t.detach() for name, t in fp16_case(rows).items()}
-    bounds, subnormal = torch.tensor([0, rows // 3, rows]), 2.0**-24
+    bounds = torch.arange(0, rows + 1, 16)
+    exact = wide(tensors)
+    log_probs = segment_sum(plain_log_probs(labels=labels, **exact), bounds).detach()
+    some = torch.linspace(200, 0, len(log_probs))  # each chunk has larger gradients than the last
+    ref = (log_probs + (some if isinstance(forgotten_by, str) else forgotten_by)).float()
 
-    def both() -> list[Tensor]:
+    def by_pytorch(leaves):
+        values = NPO(0.1)(plain_log_probs(labels=labels, **leaves), bounds, ref)
+        return gradients(SCALE * values.mean(), leaves)
+
+    value, _ = linear_sequence_loss(
+        labels=labels, cu_seqlens=bounds, loss=NPO(0.1), ref_log_probs=ref, **way, **tensors
+    )
+    ours, plain, truth = gradients(SCALE * value, tensors), by_pytorch(tensors), by_pytorch(exact)
+    for got, other, want in zip(ours, plain, truth, strict=True):
+        assert got.dtype == torch.float16
+        error, allowed = (float((one.double() - want).norm() / want.norm()) for one in (got, other))
+        assert error <= max(2 * allowed, torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.usefixtures("_policy")
+@pytest.mark.parametrize("forgotten_by", [0, 150])
+def test_sums_over_many_tokens_of_large_hidden_states_do_not_overflow(forgotten_by):
+    """The sum is 65000 before an upstream of 1/rows; the largest number of fp16 is 65504."""
+    rows = 4096
+    hidden = torch.full((rows, 4), 64.0).half().requires_grad_()
+    weight = torch.zeros(8, 4).half().requires_grad_()
+    labels, bounds = torch.zeros(rows, dtype=torch.long), torch.arange(rows + 1)
+    ref = torch.full((rows,), -2.08 + forgotten_by)
+    for reduction in ("sum", "mean"):
         value, _ = linear_sequence_loss(
-            labels=labels, cu_seqlens=bounds, loss=NLL(), reduction="token_mean", **tensors
+            hidden, weight, labels, bounds, NPO(0.1), ref_log_probs=ref, reduction=reduction
         )
-        return [*gradients(value, tensors), *gradients(linear_kl(**tensors, **ref), tensors)]
-
-    scaled = both()
-    for name in ("one_pass", "linear_kl"):
-        module = import_module(f"npo_fast.ops.{name}")
-        monkeypatch.setattr(module, "gradient_scale", lambda dtype, count: 1.0)
-    for got, want in zip(scaled, both(), strict=True):
-        torch.testing.assert_close(got.float(), want.float(), rtol=2**-10, atol=2 * subnormal)
+        upstream = 1 / rows if reduction == "sum" else 1.0
+        _, gradient = torch.autograd.grad(upstream * SCALE * value / 1024, (hidden, weight))
+        g = float(2 * torch.sigmoid(torch.tensor(-0.1 * forgotten_by, dtype=torch.float64)))
+        expected = (torch.arange(8) == 0).double().sub(1 / 8).unsqueeze(1) * g * 64 * SCALE / 1024
+        torch.testing.assert_close(gradient.double(), expected.expand(8, 4), rtol=5e-3, atol=0)
 
 
-def test_the_factor_is_a_power_of_two_that_fits():
-    for count in range(1, 3000):
-        factor = gradient_scale(torch.float16, count)
-        assert 1 <= factor <= min(count, 256)
-        assert factor.hex().startswith("0x1.0000000000000p")
-        assert factor == 256 or factor > count / 2
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert gradient_scale(dtype, 1000) == 1.0, "of the range of fp32, where nothing underflows"
+@pytest.mark.usefixtures("_policy")
+def test_gradients_that_overflow_are_infinite_so_that_a_scaler_skips_the_step():
+    tensors, labels = fp16_case(64), torch.randint(64, (64,))
+    value, _ = linear_sequence_loss(
+        labels=labels, cu_seqlens=torch.tensor([0, 64]), loss=NLL(), **tensors
+    )
+    for gradient in gradients(1e9 * value, tensors):
+        assert not bool(gradient.isfinite().all())
+
+
+def test_a_unit_is_the_power_of_two_below():
+    for number, expected in ((1.0, 1), (1.99, 1), (2.0, 2), (3e4, 16384), (2.0**-90, 2.0**-90)):
+        assert float(layout.power_of_two(torch.tensor(number))) == expected
+    assert 0 < float(layout.power_of_two(torch.tensor(0.0))) <= 1e-30
+    assert float(layout.power_of_two(torch.tensor(torch.inf))) == torch.inf
+    assert bool(layout.power_of_two(torch.tensor(torch.nan)).isnan())
 
 
 @pytest.mark.usefixtures("_policy")

@@ -75,6 +75,20 @@ def kernel_rows(logits, labels, target, g, softcap, logit_scale, config):
     return log_probs, lse, logits
 
 
+def test_a_label_that_is_masked_leaves_its_row_finite():
+    """Its log-prob is -inf, the logsumexp that of the others, and the gradient onehot - p."""
+    logits, labels, _, g = rows_case(3, 70)
+    logits[1, labels[1]] = -torch.inf
+    logits[2] = -torch.inf
+    logits[2, labels[2]] = 1.5  # all but the label
+    expected = plain_rows(logits.clone(), labels, None, g, None, 1.0)
+    got = kernel_rows(logits, labels, None, g, None, 1.0, SPLIT)
+    assert got[0][1] == -torch.inf
+    assert got[0][2] == 0
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def assert_largest_error_as_exact(got, plain, exact, name=""):
     truncated = DEVICE == "cpu"
     assert_as_exact(got, plain, exact, name, order=torch.inf, truncated=truncated)

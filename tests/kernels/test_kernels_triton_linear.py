@@ -86,6 +86,19 @@ def test_linear_kernels_are_as_exact_as_pytorch(shape, head, dtype):
             assert_as_exact(one, other, want, name, truncated=DEVICE == "cpu")
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
+def test_gradients_of_any_size_are_rounded_to_fp16_once(size):
+    """Those of logits would lose digits where they are small; it is the sums that have to fit."""
+    hidden, weight, labels, bias, g = case(40, 16, 600, torch.float16, with_bias=True)
+    g = g * size
+    got = run(hidden, weight, labels, bias, g, None, 1.0)
+    exact = pytorch(hidden, weight, labels, bias, g, None, 1.0, torch.float64)
+    for one, want in zip(got[1:], exact[1:], strict=True):
+        rounded = want.half().double()
+        error, least = float((one.double() - want).norm()), float((rounded - want).norm())
+        assert error <= 3 * least + 1e-3 * float(want.norm())
+
+
 def test_memorised_and_saturated_rows_stay_finite_and_exact():
     hidden, weight, labels, _, g = case(9, 16, 150, torch.float32)
     hidden[:4] = weight[labels[:4]] * 40  # memorised: p is 1 in fp32

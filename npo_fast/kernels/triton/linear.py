@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from npo_fast.kernels.layout import empty_gradients, pad_rows, padded_rows
+from npo_fast.kernels.layout import empty_gradients, pad_rows, padded_rows, power_of_two
 from npo_fast.kernels.products import add_product_, logits_of_slices
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.kernels.triton.config import row_config
 from npo_fast.kernels.triton.label_logits import label_logits
 from npo_fast.kernels.triton.row_log_probs import row_gradient, with_labels
+from npo_fast.kernels.triton.scale import scale
 from npo_fast.kernels.triton.slices import Sums, slice_sums
 
 SLICE_BYTES = 32 << 20  # of logits: they are read again from cache
@@ -68,15 +69,26 @@ def linear_backward(
     operand = pad_rows(hidden, padded)
     labels, log_probs, lse, g = (pad_rows(t, padded) for t in (labels, log_probs, lse, g))
     share = torch.ones_like(lse)
+    # in fp16 gradients of logits of any size: the largest near 64, and their sums over rows means
+    unit, alpha = None, 1.0
+    if hidden.dtype == torch.float16 and rows:
+        size = power_of_two((g.abs() * -torch.expm1(log_probs)).max()) * transform.largest_slope
+        unit, alpha = size / 64, 1 / padded
+        g = g / unit
     for columns, logits in _slices(hidden, weight, bias):
         row_gradient(logits, labels - columns.start, log_probs, lse, share, g, transform)
         logits[rows:] = 0  # 0 times exp(bias) is no number where the bias is large
         if needs[0]:
             add_product_(d_hidden, logits, weight[columns], beta=int(columns.start > 0))
         if needs[1]:
-            torch.mm(logits.t(), operand, out=d_weight[columns])
+            d_weight[columns].addmm_(logits.t(), operand, beta=0, alpha=alpha)
         if bias is not None and needs[2]:
-            d_bias[columns] = logits.sum(dim=0, dtype=torch.float32).to(d_bias.dtype)
+            total = logits.sum(dim=0, dtype=torch.float32)
+            d_bias[columns] = (total if unit is None else total * unit).to(d_bias.dtype)
+    if unit is not None:
+        d_hidden.mul_(unit)
+        if needs[1]:
+            scale(d_weight, unit / alpha)
     return d_hidden[:rows].to(hidden.dtype), d_weight, d_bias
 
 

@@ -32,9 +32,12 @@ def label_kernel(
     peak, total = join(peaks, totals, row, rows, slices, BLOCK_R, BLOCK_S)
     raw = tl.load(targets + row, mask=inside, other=0.0)
     z, _ = activate(raw, softcap, logit_scale, SOFTCAP)
-    log_prob = -softplus((peak - z) + tl.log(total))
+    log_total = tl.log(total)
+    log_prob = -softplus((peak - z) + log_total)
+    rest = peak + log_total
+    lse = tl.where(z > rest, z - log_prob, rest + softplus(z - rest))  # z may be -inf
     tl.store(log_probs + row, log_prob, mask=inside)
-    tl.store(lses + row, z - log_prob, mask=inside)
+    tl.store(lses + row, lse, mask=inside)
     # softmax of the others is exp(z - shift) * share
     tl.store(shifts + row, peak, mask=inside)
     tl.store(shares + row, 1.0 / (total + tl.exp(z - peak)), mask=inside)
