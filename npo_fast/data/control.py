@@ -206,6 +206,10 @@ def _fast_twin(tokenizer: Any, names: Mapping[str, str]) -> Any:
 def _slow_twin(tokenizer: Any, names: Mapping[str, str]) -> Any:
     """A copy of a tokenizer written in Python, with other names for the same ids."""
     twin = copy.copy(tokenizer)
+    kind = type(tokenizer)
+    # a part of a text that is the whole text of a special token is no token either
+    twin.__class__ = type(kind.__name__, (kind,), {"all_special_tokens": ()})
+    twin.prepare_for_model = tokenizer.prepare_for_model  # BOS and EOS are added by their names
     twin.tokens_trie = type(tokenizer.tokens_trie)()
     twin._added_tokens_decoder = {
         i: type(token)(

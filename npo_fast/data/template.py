@@ -124,7 +124,8 @@ class Template:
     @cached_property
     def _own_end(self) -> re.Pattern[str]:
         """The end of an answer that brings its end of turn."""
-        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids & self._control.ids))
+        ids = (self._ends_in(self.renderer.closing()) | self._given_stops) & self._control.ids
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(ids))
         return re.compile(f"((?:{'|'.join(map(re.escape, ends))})\\s*)+$")
 
     @cached_property
@@ -317,8 +318,7 @@ class Template:
 
     def _answer_tokens(self, text: str, start: int, end: int) -> tuple[list[int], int, int]:
         """Tokens of a text; those from the first to before the last hold ``text[start:end]``."""
-        with_special = self.name == "plain"
-        ids, spans, plain = self._control.encode(text, with_special)
+        ids, spans, plain = self._control.encode(text, add_special_tokens=self.name == "plain")
         if spans is not None:
             inside = [
                 i
