@@ -11,6 +11,7 @@ from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.measures import REPORTED, measures, score
+from npo_fast.paths import places, shown
 from npo_fast.reports import svg
 from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import MARK, render
@@ -111,15 +112,23 @@ class Report:
             answers={part: self._answers(part) for part in ("forget", "retain") if self.answers},
             settings=self._settings(),
             several_runs=len(self.runs) > 1,
-            missing=self.missing,
+            missing=[self._published(sentence) for sentence in self.missing],
         )
 
     def markdown(self) -> str:
         """The table of runs, and what is missing."""
         parts = [MARK, "# Unlearning report", tables.markdown(*tables.from_records(self.rows))]
         if self.missing:
-            parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in self.missing)]
+            sentences = map(tables.markdown_text, map(self._published, self.missing))
+            parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in sentences)]
         return "\n\n".join(parts) + "\n"
+
+    def _published(self, text: str) -> str:
+        """A text without the absolute paths of runs and their settings: a page goes to others."""
+        known = {place for run in self.runs for place in places([run.folder, run.settings])}
+        for place in sorted(known, key=len, reverse=True):
+            text = text.replace(place, shown(place))
+        return text
 
     def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""
@@ -215,6 +224,10 @@ class Report:
         settings = {run.name: run.flat_settings() for run in self.runs}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name) for values in settings.values())] for name in names]
+        rows = [
+            [self._published(cell) if isinstance(cell, str) else cell for cell in row]
+            for row in rows
+        ]
         rows.sort(key=lambda row: len({str(value) for value in row[1:]}) == 1)
         return rows, ["setting", *settings]
 

@@ -13,6 +13,7 @@ from npo_fast.errors import UserError
 from npo_fast.metrics import FORGET, RETAIN, Result, holds_logs, load_result
 from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
+from npo_fast.tables import printable
 
 SETS = {"forget": FORGET, "retain": RETAIN}
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
@@ -178,7 +179,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [
-        load_run(folder, "/".join(path.parts[-depth:]))
+        load_run(folder, printable("/".join(path.parts[-depth:])))
         for folder, path in zip(folders, paths, strict=True)
     ]
 
