@@ -195,12 +195,18 @@ def _load(auto: Any, name: str, **arguments: Any) -> Any:
     local = Path(arguments["pretrained_model_name_or_path"]).exists()
     try:
         with no_progress_bars() if local else nullcontext():
-            return auto.from_pretrained(**arguments)
+            return auto.from_pretrained(trust_remote_code=False, **arguments)
     except ImportError as error:
         raise UserError(
             f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
         ) from error
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name!r} comes with code of its own, which is never run: name a model of an "
+                "architecture that transformers has, or load it yourself and pass model and "
+                "tokenizer to npo_fast's functions"
+            ) from error
         raise UserError(
             f"cannot load {name!r} as a causal language model: {first_line(error)}"
         ) from error

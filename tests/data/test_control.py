@@ -20,14 +20,14 @@ from tokenizers import (
 from npo_fast.data import PaddedCollator, Record, Rendering, Template
 from npo_fast.errors import UserError
 from npo_fast.evaluation.suite import tokenize_set
-from tests.data.test_template import (
+from tests.helpers import (
     CHATML,
     EMPTY_THINK,
     INSTRUCT,
     TEXTS,
     TRIMMED,
     byte_level,
-    parts,
+    parts_of,
     wrapped,
 )
 
@@ -169,7 +169,7 @@ def test_an_answer_with_the_text_of_an_end_is_not_cut():
     tokenizer = byte_level(CHATML, "<|im_end|>")
     record = Record((("user", "Who?"),), "Ada lives <|im_end|> in house 1")
     for template in (Template(tokenizer), Template(tokenizer, "plain")):
-        label = parts(template, record)[1].strip()
+        label = parts_of(template, record)[1].strip()
         assert label == "Ada lives <|im_end|> in house 1<|im_end|>"
     batch = PaddedCollator(tokenizer)([{"question": "Who?", "answer": record.answer}])
     assert int((batch["labels"] == tokenizer.eos_token_id).sum()) == 1
