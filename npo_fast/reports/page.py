@@ -128,7 +128,7 @@ class Report:
         known = {place for run in self.runs for place in places([run.folder, run.settings])}
         for place in sorted(known, key=len, reverse=True):
             text = text.replace(place, shown(place))
-        return text
+        return tables.printable(text)
 
     def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""

@@ -69,9 +69,8 @@ CHATS = {  # template -> prompt and label
 @pytest.mark.parametrize("case", CHATS)
 def test_the_prompt_is_all_before_the_answer_and_the_label_all_through_its_end(case):
     template, prompt, label = CHATS[case]
-    assert parts_of(Template(byte_level(template, "<|im_end|>" if "im_end" in label else "</s>"))) == (
-        prompt, label,
-    )  # fmt: skip
+    tokenizer = byte_level(template, "<|im_end|>" if "im_end" in label else "</s>")
+    assert parts_of(Template(tokenizer)) == (prompt, label)
 
 
 @pytest.mark.parametrize(
