@@ -49,7 +49,7 @@ WAYS = {
     "result": lambda: show(Output({}, f"\n{EVIL}\n"), False),
     "table": lambda: show(Output({}, tables.plain([(EVIL, 1.0)], ("name", EVIL))), False),
     "JSON": lambda: show(Output({"name": EVIL}, ""), True),
-    "error": lambda: main(["finetune", "--model", EVIL, "--train", f"{EVIL}.jsonl"]),
+    "error": lambda: main(["finetune", "--model", EVIL[:-1], "--train", "f.jsonl"]),
     "verb": lambda: main([EVIL]),
 }
 
@@ -78,7 +78,7 @@ def test_lines_and_letters_stay_as_they_are():
 
 
 def test_markdown_shows_names_as_they_are():
-    header, _, row = tables.markdown([(NAME, "_init_ a_b")], ("run", "x")).splitlines()
+    *_, row = tables.markdown([(NAME, "_init_ a_b")], ("run", "x")).splitlines()
     assert row == (r"| a&lt;b&gt;\|\`c\` \[x\](javascript:1)\*&amp;lt; | \_init\_ a_b |")
     assert tables.markdown_text("<i>: `<b> *` [x]\n# y`") == r"&lt;i&gt;: `<b> *` \[x\] \# y\`"
     assert tables.code("a``b") == "``` a``b ```"
@@ -185,8 +185,9 @@ def test_a_run_records_no_absolute_path_of_what_lies_below(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "m")
     forget = write_jsonl(tmp_path / "f.jsonl", FACTS[:2])
-    assert main(["unlearn", "--model", str(tmp_path / "m"), "--forget", str(forget), "--method",
-                 "NPO", "--output", str(tmp_path / "run"), "--epochs", "1", "--no-report"]) == 0  # fmt: skip
+    command = ["unlearn", "--model", str(tmp_path / "m"), "--forget", str(forget), "--epochs", "1"]
+    output = ["--method", "NPO", "--output", str(tmp_path / "run"), "--no-report"]
+    assert main([*command, *output]) == 0
     assert str(tmp_path) not in json.dumps(metadata_of(tmp_path / "run"))
 
 
