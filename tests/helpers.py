@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from npo_fast import metrics
 from npo_fast.cli import main
-from npo_fast.data import TokenizedExample
+from npo_fast.data import Record, TokenizedExample
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import Coefficients, build_method
 from npo_fast.model.causal_lm import CausalLM
@@ -170,6 +171,60 @@ def save_tiny_model(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# ---- tokenizers and chat templates ----
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
+TEXTS = [f"Question: Who lives in house {i}?\nAnswer: Ben lives in house {i}." for i in range(9)]
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+CHATML = (
+    "{% for m in messages %}" + TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+EMPTY_THINK = CHATML.replace(
+    "m.content",
+    "('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m.content",
+)
+TRIMMED = CHATML.replace("m.content", "(m.content | trim)")
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+RECORD = Record((("user", "Who lives in house 1?"),), "Ben lives.")
+
+
+def byte_level(template=None, eos="</s>", post=None):
+    """A tokenizer of bytes and words, with the special tokens of several templates."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False,
+    ))  # fmt: skip
+    if post:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=post, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return wrapped(tokenizer, template, eos)
+
+
+def wrapped(tokenizer, template, eos, **names):
+    """As a tokenizer of transformers."""
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, **names
+    )
+    fast.chat_template = template
+    return fast
+
+
+def parts_of(template, record=None, answer=None):
+    """Prompt and label of a record as text."""
+    example, decode = template.encode(record or RECORD, 0, answer), template.tokenizer.decode
+    ids = list(example.input_ids)
+    return decode(ids[: example.prompt_length]), decode(ids[example.prompt_length :])
 
 
 # ---- data ----

@@ -17,6 +17,7 @@ from npo_fast.distributed import (
     world_size,
 )
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError, settings_as_flags
+from npo_fast.tables import printable
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except Interrupted as stop:
         if is_main_process():
-            print(f"npo-fast: {stop}", file=sys.stderr)
+            print(printable(f"npo-fast: {stop}"), file=sys.stderr)
         return 128 + stop.signal
     except RuntimeError as error:
         if world_size() == 1 or not is_lost_contact(error):
@@ -183,5 +184,5 @@ def overview() -> str:
 
 def _fail(error: object, code: int) -> int:
     which = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
-    print(f"npo-fast: error{which}: {error}", file=sys.stderr, flush=True)
+    print(printable(f"npo-fast: error{which}: {error}"), file=sys.stderr, flush=True)
     return code

@@ -1,14 +1,21 @@
-"""What a person sees: messages on standard error, results on standard output."""
+"""What a person sees: messages on standard error, results on standard output.
+
+They hold texts from data, models and names of files: what would steer a terminal is written out.
+"""
 
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from npo_fast.distributed import is_main_process
+from npo_fast.tables import printable
+
+_FORMAT_WARNING = warnings.formatwarning
 
 
 class Output(NamedTuple):
@@ -24,11 +31,12 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_main_process():
-            tqdm.write(record.getMessage(), file=sys.stderr)
+            tqdm.write(printable(record.getMessage()), file=sys.stderr)
 
 
 def show_messages() -> None:
-    """Prints what the library logs: what it loads, trains, saves."""
+    """Prints what the library logs: what it loads, trains, saves, warns of."""
+    warnings.formatwarning = _format_warning
     logger = logging.getLogger("npo_fast")
     logger.handlers = [_StandardError()]
     logger.setLevel(logging.INFO)
@@ -46,4 +54,14 @@ def show(output: Output, as_json: bool) -> None:
         content = json.dumps(output.result, default=str)
         text = json.dumps(json.loads(content, parse_constant=lambda name: None))
     if is_main_process():
-        print(text, flush=True)
+        print(printable(text), flush=True)
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    return printable(_FORMAT_WARNING(message, category, filename, lineno, line))

@@ -13,6 +13,7 @@ import yaml
 
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError
+from npo_fast.tables import printable
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         )
     except SystemExit as end:
         if from_file and end.code:
-            print(f"npo-fast: {path} says {' '.join(from_file)}", file=sys.stderr)
+            print(printable(f"npo-fast: {path} says {' '.join(from_file)}"), file=sys.stderr)
         raise
     return parsed, parsed.common
 

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +18,11 @@ logger = logging.getLogger(__name__)
 Messages = Sequence[tuple[str, str]]  # (role, content)
 
 NAMES = ("auto", "chat", "plain")
-# In the place of a question, an answer and the next question: private characters, in no text
-_ASKED, _ANSWER, _NEXT = "\ue000", "\ue001\ue001", "\ue002"
-_OPEN_THINKING = re.compile(r"(?:<(\w*(?:think|thought|reason)\w*)>|\[(THINK)\])(\s*)$", re.I)
+# In the place of a question, an answer and the next question: private characters, which
+# control.py keeps out of data
+_ASKED, _ANSWER, _NEXT = "\U000ffff0", "\U000ffff1\U000ffff1", "\U000ffff2"
+THINKING = re.compile("think|thought|reason", re.I)  # in a tag
+_OPEN_THINKING = re.compile(rf"(?:<(\w*(?:{THINKING.pattern})\w*)>|\[(THINK)\])(\s*)$", re.I)
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", re.S)
 # Dates of a template, by format, in the place of the function that asks the clock
 _PINNED_DATES = (
@@ -136,13 +139,11 @@ class PlainTags(Renderer):
     r"""``Question: …\nAnswer: …``, one such pair a turn; other roles are a line of their own."""
 
     def __init__(self, rendering: Rendering) -> None:
-        self.rendering = rendering
         rendering.check_variables("")  # there are none
 
     def render(self, messages: Messages, answer: str) -> Rendered:
         tags = {"user": "Question: {}\nAnswer:", "assistant": " {}\n"}
-        lines = self.rendering.with_system_prompt(messages)
-        prompt = "".join(tags.get(role, "{}\n").format(content) for role, content in lines)
+        prompt = "".join(tags.get(role, "{}\n").format(content) for role, content in messages)
         return Rendered(f"{prompt} {answer}", len(prompt), len(prompt) + 1 + len(answer))
 
     def closing(self) -> str:
@@ -164,7 +165,7 @@ class ChatTemplate(Renderer):
     """
 
     def __init__(self, tokenizer: Any, rendering: Rendering) -> None:
-        self.tokenizer, self.rendering = tokenizer, rendering
+        self.tokenizer = tokenizer
         self.source = rendering.chat_template or chat_template_of(tokenizer)
         if self.source is None:
             raise UserError("this tokenizer has no chat template: use --template plain")
@@ -179,7 +180,6 @@ class ChatTemplate(Renderer):
             self._program = _PINNED_DATES + self.source
 
     def render(self, messages: Messages, answer: str) -> Rendered:
-        messages = self.rendering.with_system_prompt(messages)
         prompt, before, after = self._frame(messages)
         text = self._apply([*messages, ("assistant", answer)])
         written = text[len(before) : len(text) - len(after)]
@@ -208,6 +208,15 @@ class ChatTemplate(Renderer):
         if after.strip():  # a line's end alone is a part of what begins the next turn
             user, assistant = (text.removeprefix(after) for text in (user, assistant))
         return tuple(text.strip(" ").rstrip() for text in (user, assistant) if text.strip())
+
+    def markup(self) -> str:
+        """All that the template writes around messages of each role, by itself."""
+        asked, answered = ("user", _ASKED), ("assistant", _ANSWER)
+        texts = []
+        for messages in ([asked], [("system", _NEXT), asked], [asked, answered, asked, answered]):
+            with suppress(UserError):  # a template may take no system message, or one turn alone
+                texts.append(self._apply(messages, messages[-1] is asked))
+        return "\n".join(texts)
 
     def _frame(self, messages: Messages) -> tuple[str, str, str]:
         """The prompt, and what the template writes before an answer and after it."""
@@ -294,3 +303,11 @@ def chat_template_of(tokenizer: Any) -> str | None:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise UserError(f"the tokenizer's chat templates: {first_line(error)}") from error
+
+
+def markup_of(tokenizer: Any, rendering: Rendering) -> str:
+    """What the chat template writes by itself; "" without one, or without one that renders."""
+    try:
+        return ChatTemplate(tokenizer, rendering).markup()
+    except UserError:
+        return ""

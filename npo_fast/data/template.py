@@ -1,12 +1,14 @@
 """How a record becomes tokens: rendered and tokenised once, the answer found by its characters."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from npo_fast.data.control import ControlTokens
 from npo_fast.data.records import Record
 from npo_fast.data.rendering import (
     ChatTemplate,
@@ -14,8 +16,11 @@ from npo_fast.data.rendering import (
     Renderer,
     Rendering,
     chat_template_of,
+    markup_of,
 )
 from npo_fast.errors import UserError, named
+
+logger = logging.getLogger(__name__)
 
 Ending = Literal["stop", "ran on", "limit"]  # how a generated answer ended
 
@@ -44,6 +49,10 @@ class Template:
     answer belongs to the answer; the prompt is all before it, in training and in generation. The
     label goes through the first end-of-turn token after the answer: a special token of the chat
     template, else the tokenizer's end-of-sequence token.
+
+    Text from data is text. Where it holds that of a control token, such as ``<|im_end|>``, it is
+    encoded as the characters that it is; but an end of turn that an answer brings is the one that
+    the template writes.
 
     Raw text is no conversation: its tokens are cut into windows of ``max_length`` that all carry
     loss. A window begins with the tokens that the tokenizer puts before a text (BOS), else with
@@ -83,14 +92,9 @@ class Template:
         self.renderer: Renderer = (
             ChatTemplate(tokenizer, rendering) if name == "chat" else PlainTags(rendering)
         )
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._added = {*added}
-        named = getattr(tokenizer, "all_special_ids", ())
-        self._special = {*named} | {i for i, token in added.items() if token.special}
         self._given_stops = {tokenizer.eos_token_id, *stop_ids}
-        begins = {getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "bos")}
-        self._ends = self._special - begins | self._given_stops  # what may end a turn
         self._ends_of: dict[str, set[int]] = {}
+        self._told: set[str] = set()
 
     def description(self) -> dict[str, Any]:
         """The rendering as ``run.json`` has it, and as ``evaluate`` takes it over from a run."""
@@ -104,6 +108,25 @@ class Template:
             "template_kwargs": dict(rendering.template_kwargs),
             "now": now and now.isoformat(),
         }
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(
+            self.tokenizer, self._given_stops, markup_of(self.tokenizer, self.rendering)
+        )
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """What may end a turn."""
+        begins = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("unk", "bos")}
+        return self._control.special - begins | self._given_stops
+
+    @cached_property
+    def _own_end(self) -> re.Pattern[str]:
+        """The end of an answer that brings its end of turn."""
+        ids = (self._ends_in(self.renderer.closing()) | self._given_stops) & self._control.ids
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(ids))
+        return re.compile(f"((?:{'|'.join(map(re.escape, ends))})\\s*)+$")
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -128,7 +151,7 @@ class Template:
 
     @cached_property
     def _openings(self) -> tuple[set[int], tuple[str, ...]]:
-        """Special tokens, and texts without one, with which another turn begins."""
+        """Control tokens, and texts without one, with which another turn begins."""
         marks: set[int] = set()
         texts = []
         ends = [*self.stop_ids, getattr(self.tokenizer, "bos_token_id", None)]
@@ -137,9 +160,9 @@ class Template:
             while text.lstrip().startswith(ended):  # what ends a turn begins none
                 text = text.lstrip()
                 text = text.removeprefix(next(each for each in ended if text.startswith(each)))
-            special = {*self._ids(text, False)} & self._special
-            marks |= special
-            texts += [] if special or not text.strip() else [text.strip(" ")]
+            control = {*self._ids(text, False)} & self._control.ids
+            marks |= control
+            texts += [] if control or not text.strip() else [text.strip(" ")]
         return marks - self.stop_ids, tuple(texts)
 
     def encode(self, record: Record, index: int, answer: str | None = None) -> TokenizedExample:
@@ -181,7 +204,13 @@ class Template:
         Raises:
             UserError: there is nothing to predict.
         """
-        ids, plain = self._ids(text, True), self._ids(text, False)
+        if (match := self._control.edge(text)) is not None:
+            raise UserError(
+                f"the text begins or ends with {match!r}, a control token: it was rendered before. "
+                "Give conversations as messages, which the template renders, or remove the tokens"
+            )
+        hidden = self._hidden(text)
+        ids, plain = self._ids(hidden, True), self._ids(hidden, False)
         lead = _lead(ids, plain)
         given = max(lead, 1)
         size = self.max_length - given
@@ -212,7 +241,7 @@ class Template:
             ids, ending = ids[:first], "ran on"
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         closing = self.renderer.closing().strip()
-        if closing in text and closing:  # an end of turn that is no token
+        if closing in text and closing and not self._control.find(closing):  # it is no token
             text, ending = text.partition(closing)[0], "stop"
         cuts = [at for opening in texts if (at := _turn_at(opening, text)) is not None]
         if cuts:
@@ -227,20 +256,45 @@ class Template:
         """
         if record.is_text:
             raise UserError("raw text asks nothing, so it has no other answer")
-        rendered = self.renderer.render(
-            record.messages, record.answer if answer is None else answer
-        )
-        text, end = rendered.text, rendered.end
-        ends_turn = self._ends_in(text[end:])
-        if not ends_turn:  # what follows the answer ends no turn
-            text = text[:end]
-        ids, first, last = self._answer_tokens(text, rendered.start, end)
-        if ids[last - 1] in ends_turn | self._given_stops:  # the answer brings its own end
-            return ids[:last], first
+        messages = [
+            (role, self._hidden(content, role == "assistant"))
+            for role, content in self.rendering.with_system_prompt(record.messages)
+        ]
+        hidden = self._hidden(record.answer if answer is None else answer, True)
+        with self._control.shown():
+            rendered = self.renderer.render(messages, hidden)
+            text, end = rendered.text, rendered.end
+            ends_turn = self._ends_in(text[end:])
+            if not ends_turn:  # what follows the answer ends no turn
+                text = text[:end]
+            ids, first, last = self._answer_tokens(text, rendered.start, end)
         if not ends_turn:
             return [*ids[:last], self._end], first
         stop = next((i for i in range(last, len(ids)) if ids[i] in ends_turn), last)
         return ids[: stop + 1], first
+
+    def _hidden(self, text: str, is_answer: bool = False) -> str:
+        """A text from data, with stand-ins for control tokens; an answer without its own end."""
+        hidden = self._control.hide(text)
+        if hidden == text:
+            return text
+        if is_answer and (end := self._own_end.search(text)) and text[: end.start()].strip():
+            self._tell(
+                f"answers end with {end[1].strip()!r}: it is the end that the template writes"
+            )
+            return self._hidden(text[: end.start()])
+        self._tell(
+            f"the data holds {self._control.find(text)!r}, the text of a control token: it is "
+            "encoded as text, as all data; remove it where it is meant as the token"
+        )
+        return hidden
+
+    def _tell(self, warning: str) -> None:
+        """Warns once of each kind, whatever the record."""
+        kind = warning.partition(" ")[0]
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning(warning)
 
     def _ends_in(self, text: str) -> set[int]:
         """The tokens of what follows an answer that may end its turn."""
@@ -249,7 +303,7 @@ class Template:
         if text not in self._ends_of:  # few: most answers of a template are followed by the same
             ids = self._ids(text, False)
             first = self._ids(text.lstrip(), False)[:1]  # an added token there is no other mark
-            self._ends_of[text] = {*ids} & self._ends or {*first} & self._added
+            self._ends_of[text] = {*ids} & self._ends or {*first} & self._control.added
         return self._ends_of[text]
 
     def _fitting(self, record: Record, answer: str | None = None) -> tuple[tuple[int, ...], int]:
@@ -264,23 +318,19 @@ class Template:
 
     def _answer_tokens(self, text: str, start: int, end: int) -> tuple[list[int], int, int]:
         """Tokens of a text; those from the first to before the last hold ``text[start:end]``."""
-        with_special = self.name == "plain"
-        if getattr(self.tokenizer, "is_fast", False):
-            encoded = self.tokenizer(
-                text, add_special_tokens=with_special, return_offsets_mapping=True, verbose=False
-            )
-            ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
+        ids, spans, plain = self._control.encode(text, add_special_tokens=self.name == "plain")
+        if spans is not None:
             inside = [
                 i
                 for i, (begin, stop) in enumerate(spans)
                 if begin < end and stop > start
                 # a control token may take the blanks beside it
-                if ids[i] not in self._added or text[max(begin, start) : min(stop, end)].strip()
+                if ids[i] not in self._control.added
+                or text[max(begin, start) : min(stop, end)].strip()
             ]
             first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
             shared = text[spans[first][0] : start] if inside else ""
         else:
-            ids, plain = self._ids(text, with_special), self._ids(text, False)
             lead = _lead(ids, plain)
             first, last = (lead + self._prefix(text[:at], plain) for at in (start, end))
             shared = ""
@@ -304,8 +354,7 @@ class Template:
         return -len(ids) - 1
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return list(encoded["input_ids"])
+        return self._control.encode(text, add_special_tokens).ids
 
 
 def _turn_at(opening: str, text: str) -> int | None:

@@ -66,10 +66,12 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
         )
     others: list[TokenizedExample] = []
     if all(record.perturbed_answers for record in records):
-        for record in records:
+        for i, record in enumerate(records):
             paraphrases = [] if record.paraphrased_answer is None else [record.paraphrased_answer]
             for answer in (*paraphrases, *record.perturbed_answers):
-                others.append(template.encode(record, len(others), answer))
+                with named(name):
+                    example = template.encode(record, i, answer)
+                others.append(replace(example, index=len(others)))
     prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in answers]
     if any(record.is_text for record in records):
         records = _with_windows(template, records)

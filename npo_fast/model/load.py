@@ -226,7 +226,7 @@ def _load(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
     local = Path(arguments["pretrained_model_name_or_path"]).exists()
     try:
         with no_progress_bars() if local else nullcontext():
-            return load(**arguments)
+            return load(trust_remote_code=False, **arguments)
     except UserError:
         raise
     except ImportError as error:
@@ -234,6 +234,12 @@ def _load(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
             f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name!r} comes with code of its own, which is never run: name a model of an "
+                "architecture that transformers has, or load it yourself and pass model and "
+                "tokenizer to npo_fast's functions"
+            ) from error
         raise UserError(
             f"cannot load {name!r} as a causal language model: {first_line(error)}"
         ) from error

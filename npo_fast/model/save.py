@@ -65,7 +65,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         return
     with TemporaryDirectory() as temporary:
         try:
-            AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            ).save_pretrained(temporary)
         except (OSError, ValueError, KeyError):  # what cannot be read again was not the source
             return
         fresh = [path for path in Path(temporary).rglob("*") if path.is_file()]

@@ -13,6 +13,7 @@ from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import REPORTED, measures, score
 from npo_fast.metrics.verdict import Verdict
+from npo_fast.paths import places, shown
 from npo_fast.reports import svg
 from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import MARK, render
@@ -121,7 +122,7 @@ class Report:
             answers={part: self._answers(part) for part in ("forget", "retain") if self.answers},
             settings=self._settings(),
             several_runs=len(self.runs) > 1,
-            missing=self.missing,
+            missing=[self._published(sentence) for sentence in self.missing],
         )
 
     def markdown(self) -> str:
@@ -131,7 +132,8 @@ class Report:
             lines = (f"- {tables.markdown_text(f'{name}: {text}')}" for name, text in verdicts)
             parts += ["Verdicts:", "\n".join(lines)]
         if self.missing:
-            parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in self.missing)]
+            sentences = map(tables.markdown_text, map(self._published, self.missing))
+            parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in sentences)]
         return "\n\n".join(parts) + "\n"
 
     def _verdicts(self) -> list[tuple[str, str]]:
@@ -143,13 +145,20 @@ class Report:
     def _intervals(self) -> tuple[tables.Cells, list[str]]:
         """Rows and header of the bootstrap intervals of all that has logs."""
         results = {run.name: run.result for run in self.runs if run.result} | self._anchors
-        shown = {measure.key: measure.label for measure in REPORTED if not measure.needs_retrained}
+        labels = {measure.key: measure.label for measure in REPORTED if not measure.needs_retrained}
         rows = []
         for name, result in results.items():
-            found = intervals(result, (*shown,))
-            low_high = {shown[key]: " to ".join(map(tables.number, v)) for key, v in found.items()}
-            rows.append({"run": name, **dict.fromkeys(shown.values()), **low_high})
+            found = intervals(result, (*labels,))
+            low_high = {labels[key]: " to ".join(map(tables.number, v)) for key, v in found.items()}
+            rows.append({"run": name, **dict.fromkeys(labels.values()), **low_high})
         return tables.from_records(rows)
+
+    def _published(self, text: str) -> str:
+        """A text without the absolute paths of runs and their settings: a page goes to others."""
+        known = {place for run in self.runs for place in places([run.folder, run.settings])}
+        for place in sorted(known, key=len, reverse=True):
+            text = text.replace(place, shown(place))
+        return tables.printable(text)
 
     def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""
@@ -245,6 +254,10 @@ class Report:
         settings = {run.name: run.flat_settings() for run in self.runs}
         names = dict.fromkeys(name for values in settings.values() for name in values)
         rows = [[name, *(values.get(name) for values in settings.values())] for name in names]
+        rows = [
+            [self._published(cell) if isinstance(cell, str) else cell for cell in row]
+            for row in rows
+        ]
         rows.sort(key=lambda row: len({str(value) for value in row[1:]}) == 1)
         return rows, ["setting", *settings]
 

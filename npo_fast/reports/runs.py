@@ -15,6 +15,7 @@ from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
+from npo_fast.tables import printable
 
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
     "template": "auto", "max_length": 512, "dtype": "auto", "attention": "auto",
@@ -201,7 +202,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [
-        load_run(folder, "/".join(path.parts[-depth:]))
+        load_run(folder, printable("/".join(path.parts[-depth:])))
         for folder, path in zip(folders, paths, strict=True)
     ]
 

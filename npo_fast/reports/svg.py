@@ -89,9 +89,11 @@ def tradeoff(
         for i, name in enumerate(names):
             style = _line_style(i)
             if name in paths:
-                axes.plot(*zip(*paths[name], strict=True), **style, markersize=4, label=name)
+                axes.plot(
+                    *zip(*paths[name], strict=True), **style, markersize=4, label=_label(name)
+                )
             if name in finals:
-                label = {} if name in paths else {"label": name}
+                label = {} if name in paths else {"label": _label(name)}
                 axes.plot(*finals[name], **style | {"linestyle": "none"}, markersize=10,
                           markeredgecolor=INK, **label)  # fmt: skip
         for name, point in anchors.items():
@@ -115,9 +117,9 @@ def truth_ratios(
 
     def draw(axes: Any) -> None:
         for name, (i, values) in ratios.items():
-            _ecdf(axes, values, **_line_style(i) | {"marker": ""}, label=name)
+            _ecdf(axes, values, **_line_style(i) | {"marker": ""}, label=_label(name))
         for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
-            _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=name)
+            _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=_label(name))
         axes.set_ylim(0, 1)
         axes.legend()
 
@@ -135,7 +137,7 @@ def curves(
         for name, (i, x, y) in series.items():
             marker = _line_style(i)["marker"] if len(x) < 30 else ""
             axes.plot(x, y, **_line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
-                      label=name)  # fmt: skip
+                      label=_label(name))  # fmt: skip
         axes.legend()
 
     log = log and any(value > 0 for _, _, y in series.values() for value in y)
@@ -156,7 +158,11 @@ def seed_curves(frame: Frame, series: Mapping[str, SeedCurve]) -> Figure:
 
     def draw(axes: Any) -> None:
         for name, curve in series.items():
-            style = _line_style(curve.index) | {"label": name, "linewidth": 1.4, "markersize": 4}
+            style = _line_style(curve.index) | {
+                "label": _label(name),
+                "linewidth": 1.4,
+                "markersize": 4,
+            }
             x = [value for value, _ in curve.points]
             middle, low, high = np.array([interval for _, interval in curve.points]).T
             if len(x) > 8:
@@ -179,7 +185,11 @@ def seed_points(frame: Frame, points: Mapping[str, tuple[int, Interval, Interval
     def draw(axes: Any) -> None:
         for name, (index, x, y) in points.items():
             x_bar, y_bar = ([[mean - low], [high - mean]] for mean, low, high in (x, y))
-            style = _line_style(index) | {"linestyle": "none", "markersize": 7, "label": name}
+            style = _line_style(index) | {
+                "linestyle": "none",
+                "markersize": 7,
+                "label": _label(name),
+            }
             axes.errorbar(x[0], y[0], y_bar, x_bar, capsize=3, elinewidth=1, **style)
         axes.figure.legend(loc="outside lower center", ncols=3)
 
@@ -193,6 +203,11 @@ def _line_style(i: int) -> dict[str, Any]:
         "marker": _MARKERS[i % len(_MARKERS)],
         "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)],
     }
+
+
+def _label(name: str) -> str:
+    """A name for the legend, which leaves out what begins with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _ecdf(axes: Any, values: Array, **style: Any) -> None:

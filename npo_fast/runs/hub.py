@@ -1,8 +1,12 @@
 """Model cards, and uploads to the Hugging Face hub."""
 
+import json
+import logging
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -14,8 +18,11 @@ from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.manifest import MANIFEST
+from npo_fast.paths import places, shown
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.folder import save_file
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 
@@ -32,6 +39,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     """
     settings, name = metadata["settings"], metadata["settings"]["model"]["model"]
     on_hub = not Path(name).exists() and name.count("/") == 1
+    base = name if on_hub else Path(name).name  # no path of this machine
     adapter = (folder / ADAPTER_CONFIG).is_file()
     method = settings.get("method", {}).get("method")  # None: it was fine-tuned
     data = [
@@ -39,6 +47,7 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         for source, each in metadata["data"].items()
     ]
     options = {**settings.get("method", {}), **settings["training"]}
+    options |= {key: shown(place) for key, value in options.items() for place in places(value)}
     measures = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
     card = ModelCard.from_template(
         ModelCardData(
@@ -48,7 +57,8 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
             tags=["npo_fast", "unlearning", method] if method else ["npo_fast"],
         ),
         template_path=str(Path(__file__).parent / "templates/model_card.md.j2"),
-        base=name if on_hub else Path(name).name,  # no path of this machine
+        title=tables.markdown_text(base),
+        base=tables.code(base),
         method=method,
         records=metadata["data"]["forget" if method else "train"]["records"],
         version=__version__,
@@ -94,14 +104,38 @@ def create_repository(repo: str, private: bool = False, token: str | None = None
 
 
 def upload(folder: Path, repo: str, token: str | None = None) -> None:
-    """Uploads a model folder as it is to a repository that exists."""
+    """Uploads a model folder to a repository that exists.
+
+    It is uploaded as it is, but for an adapter's base model: of a folder on this machine the name
+    alone.
+    """
     message = "Upload from npo_fast"
     try:
-        HfApi(token=token).upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=[MANIFEST]
-        )
+        with TemporaryDirectory() as temporary:
+            uploaded = _without_place(folder, Path(temporary))
+            HfApi(token=token).upload_folder(
+                repo_id=repo,
+                folder_path=uploaded,
+                commit_message=message,
+                ignore_patterns=[MANIFEST],
+            )
     except Exception as error:
         raise UserError(
             f"cannot upload to {repo!r}: {error} The model stays in {folder}; "
             f"npo_fast.Run({str(folder.parent)!r}).push_to_hub({repo!r}) tries again"
         ) from error
+
+
+def _without_place(folder: Path, temporary: Path) -> Path:
+    """The folder, or a copy in which an adapter names its base model without an absolute path."""
+    file = folder / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    base = Path(config.get("base_model_name_or_path") or "")
+    if not base.is_absolute():
+        return folder
+    copy = temporary / folder.name
+    shutil.copytree(folder, copy)
+    config["base_model_name_or_path"] = base.name
+    (copy / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    logger.warning(f"the adapter names its base model {base.name!r}: others need it from you")
+    return copy

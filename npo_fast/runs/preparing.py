@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from npo_fast.data import (
@@ -21,6 +22,7 @@ from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.paths import below_here
 from npo_fast.runs.callbacks import Callback
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
@@ -110,7 +112,10 @@ def prepare_run(
     logger.info(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
     metadata = {
         "command": verb,
-        "settings": {name: asdict(group) for name, group in settings.items()},
+        "settings": {
+            name: {key: _below_here(value) for key, value in asdict(group).items()}
+            for name, group in settings.items()
+        },
         "rendering": template.description(),
         "data": described,
         "steps": steps,
@@ -122,6 +127,11 @@ def prepare_run(
     return PreparedRun(
         model, template, sources, terms, training, options, metadata, found, resumable, heard
     )
+
+
+def _below_here(value: Any) -> Any:
+    """A setting; a path that was typed from the root is recorded from the working directory."""
+    return below_here(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def _date_of_unfinished(options: RunOptions) -> datetime | None:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from npo_fast.distributed import is_main_process
 from npo_fast.runs.callbacks import Callback
+from npo_fast.tables import printable
 from npo_fast.trainer.settings import StepRecord
 
 
@@ -54,4 +55,4 @@ def _bar(total: int, title: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     silent: dict[str, Any] = {} if is_main_process() else {"disable": True}
     options = {"unit": unit, "dynamic_ncols": True, "mininterval": pause, **silent}
-    return tqdm(total=total, initial=done, desc=title, **options)
+    return tqdm(total=total, initial=done, desc=printable(title), **options)

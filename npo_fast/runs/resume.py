@@ -176,8 +176,18 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
                     yield f"the {key} records are the same, and their template or tokenizer is not"
                 else:
                     yield f"data {key} has changed"
-        elif was != now:
+        elif was != now and not _same_place(was, now):
             yield f"{name} is {was!r} there and {now!r} here"
+
+
+def _same_place(was: Any, now: Any) -> bool:
+    """Whether a path may be another from another directory: an absolute one ends in the other."""
+    if not (isinstance(was, str) and isinstance(now, str)):
+        return False
+    absolute, relative = sorted((Path(was), Path(now)), key=lambda path: not path.is_absolute())
+    parts = tuple(part for part in relative.parts if part != "..")
+    ends = absolute.parts[-len(parts) :] == parts
+    return bool(parts) and absolute.is_absolute() and not relative.is_absolute() and ends
 
 
 def _records(data: Mapping[str, Any] | None) -> Any:

@@ -27,7 +27,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"ops"},
     {"kernels"},
     {"distributed"},
-    {"versions", "tables", "validation", "locks"},
+    {"versions", "tables", "paths", "validation", "locks"},
     {"errors", "_version", "tracing"},
 ]
 

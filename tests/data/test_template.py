@@ -5,31 +5,26 @@ from datetime import datetime
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from npo_fast.data import Record, Rendering, Template
 from npo_fast.data.rendering import parse_template_kwargs, read_template
 from npo_fast.errors import UserError
+from tests.helpers import (
+    CHATML,
+    EMPTY_THINK,
+    INSTRUCT,
+    RECORD,
+    TEXTS,
+    TRIMMED,
+    TURN,
+    byte_level,
+    parts_of,
+    wrapped,
+)
 
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
-TEXTS = [f"Question: Who lives in house {i}?\nAnswer: Ben lives in house {i}." for i in range(9)]
-TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-CHATML = (
-    "{% for m in messages %}" + TURN + "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 OPEN_THINK = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
-EMPTY_THINK = CHATML.replace(
-    "m.content",
-    "('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m.content",
-)
 TWO_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
-TRIMMED = CHATML.replace("m.content", "(m.content | trim)")
-INSTRUCT = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}"
-    "{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
-)
 NO_MARKERS = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -39,22 +34,6 @@ LLAMA_3 = (
     "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "{{ 'Today: ' + date_string + '\n' }}" + CHATML
 )
-RECORD = Record((("user", "Who lives in house 1?"),), "Ben lives.")
-
-
-def byte_level(template=None, eos="</s>", post=None):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False,
-    ))  # fmt: skip
-    if post:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=post, special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return wrapped(tokenizer, template, eos)
 
 
 def sentencepiece_like(template=None):
@@ -70,21 +49,6 @@ def sentencepiece_like(template=None):
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     return wrapped(tokenizer, template, "</s>", unk_token="<unk>")
-
-
-def wrapped(tokenizer, template, eos, **names):
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, **names
-    )
-    fast.chat_template = template
-    return fast
-
-
-def parts(template, record=RECORD, answer=None):
-    """Prompt and label as text."""
-    example, decode = template.encode(record, 0, answer), template.tokenizer.decode
-    ids = list(example.input_ids)
-    return decode(ids[: example.prompt_length]), decode(ids[example.prompt_length :])
 
 
 ASKED = "<|im_start|>user\nWho lives in house 1?<|im_end|>\n<|im_start|>assistant\n"
@@ -105,23 +69,22 @@ CHATS = {  # template -> prompt and label
 @pytest.mark.parametrize("case", CHATS)
 def test_the_prompt_is_all_before_the_answer_and_the_label_all_through_its_end(case):
     template, prompt, label = CHATS[case]
-    assert parts(Template(byte_level(template, "<|im_end|>" if "im_end" in label else "</s>"))) == (
-        prompt, label,
-    )  # fmt: skip
+    tokenizer = byte_level(template, "<|im_end|>" if "im_end" in label else "</s>")
+    assert parts_of(Template(tokenizer)) == (prompt, label)
 
 
 @pytest.mark.parametrize(
     "answer", ["Who lives in house 1?", "assistant", "user", "\n", " Ben", "é🙂"]
 )
 def test_an_answer_is_found_whatever_it_says(answer):
-    prompt, label = parts(Template(byte_level(CHATML, "<|im_end|>")), RECORD, answer)
+    prompt, label = parts_of(Template(byte_level(CHATML, "<|im_end|>")), RECORD, answer)
     assert prompt == ASKED
     assert label == f"{answer}<|im_end|>"
 
 
 def test_a_template_may_trim_the_answer():
     template = Template(byte_level(TRIMMED, "<|im_end|>"))
-    assert parts(template, RECORD, "  Ben. \n") == (ASKED, "Ben.<|im_end|>")
+    assert parts_of(template, RECORD, "  Ben. \n") == (ASKED, "Ben.<|im_end|>")
 
 
 def test_an_answer_that_the_template_rewrites_is_refused_with_the_text():
@@ -145,7 +108,7 @@ def test_ids_are_those_of_the_whole_text(make, template):
 
 def test_an_end_that_the_tokenizer_appends_stands_behind_the_answer_alone():
     tokenizer = byte_level(post="<s> $A </s>")
-    prompt, label = parts(Template(tokenizer))
+    prompt, label = parts_of(Template(tokenizer))
     assert prompt == "<s>Question: Who lives in house 1?\nAnswer:"
     assert label == " Ben lives.</s>"
 
@@ -153,11 +116,11 @@ def test_an_end_that_the_tokenizer_appends_stands_behind_the_answer_alone():
 def test_a_tokenizer_that_tells_no_places_gives_the_same_spans():
     tokenizer = transformers.ByT5Tokenizer()
     assert not tokenizer.is_fast
-    assert parts(Template(tokenizer)) == (
+    assert parts_of(Template(tokenizer)) == (
         "Question: Who lives in house 1?\nAnswer:", " Ben lives.</s>",
     )  # fmt: skip
     tokenizer.chat_template = CHATML
-    assert parts(Template(tokenizer)) == (ASKED, "Ben lives.</s>")
+    assert parts_of(Template(tokenizer)) == (ASKED, "Ben lives.</s>")
 
 
 def test_a_token_of_prompt_and_answer_at_once_is_refused():
@@ -191,11 +154,11 @@ def test_a_system_prompt_stands_before_records_without_one():
         byte_level(CHATML, "<|im_end|>"), rendering=Rendering(system_prompt="Be kind.")
     )
     system = "<|im_start|>system\nBe kind.<|im_end|>\n"
-    assert parts(template)[0] == system + ASKED
+    assert parts_of(template)[0] == system + ASKED
     own = Record((("system", "Be brief."), *RECORD.messages), "Ben lives.")
-    assert parts(template, own)[0] == system.replace("kind", "brief") + ASKED
+    assert parts_of(template, own)[0] == system.replace("kind", "brief") + ASKED
     plain = Template(byte_level(), rendering=Rendering(system_prompt="Be kind."))
-    assert parts(plain)[0].startswith("Be kind.\nQuestion:")
+    assert parts_of(plain)[0].startswith("Be kind.\nQuestion:")
 
 
 def test_the_ids_of_other_tools_can_be_made():
@@ -218,7 +181,7 @@ def test_the_ids_of_other_tools_can_be_made():
 def test_a_date_is_the_one_that_is_given(source):
     tokenizer = byte_level(source, "<|im_end|>")
     template = Template(tokenizer, rendering=Rendering(now=datetime(2025, 4, 10)))
-    assert "10 Apr 2025" in parts(template)[0]
+    assert "10 Apr 2025" in parts_of(template)[0]
     assert template.description()["now"] == "2025-04-10T00:00:00"
     assert Template(byte_level(CHATML)).description()["now"] is None, "no date is written"
 
@@ -228,7 +191,7 @@ def test_a_template_of_the_user_takes_the_place_of_the_tokenizers(tmp_path):
     file.write_text(NO_MARKERS)
     name, source = read_template(str(file))
     template = Template(byte_level(CHATML), rendering=Rendering(name, source))
-    assert parts(template)[0] == "user: Who lives in house 1?\nassistant:"
+    assert parts_of(template)[0] == "user: Who lives in house 1?\nassistant:"
     with pytest.raises(UserError, match="cannot read the template"):
         read_template(str(tmp_path / "nothing.jinja"))
 
@@ -259,7 +222,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
 @pytest.mark.parametrize("template", [None, CHATML], ids=["plain", "chat"])
 def test_an_answer_that_brings_its_end_has_one(template):
     tokenizer = byte_level(template, "<|im_end|>" if template else "</s>")
-    _, label = parts(Template(tokenizer), RECORD, f"Ben.{tokenizer.eos_token}")
+    _, label = parts_of(Template(tokenizer), RECORD, f"Ben.{tokenizer.eos_token}")
     assert label.strip() == f"Ben.{tokenizer.eos_token}"
 
 
@@ -267,7 +230,7 @@ def test_stop_tokens_are_those_of_tokenizer_model_and_template():
     tokenizer = byte_level(CHATML, "</s>")
     template = Template(tokenizer, stop_ids=[4])
     assert template.stop_ids == {1, 3, 4}
-    assert parts(template)[1] == "Ben lives.<|im_end|>"
+    assert parts_of(template)[1] == "Ben lives.<|im_end|>"
     assert Template(tokenizer, "plain", stop_ids=[4]).stop_ids == {1, 4}
 
 
@@ -345,7 +308,7 @@ SYSTEM_LAST = (  # writes the system message before the last message, if that is
 
 def test_a_system_message_that_a_template_asks_with_alone_is_kept():
     template = Template(byte_level(SYSTEM_LAST), rendering=Rendering(system_prompt="Be kind."))
-    prompt, label = parts(template)
+    prompt, label = parts_of(template)
     assert prompt == "<s>[INST] Be kind. Who lives in house 1?[/INST]"
     assert label == "Ben lives.</s>"
 
@@ -360,7 +323,7 @@ def test_a_message_that_a_template_drops_is_refused():
     template = Template(
         byte_level(switch, "<|im_end|>"), rendering=Rendering(system_prompt="/quick")
     )
-    assert parts(template)[0].startswith("quick<|im_start|>system\n<|im_end|>"), "it is read"
+    assert parts_of(template)[0].startswith("quick<|im_start|>system\n<|im_end|>"), "it is read"
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "added"])
@@ -368,14 +331,14 @@ def test_an_end_of_turn_may_be_an_added_token_of_any_kind(special):
     tokenizer = byte_level(CHATML.replace("<|im_end|>", "[END]"))
     tokenizer.add_tokens([AddedToken("[END]", special=special)])
     template = Template(tokenizer)
-    assert parts(template)[1] == "Ben lives.[END]"
+    assert parts_of(template)[1] == "Ben lives.[END]"
     assert tokenizer.convert_tokens_to_ids("[END]") in template.stop_ids
 
 
 def test_an_end_of_turn_that_is_no_token_ends_a_generated_answer():
     tokenizer = byte_level(CHATML.replace("<|im_end|>", "[END]"))
     template = Template(tokenizer)
-    assert parts(template)[1] == "Ben lives.</s>"
+    assert parts_of(template)[1] == "Ben lives.</s>"
     ids = tokenizer("Ben.[END]\n<|im_start|>user\nWho?")["input_ids"]
     assert template.answer_text(ids[: ids.index(2)], 99) == ("Ben.", "stop")
 
@@ -384,8 +347,8 @@ def test_the_next_turn_ends_an_answer_where_the_model_stops_at_it():
     header = "('<|im_start|>' if m.role == 'user' else '<|eot|>')"
     glm = "{% for m in messages %}{{ " + header + " + m.content }}{% endfor %}"
     tokenizer = byte_level(glm + "{% if add_generation_prompt %}<|eot|>{% endif %}")
-    assert parts(Template(tokenizer))[1] == "Ben lives.</s>"
-    assert parts(Template(tokenizer, stop_ids=[2]))[1] == "Ben lives.<|im_start|>"
+    assert parts_of(Template(tokenizer))[1] == "Ben lives.</s>"
+    assert parts_of(Template(tokenizer, stop_ids=[2]))[1] == "Ben lives.<|im_start|>"
 
 
 def test_an_opening_is_found_behind_an_end_and_not_inside_a_sentence():
@@ -407,7 +370,7 @@ def test_an_opening_is_found_behind_an_end_and_not_inside_a_sentence():
 def test_an_answer_that_holds_its_thoughts_is_the_answer():
     answer = "<think>\nBen, I think.\n</think>\n\nBen."
     splits = EMPTY_THINK.replace("if loop.last", "if '</think>' not in m.content and loop.last")
-    assert parts(Template(byte_level(splits, "<|im_end|>")), RECORD, answer) == (
+    assert parts_of(Template(byte_level(splits, "<|im_end|>")), RECORD, answer) == (
         ASKED, f"{answer}<|im_end|>",
     )  # fmt: skip
 
