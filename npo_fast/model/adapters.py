@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.save import GENERATION, save_generation_config
 
 Quantize = Literal["none", "4bit"]
 ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
@@ -141,7 +142,14 @@ def write_weights(
     with lm.generating() as model:  # so that config.json names the model's own attention
         if dtype is not None:
             weights = converted(model.state_dict() if weights is None else weights, lm.dtype, dtype)
-        model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
+        generation = model.generation_config
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
+        finally:
+            model.generation_config = generation
+        if (folder / GENERATION).exists():
+            save_generation_config(model, folder)
         if dtype is not None:
             file = folder / "config.json"
             config = json.loads(file.read_text(encoding="utf-8"))
