@@ -15,7 +15,14 @@ from npo_fast.distributed import (
     rank,
     world_size,
 )
-from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError, settings_as_flags
+from npo_fast.errors import (
+    CannotSaveError,
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    UserError,
+    settings_as_flags,
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, common = parse(module.Command, rest, verb, about)
         output = module.run(command)
         show(output, common.json)
-    except (NonFiniteError, OutOfMemory, OSError) as error:
+    except (CannotSaveError, NonFiniteError, OutOfMemory, OSError) as error:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)

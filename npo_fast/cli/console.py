@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -24,7 +25,8 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_main_process():
-            tqdm.write(record.getMessage(), file=sys.stderr)
+            with suppress(OSError):  # standard error may be a file on a full disk
+                tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 def show_messages() -> None:

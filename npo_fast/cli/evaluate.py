@@ -75,4 +75,5 @@ def run(command: Command) -> Output:
             "examples": {name: examples_in(log) for name, log in scores.logs.items()},
         },
         tables.plain(scores.items(), ("measure", "value")),
+        exit_code=int(scores.folder != command.data.output),  # logs that it did not take
     )

@@ -8,7 +8,7 @@ quantised while it trained.
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -142,12 +142,8 @@ def write_weights(
     with lm.generating() as model:  # so that config.json names the model's own attention
         if dtype is not None:
             weights = converted(model.state_dict() if weights is None else weights, lm.dtype, dtype)
-        generation = model.generation_config
-        model.generation_config = GenerationConfig()
-        try:
+        with nullcontext() if lm.adapted else _plain_generation_config(model):
             model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
-        finally:
-            model.generation_config = generation
         if (folder / GENERATION).exists():
             save_generation_config(model, folder)
         if dtype is not None:
@@ -160,6 +156,17 @@ def write_weights(
                 quantization = model.config.quantization_config.to_json_string()
                 (folder / QUANTIZATION).write_text(quantization, encoding="utf-8")
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+
+
+@contextmanager
+def _plain_generation_config(model: Any) -> Iterator[None]:
+    """Inside, the model generates by default: of another config transformers may refuse to save."""
+    config = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
 
 
 def converted(

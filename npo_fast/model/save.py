@@ -63,6 +63,19 @@ def cannot_write(error: BaseException) -> bool:
     return bare or isinstance(error, (OSError, SafetensorError))
 
 
+def save_file(file: Path, write: Callable[[Path], object]) -> None:
+    """A file that is complete or absent: ``write`` fills it under another name."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        write(partial)
+        sync(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)  # else it keeps the disk full
+        raise
+    partial.replace(file)
+    sync(file.parent)
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Saves a tokenizer: the files it came from, byte for byte, unless it was changed since.
 

@@ -12,10 +12,12 @@ With LoRA each of these models is the adapter alone.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,19 +26,23 @@ from typing import Any, TextIO
 import torch
 
 from npo_fast.distributed import all_reduce_max, is_main_process
-from npo_fast.errors import UserError
+from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.locks import lock
 from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.save import recover, save_folder, save_tokenizer, sync
+from npo_fast.model.save import recover, save_file, save_folder, save_tokenizer
 from npo_fast.model.sharding import gather_state_dict
+from npo_fast.planner.disk import weights_bytes
+from npo_fast.runs.records import EVALUATIONS, RUN, STEPS, Records
+from npo_fast.runs.saving import Saving, room
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
 from npo_fast.versions import versions
 
+logger = logging.getLogger(__name__)
+
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
-RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
-REFERENCES, EVALUATION = "references.pt", "evaluation.json"
+REFERENCES, EVALUATION, BEST = "references.pt", "evaluation.json", "checkpoints/best"
 CONTENT = (
     STEPS, EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
     "eval-steps",
@@ -48,11 +54,17 @@ class RunFolder:
 
     The main process makes its folder with ``begin`` or ``resume``. Other processes of a run write
     nothing, and help to gather weights; theirs is made without ``steps``.
+
+    Where the folder cannot be written, ``saving`` finds another one and the run moves there:
+    ``folder`` is where it is now. Lines and notes that do not fit wait for room.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, Any], steps: Any = None) -> None:
+    def __init__(
+        self, folder: Path, metadata: Mapping[str, Any], steps: TextIO | None = None
+    ) -> None:
         self.folder, self.metadata = folder, dict(metadata)
-        self._steps = steps  # steps.jsonl, to append to
+        self.saving = Saving()
+        self._records = Records(folder, self.metadata, steps)
 
     @classmethod
     def begin(
@@ -77,13 +89,13 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         beginning = {"status": "running", "started": _now(), "versions": versions()}
         run = cls(folder, {**beginning, **metadata})
-        run.note()
-        run._steps = _locked(folder)
+        run._records.save_metadata()
+        run._records.steps.file = _locked(folder)
         if references:
             try:
                 save_file(folder / REFERENCES, lambda file: save_tensors(references, file))
             except OSError as error:
-                raise UserError(f"cannot save {folder / REFERENCES}: {error}") from error
+                raise CannotSaveError(f"cannot save {folder / REFERENCES}: {error}") from error
         return run
 
     @classmethod
@@ -102,47 +114,65 @@ class RunFolder:
         for name in ("ended", "error"):
             run.metadata.pop(name, None)
         resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
-        run.note(status="running", resumed=resumed)
+        run.metadata |= {"status": "running", "resumed": resumed}
+        run._records.save_metadata()
         return run
 
     def log(self, record: StepRecord) -> None:
         """Appends the record of a step to ``steps.jsonl``."""
         if is_main_process():
-            self._steps.write(json.dumps(asdict(record)) + "\n")
-            self._steps.flush()
+            self._records.steps.append(asdict(record))
 
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Appends an evaluation to ``evaluations.jsonl``, and waits until it is on the disk."""
-        with (self.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(evaluation) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._records.evaluations.append(evaluation, sync=True)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far."""
-        return [evaluation for evaluation, _ in lines_of(self.folder / EVALUATIONS)]
+        return self._records.evaluations.lines()
 
     def checkpoint(
-        self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
-    ) -> Path:
+        self,
+        lm: CausalLM,
+        tokenizer: Any,
+        step: int,
+        state: TrainState | None = None,
+        insist: bool = False,
+    ) -> Path | None:
         """Model and tokenizer after ``step``, and with a ``state`` what it takes to go on.
 
         Once a checkpoint to go on from is complete, older ones are deleted.
+
+        Args:
+            insist: nothing comes after it, so that it must be saved, be it elsewhere.
+
+        Returns:
+            Its folder; None where it could not be written, and the run can go on without.
         """
-        folder = self.folder / "checkpoints" / f"step-{step:06d}"
-        if is_main_process():
-            os.fsync(self._steps.fileno())  # a checkpoint is never ahead of its step records
-        save_model(lm, tokenizer, folder, None if state is None else state.writer(), replace=False)
+        name = f"checkpoints/step-{step:06d}"
+        more = None if state is None else state.writer()
+        try:
+            self._save(name, lm, tokenizer, more, replace=False, insist=insist)
+        except CannotSaveError as error:
+            if insist:
+                raise
+            logger.warning(
+                f"WARNING: NO CHECKPOINT at step {step}: {error}. {room(self.folder)}; training "
+                "goes on, and the next one is tried"
+            )
+            return None
+        folder = self.folder / name
         if is_main_process() and state is not None:
             for old in {*folder.parent.glob("step-*")} - {folder}:
-                # out of sight first: what is half deleted must not look like a checkpoint
-                shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
+                with suppress(OSError):
+                    # out of sight first: what is half deleted must not look like a checkpoint
+                    shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
         return folder
 
     def keep_best(self, lm: CausalLM, tokenizer: Any, evaluation: Mapping[str, Any]) -> None:
         """Saves the model as the best one, with its evaluation."""
         text = json.dumps(evaluation)
-        save_model(lm, tokenizer, self._best, lambda new: (new / EVALUATION).write_text(text))
+        self._save(BEST, lm, tokenizer, lambda new: (new / EVALUATION).write_text(text))
 
     def best(self) -> dict[str, Any]:
         """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
@@ -155,7 +185,7 @@ class RunFolder:
 
     @property
     def _best(self) -> Path:
-        return self.folder / "checkpoints" / "best"
+        return self.folder / BEST
 
     def save_model(self, lm: CausalLM, tokenizer: Any) -> Path:
         """Saves the final model and tokenizer, in the dtype they came in; returns their folder.
@@ -165,25 +195,69 @@ class RunFolder:
         dtype = lm.saved_dtype if lm.saved_dtype != lm.dtype and not lm.adapted else None
         if dtype is not None:
             lm.round_weights(dtype)
-        save_model(lm, tokenizer, self.folder / "model", dtype=dtype)
+        self._save("model", lm, tokenizer, dtype=dtype)
         return self.folder / "model"
 
     def note(self, **metadata: Any) -> None:
-        """Puts metadata into ``run.json`` at once."""
+        """Puts metadata into ``run.json`` at once; what cannot be written waits for ``finish``."""
         self.metadata |= metadata
         if is_main_process():
-            text = json.dumps(self.metadata, indent=2, default=str)
-            save_file(self.folder / RUN, lambda file: file.write_text(text))
+            self._records.try_to(self._records.save_metadata)
+
+    def _save(
+        self, name: str, lm: CausalLM, tokenizer: Any, more: Callable[[Path], object] | None = None,
+        replace: bool = True, dtype: torch.dtype | None = None, insist: bool = True,
+    ) -> None:  # fmt: skip
+        """``save_model`` into the folder ``name``; where it has to ``insist``, the run may move."""
+
+        def put(folder: Path, write: Callable[[Path], None]) -> None:
+            def attempt(root: Path) -> None:
+                if root == self.folder:
+                    self._records.steps.flush()  # a checkpoint is never ahead of its records
+                elif not is_vacant(root):
+                    raise CannotSaveError(f"{root} is not empty")
+                save_folder(root / name, write)
+
+            if not insist:
+                attempt(self.folder)
+                return
+            root = self.saving.insist(self.folder, attempt, weights_bytes(lm.model, dtype))
+            if root != self.folder:
+                self._move(root)
+
+        save_model(lm, tokenizer, self.folder / name, more, replace, dtype, put)
+
+    def _move(self, root: Path) -> None:
+        """Goes on in ``root``, where a model of this run is saved already; its records follow."""
+        left, self.folder = self.folder, root
+        logger.warning(f"THE RUN IS IN {root} FROM HERE ON: {left} could not be written")
+        for name in (REFERENCES, BEST):
+            if (left / name).exists() and not (root / name).exists():
+                with suppress(OSError):
+                    copy = shutil.copytree if (left / name).is_dir() else shutil.copyfile
+                    copy(left / name, root / name)
+        steps = None
+        with suppress(OSError, UserError):  # unlocked, where it cannot be opened yet
+            steps = _locked(root)
+        self._records.move(root, steps)
 
     def finish(self, status: str = "finished", **metadata: Any) -> None:
         """Closes the records and writes how the run ended into ``run.json``."""
-        if is_main_process():
-            self._steps.close()
-            if status == "finished":  # nothing goes on from here
-                (self.folder / REFERENCES).unlink(missing_ok=True)
         if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
             metadata["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        self.note(status=status, ended=_now(), **metadata)
+        self.metadata |= {"status": status, "ended": _now(), **metadata}
+        if not is_main_process():
+            return
+        if status != "finished":
+            self._records.try_to(self._records.save)
+        else:
+            with suppress(OSError):
+                (self.folder / REFERENCES).unlink(missing_ok=True)  # nothing goes on from here
+            try:
+                self.saving.insist(self.folder, lambda _: self._records.save(), elsewhere=False)
+            except CannotSaveError as error:
+                raise CannotSaveError(f"{error}; the model in {self.folder} is complete") from error
+        self._records.steps.close()
 
 
 def check_run_folder(folder: Path, overwrite: bool) -> None:
@@ -195,11 +269,24 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
         return
     if not (folder / RUN).exists():
         raise UserError(f"the output {folder} holds files that are not a run; name another folder")
-    if not overwrite and read_metadata(folder).get("status") not in UNFINISHED:
+    metadata = {} if overwrite else read_metadata(folder)
+    if metadata.get("status") == "moved":
+        raise UserError(
+            f"the run in {folder} went on in {metadata['moved_to']}: name that --output to go on, "
+            "or add --overwrite"
+        )
+    if not overwrite and metadata.get("status") not in UNFINISHED:
         raise UserError(
             f"the output {folder} holds a run that has ended; name another folder, or add "
             "--overwrite"
         )
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder holds no file, or does not exist: a run may move there."""
+    if folder.is_dir():
+        return not any(path.is_file() for path in folder.rglob("*"))
+    return not folder.exists()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -269,10 +356,14 @@ def save_model(
     more: Callable[[Path], object] | None = None,
     replace: bool = True,
     dtype: torch.dtype | None = None,
+    put: Callable[[Path, Callable[[Path], None]], object] = save_folder,
 ) -> None:
     """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent.
 
     All processes call it: the weights of a sharded model are gathered, and the first one writes.
+
+    Args:
+        put: puts what its second argument writes into a folder, or into another one.
     """
     weights = None
     if lm.vocabulary_slice is not None:
@@ -285,22 +376,13 @@ def save_model(
         if more is not None:
             more(where)
 
-    if is_main_process() and (replace or not folder.exists()):
-        save_folder(folder, write)
-    wait_for_all(lm)
-
-
-def save_file(file: Path, write: Callable[[Path], object]) -> None:
-    """A file that is complete or absent: ``write`` fills it under another name."""
-    partial = file.with_name(f"{file.name}.partial")
     try:
-        write(partial)
-        sync(partial)
-    except OSError:
-        partial.unlink(missing_ok=True)  # else it keeps the disk full
+        if is_main_process() and (replace or not folder.exists()):
+            put(folder, write)
+    except CannotSaveError:
+        wait_for_all(lm)  # the run may go on, and so do the others
         raise
-    partial.replace(file)
-    sync(file.parent)
+    wait_for_all(lm)
 
 
 def _now() -> str:

@@ -11,8 +11,8 @@ from npo_fast._version import __version__
 from npo_fast.errors import UserError
 from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.model.adapters import ADAPTER_CONFIG
+from npo_fast.model.save import save_file
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
-from npo_fast.runs.folder import save_file
 
 CARD = "README.md"
 

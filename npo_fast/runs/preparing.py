@@ -16,14 +16,24 @@ from npo_fast.data import (
     repeats,
     text_fingerprint,
 )
-from npo_fast.distributed import world_size
+from npo_fast.distributed import is_main_process, world_size
 from npo_fast.errors import UserError, named
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.planner.disk import saved_bytes
 from npo_fast.runs.callbacks import Callback
 from npo_fast.runs.folder import UNFINISHED, read_metadata
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
+from npo_fast.runs.preflight import (
+    STEP_BYTES,
+    check_file_size,
+    check_room,
+    reference_needs,
+    references_bytes,
+    run_need,
+    try_saving,
+)
 from npo_fast.runs.resume import ResumableRun, find_resumable
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
@@ -53,9 +63,40 @@ class PreparedRun:
     def loaded(self) -> Iterator[CausalLM]:
         """The model, checked against data and settings before hours are spent."""
         with self.model.loaded(self.resumable) as lm:
-            check_vocabulary(self.sources, lm.vocabulary)
-            check_settings(lm, self.sources, self.terms, self.training)
+            if self.model.in_memory is None:  # the rest is known
+                check_vocabulary(self.sources, lm.vocabulary)
+                check_settings(lm, self.sources, self.terms, self.training)
+                try_saving(lm, self.template.tokenizer)
+            else:
+                self.check(lm)
             yield lm
+
+    def check(self, lm: CausalLM) -> None:
+        """Tries what would fail hours later, with the model as it is, or on the meta device.
+
+        Raises:
+            UserError: data or settings that do not fit the model, a model or tokenizer that cannot
+                be saved, or too little room for what the run writes.
+        """
+        options, training, sources = self.options, self.training, self.sources
+        check_vocabulary(sources, lm.vocabulary)
+        check_settings(lm, sources, self.terms, training, self.model.device())
+        beside = try_saving(lm, self.template.tokenizer)
+        dtype = None if lm.adapted and not options.merge else lm.saved_dtype
+        saved = saved_bytes(lm.model, training.optimizer, dtype, options.merge, beside)
+        steps = self.metadata["steps"]
+        checkpoints = (steps - 1) // options.save_every if options.save_every else 0
+        records = references_bytes(sources, self.terms) + STEP_BYTES * steps
+        settings = self.metadata["settings"]
+        best = settings.get("watch", {}).get("keep_best") is not None
+        cache = settings.get("method", {}).get("reference_cache")
+        if is_main_process():
+            check_room([
+                run_need(options.output, saved, checkpoints, best, records),
+                *reference_needs(sources, self.terms, lm, cache),
+            ])  # fmt: skip
+        states = saved.checkpoint - saved.weights if checkpoints else 0
+        check_file_size(max(states, min(saved.weights, lm.max_shard_bytes or saved.weights)))
 
 
 def prepare_run(
@@ -76,6 +117,7 @@ def prepare_run(
     heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     if not all(isinstance(callback, Callback) for callback in heard):
         raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")
+    model.device()
     template = model.template(_date_of_unfinished(options))
     check_world_size(terms, training, world_size())
     check_optimizer(training.optimizer)
@@ -115,9 +157,15 @@ def prepare_run(
     if "method" in settings and settings["method"].method not in METHODS:
         metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
     resumable = find_resumable(options, metadata, model.in_memory is not None)
-    return PreparedRun(
+    prepared = PreparedRun(
         model, template, sources, terms, training, options, metadata, resumable, heard
     )
+    if model.in_memory is None or (options.dry_run and model.options.lora_rank):
+        prepared.check(model.without_weights())
+    elif options.dry_run:
+        with model.loaded() as lm:
+            prepared.check(lm)
+    return prepared
 
 
 def _date_of_unfinished(options: RunOptions) -> datetime | None:
