@@ -64,6 +64,7 @@ class Training:
     state: TrainState
     callbacks: list[Callback]
     options: RunOptions
+    between_steps: bool = False  # the weights are those of ``state``, whole
     final_metadata: dict[str, Any] = field(default_factory=dict)  # for run.json, with the model
 
     @property

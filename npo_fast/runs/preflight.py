@@ -15,7 +15,7 @@ from npo_fast.data import Sources
 from npo_fast.errors import UserError, first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term
-from npo_fast.model.adapters import write_weights
+from npo_fast.model.adapters import no_progress_bars, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import LOG_PROBS, STATES
 from npo_fast.model.save import cannot_write, save_tokenizer
@@ -25,7 +25,7 @@ from npo_fast.runs.saving import existing, in_words
 
 logger = logging.getLogger(__name__)
 
-RECORDS_BYTES = 2 << 20  # run.json, the model card
+RECORDS_BYTES = 1 << 20  # run.json, the model card
 STEP_BYTES = 1 << 10  # a line of steps.jsonl
 PROBE_BYTES = 4096
 
@@ -191,7 +191,8 @@ def try_saving(lm: CausalLM, tokenizer: Any) -> int:
         folder.mkdir()
         try:
             if lm.adapted or not lm.quantized:  # else all of it would be written
-                write_weights(lm, folder, {})
+                with no_progress_bars():
+                    write_weights(lm, folder, {})
             if not lm.adapted:
                 _check_ties(lm)
         except Exception as error:  # of transformers or peft, of any kind

@@ -113,10 +113,18 @@ class Records:
             with suppress(OSError):
                 old.close()
         self.try_to(self.save_metadata)
-        moved = {**self.metadata, "status": "moved", "moved_to": str(folder)}
-        text = json.dumps(moved, indent=2, default=str)
-        with suppress(OSError):  # it could not be written a moment ago
-            save_file(left / RUN, lambda file: file.write_text(text))
+        _mark_as_moved(left / RUN, {"status": "moved", "moved_to": str(folder)}, self.metadata)
+
+
+def _mark_as_moved(file: Path, mark: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Says in the ``run.json`` that is left where the run is now, as far as that can be written."""
+    text = json.dumps({**metadata, **mark}, indent=2, default=str)
+    try:
+        save_file(file, lambda new: new.write_text(text))
+    except OSError:
+        with suppress(OSError), file.open("r+") as old:  # a few bytes in place, on a full disk
+            old.write(json.dumps(mark))
+            old.truncate()
 
 
 def _append(handle: int, content: bytes, sync: bool) -> None:

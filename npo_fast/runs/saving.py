@@ -77,8 +77,9 @@ class Saving:
             in_time = not self.stopped() and time.monotonic() < end
             if not in_time and elsewhere:
                 with suppress(CannotSaveError):
-                    self.left_by_itself = _first(_folders_of_the_system(folder.name), write)
-                    return self.left_by_itself
+                    taken = self.left_by_itself = _first(_folders_of_the_system(folder.name), write)
+                    logger.warning(f"{reason}: {taken} takes it")
+                    return taken
             if not in_time and (self.gives_up or not elsewhere):
                 raise reason
             if time.monotonic() >= reminder:

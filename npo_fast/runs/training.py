@@ -124,6 +124,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     tokens = training.state.micro_batch_tokens or training.settings.micro_batch_tokens
     record = None
     for record in steps:
+        training.between_steps = True
         folder.log(record)
         if record.micro_batch_tokens < tokens:
             tokens = record.micro_batch_tokens
@@ -133,9 +134,12 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
         if (reason := training.stop_reason()) is not None:
             logger.info(f"stopped: {reason}")
             break
+        training.between_steps = False
     if record is None:  # resumed after the last step
         return
+    training.between_steps = True
     training.emit("on_trained")
+    training.between_steps = not merge
     if merge:
         merge_adapter(lm)
     path = folder.save_model(lm, training.tokenizer)
@@ -143,6 +147,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     rounded = f", rounded to {width} as it came (--dtype fp32 keeps fp32)"
     is_narrower = lm.saved_dtype is not None and lm.saved_dtype.itemsize < lm.dtype.itemsize
     logger.info(f"model saved in {path}{rounded if is_narrower and not lm.adapted else ''}")
+    training.between_steps = False  # what is saved is saved
     folder.note(final=dataclasses.asdict(record), **training.final_metadata)
 
 
@@ -171,10 +176,24 @@ def _closed(training: Training) -> Iterator[None]:
             f"{error}. Where there is more memory, {training.hint} goes on"
         ) from error
     except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, Interrupted):
+            _keep_steps(training)
         folder.finish("interrupted", error=f"{type(error).__name__}: {error}")
         if isinstance(error, Interrupted):
             wait_for_all(lm)
         raise
+
+
+def _keep_steps(training: Training) -> None:
+    """Where an evaluation or a callback fails, a checkpoint of the steps until then."""
+    folder, lm, state = training.folder, training.lm, training.state
+    if not training.between_steps or world_size() > 1:  # the others are elsewhere
+        return
+    try:
+        path = folder.checkpoint(lm, training.tokenizer, state.step, state, insist=True)
+        logger.warning(f"the model after step {state.step} is in {path}: {training.hint} goes on")
+    except Exception as error:
+        logger.warning(f"WARNING: the model after step {state.step} cannot be kept: {error}")
 
 
 def _open_folder(
