@@ -1,5 +1,6 @@
 """Models and tokenizers by hub name, folder or GGUF file."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,14 @@ def load_model(
         lm.saved_dtype = stored_dtype(name)
     lm.max_shard_bytes = largest_shard(name)
     return lm
+
+
+def quantized_adapter_rank(name: str) -> int:
+    """The rank of a LoRA adapter that trains on beside 4-bit weights; 0 where ``name`` is none."""
+    folder = Path(_folder(name))
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / QUANTIZATION).exists():
+        return 0
+    return int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r", 0))
 
 
 def usable_device(name: str) -> torch.device:

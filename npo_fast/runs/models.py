@@ -25,6 +25,7 @@ from npo_fast.model.load import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    quantized_adapter_rank,
     stored_dtype,
     usable_device,
 )
@@ -160,7 +161,10 @@ class ModelSource:
         else:
             config, generation = load_config(name), load_generation_config(name)
             dtype = default_dtype(self.device()) if options.dtype == "auto" else options.dtype
-        lm = empty_lm(empty_model(config, dtype, options.lora_rank, options.quantize), False)
+        rank, quantize = options.lora_rank, options.quantize
+        if self.in_memory is None and (kept := quantized_adapter_rank(name)):
+            rank, quantize = kept, "4bit"
+        lm = empty_lm(empty_model(config, dtype, rank, quantize), False)
         if generation is not None and not lm.adapted:
             lm.model.generation_config = generation
         if self.in_memory is None and options.dtype == "auto" and options.quantize == "none":

@@ -1,6 +1,5 @@
 """What can go wrong hours later, tried before a weight is loaded: device, places, room, saving."""
 
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from npo_fast.model.save import cannot_write, save_tokenizer
 from npo_fast.planner.disk import SavedBytes
 from npo_fast.runs.folder import CONTENT
 from npo_fast.runs.saving import existing, in_words
-
-logger = logging.getLogger(__name__)
 
 RECORDS_BYTES = 1 << 20  # run.json, the model card
 STEP_BYTES = 1 << 10  # a line of steps.jsonl
@@ -62,8 +59,8 @@ def check_writable(folder: Path, flag: str) -> None:
         ) from error
 
 
-def check_room(needs: Iterable[Need]) -> None:
-    """Compares what will be written with what is free, for each file system once.
+def check_room(needs: Iterable[Need]) -> list[str]:
+    """Compares what will be written with what is free; a sentence for each file system.
 
     Quotas cannot be seen. What is in a run's folder already, and will be replaced or kept, counts.
 
@@ -74,6 +71,7 @@ def check_room(needs: Iterable[Need]) -> None:
     for need in needs:
         if need.size:
             by_device.setdefault(existing(need.folder).stat().st_dev, []).append(need)
+    sentences = []
     for group in by_device.values():
         place = existing(group[0].folder)
         usage = disk_usage(place)
@@ -83,10 +81,11 @@ def check_room(needs: Iterable[Need]) -> None:
         if usage.total and free < size:  # some network file systems tell no sizes
             cures = "; ".join(need.cure for need in group)
             raise UserError(
-                f"too little room: {what} take {in_words(size)} at most, and {place} has "
+                f"too little room: {what}: {in_words(size)} at most, and {place} has "
                 f"{in_words(free)} free. Make room, {cures}"
             )
-        logger.info(f"room: {what} take {in_words(size)} at most, {in_words(free)} are free")
+        sentences.append(f"room: {what}: {in_words(size)} at most, {in_words(free)} free")
+    return sentences
 
 
 def check_file_size(size: int) -> None:
@@ -119,15 +118,20 @@ def run_need(output: Path, saved: SavedBytes, checkpoints: int, best: bool, reco
     cures = ["name another --output", "train an adapter with --lora-rank 16"]
     cures[1:1] = ["leave out --save-every"] if checkpoints else []
     cures[1:1] = ["leave out --keep-best"] if best else []
-    need = Need(output, size, ", ".join(what), ", ".join(cures), content_bytes(output))
-    alone = saved.checkpoint + best * saved.weights + records + RECORDS_BYTES
-    usage = disk_usage(existing(output))
-    if not checkpoints and usage.total and usage.free + need.present < alone:
-        logger.warning(
-            f"warning: a run that is interrupted saves {in_words(saved.checkpoint)} to go on from, "
-            f"and {existing(output)} has {in_words(usage.free)} free: it could not go on"
-        )
-    return need
+    return Need(output, size, ", ".join(what), ", ".join(cures), content_bytes(output))
+
+
+def interruption(need: Need, saved: SavedBytes) -> list[str]:
+    """A warning where a run fits, and the checkpoint that Ctrl-C or SIGTERM makes does not."""
+    place = existing(need.folder)
+    usage = disk_usage(place)
+    if not usage.total or usage.free + need.present >= saved.checkpoint + RECORDS_BYTES:
+        return []
+    return [
+        f"warning: a run that is interrupted saves {in_words(saved.checkpoint)} to go on from, and "
+        f"{place} has {in_words(usage.free)} free: they would go to --fallback-output, or to the "
+        "system's temporary folder"
+    ]
 
 
 def reference_needs(

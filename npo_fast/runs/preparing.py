@@ -17,7 +17,7 @@ from npo_fast.data import (
     text_fingerprint,
 )
 from npo_fast.distributed import is_main_process, world_size
-from npo_fast.errors import UserError, named
+from npo_fast.errors import UserError, first_line, named
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.planner.disk import saved_bytes
@@ -29,6 +29,7 @@ from npo_fast.runs.preflight import (
     STEP_BYTES,
     check_file_size,
     check_room,
+    interruption,
     reference_needs,
     references_bytes,
     run_need,
@@ -63,16 +64,14 @@ class PreparedRun:
     def loaded(self) -> Iterator[CausalLM]:
         """The model, checked against data and settings before hours are spent."""
         with self.model.loaded(self.resumable) as lm:
-            if self.model.in_memory is None:  # the rest is known
-                check_vocabulary(self.sources, lm.vocabulary)
-                check_settings(lm, self.sources, self.terms, self.training)
-                try_saving(lm, self.template.tokenizer)
-            else:
-                self.check(lm)
+            self.check(lm)  # again: a download may have filled the disk
             yield lm
 
-    def check(self, lm: CausalLM) -> None:
+    def check(self, lm: CausalLM) -> list[str]:
         """Tries what would fail hours later, with the model as it is, or on the meta device.
+
+        Returns:
+            What the run writes and how much room there is, a sentence for each file system.
 
         Raises:
             UserError: data or settings that do not fit the model, a model or tokenizer that cannot
@@ -90,13 +89,13 @@ class PreparedRun:
         settings = self.metadata["settings"]
         best = settings.get("watch", {}).get("keep_best") is not None
         cache = settings.get("method", {}).get("reference_cache")
-        if is_main_process():
-            check_room([
-                run_need(options.output, saved, checkpoints, best, records),
-                *reference_needs(sources, self.terms, lm, cache),
-            ])  # fmt: skip
+        if not is_main_process():
+            return []
         states = saved.checkpoint - saved.weights if checkpoints else 0
         check_file_size(max(states, min(saved.weights, lm.max_shard_bytes or saved.weights)))
+        need = run_need(options.output, saved, checkpoints, best, records)
+        room = check_room([need, *reference_needs(sources, self.terms, lm, cache)])
+        return [*room, *interruption(need, saved)]
 
 
 def prepare_run(
@@ -160,12 +159,30 @@ def prepare_run(
     prepared = PreparedRun(
         model, template, sources, terms, training, options, metadata, resumable, heard
     )
-    if model.in_memory is None or (options.dry_run and model.options.lora_rank):
-        prepared.check(model.without_weights())
-    elif options.dry_run:
-        with model.loaded() as lm:
-            prepared.check(lm)
+    for sentence in _rehearse(prepared):
+        logger.info(sentence)
     return prepared
+
+
+def _rehearse(prepared: PreparedRun) -> list[str]:
+    """``check`` before a weight is loaded; a model in memory is checked when it is trained."""
+    model, dry_run = prepared.model, prepared.options.dry_run
+    if model.in_memory is not None and not dry_run:
+        return []
+    if model.in_memory is not None and not model.options.lora_rank:
+        with model.loaded() as lm:
+            return prepared.check(lm)
+    try:
+        lm = model.without_weights()
+    except UserError:
+        raise
+    except Exception as error:  # of code that only runs with weights
+        logger.warning(
+            f"warning: {model.name} cannot be built without weights, so that room and saving are "
+            f"checked after it is loaded ({type(error).__name__}: {first_line(error)})"
+        )
+        return []
+    return prepared.check(lm)
 
 
 def _date_of_unfinished(options: RunOptions) -> datetime | None:
