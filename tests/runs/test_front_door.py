@@ -145,7 +145,7 @@ def test_a_changed_model_in_memory_does_not_begin_again_unnoticed(base, tmp_path
     settings = {"forget": FORGET, "method": "NPO", "output": tmp_path / "run", "report": QUIET,
                 "training": TRAINING, "tokenizer": load_tokenizer(str(base))}  # fmt: skip
 
-    class Killed(Callback):
+    class Killed(npo_fast.Callback):
         def on_step(self, record) -> None:
             raise KeyboardInterrupt
 
