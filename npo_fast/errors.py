@@ -43,6 +43,10 @@ class NoSuchSplitError(UserError):
     """Raised where data that was named does not exist; optional data may be left out then."""
 
 
+class CannotSaveError(UserError):
+    """Raised where files cannot be written; what was there before is untouched."""
+
+
 class NonFiniteError(UserError):
     """Raised where a loss or gradient is NaN or infinite, before the weights changed."""
 

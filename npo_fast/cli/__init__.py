@@ -16,7 +16,14 @@ from npo_fast.distributed import (
     rank,
     world_size,
 )
-from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError, settings_as_flags
+from npo_fast.errors import (
+    CannotSaveError,
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    UserError,
+    settings_as_flags,
+)
 from npo_fast.tables import printable
 
 
@@ -132,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, common = parse(module.Command, rest, verb, about)
         output = _run(module, command, verb, as_process=argv is None)
         show(output, common.json)
-    except (NonFiniteError, OutOfMemory, OSError) as error:
+    except (CannotSaveError, NonFiniteError, OutOfMemory, OSError) as error:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)

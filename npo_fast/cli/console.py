@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -31,7 +32,8 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_main_process():
-            tqdm.write(printable(record.getMessage()), file=sys.stderr)
+            with suppress(OSError):  # standard error may be a file on a full disk
+                tqdm.write(printable(record.getMessage()), file=sys.stderr)
 
 
 def show_messages() -> None:

@@ -85,4 +85,5 @@ def run(command: Command) -> Output:
             "verdict": asdict(scores.verdict),
         },
         f"{tables.plain(rows, header)}\n\nverdict: {scores.verdict}",
+        exit_code=int(scores.folder != command.data.output),  # logs that it did not take
     )

@@ -21,15 +21,16 @@ def run(command: Command) -> Output:
     """Fine-tunes a model; returns the final loss."""
     from npo_fast.runs import finetune
 
-    metadata = finetune(
+    made = finetune(
         command.model.model, **vars(command.data), loading=command.model,
         training=command.training, run=command.run,
-    ).metadata  # fmt: skip
+    )  # fmt: skip
+    metadata = made.metadata
     if command.run.dry_run:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
     final = metadata["final"]
     return Output(
-        {"output": str(command.run.output), **metadata},
+        {"output": str(made.folder), **metadata},
         f"\nloss {final['loss']:.4f} after {final['step']} steps; the model is in "
-        f"{command.run.output / 'model'}",
+        f"{made.folder / 'model'}",
     )

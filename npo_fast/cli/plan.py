@@ -8,7 +8,18 @@ from npo_fast import tables
 from npo_fast.cli.console import Output
 from npo_fast.errors import UserError
 from npo_fast.model.load import load_config
-from npo_fast.planner import CARDS_GB, Advice, Footprint, PlannedRun, advise, flags, footprint
+from npo_fast.planner import (
+    CARDS_GB,
+    Advice,
+    Footprint,
+    PlannedRun,
+    SavedBytes,
+    advise,
+    empty_model,
+    flags,
+    footprint,
+    saved_bytes,
+)
 from npo_fast.planner.memory import FRAGMENTATION, GIB, KINDS
 
 logger = logging.getLogger(__name__)
@@ -28,7 +39,7 @@ class Command:
 
 
 def run(command: Command) -> Output:
-    """Predicts the memory of a run; returns on which card it fits."""
+    """Predicts the memory of a run, and its disk; returns on which card it fits."""
     card, ranks, planned = command.card, command.ranks, command.run
     if card is not None and not card > 0:
         raise UserError(f"card must be its memory in GB, such as 24, got {card:g}")
@@ -43,6 +54,8 @@ def run(command: Command) -> Output:
     cards = CARDS_GB if card is None else (card,)
     advice = [advise(planned, size, measure, ranks) for size in reversed(cards)]
     advice.reverse()
+    model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
+    saved = saved_bytes(model, planned.optimizer)
     result = {
         "settings": {"model": config.model_type, "card": card, "ranks": ranks, **vars(planned)},
         "parameters": measured.parameters,
@@ -51,6 +64,7 @@ def run(command: Command) -> Output:
         "peak_bytes": measured.peak,
         "allowance_bytes": measured.allowance,
         "needed_bytes": measured.needed,
+        "disk_bytes": {"model": saved.model, "checkpoint": saved.checkpoint},
         "cards": [
             {
                 "card_gb": each.card_gb,
@@ -61,11 +75,16 @@ def run(command: Command) -> Output:
             for each in advice
         ],
     }
-    return Output(result, _text(config.model_type, planned, ranks, measured, advice))
+    return Output(result, _text(config.model_type, planned, ranks, measured, advice, saved))
 
 
 def _text(
-    model: str, planned: PlannedRun, ranks: int, measured: Footprint, advice: list[Advice]
+    model: str,
+    planned: PlannedRun,
+    ranks: int,
+    measured: Footprint,
+    advice: list[Advice],
+    saved: SavedBytes,
 ) -> str:
     share = "" if ranks == 1 else f", one of {ranks} GPUs"
     trained = (
@@ -93,6 +112,8 @@ def _text(
         "",
         f"A card of 24 GB counts as {24e9 / GIB:.1f} GiB. Gaps: {FRAGMENTATION:.0%} of what comes "
         "and goes.",
+        f"On the disk: the model {_gib(saved.model)} GiB; a checkpoint {_gib(saved.checkpoint)} "
+        "GiB, two at a time with --save-every.",
     ]
     if ranks > 1:
         lines.append(

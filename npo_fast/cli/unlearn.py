@@ -37,16 +37,17 @@ def run(command: Command) -> Output:
     """Unlearns; returns probability, ROUGE-L and answers before and after."""
     from npo_fast.runs import unlearn
 
-    metadata = unlearn(
+    made = unlearn(
         command.model.model, **vars(command.data), method=command.method, loading=command.model,
         training=command.training, report=command.report, evaluation=command.watch,
         run=command.run,
-    ).metadata  # fmt: skip
+    )  # fmt: skip
+    metadata = made.metadata
     if command.run.dry_run:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
     return Output(
-        {"output": str(command.run.output), **metadata},
-        f"\n{_text(metadata)}\n{_chosen(command.watch, metadata)} {command.run.output / 'model'}\n"
+        {"output": str(made.folder), **metadata},
+        f"\n{_text(metadata)}\n{_chosen(command.watch, metadata)} {made.folder / 'model'}\n"
         f"verdict: {Verdict.of(metadata['verdict'])}",
     )
 

@@ -116,11 +116,19 @@ def save_result(
             open_unlearning.SUMMARY: open_unlearning.summary_of(metrics),
         }
     folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f"{name}.partial" for name in files}
+    try:  # beside those that are there, which a full disk must not cost
+        for name, content in files.items():
+            text = json.dumps(content, ensure_ascii=False, indent=indent)
+            partial[name].write_text(text, encoding="utf-8")
+    except OSError:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+        raise
     for name in {*LOG_FILES} - files.keys():
         (folder / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False, indent=indent)
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, path in partial.items():
+        path.replace(folder / name)
 
 
 def _load_folder(folder: Path) -> dict[str, Log]:

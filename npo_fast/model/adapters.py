@@ -8,18 +8,19 @@ quantised while it trained.
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.save import GENERATION, save_generation_config
 from npo_fast.model.weights import check_tensors, load_complete
 
 Quantize = Literal["none", "4bit"]
@@ -143,7 +144,10 @@ def write_weights(
     with lm.generating() as model:  # so that config.json names the model's own attention
         if dtype is not None:
             weights = converted(model.state_dict() if weights is None else weights, lm.dtype, dtype)
-        model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
+        with nullcontext() if lm.adapted else _plain_generation_config(model):
+            model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
+        if (folder / GENERATION).exists():
+            save_generation_config(model, folder)
         if dtype is not None:
             file = folder / "config.json"
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -154,6 +158,17 @@ def write_weights(
                 quantization = model.config.quantization_config.to_json_string()
                 (folder / QUANTIZATION).write_text(quantization, encoding="utf-8")
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+
+
+@contextmanager
+def _plain_generation_config(model: Any) -> Iterator[None]:
+    """Inside, the model generates by default: of another config transformers may refuse to save."""
+    config = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
 
 
 def converted(

@@ -61,12 +61,7 @@ def load_model(
         UserError: nothing there, not a causal language model, or a library is missing.
     """
     check_libraries(quantize, lora_rank)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch_device = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:0") from error
+    torch_device = usable_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[default_dtype(torch_device) if dtype == "auto" else dtype]
@@ -80,9 +75,41 @@ def load_model(
         model = add_lora(model, _folder(name), lora_rank, lora_alpha)
     lm = CausalLM(model, attention)
     if dtype == "auto" and not lm.quantized:
-        lm.saved_dtype = _stored_dtype(name)
-    lm.max_shard_bytes = _largest_shard(name)
+        lm.saved_dtype = stored_dtype(name)
+    lm.max_shard_bytes = largest_shard(name)
     return lm
+
+
+def quantized_adapter_rank(name: str) -> int:
+    """The rank of a LoRA adapter that trains on beside 4-bit weights; 0 where ``name`` is none."""
+    folder = Path(_folder(name))
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / QUANTIZATION).exists():
+        return 0
+    return int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r", 0))
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a name, "auto" being the GPU where there is one, once it has held a tensor.
+
+    Raises:
+        UserError: no such device, or this build of PyTorch or this machine cannot use it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:0") from error
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here: {first_line(error)}. Use --device cpu, or a "
+            "PyTorch that is built for it (npo-fast doctor shows this one)"
+        ) from error
+    return device
 
 
 def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
@@ -109,6 +136,8 @@ def load_config(name: str) -> Any:
     is_file = name.endswith(".json")
     if is_file and not Path(name).is_file():
         raise UserError(f"no configuration file {name!r}")
+    if not is_file and (Path(_folder(name)) / ADAPTER_CONFIG).is_file():
+        return load_config(adapter_base(Path(_folder(name))))
     source = {"pretrained_model_name_or_path": name} if is_file else _source(name)
     return _load(transformers.AutoConfig.from_pretrained, name, **source)
 
@@ -173,11 +202,11 @@ def _check_own(folder: Path, unread: tuple[str, ...]) -> None:
         ) from error
 
 
-def _stored_dtype(name: str) -> torch.dtype | None:
+def stored_dtype(name: str) -> torch.dtype | None:
     """The dtype of the weights in the files of a model; None where they do not say."""
     folder = Path(_folder(name))
     if (folder / ADAPTER_CONFIG).is_file():
-        return _stored_dtype(adapter_base(folder))
+        return stored_dtype(adapter_base(folder))
     source = _source(name)
     if "gguf_file" in source:  # of several widths
         return None
@@ -189,7 +218,7 @@ def _stored_dtype(name: str) -> torch.dtype | None:
     return dtype
 
 
-def _largest_shard(name: str) -> int | None:
+def largest_shard(name: str) -> int | None:
     """Bytes of the largest file of weights, where a model comes in several."""
     folder = Path(_folder(name))
     shards = [file.stat().st_size for file in folder.glob("model-*-of-*.safetensors")]

@@ -4,16 +4,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from npo_fast.errors import UserError
+from npo_fast.errors import CannotSaveError
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
@@ -23,31 +26,54 @@ TOKENIZER_FILES = (
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Fills a new folder with ``write`` and puts it in the place of ``folder`` when complete.
 
-    Where it cannot be written (``UserError``), what was in ``folder`` before is untouched.
+    Where it cannot be written (``CannotSaveError``), what was in ``folder`` before is untouched.
     """
-    if not folder.parent.exists():
-        folder.parent.mkdir(parents=True)
-        sync(folder.parent.parent)
-    partial = folder.with_name(folder.name + ".partial")
+    partial, old = folder.with_name(folder.name + ".partial"), old_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        if not folder.parent.exists():
+            folder.parent.mkdir(parents=True)
+            sync(folder.parent.parent)
         partial.mkdir()
         write(partial)
         for path in (*partial.rglob("*"), partial):  # else a power cut could leave half of it
             sync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, (OSError, SafetensorError)):
+        with suppress(OSError):
+            recover(folder)
+        if not cannot_write(error):
             raise
         kept = "what was there before is untouched" if folder.exists() else "nothing was written"
-        raise UserError(f"cannot save {folder}: {error}; {kept}") from error
-    old = old_of(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    partial.rename(folder)
-    sync(folder.parent)
+        raise CannotSaveError(f"cannot save {folder}: {error}; {kept}") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(error: BaseException) -> bool:
+    """Whether an error is that of a file which cannot be written, by Python or by the libraries.
+
+    tokenizers raises a bare ``Exception`` with the words of the system.
+    """
+    bare = type(error) is Exception and "(os error " in str(error)
+    return bare or isinstance(error, (OSError, SafetensorError))
+
+
+def save_file(file: Path, write: Callable[[Path], object]) -> None:
+    """A file that is complete or absent: ``write`` fills it under another name."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        write(partial)
+        sync(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)  # else it keeps the disk full
+        raise
+    partial.replace(file)
+    sync(file.parent)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -79,6 +105,25 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         ours.unlink()
     for file, source in given.items():
         shutil.copyfile(source, folder / file)
+
+
+def save_generation_config(model: Any, folder: Path) -> None:
+    """Saves how a model generates: the file it came from, byte for byte, unless it was changed.
+
+    transformers refuses to write what it finds at odds, such as a temperature without sampling.
+    """
+    config, given = model.generation_config, None
+    if model.name_or_path:
+        given = _cached(model.name_or_path, GENERATION)
+    if given is not None:
+        with suppress(OSError, ValueError):  # what cannot be read again was not the source
+            came = GenerationConfig.from_pretrained(Path(given).parent).to_dict()
+            if came == {**config.to_dict(), "transformers_version": came["transformers_version"]}:
+                shutil.copyfile(given, folder / GENERATION)
+                return
+    config = copy(config)
+    config.compile_config = None  # of this machine, and not always JSON
+    (folder / GENERATION).write_text(config.to_json_string(), encoding="utf-8")
 
 
 def _settings(file: Path) -> Any:

@@ -11,17 +11,19 @@ from npo_fast.attacks.options import AttackOptions
 from npo_fast.attacks.quantize import quantize_
 from npo_fast.attacks.relearn import Split, relearn
 from npo_fast.data import LossOn, Records, as_rows, check_vocabulary, describe
-from npo_fast.errors import UserError
+from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize_suite
-from npo_fast.metrics import FORGET, retrained_log, save_result
+from npo_fast.metrics import FORGET, retrained_log
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.runs.evaluating import Logs, Scores, logs_of
-from npo_fast.runs.folder import save_file
+from npo_fast.model.save import save_file
+from npo_fast.runs.evaluating import Logs, Scores, logs_of, save_logs
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
+from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import ProgressBar, progress
+from npo_fast.runs.saving import Saving
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import check_output, with_checked_keywords
 
@@ -72,6 +74,7 @@ def attack(
     if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
     check_output(folder, SUMMARY, "an attack", overwrite)
+    check_writable(folder, "--output")
     suite = tofu_suite(inputs.data, forget, retain, utility=False, loss_on=loss_on)
     forget_records = suite[FORGET]
     share = attacks.relearn_share if "relearn" in attacks.names else 0.0
@@ -82,6 +85,7 @@ def attack(
         logs = logs_of(retrained, "retrained")
         compared = retrained_log(logs, len(forget_records), split.rest)
     source = ModelSource(model, loading, tokenizer)
+    source.device()
     template = source.template()
     with source.loaded() as lm:
         check_vocabulary({"forget": template.encode_all(forget_records)[0]}, lm.vocabulary)
@@ -98,8 +102,8 @@ def attack(
         def measure(attacked: CausalLM, name: str) -> None:
             with progress(name) as update:
                 logs = evaluate_suite(attacked, template, measured, settings, update)
-            save_result(logs, folder / name)
-            scores[name] = Scores(logs, compared)
+            saved = save_logs(logs, folder / name)
+            scores[name] = Scores(logs, compared, folder=saved)
 
         measure(lm, "before")
         if "relearn" in attacks.names:
@@ -122,6 +126,14 @@ def attack(
         "settings": {name: asdict(group) for name, group in groups.items()},
     }
     text = json.dumps(summary, indent=1, default=str)
-    save_file(folder / SUMMARY, lambda file: file.write_text(text, encoding="utf-8"))
-    logger.info(f"logs saved in {folder}")
+
+    def save_summary(place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(place / SUMMARY, lambda file: file.write_text(text, encoding="utf-8"))
+
+    try:
+        saved = Saving().insist(folder, save_summary)
+        logger.info(f"{SUMMARY} saved in {saved}")
+    except CannotSaveError as error:
+        logger.warning(f"WARNING: NO {SUMMARY} SAVED: {error}")
     return scores

@@ -17,7 +17,7 @@ from npo_fast.metrics import Result
 from npo_fast.metrics.measures import Condition, find_measure, measures, value_of
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.folder import RunFolder
-from npo_fast.runs.options import EvaluationOptions, Tracker
+from npo_fast.runs.options import EvaluationOptions, RunOptions, Tracker
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.trainer.state import TrainState
@@ -63,7 +63,16 @@ class Training:
     settings: TrainSettings
     state: TrainState
     callbacks: list[Callback]
+    options: RunOptions
+    between_steps: bool = False  # the weights are those of ``state``, whole
     final_metadata: dict[str, Any] = field(default_factory=dict)  # for run.json, with the model
+
+    @property
+    def hint(self) -> str:
+        """What to start again to go on with this run, in words."""
+        moved = self.folder.folder != self.options.output
+        where = f" with --output {self.folder.folder}" if moved else ""
+        return f"the same command{where}" + (" without --overwrite" * self.options.overwrite)
 
     @property
     def is_main_process(self) -> bool:
@@ -178,8 +187,8 @@ class EvaluationCallback(Callback):
 class CheckpointCallback(Callback):
     """Saves a checkpoint every ``save_every`` steps, and when a signal interrupts the run."""
 
-    def __init__(self, save_every: int, signal: StopSignal, resume_hint: str) -> None:
-        self.save_every, self.signal, self.resume_hint = save_every, signal, resume_hint
+    def __init__(self, save_every: int, signal: StopSignal) -> None:
+        self.save_every, self.signal = save_every, signal
 
     def on_start(self, training: Training) -> None:
         self.training = training
@@ -193,13 +202,14 @@ class CheckpointCallback(Callback):
         if not due or record.step >= record.steps:
             return
         path = training.folder.checkpoint(
-            training.lm, training.tokenizer, record.step, training.state
+            training.lm, training.tokenizer, record.step, training.state, insist=bool(number)
         )
-        training.emit("on_checkpoint", path)
+        if path is not None:
+            training.emit("on_checkpoint", path)
         if number:
             raise Interrupted(
-                f"interrupted after step {record.step} of {record.steps}; {self.resume_hint} "
-                "goes on from there",
+                f"interrupted after step {record.step} of {record.steps}; "
+                f"{training.hint} goes on from there",
                 number,
             )
 
@@ -237,7 +247,10 @@ class TrackerCallback(Callback):
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         if self.tracker is not None:
             values = _flat({k: v for k, v in values.items() if k not in ("step", "steps")})
-            self.tracker.log(values, step=step)
+            try:
+                self.tracker.log(values, step=step)
+            except OSError as error:  # steps.jsonl has the same
+                logger.warning(f"warning: {self.name} cannot log step {step}: {error}")
 
     def on_end(self) -> None:
         if self.tracker is not None:

@@ -18,7 +18,7 @@ from npo_fast.data import (
     describe,
     repeats,
 )
-from npo_fast.errors import UserError
+from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
@@ -43,8 +43,10 @@ from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
+from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import progress
 from npo_fast.runs.run import Run
+from npo_fast.runs.saving import Saving
 from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Scores(dict[str, float]):
     Args:
         retrained: logs of the model trained without the forget set.
         before: nested measures of the model before unlearning, for the verdict.
+        folder: where the logs were saved, if they were.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class Scores(dict[str, float]):
         logs: Result,
         retrained: Result | None = None,
         before: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(metrics.summary(logs, retrained))
         self.logs, self._retrained, self._before = logs, retrained, before or {}
+        self.folder = folder
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -135,6 +140,7 @@ def evaluate(
     if folder is not None:
         for name in LOG_FILES:
             check_output(folder, name, "logs", overwrite)
+        check_writable(folder, "--output")
     elif log_format != "tofu":
         raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
@@ -174,9 +180,8 @@ def evaluate(
         source = ModelSource(model, loading, tokenizer)
         logs = dict(_measure(source, suite, evaluation, reference))
     if folder is not None:
-        save_result(logs, folder, log_format, compared)
-        logger.info(f"logs saved in {folder}")
-    return Scores(logs, compared, before)
+        folder = save_logs(logs, folder, log_format, compared)
+    return Scores(logs, compared, before, folder)
 
 
 def _before(model: Model | None) -> Mapping[str, Any]:
@@ -186,6 +191,22 @@ def _before(model: Model | None) -> Mapping[str, Any]:
     if isinstance(model, (str, Path)) and model:
         return metadata_of_model(Path(model)).get("before") or {}
     return {}
+
+
+def save_logs(
+    logs: Result, folder: Path, form: LogForm = "tofu", retrained: Result | None = None
+) -> Path | None:
+    """Saves logs in ``folder``, or in one of the system's; returns where, None for nowhere.
+
+    What was measured is not lost with them: the measures stay in memory.
+    """
+    try:
+        saved = Saving().insist(folder, lambda place: save_result(logs, place, form, retrained))
+    except CannotSaveError as error:
+        logger.warning(f"WARNING: NO LOGS SAVED: {error}")
+        return None
+    logger.info(f"logs saved in {saved}")
+    return saved
 
 
 def logs_of(logs: Logs, role: str) -> Result:
@@ -200,6 +221,7 @@ def logs_of(logs: Logs, role: str) -> Result:
 def _measure(
     source: ModelSource, suite: Suite, settings: EvaluationSettings, other: Model | None
 ) -> Result:
+    source.device()
     template = source.template()
     tokenized = tokenize_suite(template, suite)
     examples = {name: tokens.answers for name, tokens in tokenized.items()}

@@ -18,43 +18,37 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from npo_fast.distributed import all_reduce_max, is_main_process
-from npo_fast.errors import UserError
+from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import (
     MANIFEST,
     DamagedError,
     check_saved,
-    sealed,
     sha256_of_file,
     write_manifest,
 )
-from npo_fast.model.save import recover, save_folder, save_tokenizer, sync
+from npo_fast.model.save import recover, save_file, save_folder, save_tokenizer
 from npo_fast.model.sharding import gather_state_dict
-from npo_fast.runs.output import (
-    RUN,
-    STEPS,
-    check_run_folder,
-    claimed,
-    is_open_file,
-    is_taken,
-    locked_records,
-)
-from npo_fast.runs.records import RecordFile
+from npo_fast.planner.disk import weights_bytes
+from npo_fast.runs.output import check_run_folder, claimed, is_taken, is_vacant
+from npo_fast.runs.records import EVALUATIONS, Records
+from npo_fast.runs.saving import Saving, room
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
 from npo_fast.versions import versions
 
-EVALUATIONS, REFERENCES, EVALUATION = "evaluations.jsonl", "references.pt", "evaluation.json"
+REFERENCES, EVALUATION, BEST = "references.pt", "evaluation.json", "checkpoints/best"
 CONTENT = (EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
            "eval-steps")  # fmt: skip
 logger = logging.getLogger(__name__)
@@ -64,14 +58,19 @@ class RunFolder:
     """Keeps the folder consistent; one run at a time has it.
 
     The main process makes its folder with ``begin`` or ``resume``. Other processes of a run write
-    nothing, and help to gather weights; theirs is made without ``steps``. Records stay in memory:
-    where they or ``run.json`` are deleted while the run goes on, they are written again.
+    nothing, and help to gather weights; theirs is made without ``steps``.
+
+    Records stay in memory: what is deleted while the run goes on is written again. Where the folder
+    cannot be written, ``saving`` finds another one and the run moves there: ``folder`` is where it
+    is now. Records and notes that do not fit wait for room.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, Any], steps: Any = None) -> None:
+    def __init__(
+        self, folder: Path, metadata: Mapping[str, Any], steps: TextIO | None = None
+    ) -> None:
         self.folder, self.metadata = folder, dict(metadata)
-        self._lock = steps  # steps.jsonl, open and locked
-        self._records = {name: RecordFile(folder / name) for name in (STEPS, EVALUATIONS)}
+        self.saving = Saving()
+        self._records = Records(folder, self.metadata, steps)
         self._references: Mapping[str, Any] = {}
         self._best_step: int | None = None
 
@@ -109,11 +108,11 @@ class RunFolder:
             "versions": versions(),
         }
         run = cls(folder, {**beginning, **metadata}, steps)
-        run._write_metadata()
+        run._records.save_metadata()
         if references:
             run._references = references
             run._write_references()
-            run._write_metadata()
+            run._records.save_metadata()
         return run
 
     @classmethod
@@ -129,10 +128,7 @@ class RunFolder:
         Records and checkpoints of later steps are deleted.
         """
         run, step = cls(folder, metadata, claimed(folder, found)), facts["step"]
-        run._records = {
-            name: RecordFile.resume(folder / name, state)
-            for name, state in facts["records"].items()
-        }
+        run._records.resume(facts["records"])
         recover(run._best)
         if facts["best"] is None and run._best.exists():  # of a step that is made again
             shutil.rmtree(run._best)
@@ -153,43 +149,61 @@ class RunFolder:
         """Appends the record of a step to ``steps.jsonl``."""
         if is_main_process():
             self._restore_lost()
-            self._records[STEPS].append(asdict(record))
+            self._records.steps.append(asdict(record))
 
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Appends an evaluation to ``evaluations.jsonl``, and waits until it is on the disk."""
         self._restore_lost()
-        self._records[EVALUATIONS].append(evaluation, sync=True)
+        self._records.evaluations.append(evaluation, sync=True)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far."""
-        return self._records[EVALUATIONS].records()
+        return self._records.evaluations.records()
 
     def checkpoint(
-        self, lm: CausalLM, tokenizer: Any, step: int, state: TrainState | None = None
-    ) -> Path:
+        self,
+        lm: CausalLM,
+        tokenizer: Any,
+        step: int,
+        state: TrainState | None = None,
+        insist: bool = False,
+    ) -> Path | None:
         """Model and tokenizer after ``step``, and with a ``state`` what it takes to go on.
 
         Once a checkpoint to go on from is complete, older ones are deleted.
+
+        Args:
+            insist: nothing comes after it, so that it must be saved, be it elsewhere.
+
+        Returns:
+            Its folder; None where it could not be written, and the run can go on without.
         """
-        if is_main_process():
-            self._restore_lost()
-            sync(self.folder / STEPS)  # a checkpoint is never ahead of its step records
-        folder = self.folder / "checkpoints" / f"step-{step:06d}"
         more = None if state is None else state.writer()
-        save_model(lm, tokenizer, folder, more, replace=False, facts=self._facts(step))
+        name = f"checkpoints/step-{step:06d}"
+        try:
+            self._save(name, lm, tokenizer, step, more, replace=False, insist=insist)
+        except CannotSaveError as error:
+            if insist:
+                raise
+            logger.warning(
+                f"WARNING: NO CHECKPOINT at step {step}: {error}. {room(self.folder)}; training "
+                "goes on, and the next one is tried"
+            )
+            return None
+        folder = self.folder / name
         if is_main_process() and state is not None:
             for old in {*folder.parent.glob("step-*")} - {folder}:
-                # out of sight first: what is half deleted must not look like a checkpoint
-                shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
+                with suppress(OSError):
+                    # out of sight first: what is half deleted must not look like a checkpoint
+                    shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
         return folder
 
     def keep_best(self, lm: CausalLM, tokenizer: Any, evaluation: Mapping[str, Any]) -> None:
         """Saves the model as the best one, with its evaluation."""
         self._best_step, text = evaluation["step"], json.dumps(evaluation)
-        save_model(
-            lm, tokenizer, self._best, lambda new: (new / EVALUATION).write_text(text),
-            facts=self._facts(evaluation["step"]),
-        )  # fmt: skip
+        self._save(
+            BEST, lm, tokenizer, evaluation["step"], lambda new: (new / EVALUATION).write_text(text)
+        )
 
     def best(self) -> dict[str, Any]:
         """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
@@ -206,21 +220,18 @@ class RunFolder:
 
     @property
     def _best(self) -> Path:
-        return self.folder / "checkpoints" / "best"
+        return self.folder / BEST
 
     def save_model(self, lm: CausalLM, tokenizer: Any, step: int) -> Path:
         """Saves the final model and tokenizer, in the dtype they came in; returns their folder.
 
         In memory the weights are rounded to it, so that they are those of the files.
         """
-        if is_main_process():
-            self._restore_lost()
         dtype = lm.saved_dtype if lm.saved_dtype != lm.dtype and not lm.adapted else None
         if dtype is not None:
             lm.round_weights(dtype)
-        folder = self.folder / "model"
-        save_model(lm, tokenizer, folder, dtype=dtype, facts=self._facts(step))
-        return folder
+        self._save("model", lm, tokenizer, step, dtype=dtype)
+        return self.folder / "model"
 
     def save_lost_model(self, lm: CausalLM, tokenizer: Any) -> None:
         """Saves the final model again where it was deleted meanwhile."""
@@ -232,38 +243,79 @@ class RunFolder:
             )
 
     def note(self, **metadata: Any) -> None:
-        """Puts metadata into ``run.json`` at once."""
+        """Puts metadata into ``run.json`` at once; what cannot be written waits for ``finish``."""
         self.metadata |= metadata
         if is_main_process():
             self._restore_lost()
-            self._write_metadata()
+            self._records.try_to(self._records.save_metadata)
 
     def finish(self, status: str = "finished", **metadata: Any) -> None:
         """Closes the records and writes how the run ended into ``run.json``."""
         if torch.cuda.is_available():  # of the process so far: weights, training, evaluations
             metadata["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        self.note(status=status, ended=_now(), **metadata)
-        if is_main_process():
-            self._lock.close()
-            if status == "finished":  # nothing goes on from here
-                (self.folder / REFERENCES).unlink(missing_ok=True)
+        self.metadata |= {"status": status, "ended": _now(), **metadata}
+        if not is_main_process():
+            return
+        self._restore_lost()
+        if status != "finished":
+            self._records.try_to(self._records.save)
+        else:
+            try:
+                self.saving.insist(self.folder, lambda _: self._records.save(), elsewhere=False)
+            except CannotSaveError as error:
+                raise CannotSaveError(f"{error}; the model in {self.folder} is complete") from error
+            with suppress(OSError):
+                (self.folder / REFERENCES).unlink(missing_ok=True)  # nothing goes on from here
+        self._records.close()
+
+    def _save(
+        self, name: str, lm: CausalLM, tokenizer: Any, step: int,
+        more: Callable[[Path], object] | None = None,
+        replace: bool = True, dtype: torch.dtype | None = None, insist: bool = True,
+    ) -> None:  # fmt: skip
+        """``save_model`` into the folder ``name``; where it has to ``insist``, the run may move."""
+
+        def put(folder: Path, write: Callable[[Path], None]) -> None:
+            def attempt(root: Path) -> None:
+                if root == self.folder:
+                    self._restore_lost()
+                    self._records.steps.flush()  # a checkpoint is never ahead of its records
+                elif not is_vacant(root):
+                    raise CannotSaveError(f"{root} is not empty")
+                save_folder(root / name, write)
+
+            if not insist:
+                attempt(self.folder)
+                return
+            root = self.saving.insist(self.folder, attempt, weights_bytes(lm.model, dtype))
+            if root != self.folder:
+                self._move(root)
+
+        folder, facts = self.folder / name, self._facts(step)
+        save_model(lm, tokenizer, folder, more, replace, dtype, facts, put)
+
+    def _move(self, root: Path) -> None:
+        """Goes on in ``root``, where a model of this run is saved already; its records follow."""
+        left, self.folder = self.folder, root
+        logger.warning(f"THE RUN IS IN {root} FROM HERE ON: {left} could not be written")
+        for name in (REFERENCES, BEST):
+            if (left / name).exists() and not (root / name).exists():
+                with suppress(OSError):
+                    copy = shutil.copytree if (left / name).is_dir() else shutil.copyfile
+                    copy(left / name, root / name)
+        self._records.move(root)
 
     def _facts(self, step: int) -> dict[str, Any]:
         """What a manifest says beside the files: enough to find what is of another run or time."""
-        records = {name: file.state() for name, file in self._records.items()}
-        run = self.metadata.get("id")
+        run, records = self.metadata.get("id"), self._records.states()
         return {"run": run, "step": step, "best": self._best_step, "records": records}
-
-    def _write_metadata(self) -> None:
-        text = json.dumps(sealed(self.metadata), indent=2)
-        save_file(self.folder / RUN, lambda file: file.write_text(text))
 
     def _write_references(self) -> None:
         file = self.folder / REFERENCES
         try:
             save_file(file, lambda partial: save_tensors(self._references, partial))
         except OSError as error:
-            raise UserError(f"cannot save {file}: {error}") from error
+            raise CannotSaveError(f"cannot save {file}: {error}") from error
         self.metadata["references_sha256"] = sha256_of_file(file)
 
     def _restore_lost(self) -> None:
@@ -271,25 +323,20 @@ class RunFolder:
 
         Another run may be in its place by now; then this one goes on beside it.
         """
-        lost = [name for name, file in self._records.items() if not file.is_whole()]
-        is_locked = is_open_file(self._lock, self.folder / STEPS)
-        lost += [] if is_locked or STEPS in lost else [STEPS]
-        lost += [] if (self.folder / RUN).is_file() else [RUN]
+        lost = self._records.lost()
         if not lost:
             return
         before, beside = self.folder, ""
-        if not is_locked and is_taken(before, self.metadata["id"]):
+        if not self._records.is_locked and is_taken(before, self.metadata["id"]):
             self.folder = before.with_name(f"{before.name}-{self.metadata['id']}")
             beside = f" in {self.folder}, for another run has its place"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not is_open_file(self._lock, self.folder / STEPS):
-            self._lock.close()
-            self._lock = locked_records(self.folder)
-        for name, file in self._records.items():
-            file.restore(self.folder / name)
-        if self._references and not (self.folder / REFERENCES).exists():
-            self._write_references()
-        self._write_metadata()
+        try:
+            self._records.restore(self.folder)
+            if self._references and not (self.folder / REFERENCES).exists():
+                self._write_references()
+        except CannotSaveError as error:
+            logger.debug(f"not restored yet: {error}")  # whoever writes next says so
+            return
         logger.warning(
             f"warning: {', '.join(lost)} of the run in {before} went missing or changed while it "
             f"goes on: written again from memory{beside}. Checkpoints that went with them are lost"
@@ -317,12 +364,15 @@ def save_model(
     replace: bool = True,
     dtype: torch.dtype | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
+    put: Callable[[Path, Callable[[Path], None]], object] = save_folder,
 ) -> None:
     """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent.
 
-    Its manifest holds the ``facts``.
-
     All processes call it: the weights of a sharded model are gathered, and the first one writes.
+
+    Args:
+        facts: of its manifest.
+        put: puts what its second argument writes into a folder, or into another one.
     """
     weights = None
     if lm.vocabulary_slice is not None:
@@ -336,22 +386,13 @@ def save_model(
             more(where)
         write_manifest(where, **facts)
 
-    if is_main_process() and (replace or not folder.exists()):
-        save_folder(folder, write)
-    wait_for_all(lm)
-
-
-def save_file(file: Path, write: Callable[[Path], object]) -> None:
-    """A file that is complete or absent: ``write`` fills it under another name."""
-    partial = file.with_name(f"{file.name}.partial")
     try:
-        write(partial)
-        sync(partial)
-    except OSError:
-        partial.unlink(missing_ok=True)  # else it keeps the disk full
+        if is_main_process() and (replace or not folder.exists()):
+            put(folder, write)
+    except CannotSaveError:
+        wait_for_all(lm)  # the run may go on, and so do the others
         raise
-    partial.replace(file)
-    sync(file.parent)
+    wait_for_all(lm)
 
 
 def _now() -> str:

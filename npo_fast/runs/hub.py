@@ -18,9 +18,9 @@ from npo_fast.metrics.measures import RECORDED, score
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.manifest import MANIFEST
+from npo_fast.model.save import save_file
 from npo_fast.paths import places, shown
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
-from npo_fast.runs.folder import save_file
 
 logger = logging.getLogger(__name__)
 

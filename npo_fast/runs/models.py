@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+import torch
+
 from npo_fast.data import Rendering, Template
 from npo_fast.distributed import all_reduce_max, init_process_group, local_device, rank, world_size
 from npo_fast.errors import UserError
@@ -15,7 +17,18 @@ from npo_fast.model.adapters import add_lora, read_weights
 from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import eos_ids
-from npo_fast.model.load import default_dtype, load_generation_config, load_model, load_tokenizer
+from npo_fast.model.load import (
+    DTYPES,
+    default_dtype,
+    largest_shard,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    quantized_adapter_rank,
+    stored_dtype,
+    usable_device,
+)
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.resume import ResumableRun
@@ -80,8 +93,8 @@ class ModelSource:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name)
         rendering = replace(self.rendering, now=now or self.rendering.now or datetime.now())
-        network = self.in_memory.model if isinstance(self.in_memory, CausalLM) else self.in_memory
-        config = getattr(network, "generation_config", None) or load_generation_config(self.name)
+        config = getattr(self._network, "generation_config", None)
+        config = config or load_generation_config(self.name)
         return Template(
             self._tokenizer, max_length=self.options.max_length, rendering=rendering,
             stop_ids=eos_ids(config),
@@ -129,6 +142,42 @@ class ModelSource:
         )
         fit_threads(lm.model.num_parameters(), lm.device)
         return lm
+
+    def device(self) -> torch.device:
+        """Where the model will be, tried with a tensor; ``UserError`` where it cannot be."""
+        if self.in_memory is not None:
+            return self.in_memory.device
+        if world_size() > 1:
+            return usable_device(str(local_device(self.options.device)))
+        return usable_device(self.options.device)
+
+    def without_weights(self) -> CausalLM:
+        """The model of ``load`` on the meta device: its classes, shapes and configurations."""
+        from npo_fast.planner.model import empty_lm, empty_model
+
+        options, name = self.options, self.name
+        if self.in_memory is not None:
+            config, generation = self._network.config, self._network.generation_config
+            names = (name for name, each in DTYPES.items() if each == self._network.dtype)
+            dtype = next(names, "fp32")
+        else:
+            config, generation = load_config(name), load_generation_config(name)
+            dtype = default_dtype(self.device()) if options.dtype == "auto" else options.dtype
+        rank, quantize = options.lora_rank, options.quantize
+        if self.in_memory is None and (kept := quantized_adapter_rank(name)):
+            rank, quantize = kept, "4bit"
+        lm = empty_lm(empty_model(config, dtype, rank, quantize), False)
+        if generation is not None and not lm.adapted:
+            lm.model.generation_config = generation
+        if self.in_memory is None and options.dtype == "auto" and options.quantize == "none":
+            lm.saved_dtype = stored_dtype(name)
+        lm.max_shard_bytes = largest_shard(name)
+        return lm
+
+    @property
+    def _network(self) -> Any:
+        """The transformers model in memory, if there is one."""
+        return self.in_memory.model if isinstance(self.in_memory, CausalLM) else self.in_memory
 
     def _load(self, **changes: str) -> CausalLM:
         names = ("dtype", "device", "attention", "quantize", "lora_rank", "lora_alpha")

@@ -186,13 +186,21 @@ class RunOptions(Checked):
     """Folder for the model, the step records and run.json."""
     overwrite: bool = False
     """Replace the run that is in the output folder."""
+    fallback_output: Path | None = None
+    """Where the run goes on when the output folder can no longer be written (a full disk, a drive
+    that is gone); best on another disk."""
+    save_wait: NonNegativeFloat = 10.0
+    """Minutes to wait for room where neither takes the model; then the system's temporary folder
+    does, and the run ends with an error that names it."""
     save_every: NonNegativeInt = 0
     """Steps between checkpoints, from which the same command goes on after a crash; 0 makes one
     only when Ctrl-C or SIGTERM interrupts the run."""
     merge: bool = False
     """With --lora-rank: save the final model with whole weights, not as an adapter."""
     dry_run: bool = False
-    """Check everything that can be checked without loading the model, and say what would run."""
+    """Check settings, records (all are tokenised), the device, disk space, write access, and that
+    all of the model but its weights can be saved; say what would run. It loads no weights and
+    leaves no file."""
     track: Tracker | None = None
     """Log every step and evaluation to this tracker too (its library must be installed)."""
     push_to_hub: str | None = None
@@ -200,7 +208,8 @@ class RunOptions(Checked):
 
     def check(self, model: ModelOptions) -> None:
         """Raises ``UserError`` where the model cannot train, or not into the output folder."""
-        from npo_fast.runs.output import check_run_folder
+        from npo_fast.runs.output import check_run_folder, is_vacant
+        from npo_fast.runs.preflight import check_writable
 
         model.check_training()
         if self.merge and (not model.lora_rank or model.quantize != "none"):
@@ -214,6 +223,14 @@ class RunOptions(Checked):
         if model.model and base.exists() and output in (base.resolve(), *base.resolve().parents):
             raise UserError(f"--output {self.output} holds the --model itself: name another folder")
         check_run_folder(self.output, self.overwrite)
+        check_writable(self.output, "--output")
+        if self.fallback_output is not None:
+            check_writable(self.fallback_output, "--fallback-output")
+            if not is_vacant(self.fallback_output):
+                raise UserError(
+                    f"--fallback-output {self.fallback_output} is not empty; name a new folder (a "
+                    "run that went on there goes on with that --output)"
+                )
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,25 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
             raise UserError(
                 f"the output {folder} holds files that are not a run; name another folder"
             )
-    elif not overwrite and read_metadata(folder).get("status") not in UNFINISHED:
+        return
+    metadata = {} if overwrite else read_metadata(folder)
+    if metadata.get("status") == "moved":
+        raise UserError(
+            f"the run in {folder} went on in {metadata['moved_to']}: name that --output to go on, "
+            "or add --overwrite"
+        )
+    if not overwrite and metadata.get("status") not in UNFINISHED:
         raise UserError(
             f"the output {folder} holds a run that has ended; name another folder, or add "
             "--overwrite"
         )
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder holds no file, or does not exist: a run may move there."""
+    if folder.is_dir():
+        return not any(path.is_file() for path in folder.rglob("*"))
+    return not folder.exists()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def is_open_file(file: TextIO, path: Path) -> bool:
     """Whether the path still leads to the file that is open."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:  # there is none
+    except (OSError, ValueError):  # there is none, or it is closed
         return False
 
 

@@ -18,15 +18,26 @@ from npo_fast.data import (
     repeats,
     text_fingerprint,
 )
-from npo_fast.distributed import world_size
-from npo_fast.errors import UserError, named
+from npo_fast.distributed import is_main_process, world_size
+from npo_fast.errors import UserError, first_line, named
 from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.paths import below_here
+from npo_fast.planner.disk import saved_bytes
 from npo_fast.runs.callbacks import Callback
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.output import UNFINISHED, found_metadata, read_metadata
+from npo_fast.runs.preflight import (
+    STEP_BYTES,
+    check_file_size,
+    check_room,
+    interruption,
+    reference_needs,
+    references_bytes,
+    run_need,
+    try_saving,
+)
 from npo_fast.runs.resume import ResumableRun, find_resumable
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
@@ -57,9 +68,38 @@ class PreparedRun:
     def loaded(self) -> Iterator[CausalLM]:
         """The model, checked against data and settings before hours are spent."""
         with self.model.loaded(self.resumable) as lm:
-            check_vocabulary(self.sources, lm.vocabulary)
-            check_settings(lm, self.sources, self.terms, self.training)
+            self.check(lm)  # again: a download may have filled the disk
             yield lm
+
+    def check(self, lm: CausalLM) -> list[str]:
+        """Tries what would fail hours later, with the model as it is, or on the meta device.
+
+        Returns:
+            What the run writes and how much room there is, a sentence for each file system.
+
+        Raises:
+            UserError: data or settings that do not fit the model, a model or tokenizer that cannot
+                be saved, or too little room for what the run writes.
+        """
+        options, training, sources = self.options, self.training, self.sources
+        check_vocabulary(sources, lm.vocabulary)
+        check_settings(lm, sources, self.terms, training, self.model.device())
+        beside = try_saving(lm, self.template.tokenizer)
+        dtype = None if lm.adapted and not options.merge else lm.saved_dtype
+        saved = saved_bytes(lm.model, training.optimizer, dtype, options.merge, beside)
+        steps = self.metadata["steps"]
+        checkpoints = (steps - 1) // options.save_every if options.save_every else 0
+        records = references_bytes(sources, self.terms) + STEP_BYTES * steps
+        settings = self.metadata["settings"]
+        best = settings.get("watch", {}).get("keep_best") is not None
+        cache = settings.get("method", {}).get("reference_cache")
+        if not is_main_process():
+            return []
+        states = saved.checkpoint - saved.weights if checkpoints else 0
+        check_file_size(max(states, min(saved.weights, lm.max_shard_bytes or saved.weights)))
+        need = run_need(options.output, saved, checkpoints, best, records)
+        room = check_room([need, *reference_needs(sources, self.terms, lm, cache)])
+        return [*room, *interruption(need, saved)]
 
 
 def prepare_run(
@@ -80,6 +120,7 @@ def prepare_run(
     heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     if not all(isinstance(callback, Callback) for callback in heard):
         raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")
+    model.device()
     template = model.template(_date_of_unfinished(options))
     check_world_size(terms, training, world_size())
     check_optimizer(training.optimizer)
@@ -124,9 +165,33 @@ def prepare_run(
         metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
     found = found_metadata(options.output)
     resumable = find_resumable(options, metadata, model.in_memory is not None)
-    return PreparedRun(
+    prepared = PreparedRun(
         model, template, sources, terms, training, options, metadata, found, resumable, heard
     )
+    for sentence in _rehearse(prepared):
+        logger.info(sentence)
+    return prepared
+
+
+def _rehearse(prepared: PreparedRun) -> list[str]:
+    """``check`` before a weight is loaded; a model in memory is checked when it is trained."""
+    model, dry_run = prepared.model, prepared.options.dry_run
+    if model.in_memory is not None and not dry_run:
+        return []
+    if model.in_memory is not None and not model.options.lora_rank:
+        with model.loaded() as lm:
+            return prepared.check(lm)
+    try:
+        lm = model.without_weights()
+    except UserError:
+        raise
+    except Exception as error:  # of code that only runs with weights
+        logger.warning(
+            f"warning: {model.name} cannot be built without weights, so that room and saving are "
+            f"checked after it is loaded ({type(error).__name__}: {first_line(error)})"
+        )
+        return []
+    return prepared.check(lm)
 
 
 def _below_here(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -55,4 +55,17 @@ def _bar(total: int, title: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     silent: dict[str, Any] = {} if is_main_process() else {"disable": True}
     options = {"unit": unit, "dynamic_ncols": True, "mininterval": pause, **silent}
-    return tqdm(total=total, initial=done, desc=printable(title), **options)
+    return _Bar(total=total, initial=done, desc=printable(title), **options)
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that standard error need not take: it may be a file on a full disk."""
+
+    def display(self, *arguments: Any, **options: Any) -> Any:
+        with suppress(OSError):
+            return super().display(*arguments, **options)
+        return None
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()

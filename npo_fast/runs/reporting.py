@@ -1,10 +1,12 @@
 """``report``: one page about runs, beside the models they are judged by."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from npo_fast.errors import UserError
+from npo_fast.model.save import save_file
 from npo_fast.reports.html import MARK
 from npo_fast.reports.page import Report
 from npo_fast.reports.runs import load_runs
@@ -64,5 +66,5 @@ def report(
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, (result.html(), result.markdown()), strict=True):
-        file.write_text(content, encoding="utf-8")
+        save_file(file, partial(Path.write_text, data=content, encoding="utf-8"))
     return result

@@ -9,6 +9,7 @@ from typing import Any
 
 from npo_fast.distributed import is_main_process, world_size
 from npo_fast.errors import (
+    CannotSaveError,
     Interrupted,
     NonFiniteError,
     OutOfMemory,
@@ -29,6 +30,7 @@ from npo_fast.runs.folder import RunFolder, wait_for_all
 from npo_fast.runs.preparing import PreparedRun
 from npo_fast.runs.progress import ProgressBar
 from npo_fast.runs.run import Run
+from npo_fast.runs.saving import Saving
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.loop import train
 from npo_fast.trainer.settings import StepRecord
@@ -63,21 +65,23 @@ def run_training(
     options, resumable = prepared.options, prepared.resumable
     tokenizer = prepared.template.tokenizer
     state = TrainState() if resumable is None else resumable.state
-    hint = "the same command" + (" without --overwrite" if options.overwrite else "")
     trackers = [] if options.track is None else [TrackerCallback(options.track)]
     if options.push_to_hub is not None and is_main_process():
         hub.create_repository(options.push_to_hub)  # first: it may refuse
     folder = _open_folder(lm, prepared, reference, evaluation)
     signal = StopSignal()
+    folder.saving = Saving(
+        options.fallback_output, options.save_wait, lambda: signal.number, gives_up=False
+    )
     training = Training(folder, lm, tokenizer, prepared.training, state, [
         *([] if evaluation is None else [evaluation]),
-        CheckpointCallback(options.save_every, signal, hint), *trackers,
+        CheckpointCallback(options.save_every, signal), *trackers,
         ProgressBar(options.output.name), *prepared.callbacks,
-    ])  # fmt: skip
+    ], options)  # fmt: skip
     for callback in training.callbacks:
         callback.should_stop = None  # it may have stopped an earlier run
     try:
-        with signal, _closed(training, hint):  # signals wait until the folder says how it ended
+        with signal, _closed(training):  # signals wait until the folder says how it ended
             training.emit("on_start", training)
             if evaluation is not None and resumable is None:
                 training.emit("on_evaluation", evaluation.first)
@@ -89,9 +93,10 @@ def run_training(
                 _run_steps(training, steps, options.merge)
             if signal.number:
                 raise Interrupted(
-                    f"interrupted after the last step; {hint} makes the report", signal.number
+                    f"interrupted after the last step; {training.hint} makes the report",
+                    signal.number,
                 )
-        with _closed(training, hint):
+        with _closed(training):
             outcome = closing(folder)
     finally:
         training.emit_end()
@@ -100,9 +105,17 @@ def run_training(
     wait_for_all(lm)  # the others read what the first process has written
     if is_main_process():
         scores = folder.metadata.get("best") or [{}, *folder.evaluations()][-1]
-        hub.write_card(folder.folder / "model", folder.metadata, scores)
+        try:
+            hub.write_card(folder.folder / "model", folder.metadata, scores)
+        except OSError as error:
+            logger.warning(f"warning: the model is saved, and its card cannot be written: {error}")
         if options.push_to_hub is not None:
             hub.upload(folder.folder / "model", options.push_to_hub)
+    if folder.saving.left_by_itself is not None:
+        raise CannotSaveError(
+            f"--output {options.output} could not be written: the run is complete, with its model, "
+            f"in {folder.folder}. Move it to where it may stay"
+        )
     return Run(folder.folder, lm.model, tokenizer)
 
 
@@ -112,6 +125,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     tokens = training.state.micro_batch_tokens or training.settings.micro_batch_tokens
     record = None
     for record in steps:
+        training.between_steps = True
         folder.log(record)
         if record.micro_batch_tokens < tokens:
             tokens = record.micro_batch_tokens
@@ -121,9 +135,12 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
         if (reason := training.stop_reason()) is not None:
             logger.info(f"stopped: {reason}")
             break
+        training.between_steps = False
     if record is None:  # resumed after the last step
         return
+    training.between_steps = True
     training.emit("on_trained")
+    training.between_steps = not merge
     if merge:
         merge_adapter(lm)
     path = folder.save_model(lm, training.tokenizer, record.step)
@@ -131,11 +148,12 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     rounded = f", rounded to {width} as it came (--dtype fp32 keeps fp32)"
     is_narrower = lm.saved_dtype is not None and lm.saved_dtype.itemsize < lm.dtype.itemsize
     logger.info(f"model saved in {path}{rounded if is_narrower and not lm.adapted else ''}")
+    training.between_steps = False  # what is saved is saved
     folder.note(final=dataclasses.asdict(record), **training.final_metadata)
 
 
 @contextmanager
-def _closed(training: Training, hint: str) -> Iterator[None]:
+def _closed(training: Training) -> Iterator[None]:
     """Whatever ends the run, ``run.json`` says so, and the folder keeps what it takes to go on."""
     folder, lm, state = training.folder, training.lm, training.state
     try:
@@ -145,7 +163,7 @@ def _closed(training: Training, hint: str) -> Iterator[None]:
         if isinstance(error, PartialUpdateError):
             kept = "nothing was saved of them; earlier checkpoints stay where they are"
         elif state.step:
-            path = folder.checkpoint(lm, training.tokenizer, state.step)
+            path = folder.checkpoint(lm, training.tokenizer, state.step, insist=True)
             kept = f"that model is in {path}, earlier checkpoints beside it"
         folder.finish("stopped", error=str(error))
         wait_for_all(lm)
@@ -153,14 +171,30 @@ def _closed(training: Training, hint: str) -> Iterator[None]:
     except OutOfMemory as error:
         complete = not isinstance(error, PartialUpdateOutOfMemory)
         if state.step and complete and world_size() == 1:  # else others are still in the step
-            folder.checkpoint(lm, training.tokenizer, state.step, state)
+            folder.checkpoint(lm, training.tokenizer, state.step, state, insist=True)
         folder.finish("interrupted", error=str(error))
-        raise OutOfMemory(f"{error}. Where there is more memory, {hint} goes on") from error
+        raise OutOfMemory(
+            f"{error}. Where there is more memory, {training.hint} goes on"
+        ) from error
     except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, Interrupted):
+            _keep_steps(training)
         folder.finish("interrupted", error=f"{type(error).__name__}: {error}")
         if isinstance(error, Interrupted):
             wait_for_all(lm)
         raise
+
+
+def _keep_steps(training: Training) -> None:
+    """Where an evaluation or a callback fails, a checkpoint of the steps until then."""
+    folder, lm, state = training.folder, training.lm, training.state
+    if not training.between_steps or world_size() > 1:  # the others are elsewhere
+        return
+    try:
+        path = folder.checkpoint(lm, training.tokenizer, state.step, state, insist=True)
+        logger.warning(f"the model after step {state.step} is in {path}: {training.hint} goes on")
+    except Exception as error:
+        logger.warning(f"WARNING: the model after step {state.step} cannot be kept: {error}")
 
 
 def _open_folder(

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -39,6 +40,11 @@ class StopSignal:
         # os.write, since a handler may not touch the buffered streams
         if world_size() == 1:
             self.__exit__()
-            os.write(2, _MESSAGE)
+            _say(_MESSAGE)
         elif is_first and is_main_process():
-            os.write(2, _MESSAGE_OF_SEVERAL)
+            _say(_MESSAGE_OF_SEVERAL)
+
+
+def _say(message: bytes) -> None:
+    with suppress(OSError):  # standard error may be a file on a full disk
+        os.write(2, message)

@@ -124,7 +124,11 @@ def train(
 
 
 def check_settings(
-    lm: CausalLM, sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
+    lm: CausalLM,
+    sources: Sources,
+    terms: tuple[Term, ...],
+    settings: TrainSettings,
+    device: torch.device | None = None,  # where it will train, if not that of lm
 ) -> None:
     """Raises ``UserError`` for settings that do not fit the model, the data or the device."""
     trainable_parameters(lm.model.parameters(), settings.optimizer)
@@ -136,7 +140,7 @@ def check_settings(
                 f"--skip-first {term.skip_first} leaves no token of any {term.source} answer: the "
                 f"longest has {longest}"
             )
-    if settings.offload_optimizer and lm.device.type == "cpu":
+    if settings.offload_optimizer and (device or lm.device).type == "cpu":
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
             "leave it out"
