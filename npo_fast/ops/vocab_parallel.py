@@ -120,7 +120,8 @@ class SlicedHead(Head):
         gathered = _all_gather(local, len(local), self.vocabulary.group)
         others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
         log_probs = -torch.nn.functional.softplus(others - z)
-        return log_probs, torch.logaddexp(others, z)
+        lse = torch.where(z == -torch.inf, others, z - log_probs)  # the label may be masked
+        return log_probs, lse
 
 
 def local_head(
