@@ -49,7 +49,7 @@ WAYS = {
     "result": lambda: show(Output({}, f"\n{EVIL}\n"), False),
     "table": lambda: show(Output({}, tables.plain([(EVIL, 1.0)], ("name", EVIL))), False),
     "JSON": lambda: show(Output({"name": EVIL}, ""), True),
-    "error": lambda: main(["finetune", "--model", EVIL[:-1], "--train", "f.jsonl"]),
+    "error": lambda: main(["finetune", "--model", "m", "--train", f"{EVIL[:-1]}.jsonl"]),
     "verb": lambda: main([EVIL]),
 }
 
