@@ -27,6 +27,8 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"ops"},
     {"kernels"},
     {"distributed"},
+    {"run_files"},
+    {"boundary"},
     {"versions", "tables", "validation", "locks"},
     {"errors", "_version", "tracing"},
 ]
