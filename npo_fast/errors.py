@@ -88,7 +88,7 @@ def named(where: str) -> Iterator[None]:
 def reading(what: object, cure: str = "") -> Iterator[None]:
     """Inside, whatever the content of ``what`` makes Python or a library raise is a ``UserError``.
 
-    For code that reads what comes from outside, and for no other: it hides mistakes of our own.
+    For calls of parsers and libraries, and for no code of our own, whose mistakes it would hide.
     Errors that are for the user already pass as they are.
 
     Args:
@@ -99,7 +99,9 @@ def reading(what: object, cure: str = "") -> Iterator[None]:
         yield
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # of a library in Rust, no Exception
-        if isinstance(error, _NamesSettings) or not (panic or isinstance(error, Exception)):
+        if isinstance(error, (_NamesSettings, NameError)) or not (
+            panic or isinstance(error, Exception)
+        ):
             raise
         advice = f"; {cure}" if cure else ""
         raise UserError(f"cannot read {what}: {reason_of(error)}{advice}") from error
@@ -117,6 +119,8 @@ def reason_of(error: BaseException) -> str:
         return f"{short(error.args[0]) if error.args else 'a key'} is missing"
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error}"
+    if mark := getattr(error, "problem_mark", None):  # of YAML
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"  # type: ignore[attr-defined]
     text = first_line(error)
     if "set_int_max_str_digits" in text:
         return "it holds a number of thousands of digits"

@@ -1,6 +1,7 @@
 """The records in a run folder as files: what they must hold before anything reads them."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -91,7 +92,11 @@ class RunMetadata(TypedDict, total=False):
 
 def read_metadata(folder: Path, cure: str = "") -> dict[str, Any]:
     """``run.json``; ``UserError`` where it cannot be read, or holds something else."""
-    return dict(read_json(folder / RUN, RunMetadata, cure))
+    file = folder / RUN
+    metadata: dict[str, Any] = read_json(file, RunMetadata, cure)
+    with reading(f"the date in {file}", cure):
+        datetime.fromisoformat(metadata.get("rendering", {}).get("now") or "2000-01-01")
+    return metadata
 
 
 def read_lines(file: Path, shape: Any) -> Iterator[tuple[dict[str, Any], int]]:

@@ -51,6 +51,8 @@ class Checked:
                 object.__setattr__(self, name, str(value))
             else:
                 _check(name, value, kinds)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{name} must be below 2**63, got {short(value)}")
             for mark in getattr(annotations[name], "__metadata__", ()):
                 if isinstance(mark, Bound) and value is not None and not mark.holds(value):
                     raise UserError(f"{name} must be {mark.words}, got {short(value)}")

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any, TextIO
 
 import torch
 
+from npo_fast import run_files
+from npo_fast.boundary import read_json
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import UserError
 from npo_fast.locks import lock
@@ -30,12 +33,12 @@ from npo_fast.model.adapters import no_progress_bars, read_weights, write_weight
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import recover, save_folder, save_tokenizer, sync
 from npo_fast.model.sharding import gather_state_dict
+from npo_fast.run_files import EVALUATIONS, RUN, STEPS, EvaluationLine, StepLine, read_lines
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
 from npo_fast.versions import versions
 
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
-RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
 REFERENCES, EVALUATION = "references.pt", "evaluation.json"
 CONTENT = (
     STEPS, EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
@@ -147,7 +150,7 @@ class RunFolder:
     def best(self) -> dict[str, Any]:
         """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
         file = self._best / EVALUATION
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return dict(read_json(file, EvaluationLine)) if file.exists() else {}
 
     def restore_best(self, lm: CausalLM) -> None:
         """The weights of ``keep_best``, in place."""
@@ -204,11 +207,9 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """``run.json``, or {} where there is none; raises ``UserError`` where it is damaged."""
-    file = folder / RUN
-    try:
-        return dict(json.loads(file.read_bytes())) if file.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
+    if not (folder / RUN).exists():
+        return {}
+    return run_files.read_metadata(folder, "add --overwrite to begin anew")
 
 
 def metadata_of_model(path: Path) -> dict[str, Any]:
@@ -247,13 +248,9 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
 
 def lines_of(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each whole line and where it ends; a process that was killed may leave half a line."""
-    end = 0
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
-        end += len(line)
-        try:
-            yield json.loads(line), end
-        except ValueError:
-            return
+    shape = StepLine if file.name == STEPS else EvaluationLine
+    with suppress(UserError):
+        yield from read_lines(file, shape)
 
 
 def wait_for_all(lm: CausalLM) -> None:
