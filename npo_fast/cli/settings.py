@@ -63,18 +63,17 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
     except SystemExit as end:
         if not end.code:
             raise
-        source = f"; {path} says {short(' '.join(from_file))}" if from_file else ""
+        source = f"; {path} says {' '.join(from_file)}" if from_file else ""
         raise UserError(f"{_in_box(said.getvalue())}{source}") from end
     return parsed, parsed.common
 
 
 def _in_box(text: str) -> str:
-    """The sentences in the box that tyro draws around what it refuses, without its help."""
-    lines = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")]
-    if lines and rules[:1] == [0]:
-        lines = lines[1:]
-    return " ".join(lines[: next((i for i in rules if i), None)])
+    """What tyro says between the title of its box, which ends in a rule, and the next rule."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line[:1] == "╭" or line and not line.strip("─-")]
+    first, last = [*rules, len(lines), len(lines)][:2]
+    return " ".join(lines[first + 1 : last]) or text
 
 
 def _config_path(arguments: list[str]) -> Path | None:

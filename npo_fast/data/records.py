@@ -192,4 +192,3 @@ def _content(content: Any, what: str) -> str:
         check_unread(part, what)
         texts.append(check_text(part.get("text"), what))
     return "".join(texts)
-
