@@ -71,7 +71,7 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
 def _in_box(text: str) -> str:
     """What tyro says between the title of its box, which ends in a rule, and the next rule."""
     lines = [line.strip("│ ") for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line[:1] == "╭" or line and not line.strip("─-")]
+    rules = [i for i, line in enumerate(lines) if line and (line[0] == "╭" or not line.strip("─-"))]
     first, last = [*rules, len(lines), len(lines)][:2]
     return " ".join(lines[first + 1 : last]) or text
 

@@ -20,14 +20,15 @@ RAW = {  # JSON that ``json.dumps`` cannot write, by the text that stands for it
     "@literal": "nul",
 }
 VALUES: list[Any] = [
-    *RAW, None, True, False, 0, -1, 1, 2.5, 1e300, 10**30, "", " ", "x", "3", "\0", "\u2028", "a\nb",
-    "\x1b[31m", "../../etc/passwd", "x" * 100_000, [], {}, [[]], [None], [1, "a"], {"a": 1}, {"": {}},
-    [{}], [[[[1]]]], {"role": []}, "2024-13-45", "{{ 1 / 0 }}",
+    *RAW, None, True, False, 0, -1, 1, 2.5, 1e300, 10**30, "", " ", "x", "3", "\0", "\u2028",
+    "a\nb",
+    "\x1b[31m", "../../etc/passwd", "x" * 100_000, [], {}, [[]], [None], [1, "a"], {"a": 1},
+    {"": {}}, [{}], [[[[1]]]], {"role": []}, "2024-13-45", "{{ 1 / 0 }}",
 ]  # fmt: skip
 TEXTS = [
-    "\0", "\ufeff", "\u2028", "\r", "\r\n", "\n", '"', "'", "{", "}", "[", "]", ",", ":", "\\", "\t",
-    "{{", "{%", "#", "&a ", "*a", "!!python/object:os.system ", "- ", "null", "\\ud800", "9" * 5000,
-    "[" * 1000, "\x1b[2J", "é", "٣", "\U0001f600", ".inf", ".nan", "1e999", "---\n",
+    "\0", "\ufeff", "\u2028", "\r", "\r\n", "\n", '"', "'", "{", "}", "[", "]", ",", ":", "\\",
+    "\t", "{{", "{%", "#", "&a ", "*a", "!!python/object:os.system ", "- ", "null", "\\ud800",
+    "9" * 5000, "[" * 1000, "\x1b[2J", "é", "٣", "\U0001f600", ".inf", ".nan", "1e999", "---\n",
 ]  # fmt: skip
 BYTES = [b"\0", b"\xff", b"\xc3", b"\xff\xfe", b"\xed\xa0\x80", b"\x1f\x8b", b"PAR1", b"\x80" * 64]
 
@@ -35,6 +36,8 @@ BYTES = [b"\0", b"\xff", b"\xc3", b"\xff\xfe", b"\xed\xa0\x80", b"\x1f\x8b", b"P
 def mutate_folder(rng: Random, folder: Path) -> str:
     """Changes one file of a folder in place, and says how."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        return "nothing left"
     path = rng.choice(files)
     name = path.relative_to(folder).as_posix()
     if rng.random() < 0.06:
@@ -171,7 +174,7 @@ def _as_text(content: bytes) -> str | None:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

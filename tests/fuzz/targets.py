@@ -6,7 +6,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import npo_fast
 from npo_fast import metrics
-from npo_fast.cli import SUBCOMMANDS, finetune, unlearn
+from npo_fast.cli import unlearn
 from npo_fast.cli.settings import parse
 from npo_fast.data import Rendering, Template
 from npo_fast.data.answers import alternated, load_refusals
@@ -86,7 +86,7 @@ def _parquet() -> bytes:
 
 
 def _use_records(folder: Path, rng: Random) -> None:
-    (path,) = folder.iterdir()
+    path = next(folder.iterdir(), folder / "x.jsonl")
     part = rng.choice(("", "", "[:]", "[1:]", "[-2:]", "[0:99999999999999999999]", "[-:]", "[٣:]"))
     role = rng.choice(("last", "all"))
     records = load_records(f"{path}{part}", loss_on=role)
@@ -209,10 +209,8 @@ def _use_run(folder: Path, rng: Random) -> None:
 
 
 def _make_unfinished(folder: Path) -> None:
-    try:
+    with suppress(KeyboardInterrupt):
         _train(folder / "run", callbacks=[_Kill()], run=RunOptions(save_every=2))
-    except KeyboardInterrupt:
-        pass
 
 
 def _use_unfinished(folder: Path, rng: Random) -> None:
@@ -234,9 +232,9 @@ def _use_logs(folder: Path, rng: Random) -> None:
     ours, theirs = (metrics.load_result(folder / name) for name in ("tofu", "theirs"))
     other = metrics.load_result(folder / "log.json")
     for result in (ours, theirs, other):
-        metrics.summary(result, ours), metrics.summary(result, other)
+        metrics.summary(result, result), metrics.summary(result)
         for form in ("tofu", "open-unlearning"):
-            metrics.save_result(result, folder / form, form, other)
+            metrics.save_result(result, folder / "new", form, result)
     metrics.retrained_log(folder / "log.json", 6, range(3))
 
 
@@ -318,7 +316,9 @@ _PACKED = {
     "zst": lambda content: pa.compress(content, "zstd", asbytes=True),
 }  # fmt: skip
 TARGETS = {
-    "records.jsonl": Target(_file("x.jsonl", lambda: _lines(RICH + CHAT).encode()), _use_records, 60),
+    "records.jsonl": Target(
+        _file("x.jsonl", lambda: _lines(RICH + CHAT).encode()), _use_records, 60
+    ),
     "records.json": Target(_file("x.json", lambda: json.dumps(RICH).encode()), _use_records, 40),
     "records, no suffix": Target(_file("x", lambda: _lines(CHAT).encode()), _use_records),
     "records.csv": Target(_file("x.csv", lambda: _CSV.encode()), _use_records, 30),
@@ -330,7 +330,8 @@ TARGETS = {
         for suffix, pack in _PACKED.items()
     },
     "records, saved": Target(
-        lambda folder: datasets.Dataset.from_list(RICH).save_to_disk(folder / "x"), _use_records, 10),
+        lambda folder: datasets.Dataset.from_list(RICH).save_to_disk(folder / "x"), _use_records, 10
+    ),
     "answers": Target(_make_answers, _use_answers, 20),
     "settings": Target(_make_settings, _use_settings, 60),
     "arguments": Target(_make_arguments, _use_arguments, 30),
@@ -344,5 +345,3 @@ TARGETS = {
     "cache": Target(lambda folder: _use_cache(folder, Random(0)), _use_cache, 20),
     "template": Target(_file("chat.jinja", TEMPLATE.encode), _use_template, 30),
 }  # fmt: skip
-assert SUBCOMMANDS
-assert finetune

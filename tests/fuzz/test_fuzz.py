@@ -72,7 +72,9 @@ def fuzz(name: str, cases: int, sound, tmp_path: Path, first: int = 0) -> None:
     for case in range(first, first + cases):
         if failure := outcome(name, case, sound(name), tmp_path / "input"):
             failures.append(failure)
-    assert not failures, f"{len(failures)} of {cases} cases\n" + "\n\n".join(failures)
+    if failures:
+        message = f"{len(failures)} of {cases} cases\n" + "\n\n".join(failures)
+        pytest.fail(message, pytrace=False)
 
 
 def outcome(name: str, case: int, made: Path, folder: Path) -> str | None:
@@ -102,7 +104,7 @@ def outcome(name: str, case: int, made: Path, folder: Path) -> str | None:
         wrong = f"{more >> 10} MiB of memory"
     if wrong is None:
         return None
-    return f"NPO_FAST_FUZZ_SEED={SEED}, {name!r}, case {case}, {'; '.join(damage)}:\n{wrong}"
+    return f"=== NPO_FAST_FUZZ_SEED={SEED}, {name!r}, case {case}, {'; '.join(damage)}:\n{wrong}"
 
 
 @contextmanager
