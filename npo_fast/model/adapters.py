@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
+from npo_fast.boundary import read_json
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
 
@@ -85,9 +86,9 @@ def add_lora(model: Any, base: str, rank: int, alpha: int | None = None) -> Any:
 
 def adapter_base(folder: Path) -> str:
     """The model that the adapter in this folder belongs to; ``UserError`` where it names none."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG, dict[str, Any])
     base = config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path")
     return base
 
@@ -100,7 +101,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever is in the files
         raise UserError(
             f"the adapter in {folder} does not fit its base: {first_line(error)}"
         ) from error

@@ -8,7 +8,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from npo_fast.errors import UserError, first_line
+from npo_fast.boundary import check_folder, read_json
+from npo_fast.errors import UserError, first_line, reading, short
 from npo_fast.model.adapters import (
     ADAPTER_CONFIG,
     QUANTIZATION,
@@ -23,6 +24,7 @@ from npo_fast.model.adapters import (
 )
 from npo_fast.model.causal_lm import CausalLM
 
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # of a size in config.json, of its layers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -129,7 +131,7 @@ def load_generation_config(name: str) -> Any:
         return transformers.GenerationConfig.from_pretrained(
             source["pretrained_model_name_or_path"]
         )
-    except (OSError, ValueError, UserError):  # such as a folder with a tokenizer alone
+    except Exception:  # such as a folder with a tokenizer alone, or a damaged file
         return None
 
 
@@ -192,18 +194,29 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **arguments: Any) -> Any:
-    local = Path(arguments["pretrained_model_name_or_path"]).exists()
-    try:
-        with no_progress_bars() if local else nullcontext():
+    path = Path(arguments["pretrained_model_name_or_path"])
+    if path.is_dir():
+        check_folder(path)
+        _check_sizes(path / "config.json")
+    kind = "tokenizer" if auto is transformers.AutoTokenizer else "causal language model"
+    with reading(f"{name!r} as a {kind}"), no_progress_bars() if path.exists() else nullcontext():
+        try:
             return auto.from_pretrained(**arguments)
-    except ImportError as error:
-        raise UserError(
-            f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load {name!r} as a causal language model: {first_line(error)}"
-        ) from error
+        except ImportError as error:
+            raise UserError(
+                f"cannot load {name!r}: {first_line(error)}; install what it names, such as pip "
+                "install gguf accelerate"
+            ) from error
+
+
+def _check_sizes(file: Path) -> None:
+    """Raises ``UserError`` for a configuration that no model has: building it may never end."""
+    if not file.is_file():
+        return
+    for name, value in dict(read_json(file, dict[str, Any])).items():
+        most = _MOST_LAYERS if "layer" in name or "experts" in name else _MOST
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{file} is damaged: {name} is {short(value)}, more than {most}")
 
 
 def _dequantised(model: Any) -> Any:
