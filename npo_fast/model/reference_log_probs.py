@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npo_fast.data import Sources, TokenizedExample, data_fingerprint
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reading
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_states import (
     INDEX,
+    REMEDY,
     open_folder,
     reference_fingerprint,
     write_index,
@@ -116,7 +117,8 @@ def _shared(
         write_index(path, made_from)
 
     open_folder(folder, made_from, write)
-    kept = load_file(folder / FILE)
-    return ReferenceLogProbs(
-        list(kept["tokens"].split(kept["lengths"].tolist())), kept["sequences"]
-    )
+    with reading(f"the reference cache {folder}", REMEDY):
+        kept = load_file(folder / FILE)
+        return ReferenceLogProbs(
+            list(kept["tokens"].split(kept["lengths"].tolist())), kept["sequences"]
+        )
