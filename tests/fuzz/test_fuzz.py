@@ -5,6 +5,7 @@
     NPO_FAST_FUZZ_SEED=7 NPO_FAST_FUZZ_CASES=2000 python -m pytest tests/fuzz -k settings
 """
 
+import gzip
 import os
 import resource
 import signal
@@ -18,7 +19,11 @@ from random import Random
 
 import pytest
 
-from npo_fast.errors import UserError
+from npo_fast.boundary import read_bytes
+from npo_fast.cli import main
+from npo_fast.data import files
+from npo_fast.data.readers import load_records
+from npo_fast.errors import UserError, reading
 from tests.fuzz import targets
 from tests.fuzz.mutations import copy, mutate_folder
 from tests.fuzz.targets import TARGETS
@@ -105,6 +110,69 @@ def outcome(name: str, case: int, made: Path, folder: Path) -> str | None:
     if wrong is None:
         return None
     return f"=== NPO_FAST_FUZZ_SEED={SEED}, {name!r}, case {case}, {'; '.join(damage)}:\n{wrong}"
+
+
+MISTAKES = {  # JSON Lines, and what the message has to say
+    "deep": ('{"text": ' + "[" * 1000 + "]" * 1000 + "}", "line 1: too many brackets"),
+    "deeper": ("[" * 100_000, "line 1: too many brackets"),
+    "digits": ('{"text": ' + "9" * 5000 + "}", "line 1: a number of thousands of digits"),
+    "half a character": (r'{"text": "\ud800"}', "record 1: .*lone surrogate"),
+    "role": ('{"messages": [{"role": [], "content": "x"}]}', "record 1: .*unknown role \\[\\]"),
+    "number": ("1\n2", "record 1: expected a JSON object, got int"),
+    "escape": ('{"messages": [{"role": "\\u001b[31m", "content": "x"}]}', r"\\x1b\[31m"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_records_is_told_with_its_place(tmp_path, case):
+    content, message = MISTAKES[case]
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=rf"x.jsonl.*{message}") as caught:
+        load_records(file)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("part", ["-:", ":-", "1e3:", "٣:", "a:b", "1.5:", "9" * 30 + ":"])
+def test_a_slice_of_no_numbers_is_refused(tmp_path, part):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="no place of a record"):
+        load_records(f"{tmp_path / 'x.jsonl'}[{part}]")
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder", "loop"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, what):
+    path = tmp_path / "x.jsonl"
+    make = {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"),
+            "folder": path.mkdir, "loop": lambda: path.symlink_to(path.name)}  # fmt: skip
+    make[what]()
+    with at_most(20), pytest.raises(UserError, match="cannot read .*x.jsonl"):
+        read_bytes(path)
+
+
+def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_UNPACKED", 1 << 20)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b" " * (1 << 23)))
+    with pytest.raises(UserError, match="unpacks to more than"):
+        load_records(tmp_path / "x.jsonl.gz")
+
+
+def test_a_message_is_one_line_without_control_characters():
+    assert str(UserError("a\nb\x1b[31m\ud800\u202e")) == r"a b\x1b[31m\ud800\u202e"
+    assert len(str(UserError("x" * 10**6))) < 2500
+
+
+def test_reading_hides_no_mistake_of_ours():
+    with pytest.raises(NameError), reading("x"):
+        nothing  # noqa: B018, F821
+
+
+def test_an_unexpected_error_has_a_line_and_an_exit_code_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr("npo_fast.cli.doctor.run", lambda command: {}["no\nkey"])
+    assert main(["doctor"]) == 70
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert "Traceback" in trace[0]
+    assert line.startswith("npo-fast: error: a mistake of npo_fast")
 
 
 @contextmanager
