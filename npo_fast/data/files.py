@@ -122,7 +122,9 @@ def _read_parquet(path: Path) -> list[Any]:
 
     content = _unpacked(path)
     with reading(path, "it is not a parquet file, or damaged"):
-        return list(pq.ParquetFile(io.BytesIO(content)).read().to_pylist())
+        table = pq.ParquetFile(io.BytesIO(content)).read()
+        table.validate(full=True)  # a damaged offset would end the process
+        return list(table.to_pylist())
 
 
 def _read_csv(text: str, path: Path, delimiters: str) -> Iterator[dict[str, Any]]:

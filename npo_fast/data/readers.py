@@ -220,7 +220,9 @@ def _read_saved(folder: Path) -> list[Any]:
 
     check_folder(folder)
     with reading(f"the data set in {folder}"):
-        return list(datasets.load_from_disk(str(folder)).to_list())
+        rows: Any = datasets.load_from_disk(str(folder))
+        rows.data.table.validate(full=True)  # a damaged offset would end the process
+        return list(rows.to_list())
 
 
 def _read_hub(data: str, name: str) -> list[Any]:
