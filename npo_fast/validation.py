@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, short
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,9 +51,61 @@ class Checked:
                 object.__setattr__(self, name, str(value))
             else:
                 _check(name, value, kinds)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{name} must be below 2**63, got {short(value)}")
             for mark in getattr(annotations[name], "__metadata__", ()):
                 if isinstance(mark, Bound) and value is not None and not mark.holds(value):
-                    raise UserError(f"{name} must be {mark.words}, got {value}")
+                    raise UserError(f"{name} must be {mark.words}, got {short(value)}")
+
+
+_JSON = {  # classes of JSON values, in words
+    dict: "an object", list: "a list", str: "a text", bool: "true or false",
+    int: "a whole number", float: "a number", type(None): "null",
+}  # fmt: skip
+
+
+def check_shape(value: Any, hint: Any, name: str = "") -> None:
+    """Checks a value as JSON or YAML has it against a type hint, down to its last part.
+
+    Args:
+        hint: a class, a union, ``list[…]``, ``dict[str, …]``, a ``TypedDict`` (other keys than its
+            own may hold anything), or ``Any``. A whole number is also a float.
+        name: of the value, as messages call its parts: ``settings.training.lr``.
+
+    Raises:
+        UserError: the value, or a part of it, is of another type; or a key is missing.
+    """
+    if hint is Any:
+        return
+    kinds = _kinds(hint)
+    kind = next((kind for kind in kinds if _is_json(value, _class_of(kind))), None)
+    if kind is None:
+        words = " or ".join(_JSON[_class_of(kind)] for kind in kinds)
+        raise UserError(f"{f'{name} is' if name else 'it is'} {short(value)}, not {words}")
+    parts: list[tuple[str, Any, Any]] = []  # name, value, hint
+    if typing.is_typeddict(kind):
+        for key, each in typing.get_type_hints(kind).items():
+            if key in value:
+                parts.append((key, value[key], each))
+            elif key in kind.__required_keys__:
+                raise UserError(f"{f'{name} has' if name else 'it has'} no {key!r}")
+    elif hints := typing.get_args(kind):
+        items = value.items() if isinstance(value, dict) else enumerate(value, 1)
+        parts = [(short(key).strip("'"), part, hints[-1]) for key, part in items]
+    for key, part, each in parts:
+        check_shape(part, each, f"{name}.{key}" if name else key)
+
+
+def _class_of(kind: Any) -> Any:
+    return dict if typing.is_typeddict(kind) else typing.get_origin(kind) or kind
+
+
+def _is_json(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 def check_output(
@@ -111,7 +163,7 @@ def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
         repr(c) for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)
     ]
     names = choices or ["None" if kind is type(None) else kind.__name__ for kind in kinds]
-    raise UserError(f"{name} must be {' or '.join(names)}, got {value!r}")
+    raise UserError(f"{name} must be {' or '.join(names)}, got {short(value)}")
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from npo_fast.errors import (
     NonFiniteError,
     OutOfMemory,
     UserError,
+    first_line,
+    one_line,
     settings_as_flags,
 )
 from npo_fast.tables import printable
@@ -108,7 +111,8 @@ CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 
-    0, 1 (the run failed), 2 (a mistake in the call), or 128 + the signal that ended it.
+    0, 1 (the run failed), 2 (a mistake in the call), 70 (a mistake of npo_fast), or 128 + the
+    signal that ended it.
     """
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -139,25 +143,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, common = parse(module.Command, rest, verb, about)
         output = _run(module, command, verb, as_process=argv is None)
         show(output, common.json)
-    except (CannotSaveError, NonFiniteError, OutOfMemory, OSError) as error:
+    except (CannotSaveError, NonFiniteError, OutOfMemory) as error:
         return _fail(error, 1)
     except UserError as error:
         return _fail(error, 2)
+    except OSError as error:
+        return _fail(one_line(str(error)), 1)
     except Interrupted as stop:
         if is_main_process():
             print(printable(f"npo-fast: {stop}"), file=sys.stderr)
         return 128 + stop.signal
-    except RuntimeError as error:
-        if world_size() == 1 or not is_lost_contact(error):
-            raise
-        return _fail(
-            "lost contact with another process of this run, which has ended or cannot be reached; "
-            "after its last checkpoint (--save-every) the same command goes on "
-            f"({error})",
-            1,
-        )
     except KeyboardInterrupt:
         return _fail("interrupted; complete checkpoints and records stay where they are", 130)
+    except Exception as error:
+        if world_size() > 1 and isinstance(error, RuntimeError) and is_lost_contact(error):
+            return _fail(
+                "lost contact with another process of this run, which has ended or cannot be "
+                "reached; after its last checkpoint (--save-every) the same command goes on "
+                f"({one_line(str(error))})",
+                1,
+            )
+        traceback.print_exc()
+        return _fail(
+            f"a mistake of npo_fast {__version__}, not of yours: {type(error).__name__}: "
+            f"{one_line(first_line(error))}. Please report it with the lines above; complete "
+            "checkpoints and records stay where they are",
+            70,  # EX_SOFTWARE
+        )
     if world_size() > 1:
         destroy_process_group()
     return output.exit_code

@@ -2,18 +2,21 @@
 
 import argparse
 import dataclasses
+import datetime
 import difflib
-import sys
+import io
 import typing
+from collections import Counter
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 import yaml
 
+from npo_fast.boundary import read_text
 from npo_fast.data.rendering import as_pairs
-from npo_fast.errors import UserError
-from npo_fast.tables import printable
+from npo_fast.errors import UserError, reading, short
 
 T = TypeVar("T")
 
@@ -32,7 +35,8 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
     """The settings of a subcommand: defaults, then ``--config``, then flags.
 
     Raises:
-        UserError: the YAML file cannot be read, or names no setting of this subcommand.
+        UserError: an option that there is not, a value that it cannot have, or a YAML file that
+            cannot be read.
     """
     whole = dataclasses.make_dataclass(
         name,
@@ -42,67 +46,108 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
     )
     path = _config_path(arguments)
     from_file = [] if path is None else _arguments_of(path, _settings(whole))
+    said = io.StringIO()
     try:
-        parsed: Any = tyro.cli(
-            whole,
-            prog=f"npo-fast {name}",
-            description=description,
-            args=[*from_file, *arguments],
-            config=(
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.HelptextFromCommentsOff,
-                tyro.conf.FlagCreatePairsOff,  # --overwrite, but no --no-overwrite
-            ),
-        )
+        with redirect_stderr(said):
+            parsed: Any = tyro.cli(
+                whole,
+                prog=f"npo-fast {name}",
+                description=description,
+                args=[*from_file, *arguments],
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.HelptextFromCommentsOff,
+                    tyro.conf.FlagCreatePairsOff,  # --overwrite, but no --no-overwrite
+                ),
+            )
     except SystemExit as end:
-        if from_file and end.code:
-            print(printable(f"npo-fast: {path} says {' '.join(from_file)}"), file=sys.stderr)
-        raise
+        if not end.code:
+            raise
+        source = f"; {path} says {' '.join(from_file)}" if from_file else ""
+        raise UserError(f"{_in_box(said.getvalue())}{source}") from end
     return parsed, parsed.common
 
 
+def _in_box(text: str) -> str:
+    """What tyro says between the title of its box, which ends in a rule, and the next rule."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and (line[0] == "╭" or not line.strip("─-"))]
+    first, last = [*rules, len(lines), len(lines)][:2]
+    return " ".join(lines[first + 1 : last]) or text
+
+
 def _config_path(arguments: list[str]) -> Path | None:
-    parser = argparse.ArgumentParser("npo-fast", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
-    return parser.parse_known_args(arguments)[0].config
+    try:
+        return parser.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config takes a YAML file: {error.message}") from error
 
 
 def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
     """The settings of a YAML file as arguments, in the order of the file."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError as error:
-        raise UserError(f"no settings file {str(path)!r}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read settings from {str(path)!r}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not path.exists():
+        raise UserError(f"no settings file {str(path)!r}")
+    text = read_text(path)
+    with reading(path, "write settings as YAML, a line each, such as lr: 1e-5"):
+        values = yaml.load(text, _Settings)
+    if values is None:
+        return []
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold settings by name, got {type(values).__name__}")
+        raise UserError(f"{path} must hold settings by name, got {short(values)}")
     arguments: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{path}: unknown setting {name!r}{hint} Known: {', '.join(known)}")
+            raise UserError(
+                f"{path}: unknown setting {short(name)}{hint} Known: {', '.join(known)}"
+            )
         kind, default = known[name]
         kinds, flag = typing.get_args(kind) or (kind,), f"--{name.replace('_', '-')}"
+        pairs = typing.get_origin(kind) is dict
         missing = value is None and type(None) not in kinds
-        if missing or isinstance(value, bool) != (kind is bool):
+        nested = isinstance(value, (dict, list)) and not pairs
+        odd = not isinstance(value, (*_VALUES, type(None)))
+        if missing or nested or odd or isinstance(value, bool) != (kind is bool):
             expected = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-            raise UserError(f"{path}: {name} is {value!r}, expected {expected}")
+            raise UserError(f"{path}: {name} is {short(value)}, expected {expected}")
         if isinstance(value, bool):
             if value != default:
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, dict) and typing.get_origin(kind) is dict:
-            arguments += [flag, *as_pairs(value)]
-        elif isinstance(value, list) and typing.get_origin(kind) is dict:
-            arguments += [flag, *map(str, value)]
+        elif pairs and value is not None:
+            if not isinstance(value, (dict, list)):
+                raise UserError(f"{path}: {name} is {short(value)}, expected KEY: VALUE below it")
+            with reading(f"{name} in {path}"):
+                given = as_pairs(value) if isinstance(value, dict) else [*map(str, value)]
+            if flags := [pair for pair in given if pair.startswith("-")]:
+                raise UserError(f"{path}: {name} has {short(flags[0])}, expected KEY=VALUE")
+            arguments += [flag, *given]
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer() and float not in kinds
             arguments.append(f"{flag}={int(value) if whole else value}")
     return arguments
+
+
+_VALUES = (bool, int, float, str, datetime.date, dict, list)  # of settings
+
+
+class _Settings(yaml.SafeLoader):
+    """YAML without what settings have no use for: aliases, which can grow without end, and keys
+    that stand twice, of which one would be dropped."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read: write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.YAMLError(f"the key {short(twice[0])} stands twice")
+        return super().construct_mapping(node, deep)
 
 
 def _settings(command: Any) -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,7 @@ from npo_fast.data.files import read_text
 from npo_fast.data.forms import LossOn
 from npo_fast.data.readers import load_records
 from npo_fast.data.records import Record
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, short
 
 TOFU_REFUSALS = "idontknow.jsonl"
 REFUSALS = tuple(Path(__file__).with_name("refusals.txt").read_text(encoding="utf-8").splitlines())
@@ -81,8 +81,8 @@ def alternated(
     for i, (record, other) in enumerate(zip(records, others, strict=True)):
         if record.messages != other.messages:
             raise UserError(
-                f"{file}, record {i + 1} asks {other.question!r}, the forget record "
-                f"{record.question!r}; alternates stand in the order of the forget records"
+                f"{file}, record {i + 1} asks {short(other.question)}, the forget record "
+                f"{short(record.question)}; alternates stand in the order of the forget records"
             )
     return others
 

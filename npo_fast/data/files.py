@@ -4,16 +4,15 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from npo_fast.boundary import parse_json, read_bytes
 from npo_fast.data.forms import MEANT, OTHER_ANSWERS
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reading, short
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet")
 KINDS = ", ".join(SUFFIXES)
@@ -21,6 +20,7 @@ _SUFFIX = re.compile(
     rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE
 )
 _LISTS = ("messages", "conversations", *OTHER_ANSWERS)  # columns of CSV that hold JSON
+_MOST_UNPACKED = 2**31  # bytes; a small file may unpack to more than the memory
 _BOMS = (  # the longer before those that they begin with
     (b"\xff\xfe\0\0", "utf-32"),
     (b"\0\0\xfe\xff", "utf-32"),
@@ -69,7 +69,7 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: the file cannot be read, is damaged, or is not text.
     """
-    content = _read_bytes(path)
+    content = _unpacked(path)
     encoding = next((name for bom, name in _BOMS if content.startswith(bom)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -86,41 +86,45 @@ def read_text(path: Path) -> str:
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # files that were put together
 
 
-def _read_bytes(path: Path) -> bytes:
+def _unpacked(path: Path) -> bytes:
     """The bytes of a file; whether they are compressed is seen by how they begin."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    packed: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
-        (b"\x1f\x8b", gzip.decompress),
-        (b"BZh", bz2.decompress),
-        (b"\xfd7zXZ\0", lzma.decompress),
-        (b"\x28\xb5\x2f\xfd", _decompress_zstd),
+    content = read_bytes(path)
+    packed: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
+        (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+        (b"BZh", bz2.BZ2File),
+        (b"\xfd7zXZ\0", lzma.LZMAFile),
+        (b"\x28\xb5\x2f\xfd", _zstd_file),
     )
-    for magic, decompress in packed:
+    for magic, opened in packed:
         if content.startswith(magic) and (magic != b"BZh" or path.suffix == ".bz2"):
-            try:
-                return decompress(content)
-            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-                raise UserError(f"{path} is damaged: {error}") from error
+            with reading(path, "it is damaged, or cut short"):
+                return _read_all(opened(io.BytesIO(content)), path)
     return content
 
 
-def _decompress_zstd(content: bytes) -> bytes:
+def _read_all(file: Any, path: Path) -> bytes:
+    unpacked = io.BytesIO()
+    while block := file.read(1 << 22):
+        unpacked.write(block)
+        if unpacked.tell() > _MOST_UNPACKED:
+            raise UserError(f"{path} unpacks to more than {_MOST_UNPACKED >> 30} GiB: split it")
+    return unpacked.getvalue()
+
+
+def _zstd_file(file: Any) -> Any:
     import pyarrow as pa
 
-    return bytes(pa.input_stream(io.BytesIO(content), compression="zstd").read())
+    return pa.input_stream(file, compression="zstd")
 
 
 def _read_parquet(path: Path) -> list[Any]:
-    import pyarrow as pa
     import pyarrow.parquet as pq  # takes a while to import, and other files do not need it
 
-    try:
-        return list(pq.ParquetFile(io.BytesIO(_read_bytes(path))).read().to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file, or damaged: {error}") from error
+    content = _unpacked(path)
+    with reading(path, "it is not a parquet file, or damaged"):
+        table = pq.ParquetFile(io.BytesIO(content)).read()
+        table.validate(full=True)  # a damaged offset would end the process
+        return list(table.to_pylist())
 
 
 def _read_csv(text: str, path: Path, delimiters: str) -> Iterator[dict[str, Any]]:
@@ -133,7 +137,7 @@ def _read_csv(text: str, path: Path, delimiters: str) -> Iterator[dict[str, Any]
         names = [name.strip() for name in next(lines, [])]
         named = [name for name in names if name]  # pandas' index has none
         if len(set(named)) < len(named):
-            raise UserError(f"{path}, line 1: two columns have one name, found {names}")
+            raise UserError(f"{path}, line 1: two columns have one name, found {short(names)}")
         for values in lines:
             where = f"{path}, line {lines.line_num}"
             if not values:
@@ -156,11 +160,11 @@ def _cell(name: str, value: str, where: str) -> Any:
     if name not in _LISTS or not value.lstrip().startswith("["):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except UserError as error:
         raise UserError(
-            f'{where}: "{name}" begins like a list and is not valid JSON ({error.msg}): write '
-            'lists as JSON, such as ["one", "two"]'
+            f'{where}: "{name}" begins like a list and is none ({error}): write lists as JSON, '
+            'such as ["one", "two"]'
         ) from error
 
 
@@ -169,14 +173,13 @@ def _read_json(text: str, path: Path, lines: bool) -> list[Any]:
     values, failed = _parse_lines(text)
     if failed and not values:
         try:
-            values, failed = [_parse(text)], None
-        except ValueError as error:
+            values, failed = [parse_json(text)], None
+        except UserError as error:
             if not lines or text.lstrip()[0] == "[":
-                failed = getattr(error, "lineno", 1), error
+                failed = getattr(error.__cause__, "lineno", 1), error
     if failed:
         number, reason = failed
-        what = f"not valid JSON: {reason.msg}" if hasattr(reason, "msg") else str(reason)
-        raise UserError(f"{path}, line {number}: {what}") from reason
+        raise UserError(f"{path}, line {number}: {reason}") from reason
     if len(values) != 1:
         return values
     (value,) = values
@@ -187,27 +190,13 @@ def _read_json(text: str, path: Path, lines: bool) -> list[Any]:
     return value if isinstance(value, list) else values
 
 
-def _parse_lines(text: str) -> tuple[list[Any], tuple[int, ValueError] | None]:
+def _parse_lines(text: str) -> tuple[list[Any], tuple[int, UserError] | None]:
     """The values of the lines, as far as the first that is none: its number and what is wrong."""
     values = []
     for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line ends
         try:
             if line.strip():
-                values.append(_parse(line))
-        except ValueError as error:
+                values.append(parse_json(line))
+        except UserError as error:
             return values, (number, error)
     return values, None
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except RecursionError as error:
-        raise ValueError("too many brackets within each other") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"an object has a key twice, found {[key for key, _ in pairs]}")
-    return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from npo_fast.data.records import Record, as_list, as_messages, check_text, check_unread, is_empty
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, short
 
 LossOn = Literal["last", "all"]
 Turns = tuple[tuple[str, str], ...]
@@ -67,7 +67,7 @@ def _form_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         return forms[0]
     begun = next((form for form in _FORMS if any(key in row for key in form)), None)
     if begun is None:
-        raise UserError(f"{where}: found the keys {sorted(map(str, row))}, expected {FORMS}")
+        raise UserError(f"{where}: found the keys {short(sorted(map(str, row)))}, expected {FORMS}")
     return begun
 
 
@@ -118,7 +118,7 @@ def _turns(row: Mapping[str, Any], key: str, role: str, where: str) -> Turns:
             return as_messages(listed, f'{where}: "{key}"')
         if not role:
             raise UserError(
-                f'{where}: "{key}" must be a list of {{"role", "content"}}, got {row[key]!r}'
+                f'{where}: "{key}" must be a list of {{"role", "content"}}, got {short(row[key])}'
             )
     return ((role, _text(row, key, where)),)
 
@@ -129,7 +129,7 @@ def _records(turns: Turns, prompt: int, loss_on: LossOn, where: str) -> list[Rec
     if roles[-2:] != ["user", "assistant"]:
         raise UserError(
             f"{where}: messages must end with a user's and then an assistant's message, got roles "
-            f"{roles}"
+            f"{short(roles)}"
         )
     first = len(turns) - 1 if loss_on == "last" else prompt
     records = []
@@ -154,15 +154,15 @@ def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
         return ()
     texts = [value] if isinstance(value, str) else as_list(value)
     if texts is None or not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{where}: "{key}" must be a text or a list of texts, got {value!r}')
+        raise UserError(f'{where}: "{key}" must be a text or a list of texts, got {short(value)}')
     return tuple(check_text(text, f'{where}: "{key}"') for text in texts if text.strip())
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if key not in row:
-        found = sorted(map(str, row))
+        found = short(sorted(map(str, row)))
         raise UserError(f'{where}: the key "{key}" is missing, found {found}; expected {FORMS}')
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f'{where}: "{key}" must be a text that is not empty, got {value!r}')
+        raise UserError(f'{where}: "{key}" must be a text that is not empty, got {short(value)}')
     return check_text(value, f'{where}: "{key}"')

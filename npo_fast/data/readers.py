@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from npo_fast.boundary import check_folder
 from npo_fast.data.files import KINDS, read_file, split_suffix
 from npo_fast.data.forms import LossOn, parse_row
 from npo_fast.data.records import Record, Records
-from npo_fast.errors import NoSuchSplitError, UserError
+from npo_fast.errors import NoSuchSplitError, UserError, first_line, reading, short
 
 LONGEST_NAME = 255  # of a file
 IN_MEMORY = "(rows)"  # in the place of a name
-_SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>-?\d+)?:(?P<last>-?\d+)?\]$")
+_SLICE = re.compile(r"^(?P<name>.*?)\[(?P<first>[^:\[\]]*):(?P<last>[^:\[\]]*)\]$", re.S)
+_BOUND = re.compile(r"-?[0-9]{1,18}")  # a number that an index can be
 _NO_DATA = ("dataset_dict", "dataset_info", "dataset_infos")  # what the library writes beside data
 _SHARD = re.compile(r"^(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?$")
 
@@ -98,9 +100,15 @@ def describe(source: Records | None) -> Any:
 
 def _parse_slice(name: str) -> tuple[str, slice]:
     match = _SLICE.match(name)
-    if match is None:
+    if match is None or os.path.exists(name):  # a file may be called so
         return name, slice(None)
-    first, last = (int(bound) if bound else None for bound in match.group("first", "last"))
+    bounds = match.group("first", "last")
+    if wrong := [bound for bound in bounds if bound and not _BOUND.fullmatch(bound)]:
+        raise UserError(
+            f"{short(wrong[0])} in {short(name)} is no place of a record: a slice is such as "
+            "[:160], [40:80] or [-40:]"
+        )
+    first, last = (int(bound) if bound else None for bound in bounds)
     return match["name"], slice(first, last)
 
 
@@ -210,28 +218,26 @@ def _is_saved(path: Path) -> bool:
 def _read_saved(folder: Path) -> list[Any]:
     import datasets  # takes a second to import, and files do not need it
 
-    try:
-        return list(datasets.load_from_disk(str(folder)).to_list())
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the data set in {folder}: {error}") from error
+    check_folder(folder)
+    with reading(f"the data set in {folder}"):
+        rows: Any = datasets.load_from_disk(str(folder))
+        rows.data.table.validate(full=True)  # a damaged offset would end the process
+        return list(rows.to_list())
 
 
 def _read_hub(data: str, name: str) -> list[Any]:
     import datasets  # takes a second to import, and files do not need it
 
     configuration, slash, split = name.partition("/")
-    try:
-        if slash:
-            return list(datasets.load_dataset(data, configuration, split=split).to_list())
-        if name in datasets.get_dataset_config_names(data):
-            return list(datasets.load_dataset(data, name, split="train").to_list())
-        return list(datasets.load_dataset(data, split=name).to_list())
-    except ValueError as error:
-        raise NoSuchSplitError(
-            f"dataset {data!r} has no configuration or split {name!r}: {error}"
-        ) from error
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"cannot load dataset {data!r}: {error}\n"
-            "If it is meant as a folder, check the path; without a network, pass a folder"
-        ) from error
+    cure = "if it is meant as a folder, check the path; without a network, pass a folder"
+    with reading(f"the dataset {data!r}", cure):
+        try:
+            if slash:
+                return list(datasets.load_dataset(data, configuration, split=split).to_list())
+            if name in datasets.get_dataset_config_names(data):
+                return list(datasets.load_dataset(data, name, split="train").to_list())
+            return list(datasets.load_dataset(data, split=name).to_list())
+        except ValueError as error:
+            raise NoSuchSplitError(
+                f"dataset {data!r} has no configuration or split {name!r}: {first_line(error)}"
+            ) from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, short
 
 ROLES = {  # as data sets write them -> as chat templates know them
     **dict.fromkeys(("system", "developer"), "system"),
@@ -68,11 +68,11 @@ class Record:
         for name in ("answer", "paraphrased_answer"):
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "answer")):
-                raise UserError(f"{name} of a Record must be a text, got {value!r}")
+                raise UserError(f"{name} of a Record must be a text, got {short(value)}")
         for name in ("perturbed_answers", "alternates"):
             texts = as_list(getattr(self, name))
             if texts is None or not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{name} of a Record must be a list of texts, got {texts!r}")
+                raise UserError(f"{name} of a Record must be a list of texts, got {short(texts)}")
             object.__setattr__(self, name, tuple(texts))
 
     @property
@@ -103,7 +103,7 @@ def as_messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
     listed = as_list(messages)
     if listed is None:
         raise UserError(
-            f'{where}: expected a list of {{"role", "content"}} messages, got {messages!r}'
+            f'{where}: expected a list of {{"role", "content"}} messages, got {short(messages)}'
         )
     return tuple(_message(each, f"{where}, message {i + 1}") for i, each in enumerate(listed))
 
@@ -111,14 +111,14 @@ def as_messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
 def check_unread(row: Mapping[Any, Any], where: str) -> None:
     """Raises ``UserError`` for a key with content that no record has room for."""
     for key, value in row.items():
-        cure = _CURES.get(key)
+        cure = _CURES.get(key) if isinstance(key, str) else None
         if cure is None or (is_empty(value) and not (value is False and key in _FALSE_SAYS)):
             continue
         if key == "label" and not isinstance(value, bool):
             continue  # such as a topic
         if isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"):
             continue
-        raise UserError(f'{where}: "{key}" is {_short(value)}, and {cure}')
+        raise UserError(f'{where}: "{key}" is {short(value)}, and {cure}')
 
 
 def check_text(value: Any, what: str) -> str:
@@ -128,7 +128,7 @@ def check_text(value: Any, what: str) -> str:
         UserError: no text, or one that UTF-8 cannot hold; the message begins with ``what``.
     """
     if not isinstance(value, str):
-        raise UserError(f"{what} must be a text, got {_short(value)}")
+        raise UserError(f"{what} must be a text, got {short(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -170,11 +170,11 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     elif isinstance(message, (list, tuple)) and len(message) == 2:
         role, content = message
     else:
-        raise UserError(f'{where}: expected {{"role", "content"}}, got {_short(message)}')
+        raise UserError(f'{where}: expected {{"role", "content"}}, got {short(message)}')
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(
-            f"{where}: unknown role {role!r}: system, user and assistant are read (from ShareGPT "
-            "human and gpt); leave out records with others, such as tools"
+            f"{where}: unknown role {short(role)}: system, user and assistant are read (from "
+            "ShareGPT human and gpt); leave out records with others, such as tools"
         )
     return ROLES[role], _content(content, f'{where}: "content"')
 
@@ -187,13 +187,8 @@ def _content(content: Any, what: str) -> str:
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise UserError(
-                f'{what} has the part {_short(part)}: only {{"type": "text", "text": …}} is read'
+                f'{what} has the part {short(part)}: only {{"type": "text", "text": …}} is read'
             )
         check_unread(part, what)
         texts.append(check_text(part.get("text"), what))
     return "".join(texts)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from npo_fast.boundary import parse_json, read_text
 from npo_fast.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,7 @@ def read_template(name: str) -> tuple[str, str | None]:
     path = Path(name)
     if path.suffix not in (".jinja", ".jinja2", ".j2", ".txt"):
         raise UserError(f"unknown template {name!r}: use auto, chat, plain or a .jinja file")
-    try:
-        return "chat", path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the template {name!r}: {error}") from error
+    return "chat", read_text(path)
 
 
 def parse_template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
@@ -102,8 +100,8 @@ def parse_template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.isidentifier():
             raise UserError(f"--template-kwargs takes KEY=VALUE, got {pair!r}")
         try:
-            values[key] = json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
+            values[key] = parse_json(text.lower() if text in ("True", "False") else text)
+        except UserError:
             values[key] = text
     return values
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from npo_fast.errors import UserError
+from npo_fast.boundary import read_json
+from npo_fast.errors import UserError, named
 from npo_fast.metrics import open_unlearning
 from npo_fast.metrics.logs import (
     AGGREGATED,
@@ -21,6 +22,7 @@ from npo_fast.metrics.logs import (
     Log,
     Result,
     check_comparable,
+    check_result,
     examples_in,
     select,
 )
@@ -48,6 +50,13 @@ def load_result(path: str | Path) -> dict[str, Log]:
         UserError: ``path`` holds no evaluation log, one that is not JSON, or logs of both forms.
     """
     path = Path(path)
+    result = _load(path)
+    with named(str(path)):
+        check_result(result)
+    return result
+
+
+def _load(path: Path) -> dict[str, Log]:
     if path.is_dir():
         folder = next((path / name for name in _FOLDERS if holds_logs(path / name)), None)
         if folder is None:
@@ -56,7 +65,7 @@ def load_result(path: str | Path) -> dict[str, Log]:
                 f"{open_unlearning.EVAL}"
             )
         return _load_folder(folder)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no evaluation log {str(path)!r}")
     content = _read(path)
     if open_unlearning.is_eval(content):
@@ -64,7 +73,7 @@ def load_result(path: str | Path) -> dict[str, Log]:
     if open_unlearning.is_summary(content):
         if path.name == open_unlearning.SUMMARY and path.with_name(open_unlearning.EVAL).is_file():
             logger.info(f"{path} holds means alone: {open_unlearning.EVAL} beside it is read")
-            return load_result(path.with_name(open_unlearning.EVAL))
+            return _load(path.with_name(open_unlearning.EVAL))
         raise UserError(
             f"{path} holds means alone, and measures are computed from the values of each example: "
             f"name the {open_unlearning.EVAL} of the same evaluation"
@@ -140,9 +149,9 @@ def _load_folder(folder: Path) -> dict[str, Log]:
         )
     first, *others = FILES[forms[0]]
     if (folder / first).is_file():
-        return load_result(folder / first)
+        return _load(folder / first)
     if forms[0] == "open-unlearning":
-        return load_result(folder / open_unlearning.SUMMARY)
+        return _load(folder / open_unlearning.SUMMARY)
     files = [folder / name for name in others]
     return {file.name: _read(file) for file in files if file.is_file()}
 
@@ -152,10 +161,4 @@ def _is_log(content: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a JSON evaluation log: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not an evaluation log: expected a JSON object")
-    return content
+    return dict(read_json(path, dict[str, Any], "name an evaluation log"))

@@ -10,13 +10,15 @@ Logs of npo_fast also hold the columns of ``npo_fast.metrics.memorization`` and,
 compared with another, ``kl_to_reference``.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, named, short
+from npo_fast.validation import check_shape
 
 RETAIN = "eval_log.json"
 FORGET = "eval_log_forget.json"
@@ -28,13 +30,54 @@ UTILITY_SETS = {"retain": RETAIN, "real authors": REAL_AUTHORS, "world facts": W
 SETS = {"forget": FORGET, "retain": RETAIN}
 LOGS = (*UTILITY_SETS.values(), FORGET, HOLDOUT)
 TRUTH_RATIO_COLUMNS = ("avg_paraphrased_loss", "average_perturb_loss")
+TEXTS = "generated_text"  # the column of question, generated answer and right answer
 CONVENTIONS = "conventions"  # an entry of a log that is no column: ``Conventions.entry``
 VOCABULARY = "vocabulary"  # another: how many tokens the model chooses from
 ENTRIES = (CONVENTIONS, VOCABULARY)
 
+_INDEX = re.compile(r"[0-9]{1,18}")  # of an example
+_TEXT_COLUMNS: Mapping[str, Any] = {TEXTS: list[list[str]], "ending": list[str | None]}
+
 Log = Mapping[str, Any]  # column -> values by example
 Result = Mapping[str, Log]  # file name -> log
 Array = NDArray[np.float64]
+
+
+def check_result(result: Any) -> None:
+    """Checks that logs from outside have their form: columns of equal length, texts as texts.
+
+    Numbers are checked where they are read, by ``column``.
+
+    Raises:
+        UserError: the message names log and column.
+    """
+    check_shape(result, dict[str, dict[str, list[Any] | dict[str, Any]]])
+    for file, log in result.items():
+        columns = {name: values for name, values in log.items() if name != CONVENTIONS}
+        with named(file):
+            for name, values in columns.items():
+                if isinstance(values, dict):
+                    with named(name):
+                        check_indices(values)
+            lengths = {name: len(values) for name, values in columns.items()}
+            for name, length in lengths.items():
+                first, expected = next(iter(lengths.items()))
+                if length != expected:
+                    raise UserError(
+                        f"{name!r} is of {length} examples and {first!r} of {expected}: they must "
+                        "be of the same"
+                    )
+            for name, hint in _TEXT_COLUMNS.items():
+                if name in columns:
+                    check_shape(values_of(columns, name), hint, name)
+            if TEXTS in columns and any(len(row) != 3 for row in values_of(columns, TEXTS)):
+                raise UserError(f"{TEXTS!r} has rows without question, answer and right answer")
+
+
+def check_indices(by_example: Iterable[str]) -> None:
+    """Raises ``UserError`` for keys that are no numbers of examples."""
+    if wrong := [key for key in by_example if not _INDEX.fullmatch(key)]:
+        raise UserError(f"{short(wrong[0])} is no number of an example")
 
 
 def values_of(log: Log, name: str) -> list[Any]:
@@ -64,11 +107,13 @@ def column(log: Log, name: str) -> Array:
     """
     try:
         array = np.asarray(values_of(log, name), dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         message = f"{name!r} is not one number (or equal list) an example: {error}"
         raise UserError(message) from error
-    if not len(array):
+    if not array.size:
         raise UserError(f"{name!r} is empty: the log holds no example")
+    if array.ndim > 1 + (name == "average_perturb_loss"):
+        raise UserError(f"{name!r} is not one number an example, but {array[0].size} of them")
     if np.isnan(array).any():
         example = int(np.argwhere(np.isnan(array))[0][0])
         raise UserError(f"{name!r} is NaN at example {example}")
@@ -106,8 +151,7 @@ def select(log: Log, examples: Iterable[int]) -> dict[str, Any]:
     selected = {}
     for name, values in log.items():
         if name not in ENTRIES:
-            values = [
-                values[str(i)] if isinstance(values, Mapping) else values[i] for i in examples
-            ]
+            values = values_of(log, name)
+            values = [values[i] for i in examples]
         selected[name] = values
     return selected

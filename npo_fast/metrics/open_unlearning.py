@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import hmean, ks_2samp
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, named
 from npo_fast.metrics.logs import (
     CONVENTIONS,
     ENTRIES,
@@ -45,6 +45,7 @@ from npo_fast.metrics.logs import (
     WORLD_FACTS,
     Log,
     Result,
+    check_indices,
     column,
     values_of,
 )
@@ -56,6 +57,7 @@ from npo_fast.metrics.memorization import (
     membership_scores,
 )
 from npo_fast.metrics.tofu import wrong_losses
+from npo_fast.validation import check_shape
 
 logger = logging.getLogger(__name__)
 
@@ -155,18 +157,21 @@ class _Reader:
         self, metric: str, key: str, split: str | None = None, optional: bool = False
     ) -> dict[int, Any]:
         """A value by example; empty where the file lacks the metric, or some of its values."""
-        entry = self.content.get(metric, {})
-        rows = (entry.get(split, {}) if split else entry).get("value_by_index")
-        if rows is None:  # a mean alone
-            return {}
-        try:
-            if optional and not all(key in row for row in rows.values()):
+        with named(f"{self.name}: {metric}"):
+            entry = self.content.get(metric, {})
+            entry = entry.get(split, {}) if split else entry
+            check_shape(entry, dict[str, Any], split or "")
+            if (rows := entry.get("value_by_index")) is None:  # a mean alone
                 return {}
+            check_shape(rows, dict[str, dict[str, Any]], "value_by_index")
+            check_indices(rows)
+            if not all(key in row for row in rows.values()):
+                if optional:
+                    return {}
+                raise UserError(f"no {key!r} by example, so it cannot be read")
+            hint = str if key in _TEXTS else float | list[float]
             values = {int(index): row[key] for index, row in rows.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.name}: {metric} has no {key!r} by example, so it cannot be read"
-            ) from error
+            check_shape([*values.values()], list[hint | None], key)  # type: ignore[valid-type]
         self.used.add(metric)
         if missing := sum(value is None for value in values.values()):
             logger.warning(

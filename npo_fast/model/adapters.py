@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
+from npo_fast.boundary import read_json
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import GENERATION, save_generation_config
@@ -87,9 +88,9 @@ def add_lora(model: Any, base: str, rank: int, alpha: int | None = None) -> Any:
 
 def adapter_base(folder: Path) -> str:
     """The model that the adapter in this folder belongs to; ``UserError`` where it names none."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG, dict[str, Any])
     base = config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path")
     return base
 
@@ -104,7 +105,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
             adapted = PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise _misfit(folder, error) from error
     check_adapter(adapted)
     _read_adapter(adapted, folder)

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from npo_fast.errors import UserError, first_line
+from npo_fast.boundary import check_folder, read_json
+from npo_fast.errors import UserError, first_line, reading, short
 from npo_fast.model.adapters import (
     ADAPTER_CONFIG,
     QUANTIZATION,
@@ -28,6 +29,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import MANIFEST, DamagedError, check_saved
 from npo_fast.model.weights import load_complete
 
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # of a size in config.json, of its layers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -148,7 +150,7 @@ def load_tokenizer(name: str) -> Any:
     _check_own(folder, unread=(".pt", ".safetensors"))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, name, **_source(name))
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, name, "tokenizer", **_source(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
     return tokenizer
@@ -165,7 +167,7 @@ def load_generation_config(name: str) -> Any:
         return transformers.GenerationConfig.from_pretrained(
             source["pretrained_model_name_or_path"]
         )
-    except (OSError, ValueError, UserError):  # such as a folder with a tokenizer alone
+    except Exception:  # such as a folder with a tokenizer alone, or a damaged file
         return None
 
 
@@ -251,27 +253,39 @@ def _load_model(name: str, **arguments: Any) -> Any:
     return _load(load, name, **arguments)
 
 
-def _load(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
-    local = Path(arguments["pretrained_model_name_or_path"]).exists()
-    try:
-        with no_progress_bars() if local else nullcontext():
+def _load(
+    load: Callable[..., Any], name: str, kind: str = "causal language model", **arguments: Any
+) -> Any:
+    path = Path(arguments["pretrained_model_name_or_path"])
+    if path.is_dir():
+        check_folder(path)
+        _check_sizes(path / "config.json")
+    with reading(f"{name!r} as a {kind}"), no_progress_bars() if path.exists() else nullcontext():
+        try:
             return load(trust_remote_code=False, **arguments)
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"cannot load {name!r}: {error}\nInstall it: pip install gguf accelerate"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
+        except ImportError as error:
+            raise UserError(
+                f"cannot load {name!r}: {first_line(error)}; install what it names, such as pip "
+                "install gguf accelerate"
+            ) from error
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise UserError(
                 f"{name!r} comes with code of its own, which is never run: name a model of an "
                 "architecture that transformers has, or load it yourself and pass model and "
                 "tokenizer to npo_fast's functions"
             ) from error
-        raise UserError(
-            f"cannot load {name!r} as a causal language model: {first_line(error)}"
-        ) from error
+
+
+def _check_sizes(file: Path) -> None:
+    """Raises ``UserError`` for a configuration that no model has: building it may never end."""
+    if not file.is_file():
+        return
+    for name, value in dict(read_json(file, dict[str, Any])).items():
+        most = _MOST_LAYERS if "layer" in name or "experts" in name else _MOST
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{file} is damaged: {name} is {short(value)}, more than {most}")
 
 
 def _dequantised(model: Any) -> Any:

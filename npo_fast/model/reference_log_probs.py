@@ -18,10 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npo_fast.data import Sources, TokenizedExample, data_fingerprint
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reading
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import write_manifest
-from npo_fast.model.reference_states import FORMAT, INDEX, open_folder, reference_fingerprint
+from npo_fast.model.reference_states import (
+    FORMAT,
+    INDEX,
+    REMEDY,
+    open_folder,
+    reference_fingerprint,
+)
 from npo_fast.ops import segment_sum
 
 STATES, LOG_PROBS = "states", "log_probs-"
@@ -112,7 +118,8 @@ def _shared(
         write_manifest(path, INDEX, format=FORMAT, made_from=made_from)
 
     open_folder(folder, made_from, write)
-    kept = load_file(folder / FILE)
-    return ReferenceLogProbs(
-        list(kept["tokens"].split(kept["lengths"].tolist())), kept["sequences"]
-    )
+    with reading(f"the reference cache {folder}", REMEDY):
+        kept = load_file(folder / FILE)
+        return ReferenceLogProbs(
+            list(kept["tokens"].split(kept["lengths"].tolist())), kept["sequences"]
+        )

@@ -17,15 +17,16 @@ from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from npo_fast.boundary import check_folder, read_json
 from npo_fast.data import Sources, TokenizedExample, data_fingerprint, pack
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reading
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.locks import CAN_LOCK, lock, locked
 from npo_fast.model.causal_lm import CausalLM
@@ -53,16 +54,17 @@ class ReferenceStates:
         self.temporary = temporary
         self.made_from: Mapping[str, Any] = index["made_from"]
         self.device = device
-        tensors = load_file(folder / HEAD, device=str(device))
-        transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
-        self.head = Head(tensors["weight"], tensors.get("bias"), transform)
         self._places: dict[str, list[tuple[Any, slice]]] = {}  # file and rows of each sequence
-        for source, shards in index["sources"].items():
-            self._places[source] = []
-            for shard in shards:
-                file = safe_open(folder / shard["file"], framework="pt")
-                bounds = accumulate(shard["lengths"], initial=0)
-                self._places[source] += [(file, slice(*pair)) for pair in pairwise(bounds)]
+        with reading(f"the reference cache {folder}", REMEDY):
+            tensors = load_file(folder / HEAD, device=str(device))
+            transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
+            self.head = Head(tensors["weight"], tensors.get("bias"), transform)
+            for source, shards in index["sources"].items():
+                self._places[source] = []
+                for shard in shards:
+                    file = safe_open(folder / shard["file"], framework="pt")
+                    bounds = accumulate(shard["lengths"], initial=0)
+                    self._places[source] += [(file, slice(*pair)) for pair in pairwise(bounds)]
 
     @property
     def head_arguments(self) -> dict[str, Any]:
@@ -73,8 +75,9 @@ class ReferenceStates:
 
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
-        places = [self._places[source][index] for index in indices]
-        rows = [file.get_slice("hidden")[part] for file, part in places]
+        with reading("the reference cache", REMEDY):
+            places = [self._places[source][index] for index in indices]
+            rows = [file.get_slice("hidden")[part] for file, part in places]
         return torch.cat(rows).to(self.device, non_blocking=True)
 
 
@@ -241,32 +244,41 @@ _OF_TOKENS = (
     " (other records, or a template, system prompt or date that makes other tokens of them)"
 )
 
+REMEDY = "delete the folder or name another one, and it is made anew"
+
+
+class _Index(TypedDict):
+    """``reference.json``, as far as it is read before its files are checked."""
+
+    format: int
+    made_from: dict[str, Any]
+
 
 def _checked_index(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
-    remedy = "delete the folder or name another one, and it is made anew"
-    file = folder / INDEX
+    check_folder(folder)
     try:
-        index: dict[str, Any] = json.loads(file.read_bytes())
-        if index["format"] != FORMAT:
-            raise UserError(f"{file} has the format {index['format']}, not {FORMAT}; {remedy}")
-        earlier = unsealed(index, file)["made_from"]
-        differing = [name for name in made_from if earlier.get(name) != made_from[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+        index: dict[str, Any] = read_json(folder / INDEX, _Index)
+    except UserError as error:
         raise UserError(
-            f"{file} is not there or not a reference cache's ({error}); {remedy}"
+            f"{folder / INDEX} is not there or not a reference cache's ({error}); {REMEDY}"
         ) from error
+    if index["format"] != FORMAT:
+        raise UserError(
+            f"{folder / INDEX} has the format {index['format']}, not {FORMAT}; {REMEDY}"
+        )
+    try:
+        earlier = unsealed(index, folder / INDEX)["made_from"]
     except DamagedError as error:
-        raise UserError(f"{error}; {remedy}") from error
+        raise UserError(f"{error}; {REMEDY}") from error
+    differing = [name for name in made_from if earlier.get(name) != made_from[name]]
     if differing:
         raise UserError(
             f"the reference cache {folder} was made with another "
             f"{' and other '.join(differing)} than this run's"
-            f"{_OF_TOKENS if 'data' in differing else ''}; {remedy}"
+            f"{_OF_TOKENS if 'data' in differing else ''}; {REMEDY}"
         )
     try:
         check_files(folder, index["files"], INDEX)
     except DamagedError as error:
-        raise UserError(f"{error}; {remedy}") from error
+        raise UserError(f"{error}; {REMEDY}") from error
     return index

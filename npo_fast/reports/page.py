@@ -271,7 +271,7 @@ def npo_weight(run: RunRecord, step: Mapping[str, Any]) -> float | None:
     loss = step["terms"].get("NPO")
     if loss is None:
         return None
-    beta = run.setting("method", "beta")
+    beta = run.number("method", "beta")
     return 2 * -math.expm1(-(DEFAULT_BETA if beta is None else beta) * loss / 2)
 
 
@@ -279,7 +279,7 @@ def _row(
     run: RunRecord, measured: Mapping[str, Any], source: str, verdict: Verdict | None
 ) -> dict[str, Any]:
     """The cells of a run by column."""
-    settings = {label: run.setting(*path) for label, path in _SETTINGS.items()}
+    settings = {label: run.number(*path) for label, path in _SETTINGS.items()}
     named = [f"{label} {value:g}" for label, value in settings.items() if value is not None]
     if preset := run.setting("method", "preset"):
         named.append(f"preset {preset}")

@@ -1,6 +1,5 @@
 """Run folders as a report sees them: records, measures, and the commands that make more."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +8,23 @@ from typing import Any
 
 from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, named
 from npo_fast.metrics import FORGET, SETS, Result, examples_in, holds_logs, load_result
 from npo_fast.metrics.logs import values_of
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
+from npo_fast.run_files import (
+    EVALUATIONS,
+    RUN,
+    STEPS,
+    EvaluationLine,
+    StepLine,
+    read_all,
+    read_metadata,
+)
 from npo_fast.tables import printable
+from npo_fast.validation import check_shape
 
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
     "template": "auto", "max_length": 512, "dtype": "auto", "attention": "auto",
@@ -69,6 +78,13 @@ class RunRecord:
     def setting(self, group: str, name: str) -> Any:
         """The value of a flag; None where the run does not record it."""
         return self.settings.get(group, {}).get(name)
+
+    def number(self, group: str, name: str) -> float | None:
+        """The value of a flag that is a number; ``UserError`` where the run records another."""
+        value: float | None = self.setting(group, name)
+        with named(f"{self.folder / RUN} is damaged"):
+            check_shape(value, float | None, f"settings.{group}.{name}")
+        return value
 
     def measured(self, retrained: Result) -> tuple[dict[str, Any], str]:
         """Measures of the final model, and what they were measured on.
@@ -169,13 +185,12 @@ def load_run(folder: Path, name: str) -> RunRecord:
     Raises:
         UserError: the folder is not a run's, or a record in it cannot be read.
     """
-    file = folder / "run.json"
-    if not file.is_file():
+    if not (folder / RUN).exists():
         raise UserError(
             f"{str(folder)!r} is not a run folder, it holds no run.json: name the --output of "
             "npo-fast unlearn or npo-fast finetune"
         )
-    metadata = _parse(file, file.read_text(encoding="utf-8"))
+    metadata = read_metadata(folder)
     if metadata.get("status") == "finished":
         _check_records(folder)
     logs = folder / "eval"
@@ -183,8 +198,8 @@ def load_run(folder: Path, name: str) -> RunRecord:
         name,
         folder,
         metadata,
-        _lines(folder / "steps.jsonl"),
-        _lines(folder / "evaluations.jsonl"),
+        read_all(folder / STEPS, StepLine),
+        read_all(folder / EVALUATIONS, EvaluationLine),
         load_result(logs) if holds_logs(logs) else {},
     )
 
@@ -240,23 +255,6 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None and value is not False and value not in ("", "auto"):
             words += [flag, str(value)]
     return words
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # the last may be incomplete
-    return [_parse(file, line) for line in lines]
-
-
-def _parse(file: Path, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 SAMPLE_HEADER = ("set", "measure", "before", "after")

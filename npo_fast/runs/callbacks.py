@@ -16,6 +16,7 @@ from npo_fast.errors import Interrupted, UserError
 from npo_fast.metrics import Result
 from npo_fast.metrics.measures import Condition, find_measure, measures, value_of
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.run_files import EVALUATIONS
 from npo_fast.runs.folder import RunFolder
 from npo_fast.runs.options import EvaluationOptions, RunOptions, Tracker
 from npo_fast.trainer.interrupt import StopSignal
@@ -132,6 +133,11 @@ class EvaluationCallback(Callback):
 
     def load_state(self, evaluations: list[dict[str, Any]], best: dict[str, Any]) -> None:
         """Restores the evaluations, and the best of them, of a resumed run."""
+        if not evaluations:
+            raise UserError(
+                f"the run has lost its {EVALUATIONS}, which it is to go on with: add --overwrite "
+                "to begin anew"
+            )
         self.first, self.best = evaluations[0], best
 
     def on_start(self, training: Training) -> None:

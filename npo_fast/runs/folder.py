@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 import torch
 
+from npo_fast.boundary import read_json
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
@@ -41,8 +42,9 @@ from npo_fast.model.manifest import (
 from npo_fast.model.save import recover, save_file, save_folder, save_tokenizer
 from npo_fast.model.sharding import gather_state_dict
 from npo_fast.planner.disk import weights_bytes
+from npo_fast.run_files import EVALUATIONS, EvaluationLine
 from npo_fast.runs.output import check_run_folder, claimed, is_taken, is_vacant
-from npo_fast.runs.records import EVALUATIONS, Records
+from npo_fast.runs.records import Records
 from npo_fast.runs.saving import Saving, room
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
@@ -208,7 +210,7 @@ class RunFolder:
     def best(self) -> dict[str, Any]:
         """The evaluation of what ``keep_best`` kept; empty where it kept nothing."""
         file = self._best / EVALUATION
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return dict(read_json(file, EvaluationLine)) if file.exists() else {}
 
     def restore_best(self, lm: CausalLM) -> None:
         """The weights of ``keep_best``, in place; ``UserError`` where they are lost."""

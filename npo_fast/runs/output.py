@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from npo_fast import run_files
 from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
 from npo_fast.locks import lock
 from npo_fast.model.manifest import DamagedError, unsealed
+from npo_fast.run_files import RUN, STEPS
 
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
-RUN, STEPS = "run.json", "steps.jsonl"
 
 
 def check_run_folder(folder: Path, overwrite: bool) -> None:
@@ -48,14 +49,13 @@ def is_vacant(folder: Path) -> bool:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """``run.json``, or {} where there is none; raises ``UserError`` where it is damaged."""
-    file = folder / RUN
+    if not (folder / RUN).exists():
+        return {}
+    metadata = run_files.read_metadata(folder, "add --overwrite to begin anew")
+    if "sha256" not in metadata:
+        return metadata
     try:
-        content = json.loads(b"{}" if (found := found_metadata(folder)) is None else found)
-        if isinstance(content, dict) and "sha256" not in content:
-            return content
-        return unsealed(content, file)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); add --overwrite to begin anew") from error
+        return unsealed(metadata, folder / RUN)
     except DamagedError as error:
         raise UserError(
             f"{error}; add --overwrite to begin anew, or restore it. Without its sha256 it is "

@@ -14,11 +14,10 @@ from typing import Any, TextIO
 from npo_fast.errors import CannotSaveError
 from npo_fast.model.manifest import checked_records, records_state, sealed
 from npo_fast.model.save import save_file
-from npo_fast.runs.output import RUN, STEPS, is_open_file, locked_records
+from npo_fast.run_files import EVALUATIONS, RUN, STEPS
+from npo_fast.runs.output import is_open_file, locked_records
 
 logger = logging.getLogger(__name__)
-
-EVALUATIONS = "evaluations.jsonl"
 
 
 class Journal:

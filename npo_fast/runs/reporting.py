@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from npo_fast.boundary import read_bytes
 from npo_fast.errors import UserError
 from npo_fast.model.save import save_file
 from npo_fast.reports.html import MARK
@@ -56,7 +57,7 @@ def report(
     for file in files:
         if file.is_dir():
             raise UserError(f"{file} is a folder; name a file with --output")
-        if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:200]:
+        if file.exists() and MARK.encode() not in read_bytes(file)[:800]:
             raise UserError(f"{file} is not a report of npo-fast; name another --output")
     result = Report(
         load_runs(folders),

@@ -192,7 +192,7 @@ def test_a_template_of_the_user_takes_the_place_of_the_tokenizers(tmp_path):
     name, source = read_template(str(file))
     template = Template(byte_level(CHATML), rendering=Rendering(name, source))
     assert parts_of(template)[0] == "user: Who lives in house 1?\nassistant:"
-    with pytest.raises(UserError, match="cannot read the template"):
+    with pytest.raises(UserError, match="cannot read .*nothing.jinja"):
         read_template(str(tmp_path / "nothing.jinja"))
 
 

@@ -98,7 +98,7 @@ def test_results_survive_the_disk(tmp_path):
 
 def test_a_bad_log_is_refused_by_name(tmp_path):
     path = tmp_path / "log.json"
-    for content, message in (("{oops", "not a JSON"), ("[]", "expected a JSON object")):
+    for content, message in (("{oops", "not valid JSON"), ("[]", "not an object")):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             metrics.load_result(path)

@@ -219,7 +219,7 @@ def test_what_cannot_be_read_is_refused_with_its_name(content, tmp_path):
     with pytest.raises(UserError, match="holds two evaluations: avg_paraphrased_loss is of 3"):
         metrics.load_result(save(content, tmp_path))
     content["forget_Q_A_PARA_Prob"]["value_by_index"] = {"0": {"prob": 0.5}}
-    with pytest.raises(UserError, match="forget_Q_A_PARA_Prob has no 'avg_loss' by example"):
+    with pytest.raises(UserError, match="forget_Q_A_PARA_Prob: no 'avg_loss' by example"):
         metrics.load_result(save(content, tmp_path))
     means = {name: {"agg_value": metric["agg_value"]} for name, metric in content.items()}
     with pytest.raises(UserError, match="none of TOFU's metrics with values by example"):
