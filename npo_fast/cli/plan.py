@@ -94,7 +94,6 @@ def _text(
         f"{model}, {_count(measured.parameters)} parameters{trained}: {planned.method} "
         f"with {planned.optimizer}, {planned.dtype}, {planned.micro_batch_tokens} tokens a pass"
         f"{share}",
-        "",
         "At its peak a step holds" + " " * 6 + "GiB",
         *(_row(KINDS[kind], size) for kind, size in measured.bytes.items() if size),
         _row("sum", measured.peak),

@@ -51,10 +51,14 @@ def check_result(result: Any) -> None:
     Raises:
         UserError: the message names log and column.
     """
-    check_shape(result, dict[str, dict[str, list[Any] | dict[str, Any]]])
+    check_shape(result, dict[str, dict[str, Any]])
     for file, log in result.items():
-        columns = {name: values for name, values in log.items() if name != CONVENTIONS}
+        columns = {name: values for name, values in log.items() if name not in ENTRIES}
         with named(file):
+            check_shape(columns, dict[str, list[Any] | dict[str, Any]])
+            check_shape(size := log.get(VOCABULARY, 2), int, VOCABULARY)
+            if size < 2:
+                raise UserError(f"{VOCABULARY!r} must be 2 tokens or more, got {size}")
             for name, values in columns.items():
                 if isinstance(values, dict):
                     with named(name):

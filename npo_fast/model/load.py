@@ -27,6 +27,7 @@ from npo_fast.model.adapters import (
 )
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import MANIFEST, DamagedError, check_saved
+from npo_fast.model.save import GENERATION
 from npo_fast.model.weights import load_complete
 
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # of a size in config.json, of its layers
@@ -150,24 +151,32 @@ def load_tokenizer(name: str) -> Any:
     _check_own(folder, unread=(".pt", ".safetensors"))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
-    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, name, "tokenizer", **_source(name))
+    tokenizer = _load(
+        transformers.AutoTokenizer.from_pretrained, name, "tokenizer", **_source(name)
+    )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
     return tokenizer
 
 
 def load_generation_config(name: str) -> Any:
-    """The generation config of a model by a name as ``load_model`` takes it; None without one."""
+    """The generation config of a model by a name as ``load_model`` takes it; None without one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    folder = Path(_folder(name))
+    file = folder / GENERATION
+    load = transformers.GenerationConfig.from_pretrained
+    if file.exists():
+        with reading(file, "mend or delete it"):
+            return load(str(folder))
     try:
-        folder, source = Path(_folder(name)), _source(name)
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "generation_config.json").exists():
+        if (folder / ADAPTER_CONFIG).is_file():
             return load_generation_config(adapter_base(folder))
-        if "gguf_file" in source:
-            return None
-        return transformers.GenerationConfig.from_pretrained(
-            source["pretrained_model_name_or_path"]
-        )
-    except Exception:  # such as a folder with a tokenizer alone, or a damaged file
+        source = _source(name)
+        return None if "gguf_file" in source else load(source["pretrained_model_name_or_path"])
+    except (OSError, ValueError):  # such as a folder with a tokenizer alone
         return None
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -67,9 +67,7 @@ class RunFolder:
     is now. Records and notes that do not fit wait for room.
     """
 
-    def __init__(
-        self, folder: Path, metadata: Mapping[str, Any], steps: TextIO | None = None
-    ) -> None:
+    def __init__(self, folder: Path, metadata: Mapping[str, Any], steps: Any = None) -> None:
         self.folder, self.metadata = folder, dict(metadata)
         self.saving = Saving()
         self._records = Records(folder, self.metadata, steps)
