@@ -88,6 +88,7 @@ class RunMetadata(TypedDict, total=False):
     resumed: list[dict[str, Any]]
     peak_mib: float | None
     micro_batch_tokens: int | None
+    threads: int
 
 
 def read_metadata(folder: Path, cure: str = "") -> dict[str, Any]:

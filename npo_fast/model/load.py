@@ -1,11 +1,10 @@
 """Models and tokenizers by hub name, folder or GGUF file."""
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import transformers
@@ -29,6 +28,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import MANIFEST, DamagedError, check_saved
 from npo_fast.model.save import GENERATION
 from npo_fast.model.weights import load_complete
+from npo_fast.run_files import read_metadata
 
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # of a size in config.json, of its layers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,12 +83,17 @@ def load_model(
     return lm
 
 
+class _AdapterRank(TypedDict, total=False):
+    r: int
+
+
 def quantized_adapter_rank(name: str) -> int:
     """The rank of a LoRA adapter that trains on beside 4-bit weights; 0 where ``name`` is none."""
     folder = Path(_folder(name))
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / QUANTIZATION).exists():
         return 0
-    return int(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r", 0))
+    rank: int = read_json(folder / ADAPTER_CONFIG, _AdapterRank).get("r", 0)
+    return rank
 
 
 def usable_device(name: str) -> torch.device:
@@ -205,11 +210,10 @@ def _check_own(folder: Path, unread: tuple[str, ...]) -> None:
     if run is None or not manifest.is_file():
         return
     try:
-        check_saved(folder, json.loads(run.read_bytes()).get("id"), unread)
-    except (ValueError, AttributeError, DamagedError) as error:
-        reason = str(error) if isinstance(error, DamagedError) else f"{run} is damaged ({error})"
+        check_saved(folder, read_metadata(run.parent).get("id"), unread)
+    except (UserError, DamagedError) as error:
         raise UserError(
-            f"{reason}. Restore it, or delete {manifest} to take the model as it is now"
+            f"{error}. Restore it, or delete {manifest} to take the model as it is now"
         ) from error
 
 

@@ -140,7 +140,8 @@ class ModelSource:
             f"{lm.name}, {lm.model.num_parameters() / 1e6:.1f}M parameters{trained}, {width} on "
             f"{lm.device}{processes}, attention {lm.attention}"
         )
-        fit_threads(lm.model.num_parameters(), lm.device)
+        earlier = None if resumable is None else resumable.metadata.get("threads")
+        fit_threads(lm.model.num_parameters(), lm.device, earlier)
         return lm
 
     def device(self) -> torch.device:

@@ -32,10 +32,13 @@ _machine: ContextVar[Machine | None] = ContextVar("machine", default=None)
 
 
 def thread_count(parameters: int, machine: Machine) -> int:
-    """Returns the threads for a model: the user's wish, else as many as it feeds, of free cores."""
+    """Returns the threads for a model: the user's wish, else as many as it feeds, of free cores.
+
+    Where others are at work on all of them, half of the cores count as free.
+    """
     if machine.wish is not None:
         return machine.wish
-    free = machine.cores - round(machine.load)
+    free = max(machine.cores - round(machine.load), machine.cores // 2)
     return max(1, min(free, machine.cores, parameters // PARAMETERS_A_THREAD))
 
 
@@ -56,12 +59,18 @@ def automatic_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fit_threads(parameters: int, device: torch.device) -> None:
-    """Sets the threads for a model of so many parameters, within ``automatic_threads`` alone."""
+def fit_threads(parameters: int, device: torch.device, earlier: int | None = None) -> None:
+    """Sets the threads for a model of so many parameters, within ``automatic_threads`` alone.
+
+    Args:
+        earlier: those of the run that goes on: with other ones its last bits would differ.
+    """
     machine = _machine.get()
     if machine is None or device.type != "cpu":
         return
     threads = thread_count(parameters, machine)
+    if earlier is not None and machine.wish is None:
+        threads = min(earlier, machine.cores)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
         logger.info(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from npo_fast.distributed import is_main_process, world_size
 from npo_fast.errors import (
     CannotSaveError,
@@ -215,7 +217,7 @@ def _open_folder(
         scores = None if evaluation is None else evaluation.check(lm)
         if reference.before:
             metadata["before"] = reference.before
-        metadata["processes"] = world_size()
+        metadata |= {"processes": world_size(), "threads": torch.get_num_threads()}
         folder = RunFolder.begin(
             options.output, options.overwrite, metadata, prepared.found, reference.log_probs
         )

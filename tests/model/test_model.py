@@ -7,7 +7,8 @@ from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
-from tests.helpers import VOCABULARY, tiny_model
+from npo_fast.model.load import load_generation_config
+from tests.helpers import VOCABULARY, save_tiny_model, tiny_model
 
 
 def sequences() -> list[TokenizedExample]:
@@ -111,3 +112,13 @@ def test_generate_and_padded_batches_work_beside_training(family: str) -> None:
 def test_a_model_in_a_wrapper_is_refused_with_what_to_pass() -> None:
     with pytest.raises(UserError, match="got DataParallel: pass its .module"):
         CausalLM(torch.nn.DataParallel(tiny_model("Llama")))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"eos_token_id": 1'])
+def test_a_damaged_generation_config_is_no_missing_one(tmp_path, content) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert load_generation_config(str(folder)) is None
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json.*mend or delete it"):
+        load_generation_config(str(folder))

@@ -22,8 +22,9 @@ CPU = torch.device("cpu")
         (10_000_000, 64, 0.0, None, 2),
         (10**9, 64, 0.0, None, 64),
         (10**9, 64, 0.4, None, 64),
-        (10**9, 64, 40.2, None, 24),
-        (10**9, 2, 30.0, None, 1),  # a busy machine
+        (10**9, 64, 20.2, None, 44),
+        (10**9, 64, 200.0, None, 32),  # a busy machine
+        (10**9, 2, 30.0, None, 1),
         (0, 1, 0.0, None, 1),
     ],
 )
@@ -41,6 +42,14 @@ def counts(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(threads.os, "getloadavg", lambda: (1.0, 0.0, 0.0), raising=False)
     return told
+
+
+def test_a_run_that_goes_on_has_the_threads_that_it_had(counts):
+    with automatic_threads():
+        fit_threads(10**9, CPU, earlier=3)
+        fit_threads(700_000, CPU, earlier=8)
+        fit_threads(10**9, CPU, earlier=64)  # on a larger machine
+    assert counts == [8, 3, 8, 8]
 
 
 def test_a_caller_from_python_keeps_his_threads(counts):

@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from npo_fast import metrics
+from npo_fast.boundary import read_json
 from npo_fast.data import Record
 from npo_fast.data.answers import REFUSALS
 from npo_fast.errors import UserError
-from npo_fast.experiments.ablations.trials import OVERLAPS, AblationSettings, Trial
+from npo_fast.experiments.ablations.trials import OVERLAPS, AblationSettings, SeedFile, Trial
 from npo_fast.experiments.demo.dataset import AuthorDataset
 from npo_fast.experiments.demo.experiment import COMMON_REPEATS, Student
 from npo_fast.experiments.demo.tiny_model import weights
+from npo_fast.model.save import save_file
 from npo_fast.runs import Callback
 from npo_fast.runs.callbacks import Training
-from npo_fast.runs.folder import save_file
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 
 Scores = dict[str, float]
@@ -135,7 +136,7 @@ def run_seed(
     wanted, defaults = (json.loads(json.dumps(asdict(x))) for x in (settings, AblationSettings()))
     content: dict[str, Any] = {"seed": seed, "settings": wanted, "time_s": 0.0, "runs": []}
     if file.exists():
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, SeedFile)
         if _completed(content["settings"], defaults) != wanted:
             raise UserError(f"{file} holds ablations of other settings; name another folder")
     done = {Trial(**run["trial"]) for run in content["runs"]}

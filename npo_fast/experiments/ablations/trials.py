@@ -1,13 +1,13 @@
 """Trials (one unlearning run each), the experiments that they make up, and their results."""
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+from npo_fast.boundary import read_json
 from npo_fast.errors import UserError
 from npo_fast.experiments.demo.experiment import DemoSettings
 from npo_fast.methods import Coefficients, Schedule, Term, build_method, coefficients_of
@@ -17,6 +17,14 @@ COLLAPSED = 0.5  # of the utility at step 0
 KEPT = 0.85  # of it: what an evaluation must have kept for ``best_quality``
 HALF_WAY = 0.5  # the overlap of every experiment that is not about it
 SMALL = DemoSettings(background=24, famous=10, authors=20, forget_share=0.5)  # half the demo's
+
+
+class SeedFile(TypedDict):
+    """The results of all trials of one seed, as far as the file is checked."""
+
+    settings: dict[str, Any]
+    time_s: float
+    runs: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def load_seeds(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("seed-*.json"))
     if not files:
         raise UserError(f"{str(folder)!r} holds no ablations: no seed-*.json")
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [read_json(file, SeedFile) for file in files]
 
 
 def by_trial(results: Iterable[Mapping[str, Any]]) -> Runs:
