@@ -5,8 +5,10 @@ import dataclasses
 import datetime
 import difflib
 import io
+import re
 import typing
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,8 +66,18 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         if not end.code:
             raise
         source = f"; {path} says {' '.join(from_file)}" if from_file else ""
-        raise UserError(f"{_in_box(said.getvalue())}{source}") from end
+        text = re.sub(r"^Error parsing \w+: ", "", _in_box(said.getvalue()))
+        raise UserError(f"{text}{_nearest(text, _settings(whole))}{source}") from end
     return parsed, parsed.common
+
+
+def _nearest(text: str, known: Iterable[str]) -> str:
+    """The flag that may be meant where tyro knows no such option and names none itself."""
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", text)
+    if unknown is None or "--" in text[unknown.end() :]:
+        return ""
+    near = difflib.get_close_matches(unknown[1].replace("-", "_"), known, n=1)
+    return f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
 
 
 def _in_box(text: str) -> str:

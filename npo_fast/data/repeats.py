@@ -15,9 +15,9 @@ def repeats(sets: Mapping[str, Sequence[Record]], apart: str = "forget") -> Iter
     """A sentence for each set that repeats records, and each that shares some with ``apart``.
 
     A record repeats another where messages and answer are the same, but for the system message,
-    case, white space and Unicode form. Records of two sets are the same where they ask the same,
-    whatever the answer; see ``shared``. Texts by themselves share what they have a whole line in
-    common.
+    case, white space, Unicode form and what nobody sees. Records of two sets are the same where
+    they ask the same, whatever the answer; see ``shared``. Texts by themselves share what they have
+    a whole line in common.
     """
     for name, records in sets.items():
         counts = Counter(map(_key, records))
@@ -83,4 +83,6 @@ def _key(record: Record) -> tuple[str, ...]:
 
 
 def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    text = unicodedata.normalize("NFKC", text).casefold()
+    shown = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(shown.split())

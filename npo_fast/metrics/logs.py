@@ -98,6 +98,22 @@ def values_of(log: Log, name: str) -> list[Any]:
     return list(values)
 
 
+def right_answers(log: Log) -> list[str] | None:
+    """Returns what the generated answers were compared with; None where the log has no texts."""
+    return [str(row[2]) for row in values_of(log, TEXTS)] if TEXTS in log else None
+
+
+def same_records(ours: Result, theirs: Result) -> bool:
+    """Whether the logs of both models are of the same records, as far as they tell."""
+    for file in ours.keys() & theirs.keys():
+        answers = right_answers(ours[file]), right_answers(theirs[file])
+        if None not in answers and answers[0] != answers[1]:
+            return False
+        if examples_in(ours[file]) != examples_in(theirs[file]):
+            return False
+    return True
+
+
 def examples_in(log: Log) -> int:
     """Returns how many examples the log holds."""
     return next((len(values) for name, values in log.items() if name not in ENTRIES), 0)

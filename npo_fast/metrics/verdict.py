@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from npo_fast.errors import in_words_of_caller
+from npo_fast.metrics.logs import SETS, Result, right_answers
 from npo_fast.metrics.measures import find_measure, score
 from npo_fast.tables import number
 
@@ -20,11 +21,13 @@ Scores = Mapping[str, Any]  # nested, as ``measures`` returns them
 Interval = tuple[float, float]
 
 KEPT = 2 / 3  # less than this share of what the model knew of the retain set is a collapse
-KNOWN = 0.05  # a mean probability below it, with ROUGE-L below ANSWERED, is no knowledge
-ANSWERED = 0.2
+KNOWN = 0.05  # a mean probability below it is no knowledge, ...
+ANSWERED = 0.2  # ... nor is a ROUGE-L of retain answers below it
+RECALLED = 0.9  # ROUGE-L of forget answers, of which many words are those of the question
 LOOPING = 0.5  # repetition of answers, and ...
 LOOPING_MORE = 0.3  # ... how much more than before: small models repeat themselves anyway
 MOST = 0.5  # share of answers that are less likely than random tokens
+LIKELY = 0.5  # a probability above it is knowledge, where the model before is not there to ask
 FORGOTTEN = 0.5  # share of the forget probability that may be left, where nothing else tells
 RECITED = 0.95  # share of the forget ROUGE-L from which the model still gives the answers, ...
 GIVEN = 0.5  # ... where it gave them: ROUGE-L before
@@ -33,14 +36,20 @@ FAR_BELOW = 1 / 20  # of the retrained model's forget probability: forgotten pas
 ABOVE = 1.5  # times the retrained model's forget probability: not forgotten
 
 ADVICE: dict[Outcome, str] = {
-    "collapsed": "lower --lr or --epochs, or raise --retain-coefficient of a method with +RT",
+    "collapsed": "unlearn with a lower --lr, fewer --epochs, or a method with +RT and a higher "
+    "--retain-coefficient",
     "nothing to forget": "check --model, --forget and --template: it did not give these answers "
     "before",
-    "over-forgotten": "lower --epochs or --lr, raise --beta, or stop in time with --stop-when",
-    "not forgotten": "raise --epochs or --lr, or lower --beta",
+    "over-forgotten": "unlearn with fewer --epochs, a lower --lr or a higher --beta, or stop in "
+    "time with --stop-when",
+    "not forgotten": "unlearn with more --epochs, a higher --lr or a lower --beta",
     "undecided": "name logs of the model before (--original), or of one retrained without the "
     "forget set (--retrained)",
 }
+UNMEASURED = (
+    "measure the forget set: unlearn without --no-report or with --eval-every, or evaluate with "
+    "--forget"
+)
 
 
 @dataclass(frozen=True)
@@ -101,13 +110,32 @@ class Evidence:
         return f"{label} {number(new)} ({name} {number(old)})"
 
 
+def of_same_records(before: Scores, result: Result) -> Scores:
+    """The sets of a run's short report whose answers are among those of the logs.
+
+    The report is of a few records, and logs may be of others.
+    """
+    kept = {}
+    for name, part in before.items():
+        asked = right_answers(result.get(SETS.get(name, ""), {}))
+        sampled = [str(row["truth"]) for row in part.get("answers", ())]
+        if asked is None or all(any(_begins(a, b) for b in asked) for a in sampled):
+            kept[name] = part
+    return kept
+
+
+def _begins(a: str, b: str) -> bool:
+    """Whether one begins with the other: texts may be cut at different lengths."""
+    return a == b or (bool(a and b) and (a.startswith(b) or b.startswith(a)))
+
+
 def judge(evidence: Evidence) -> Verdict:
     """The verdict of ``RULES`` on the evidence."""
     for outcome, rules in RULES.items():
         reasons = tuple(reason for rule in rules if (reason := rule(evidence)))
         if reasons:
             return Verdict(outcome, reasons, ADVICE.get(outcome, ""))
-    advice = ADVICE["undecided"] if evidence.after.get("forget") else "measure a forget set"
+    advice = ADVICE["undecided"] if evidence.after.get("forget") else UNMEASURED
     return Verdict("undecided", (_numbers(evidence) or "nothing was measured",), advice)
 
 
@@ -160,7 +188,7 @@ def _loops_without_retain(evidence: Evidence) -> str | None:
 def unknown_before(before: Scores) -> str | None:
     """Says that a model hardly knows the forget set, with the numbers; None where it does."""
     likely, answered = (score(before, f"forget.{key}") for key in ("probability", "rouge_l_recall"))
-    if likely is None or likely >= KNOWN or (answered or 0.0) >= ANSWERED:
+    if likely is None or likely >= KNOWN or (answered or 0.0) >= RECALLED:
         return None
     rouge = "" if answered is None else f" and ROUGE-L {number(answered)}"
     return f"the forget answers had probability {number(likely)}{rouge} before: never known"
@@ -230,10 +258,18 @@ def _above_retrained(evidence: Evidence) -> str | None:
     return text if quality is None and ours > ABOVE * theirs else None
 
 
-def _as_before(key: str, share: float, least: float = 0.0) -> Rule:
+def _as_before(key: str, share: float, least: float, above: float) -> Rule:
+    """Holds where ``share`` of what the model had is left, and more than the retrained model has.
+
+    Args:
+        least: what the model had is at least this.
+        above: how many times the retrained model's value is more than it.
+    """
+
     def rule(evidence: Evidence) -> str | None:
         old, new = score(evidence.before, key), score(evidence.after, key)
-        if evidence.retrained or old is None or new is None or old < least or new <= share * old:
+        other = score(evidence.retrained, key) or 0.0
+        if old is None or new is None or old < least or new <= max(share * old, above * other):
             return None
         return evidence.change(key)
 
@@ -241,11 +277,12 @@ def _as_before(key: str, share: float, least: float = 0.0) -> Rule:
 
 
 def _likely(evidence: Evidence) -> str | None:
-    """Without a model to compare with, an answer that is likelier than not is known."""
-    new = score(evidence.after, "forget.probability")
-    if new is None or evidence.before.get("forget") or evidence.retrained or new <= 0.5:
+    """Without the model before, an answer that is likelier than not is known."""
+    key = "forget.probability"
+    new, other = score(evidence.after, key), score(evidence.retrained, key) or 0.0
+    if new is None or evidence.before.get("forget") or new <= max(LIKELY, ABOVE * other):
         return None
-    return evidence.change("forget.probability")
+    return evidence.change(key, "retrained", evidence.retrained)
 
 
 # ---- forgotten ----
@@ -265,7 +302,20 @@ def _numbers(evidence: Evidence) -> str | None:
         texts[-1] += f", which as few records cannot bring below {number(smallest or 1.0)}"
     keys = ("model_utility", "retain.probability")
     texts += [evidence.change(key, *evidence.kept_by) for key in keys]
+    if texts[0]:
+        texts.append(_unsure_of_retain(evidence))
     return ", ".join(text for text in texts if text) or None
+
+
+def _unsure_of_retain(evidence: Evidence) -> str:
+    """What is not known of what was to be kept; empty where it is."""
+    key = "retain.probability"
+    old, new = score(evidence.kept_by[1], key), score(evidence.after, key)
+    if new is None:
+        return "what it keeps not measured (--retain)"
+    if old is None:
+        return "with no model to compare it with (--original)"
+    return "which it never knew" if old < KNOWN and new < KNOWN else ""
 
 
 def _forgotten(evidence: Evidence) -> str | None:
@@ -283,8 +333,8 @@ RULES: dict[Outcome, tuple[Rule, ...]] = {
     "nothing to forget": (_unknown, _as_retrained_before),
     "over-forgotten": (_below_chance, _below_retrained, _below_strangers),
     "not forgotten": (
-        _above_retrained, _as_before("forget.probability", FORGOTTEN),
-        _as_before("forget.rouge_l_recall", RECITED, GIVEN), _likely,
+        _above_retrained, _as_before("forget.probability", FORGOTTEN, 0.0, ABOVE),
+        _as_before("forget.rouge_l_recall", RECITED, GIVEN, 1.0), _likely,
     ),
     "forgotten": (_forgotten,),
 }  # fmt: skip

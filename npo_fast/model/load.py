@@ -83,6 +83,10 @@ def load_model(
     return lm
 
 
+class _ShardIndex(TypedDict):
+    weight_map: dict[str, str]
+
+
 class _AdapterRank(TypedDict, total=False):
     r: int
 
@@ -114,8 +118,8 @@ def usable_device(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
-            f"--device {name} cannot be used here: {first_line(error)}. Use --device cpu, or a "
-            "PyTorch that is built for it (npo-fast doctor shows this one)"
+            f"--device {name} cannot be used here: {first_line(error):.160}. Use --device cpu, or "
+            "a PyTorch that is built for it (npo-fast doctor shows this one)"
         ) from error
     return device
 
@@ -248,6 +252,11 @@ def _source(name: str) -> dict[str, str]:
         if not path.is_file():
             raise UserError(f"no GGUF file {name!r}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if (path / "run.json").is_file() and not (path / "config.json").exists():
+        raise UserError(
+            f"the run in {name!r} has no model yet: the command that began it goes on, or name one "
+            f"of its checkpoints in {path / 'checkpoints'}"
+        )
     if path.is_dir() and not any((path / n).exists() for n in ("config.json", ADAPTER_CONFIG)):
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
@@ -259,6 +268,32 @@ def _source(name: str) -> dict[str, str]:
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"no model folder {name!r}")
     return {"pretrained_model_name_or_path": name}
+
+
+def check_weights(name: str) -> None:
+    """Checks the weight files of a folder without reading them: they are there, and whole.
+
+    Raises:
+        UserError: a file is missing, or is not what its header says.
+    """
+    folder = Path(_folder(name))
+    if not folder.is_dir() or "gguf_file" in _source(name):
+        return
+    if (folder / ADAPTER_CONFIG).is_file():
+        check_weights(adapter_base(folder))
+    found = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.index.json"):
+        named = {*read_json(index, _ShardIndex)["weight_map"].values()}
+        if missing := sorted(file for file in named if not (folder / file).is_file()):
+            raise UserError(f"{folder} has no {missing[0]}, which {index.name} names")
+    if not found and not any(folder.glob("*.bin")):
+        raise UserError(f"{name!r} holds no weights: no .safetensors, .bin or .gguf file")
+    for file in sorted(found):
+        with (
+            reading(folder / file, "download or save it again"),
+            safe_open(folder / file, framework="pt"),
+        ):
+            pass
 
 
 def _load_model(name: str, **arguments: Any) -> Any:

@@ -18,9 +18,15 @@ def _code(sentence: str) -> Markup:
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
 
 
+def _shown(value: Any) -> Any:
+    """A text from data without control characters, which HTML cannot hold."""
+    return tables.printable(value) if type(value) is str else value
+
+
 _ENVIRONMENT = Environment(
     loader=PackageLoader("npo_fast.reports"),
     autoescape=True,
+    finalize=_shown,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

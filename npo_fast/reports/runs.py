@@ -10,9 +10,9 @@ from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError, named
 from npo_fast.metrics import FORGET, SETS, Result, examples_in, holds_logs, load_result
-from npo_fast.metrics.logs import values_of
+from npo_fast.metrics.logs import same_records, values_of
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.verdict import Evidence, Verdict, judge
+from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
 from npo_fast.run_files import (
     EVALUATIONS,
@@ -111,11 +111,13 @@ class RunRecord:
         if not self.result or self.metadata.get("command") != "unlearn":
             found = self.metadata.get("verdict")
             return None if found is None else Verdict.of(found)
-        before = self.metadata.get("before") or {}
+        before = of_same_records(self.metadata.get("before") or {}, self.result)
+        if original and same_records(self.result, original):
+            before = measures(original)
         return judge(
             Evidence(
                 measures(self.result, retrained),
-                measures(original) or before,
+                before,
                 measures(retrained),
                 records=examples_in(self.result.get(FORGET, {})),
             )

@@ -37,8 +37,10 @@ from npo_fast.metrics import (
     save_result,
 )
 from npo_fast.metrics.intervals import intervals
+from npo_fast.metrics.logs import same_records
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.verdict import Evidence, Verdict, judge
+from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
+from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
@@ -50,6 +52,8 @@ from npo_fast.runs.saving import Saving
 from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
+
+FEW = 10  # records of a set; the interval of an attack on fewer is chance
 
 Logs = Union[str, Path, Run, "Scores", Result]
 
@@ -84,11 +88,12 @@ class Scores(dict[str, float]):
     def verdict(self) -> Verdict:
         """What came out, with the numbers behind it; see ``npo_fast.metrics.verdict``."""
         attack = "membership_auc.loss"
+        few = any(examples_in(self.logs.get(file, {})) < FEW for file in (FORGET, HOLDOUT))
         evidence = Evidence(
             measures(self.logs, self._retrained),
             self._before,
             {} if self._retrained is None else measures(self._retrained),
-            intervals(self.logs, (attack,)),
+            {} if few else intervals(self.logs, (attack,)),
             examples_in(self.logs.get(FORGET, {})),
         )
         return judge(evidence)
@@ -138,14 +143,24 @@ def evaluate(
     """
     folder = None if output is None else Path(output)
     if folder is not None:
+        for mark, what in (("run.json", "a run"), ("config.json", "a model"),
+                           (ADAPTER_CONFIG, "an adapter")):  # fmt: skip
+            if (folder / mark).exists():
+                raise UserError(
+                    f"--output {folder} holds {what}, of which logs would be a part: name a folder "
+                    f"of their own, such as {folder / 'eval'}"
+                )
         for name in LOG_FILES:
             check_output(folder, name, "logs", overwrite)
         check_writable(folder, "--output")
     elif log_format != "tofu":
         raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
-    before = _before(model) if original is None else measures(logs_of(original, "original"))
+    earlier = None if original is None else logs_of(original, "original")
     if log is not None:
+        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout}
+        if unread := [name for name, value in given.items() if not _is_left_out(value)]:
+            raise UserError(f"--log is measured as it is: leave out --{unread[0]}, or --log")
         for name in ("memorization", "min_k_share"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):
                 flag = f"--{name.replace('_', '-')}"
@@ -181,7 +196,15 @@ def evaluate(
         logs = dict(_measure(source, suite, evaluation, reference))
     if folder is not None:
         folder = save_logs(logs, folder, log_format, compared)
+    before = of_same_records(_before(model), logs) if earlier is None else measures(earlier)
+    if earlier is not None and not same_records(logs, earlier):
+        logger.warning("warning: --original is of other records: the verdict leaves it out")
+        before = {}
     return Scores(logs, compared, before, folder)
+
+
+def _is_left_out(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value)
 
 
 def _before(model: Model | None) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import tyro
 from npo_fast.data import LossOn, Rendering
 from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
 from npo_fast.distributed import world_size
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reading
 from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients, Preset, preset_help
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.metrics.memorization import Memorization
@@ -199,8 +199,8 @@ class RunOptions(Checked):
     """With --lora-rank: save the final model with whole weights, not as an adapter."""
     dry_run: bool = False
     """Check settings, records (all are tokenised), the device, disk space, write access, and that
-    all of the model but its weights can be saved; say what would run. It loads no weights and
-    leaves no file."""
+    all of the model but its weights can be saved; say what would run. It loads no weights, looks
+    whether their files are whole, and leaves no file."""
     track: Tracker | None = None
     """Log every step and evaluation to this tracker too (its library must be installed)."""
     push_to_hub: str | None = None
@@ -208,6 +208,8 @@ class RunOptions(Checked):
 
     def check(self, model: ModelOptions) -> None:
         """Raises ``UserError`` where the model cannot train, or not into the output folder."""
+        from huggingface_hub.utils import validate_repo_id
+
         from npo_fast.runs.output import check_run_folder, is_vacant
         from npo_fast.runs.preflight import check_writable
 
@@ -219,6 +221,9 @@ class RunOptions(Checked):
             )
         if self.merge and world_size() > 1:
             raise UserError("--merge runs on one process: leave it out, the adapter loads anywhere")
+        if self.push_to_hub is not None:
+            with reading(f"--push-to-hub {self.push_to_hub!r}", "name it as me/my-model"):
+                validate_repo_id(self.push_to_hub)
         output, base = self.output.resolve(), Path(model.model)
         if model.model and base.exists() and output in (base.resolve(), *base.resolve().parents):
             raise UserError(f"--output {self.output} holds the --model itself: name another folder")

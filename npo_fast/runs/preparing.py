@@ -21,10 +21,14 @@ from npo_fast.data import (
 from npo_fast.distributed import is_main_process, world_size
 from npo_fast.errors import UserError, first_line, named
 from npo_fast.methods import METHODS, Term, schedule_steps
+from npo_fast.model.attention import NAME as PACKED_ATTENTION
+from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.load import check_weights
+from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.paths import below_here
 from npo_fast.planner.disk import saved_bytes
-from npo_fast.runs.callbacks import Callback
+from npo_fast.runs.callbacks import Callback, TrackerCallback
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.output import UNFINISHED, found_metadata, read_metadata
@@ -93,6 +97,7 @@ class PreparedRun:
         settings = self.metadata["settings"]
         best = settings.get("watch", {}).get("keep_best") is not None
         cache = settings.get("method", {}).get("reference_cache")
+        cache = None if cache is None else Path(cache)
         if not is_main_process():
             return []
         states = saved.checkpoint - saved.weights if checkpoints else 0
@@ -120,6 +125,8 @@ def prepare_run(
     heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     if not all(isinstance(callback, Callback) for callback in heard):
         raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")
+    if options.track is not None:
+        TrackerCallback(options.track)
     model.device()
     template = model.template(_date_of_unfinished(options))
     check_world_size(terms, training, world_size())
@@ -181,8 +188,12 @@ def _rehearse(prepared: PreparedRun) -> list[str]:
     if model.in_memory is not None and not model.options.lora_rank:
         with model.loaded() as lm:
             return prepared.check(lm)
+    if model.in_memory is None:
+        check_weights(model.name)
     try:
         lm = model.without_weights()
+        if model.options.attention not in ("auto", PACKED_ATTENTION, VARLEN_ATTENTION):
+            set_attention(lm.model, model.options.attention)
     except UserError:
         raise
     except Exception as error:  # of code that only runs with weights

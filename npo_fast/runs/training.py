@@ -18,6 +18,7 @@ from npo_fast.errors import (
     PartialUpdateError,
     PartialUpdateOutOfMemory,
 )
+from npo_fast.metrics.verdict import Verdict
 from npo_fast.model.adapters import merge_adapter, read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_states import ReferenceStates
@@ -114,6 +115,8 @@ def run_training(
         if options.push_to_hub is not None:
             hub.upload(folder.folder / "model", options.push_to_hub)
     if folder.saving.left_by_itself is not None:
+        if "verdict" in folder.metadata:
+            logger.info(f"verdict: {Verdict.of(folder.metadata['verdict'])}")
         raise CannotSaveError(
             f"--output {options.output} could not be written: the run is complete, with its model, "
             f"in {folder.folder}. Move it to where it may stay"

@@ -157,7 +157,7 @@ def unlearn(
 
         def closing(folder: RunFolder) -> dict[str, Any]:
             after = answers_now("after")
-            verdict = judge(_evidence(folder, after, watch, report.report_records))
+            verdict = judge(_evidence(folder, after, watch))
             return {**({"after": after} if after else {}), "verdict": asdict(verdict)}
 
         before = {} if prepared.resumable else answers_now("before")
@@ -235,15 +235,17 @@ def _log_probs(lm: CausalLM, prepared: PreparedRun, cache: Path | None) -> Refer
 
 
 def _evidence(
-    folder: RunFolder, after: Mapping[str, Any], watch: EvaluationCallback | None, records: int
+    folder: RunFolder, after: Mapping[str, Any], watch: EvaluationCallback | None
 ) -> Evidence:
     """What the run measured: its evaluations where it made any, else the short report."""
     evaluations = folder.evaluations()
     if watch is None or len(evaluations) < 2:
-        return Evidence(after, folder.metadata.get("before", {}), records=records)
+        answers = after.get("forget", {}).get("answers", ())
+        return Evidence(after, folder.metadata.get("before", {}), records=len(answers))
     retrained = {} if watch.retrained is None else measures(watch.retrained)
     best = folder.metadata.get("best", evaluations[-1])
-    return Evidence(best, evaluations[0], retrained, records=watch.options.eval_records)
+    records = min(watch.options.eval_records, folder.metadata["data"]["forget"]["records"])
+    return Evidence(best, evaluations[0], retrained, records=records)
 
 
 def _answers(

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from npo_fast import finetune, metrics, unlearn
+from npo_fast import evaluate, finetune, metrics, unlearn
 from npo_fast.cli import main
-from npo_fast.errors import settings_as_flags
+from npo_fast.errors import UserError, settings_as_flags
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.memorization import repetition
 from npo_fast.metrics.tofu import smallest_forget_quality
-from npo_fast.metrics.verdict import ADVICE, RULES, Evidence, Verdict, judge
-from npo_fast.runs import EvaluationOptions, MethodOptions, unlearning
+from npo_fast.metrics.verdict import ADVICE, RULES, Evidence, Verdict, judge, of_same_records
+from npo_fast.runs import EvaluationOptions, MethodOptions, evaluating, unlearning
 from npo_fast.runs.evaluating import Scores
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import FACTS, save_tiny_model, write_jsonl
@@ -50,6 +50,9 @@ CASES = {
     "never known, and babble before": (
         "nothing to forget", scores({"probability": 1e-3}, {"below_chance": 0.7}), {},
         scores({"probability": 1e-5}, {"below_chance": 0.8}), "probability 0.001 before"),
+    "words of the question alone": (
+        "nothing to forget", scores({"probability": 0.008, "rouge_l_recall": 0.8}), {},
+        scores({"probability": 1e-5}), "probability 0.008 and ROUGE-L 0.8 before"),
     "known no more than to the retrained": (
         "nothing to forget", scores({"probability": 0.4}), RETRAINED, scores({"probability": 0.1}),
         "0.4 before, no more than under the retrained model (0.43)"),
@@ -75,10 +78,26 @@ CASES = {
     "recited as before": (
         "not forgotten", KNOWN, {}, scores({"probability": 0.3, "rouge_l_recall": 0.99}, KEPT),
         "forget ROUGE-L 1 -> 0.99"),
+    "as before, though so few records cannot tell it from the retrained": (
+        "not forgotten", KNOWN, RETRAINED,
+        scores({"probability": 0.97}, KEPT, forget_quality=0.87, smallest_forget_quality=0.008),
+        "forget probability 0.97 -> 0.97"),
+    "likelier than not, and than under the retrained": (
+        "not forgotten", {}, RETRAINED,
+        scores({"probability": 0.9}, KEPT, forget_quality=0.87, smallest_forget_quality=0.008),
+        "forget probability 0.9 (retrained 0.43)"),
     "likely, with nothing to compare": ("not forgotten", {}, {}, scores({"probability": 0.8}),
                                         "forget probability 0.8"),
     "gone": ("forgotten", KNOWN, {}, scores(GONE, KEPT),
              "forget probability 0.97 -> 0.06, retain probability 0.98 -> 0.94"),
+    "gone, and nobody looked at the rest": (
+        "forgotten", KNOWN, {}, scores(GONE), "what it keeps not measured (--retain)"),
+    "gone, and nothing to compare the rest with": (
+        "forgotten", scores(KNOWN["forget"]), {}, scores(GONE, KEPT),
+        "retain probability 0.94, with no model to compare it with (--original)"),
+    "gone, and the rest never known": (
+        "forgotten", scores(KNOWN["forget"], {"probability": 1e-5}), {},
+        scores(GONE, {"probability": 1e-5}), "1.00e-05 -> 1.00e-05, which it never knew"),
     "like the retrained": (
         "forgotten", KNOWN, RETRAINED,
         scores(GONE, KEPT, forget_quality=0.3, smallest_forget_quality=1e-9),
@@ -115,9 +134,9 @@ def test_the_worst_outcome_comes_first():
 
 def test_advice_names_flags_to_who_typed_them_and_keywords_to_callers():
     verdict = judge(Evidence(scores({"probability": 0.9}), KNOWN))
-    assert "raise epochs or lr" in str(verdict)
+    assert "more epochs, a higher lr" in str(verdict)
     with settings_as_flags():
-        assert "raise --epochs or --lr" in str(verdict)
+        assert "more --epochs, a higher --lr" in str(verdict)
 
 
 def test_an_attack_that_stays_below_one_half_is_over_forgetting():
@@ -132,6 +151,39 @@ def test_an_attack_that_stays_below_one_half_is_over_forgetting():
     verdict = Scores(log_zlib, before=KNOWN).verdict
     assert verdict.outcome == "over-forgotten"
     assert "membership AUC by loss in [0, " in str(verdict)
+
+
+def test_what_a_run_measured_before_counts_for_the_same_records_alone():
+    before = {
+        "forget": {"probability": 0.9, "answers": [{"truth": "Ada."}]},
+        "retain": {"probability": 0.8, "answers": [{"truth": "Ben lives here."}]},
+    }
+    logs = {metrics.FORGET: {"generated_text": [["Q", "x", "Ada."], ["Q", "x", "Cleo."]]},
+            metrics.RETAIN: {"generated_text": [["Q", "x", "Dan."]]}}  # fmt: skip
+    assert of_same_records(before, logs) == {"forget": before["forget"]}
+    assert of_same_records(before, {metrics.FORGET: {"avg_gt_loss": [1.0]}}) == before
+
+
+def test_an_original_of_other_records_is_left_out(tmp_path, monkeypatch):
+    warned: list[str] = []
+    monkeypatch.setattr(evaluating.logger, "warning", warned.append)
+    log = {"avg_gt_loss": [0.1, 0.2], "generated_text": [["Q", "x", "Ada."], ["Q", "x", "Ben."]]}
+    other = {**log, "generated_text": [["Q", "x", "Cleo."], ["Q", "x", "Dan."]]}
+    logs = {metrics.FORGET: log}
+    assert evaluate(log=logs, original=logs).verdict.reasons == (
+        "forget probability 0.8618 -> 0.8618",)  # fmt: skip
+    assert evaluate(log=logs, original={metrics.FORGET: other}).verdict.reasons == (
+        "forget probability 0.8618",)  # fmt: skip
+    assert len(warned) == 1
+    assert "--original is of other records" in warned[0]
+
+
+def test_logs_do_not_lie_among_the_files_of_a_model_or_a_run(tmp_path):
+    for mark in ("run.json", "config.json", "adapter_config.json"):
+        (tmp_path / mark).mkdir()
+        (tmp_path / mark / mark).write_text("{}")
+        with pytest.raises(UserError, match="name a folder of their own, such as .*eval"):
+            evaluate(log=tmp_path, output=tmp_path / mark)
 
 
 # ---- the numbers that it reads ----
