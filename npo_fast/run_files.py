@@ -76,6 +76,7 @@ class RunMetadata(TypedDict, total=False):
     """``run.json``, as far as it is read again."""
 
     status: str
+    moved_to: str
     command: str
     settings: dict[str, _Group]
     versions: dict[str, Any]

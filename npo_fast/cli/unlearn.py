@@ -56,6 +56,8 @@ def _chosen(options: EvaluationOptions, metadata: Mapping[str, Any]) -> str:
     measure = options.keep_best
     if measure is None:
         return "the model is in"
+    if "best_lost" in metadata:
+        return "the best model was lost; the model after the last step is in"
     if "best" not in metadata:
         return (
             f"no evaluation kept {options.min_utility:.0%} of the utility; the model after the "

@@ -128,7 +128,7 @@ def save_result(
     partial = {name: folder / f"{name}.partial" for name in files}
     try:  # beside those that are there, which a full disk must not cost
         for name, content in files.items():
-            text = json.dumps(content, ensure_ascii=False, indent=indent)
+            text = _json(content, indent)
             partial[name].write_text(text, encoding="utf-8")
     except OSError:
         for path in partial.values():
@@ -138,6 +138,16 @@ def save_result(
         (folder / name).unlink(missing_ok=True)
     for name, path in partial.items():
         path.replace(folder / name)
+
+
+def _json(content: Any, indent: int | None) -> str:
+    """JSON with letters as they are, unless there are half characters, which UTF-8 lacks."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent)
+    return text
 
 
 def _load_folder(folder: Path) -> dict[str, Log]:

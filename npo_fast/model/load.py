@@ -165,6 +165,10 @@ def load_tokenizer(name: str) -> Any:
     )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
+    if not isinstance(longest := tokenizer.model_max_length, (int, float)):
+        raise UserError(
+            f"the tokenizer of {name!r} has the model_max_length {short(longest)}: set a number"
+        )
     return tokenizer
 
 
@@ -253,6 +257,8 @@ def _source(name: str) -> dict[str, str]:
             raise UserError(f"no GGUF file {name!r}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if (path / "run.json").is_file() and not (path / "config.json").exists():
+        if moved := read_metadata(path).get("moved_to"):
+            raise UserError(f"the run in {name!r} went on in {moved}: name that")
         raise UserError(
             f"the run in {name!r} has no model yet: the command that began it goes on, or name one "
             f"of its checkpoints in {path / 'checkpoints'}"

@@ -38,6 +38,8 @@ def write_manifest(folder: Path, name: str = MANIFEST, **facts: Any) -> None:
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The facts and ``files`` of a folder; ``DamagedError`` where they are not as written."""
     file = folder / name
+    if file.exists() and not file.is_file():
+        raise DamagedError(f"{file} cannot be read (it is no file)")
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -129,7 +131,9 @@ def unsealed(content: Any, file: Path) -> dict[str, Any]:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; ``DamagedError`` where it is none, or cannot be read."""
+    if not path.is_file():  # reading a pipe may never end
+        raise DamagedError(f"cannot read {path} (it is no file)")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -152,17 +152,18 @@ class EvaluationCallback(Callback):
         if self.pending is not None:  # stopped between two evaluations
             self._evaluate(self.pending)
         if self.best:
-            best = {"measure": self.options.keep_best, **self.best}
-            self.training.final_metadata["best"] = best
             self._restore_best()
 
     def _restore_best(self) -> None:
         training = self.training
         try:
             training.folder.restore_best(training.lm)
-        except UserError as error:
-            path = training.folder.checkpoint(training.lm, training.tokenizer, training.state.step)
-            raise UserError(f"{error}. The model of the last step is in {path}") from error
+        except UserError as error:  # what was trained is not lost with it
+            logger.warning(f"WARNING: {error}; the model of the last step is the final one")
+            training.final_metadata["best_lost"] = str(error)
+        else:
+            best = {"measure": self.options.keep_best, **self.best}
+            training.final_metadata["best"] = best
 
     def _evaluate(self, record: StepRecord) -> None:
         training, self.pending = self.training, None

@@ -166,6 +166,8 @@ def evaluate(
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is for evaluating a --model; the --log has its own")
         logs = dict(logs_of(log, "log"))
+        if not any(logs.values()):
+            raise UserError("the log holds nothing to measure")
         if compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
             raise UserError(
                 "--retrained compares truth ratios of the forget set, and the log has none: "

@@ -22,7 +22,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,21 +29,20 @@ import torch
 from npo_fast.boundary import read_json
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import CannotSaveError, UserError
-from npo_fast.model.adapters import no_progress_bars, read_weights, write_weights
+from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import (
     MANIFEST,
     DamagedError,
     check_saved,
     sha256_of_file,
-    write_manifest,
 )
-from npo_fast.model.save import recover, save_file, save_folder, save_tokenizer
-from npo_fast.model.sharding import gather_state_dict
+from npo_fast.model.save import recover, save_file, save_folder
 from npo_fast.planner.disk import weights_bytes
 from npo_fast.run_files import EVALUATIONS, EvaluationLine
-from npo_fast.runs.output import check_run_folder, claimed, is_taken, is_vacant
+from npo_fast.runs.output import check_run_folder, claimed, is_of_run, is_taken, is_vacant
 from npo_fast.runs.records import Records
+from npo_fast.runs.saved_model import save_model
 from npo_fast.runs.saving import Saving, room
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
@@ -122,10 +120,12 @@ class RunFolder:
         metadata: Mapping[str, Any],
         found: bytes | None,
         facts: Mapping[str, Any],
+        trained: bool,
     ) -> "RunFolder":
         """The folder as it was when the manifest with these ``facts`` was written.
 
-        Records and checkpoints of later steps are deleted.
+        Records and checkpoints of later steps are deleted, and what ``run.json`` says of a final
+        model, unless that is where the run goes on: it was ``trained``.
         """
         run, step = cls(folder, metadata, claimed(folder, found)), facts["step"]
         run._records.resume(facts["records"])
@@ -138,9 +138,8 @@ class RunFolder:
             shutil.rmtree(path)
         for name in ("ended", "error"):
             run.metadata.pop(name, None)
-        if run.metadata.get("final", {}).get("step") != step:  # its model is damaged
-            for name in ("final", "best"):
-                run.metadata.pop(name, None)
+        for name in () if trained else ("final", "best"):
+            run.metadata.pop(name, None)
         resumed = [*metadata.get("resumed", ()), {"step": step, "at": _now()}]
         run.note(status="running", resumed=resumed)
         return run
@@ -159,6 +158,11 @@ class RunFolder:
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far."""
         return self._records.evaluations.records()
+
+    def last_step(self) -> StepRecord | None:
+        """The record of the last step; None before the first."""
+        records = self._records.steps.records()
+        return StepRecord(**records[-1]) if records else None
 
     def checkpoint(
         self,
@@ -280,8 +284,10 @@ class RunFolder:
                 if root == self.folder:
                     self._restore_lost()
                     self._records.steps.flush()  # a checkpoint is never ahead of its records
-                elif not is_vacant(root):
+                elif not (is_vacant(root) or is_of_run(root, self.metadata.get("id"))):
                     raise CannotSaveError(f"{root} is not empty")
+                else:
+                    self._records.reserve(root)
                 save_folder(root / name, write)
 
             if not insist:
@@ -298,11 +304,16 @@ class RunFolder:
         """Goes on in ``root``, where a model of this run is saved already; its records follow."""
         left, self.folder = self.folder, root
         logger.warning(f"THE RUN IS IN {root} FROM HERE ON: {left} could not be written")
-        for name in (REFERENCES, BEST):
-            if (left / name).exists() and not (root / name).exists():
+        newest = [path.relative_to(left) for path in checkpoints_of(left).values()][-1:]
+        kept: list[str | Path] = [REFERENCES, BEST, *([] if checkpoints_of(root) else newest)]
+        for name in kept:
+            source, target = left / name, root / name
+            if source.exists() and not target.exists():
+                partial = target.with_name(f"{target.name}.partial")
                 with suppress(OSError):
-                    copy = shutil.copytree if (left / name).is_dir() else shutil.copyfile
-                    copy(left / name, root / name)
+                    partial.parent.mkdir(parents=True, exist_ok=True)
+                    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, partial)
+                    partial.rename(target)
         self._records.move(root)
 
     def _facts(self, step: int) -> dict[str, Any]:
@@ -348,51 +359,6 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     paths = (folder / "checkpoints").glob("step-*")
     matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
-
-
-def wait_for_all(lm: CausalLM) -> None:
-    """Waits until the first rank has written; where it fails, the others are killed."""
-    if lm.world_size > 1:
-        all_reduce_max(0, lm.device)
-
-
-def save_model(
-    lm: CausalLM,
-    tokenizer: Any,
-    folder: Path,
-    more: Callable[[Path], object] | None = None,
-    replace: bool = True,
-    dtype: torch.dtype | None = None,
-    facts: Mapping[str, Any] = MappingProxyType({}),
-    put: Callable[[Path, Callable[[Path], None]], object] = save_folder,
-) -> None:
-    """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent.
-
-    All processes call it: the weights of a sharded model are gathered, and the first one writes.
-
-    Args:
-        facts: of its manifest.
-        put: puts what its second argument writes into a folder, or into another one.
-    """
-    weights = None
-    if lm.vocabulary_slice is not None:
-        weights = gather_state_dict(lm.model.state_dict(keep_vars=True))
-
-    def write(where: Path) -> None:
-        with no_progress_bars():
-            write_weights(lm, where, weights, dtype)
-        save_tokenizer(tokenizer, where)
-        if more is not None:
-            more(where)
-        write_manifest(where, **facts)
-
-    try:
-        if is_main_process() and (replace or not folder.exists()):
-            put(folder, write)
-    except CannotSaveError:
-        wait_for_all(lm)  # the run may go on, and so do the others
-        raise
-    wait_for_all(lm)
 
 
 def _now() -> str:

@@ -210,7 +210,13 @@ class RunOptions(Checked):
         """Raises ``UserError`` where the model cannot train, or not into the output folder."""
         from huggingface_hub.utils import validate_repo_id
 
-        from npo_fast.runs.output import check_run_folder, is_vacant
+        from npo_fast.runs.output import (
+            check_path,
+            check_run_folder,
+            is_of_run,
+            is_vacant,
+            read_metadata,
+        )
         from npo_fast.runs.preflight import check_writable
 
         model.check_training()
@@ -224,14 +230,19 @@ class RunOptions(Checked):
         if self.push_to_hub is not None:
             with reading(f"--push-to-hub {self.push_to_hub!r}", "name it as me/my-model"):
                 validate_repo_id(self.push_to_hub)
+        check_path(self.output, "--output")
+        check_path(Path(model.model), "--model")
         output, base = self.output.resolve(), Path(model.model)
         if model.model and base.exists() and output in (base.resolve(), *base.resolve().parents):
             raise UserError(f"--output {self.output} holds the --model itself: name another folder")
         check_run_folder(self.output, self.overwrite)
         check_writable(self.output, "--output")
         if self.fallback_output is not None:
+            check_path(self.fallback_output, "--fallback-output")
             check_writable(self.fallback_output, "--fallback-output")
-            if not is_vacant(self.fallback_output):
+            there, run = self.fallback_output, read_metadata(self.output).get("id")
+            goes_on_there = there.resolve() == output and run is not None
+            if not (goes_on_there or is_vacant(there) or is_of_run(there, run)):
                 raise UserError(
                     f"--fallback-output {self.fallback_output} is not empty; name a new folder (a "
                     "run that went on there goes on with that --output)"

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from npo_fast import run_files
+from npo_fast.boundary import check_regular
 from npo_fast.distributed import is_main_process
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reason_of, short
 from npo_fast.locks import lock
 from npo_fast.model.manifest import DamagedError, unsealed
 from npo_fast.run_files import RUN, STEPS
@@ -15,11 +16,22 @@ from npo_fast.run_files import RUN, STEPS
 UNFINISHED = ("running", "interrupted")  # the first is left behind by a process that was killed
 
 
+def check_path(path: Path, flag: str) -> None:
+    """Raises ``UserError`` for a path that no file system takes: too long, or with a NUL."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {short(str(path))}: {reason_of(error)}; name another") from error
+
+
 def check_run_folder(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that holds a run that came to its end, or anything that is not a run."""
+    check_path(folder, "--output")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the output {folder} is a file; name a folder")
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*")}
+    sizes = {path.name: path.lstat().st_size for path in folder.glob("*")}
     if RUN not in sizes:
         # what a run leaves that was killed before it began
         if sizes.keys() - {f"{RUN}.partial", STEPS} or sizes.get(STEPS):
@@ -30,14 +42,22 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
     metadata = {} if overwrite else read_metadata(folder)
     if metadata.get("status") == "moved":
         raise UserError(
-            f"the run in {folder} went on in {metadata['moved_to']}: name that --output to go on, "
-            "or add --overwrite"
+            f"the run in {folder} went on in {metadata.get('moved_to', 'another folder')}: name "
+            "that --output to go on, or add --overwrite"
         )
     if not overwrite and metadata.get("status") not in UNFINISHED:
         raise UserError(
             f"the output {folder} holds a run that has ended; name another folder, or add "
             "--overwrite"
         )
+
+
+def is_of_run(folder: Path, run: str | None) -> bool:
+    """Whether a folder holds the run with this id, such as one that was killed while it moved."""
+    try:
+        return run is not None and read_metadata(folder).get("id") == run
+    except UserError:
+        return False
 
 
 def is_vacant(folder: Path) -> bool:
@@ -97,6 +117,8 @@ def claimed(folder: Path, found: bytes | None) -> TextIO:
 
 def locked_records(folder: Path) -> TextIO:
     """``steps.jsonl``, to append to; the lock ends with the process, however that ends."""
+    if (folder / STEPS).is_symlink() or (folder / STEPS).exists():
+        check_regular(folder / STEPS)
     file = (folder / STEPS).open("a", encoding="utf-8")
     try:
         lock(file, wait=False)

@@ -81,8 +81,14 @@ class Journal:
         return size == self._written
 
     def move(self, path: Path) -> None:
-        """Takes another file from here on, into which ``flush`` writes all records."""
-        self.path, self._written = path, 0
+        """Takes another file from here on, into which ``flush`` writes what it does not hold."""
+        whole = path.is_file() and path.stat().st_size == len(self._content)
+        self.path, self._written = path, len(self._content) if whole else 0
+
+    def copy(self, path: Path) -> None:
+        """Writes all records into another file; raises ``OSError``."""
+        if self._content:
+            save_file(path, lambda file: file.write_bytes(self._content))
 
 
 class Records:
@@ -166,6 +172,21 @@ class Records:
         except OSError as error:
             raise CannotSaveError(f"cannot write {folder}: {error}") from error
         self.save()
+
+    def reserve(self, folder: Path) -> None:
+        """Writes all into another folder, without which the run could not go on there.
+
+        Raises:
+            CannotSaveError: it does not take them.
+        """
+        text = json.dumps(sealed({**self.metadata, "moved_from": str(self.folder)}), indent=2)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(folder / RUN, lambda file: file.write_text(text))
+            for name, journal in self.journals.items():
+                journal.copy(folder / name)
+        except OSError as error:
+            raise CannotSaveError(f"cannot write {folder}: {error}") from error
 
     def move(self, folder: Path) -> None:
         """Writes all into another folder, and into the one that is left where the run is now."""

@@ -29,10 +29,11 @@ from npo_fast.runs.callbacks import (
     TrackerCallback,
     Training,
 )
-from npo_fast.runs.folder import RunFolder, wait_for_all
+from npo_fast.runs.folder import RunFolder
 from npo_fast.runs.preparing import PreparedRun
 from npo_fast.runs.progress import ProgressBar
 from npo_fast.runs.run import Run
+from npo_fast.runs.saved_model import wait_for_all
 from npo_fast.runs.saving import Saving
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.loop import train
@@ -141,7 +142,9 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
             logger.info(f"stopped: {reason}")
             break
         training.between_steps = False
-    if record is None:  # resumed after the last step
+    if record is None:  # resumed after the last step, whose final model was lost
+        record = folder.last_step()
+    if record is None:
         return
     training.between_steps = True
     training.emit("on_trained")
@@ -233,7 +236,9 @@ def _open_folder(
         merge_adapter(lm)
     if world_size() == 1:  # several processes have read them before they sharded the model
         read_weights(lm, resumable.weights)
-    folder = RunFolder.resume(resumable.folder, resumable.metadata, prepared.found, resumable.facts)
+    folder = RunFolder.resume(
+        resumable.folder, resumable.metadata, prepared.found, resumable.facts, resumable.trained
+    )
     if evaluation is not None and not resumable.trained:
         evaluation.load_state(folder.evaluations(), folder.best())
     return folder

@@ -177,7 +177,7 @@ def _resolve(
     method: str | MethodOptions | tuple[Term, ...],
 ) -> tuple[MethodOptions, tuple[Term, ...]]:
     """The options of a method and its terms."""
-    if isinstance(method, (tuple, list)) and all(isinstance(term, Term) for term in method):
+    if isinstance(method, (tuple, list)) and method and all(isinstance(t, Term) for t in method):
         method = tuple(method)
         return MethodOptions(" + ".join(term.name for term in method)), method
     if not isinstance(method, (str, MethodOptions)):

@@ -89,6 +89,8 @@ def save_tensors(content: Mapping[str, Any], file: Path) -> None:
 
 def load_tensors(file: Path) -> dict[str, Any]:
     """Reads what ``save_tensors`` wrote, to CPU memory; ``DamagedError`` where it cannot."""
+    if file.exists() and not file.is_file():
+        raise DamagedError(f"{file} cannot be read: it is no file")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:

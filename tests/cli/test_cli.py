@@ -240,7 +240,7 @@ def test_a_failed_save_keeps_the_earlier_model(home, tmp_path, capsys):
 
     from npo_fast.errors import UserError
     from npo_fast.model.load import load_model, load_tokenizer
-    from npo_fast.runs.folder import save_model
+    from npo_fast.runs.saved_model import save_model
 
     lm, tokenizer = load_model(str(home / "base")), load_tokenizer(str(home / "base"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

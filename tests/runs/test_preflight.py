@@ -15,9 +15,9 @@ from npo_fast.errors import UserError
 from npo_fast.model.load import load_model, load_tokenizer, usable_device
 from npo_fast.planner import saved_bytes
 from npo_fast.runs import ModelOptions, RunOptions, TrainSettings
-from npo_fast.runs.folder import save_model
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.preflight import Need, check_room
+from npo_fast.runs.saved_model import save_model
 from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.state import TrainState
 from tests.helpers import FACTS, save_tiny_model, write_jsonl

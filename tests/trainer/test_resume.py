@@ -20,7 +20,7 @@ from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.runs.folder import save_model
+from npo_fast.runs.saved_model import save_model
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.settings import TrainSettings
@@ -268,7 +268,7 @@ def test_a_run_resumes_with_settings_that_need_less_memory(home, tmp_path):
 @pytest.mark.slow
 def test_a_run_with_other_settings_or_data_is_not_resumed(home, killed, capsys):
     before = (killed / "steps.jsonl").read_bytes()
-    shutil.copy(home / "retain.jsonl", killed.parent / "forget.jsonl")
+    write_jsonl(killed.parent / "forget.jsonl", [{**fact, "answer": "No."} for fact in FACTS[6:]])
     changes = {
         ("--lr", "1e-3"): "lr is 0.003 there and 0.001 here",
         ("--loss-on", "all"): "loss_on is 'last' there and 'all' here",
