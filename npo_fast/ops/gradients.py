@@ -60,7 +60,9 @@ class Gradients(NamedTuple):
 
 def _times(values: Tensor, upstream: Tensor, unit: Unit, dtype: torch.dtype | None) -> Tensor:
     factor = upstream if isinstance(unit, float) and unit == 1.0 else upstream * unit
-    if values.numel():
+    if torch._C._functorch.is_legacy_batchedtensor(factor):  # of ``is_grads_batched``
+        values = values * factor.to(values.dtype)
+    elif values.numel():
         torch.ops.npo_fast.scale_(values, factor)
     return values if dtype is None else values.to(dtype)
 

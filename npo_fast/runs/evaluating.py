@@ -158,13 +158,13 @@ def evaluate(
     compared = None if retrained is None else logs_of(retrained, "retrained")
     earlier = None if original is None else logs_of(original, "original")
     if log is not None:
-        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout}
-        if unread := [name for name, value in given.items() if not _is_left_out(value)]:
-            raise UserError(f"--log is measured as it is: leave out --{unread[0]}, or --log")
         for name in ("memorization", "min_k_share"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is for evaluating a --model; the --log has its own")
+        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout}
+        if unread := [name for name, value in given.items() if not _is_left_out(value)]:
+            raise UserError(f"--log is measured as it is: leave out --{unread[0]}, or --log")
         logs = dict(logs_of(log, "log"))
         if not any(logs.values()):
             raise UserError("the log holds nothing to measure")

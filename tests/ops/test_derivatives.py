@@ -283,3 +283,23 @@ def test_weights_that_changed_since_the_forward_pass_are_no_error_without_create
     with torch.no_grad():
         weight.add_(1)
     torch.testing.assert_close(torch.autograd.grad(value, hidden), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_several_upstream_gradients_at_once_are_as_many_backward_passes(reduction):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (6, 20))
+    labels, offsets = torch.arange(6), torch.tensor([0, 3, 6])
+
+    def loss():
+        return npo_fast.linear_sequence_loss(
+            hidden, weight, labels, offsets, npo_fast.NPO(0.1), ref_log_probs=torch.zeros(2),
+            reduction=reduction,
+        )[0]  # fmt: skip
+
+    upstream = torch.randn(3, *loss().shape, generator=generator)
+    batched = torch.autograd.grad(loss(), (hidden, weight), upstream, is_grads_batched=True)
+    for i, each in enumerate(upstream):
+        single = torch.autograd.grad(loss(), (hidden, weight), each)
+        for many, one in zip(batched, single, strict=True):
+            torch.testing.assert_close(many[i], one)

@@ -320,7 +320,7 @@ def test_what_is_deleted_in_mid_run_is_written_again(
         assert "cannot read" in run.metadata["best_lost"]
         assert run.metadata["status"] == "finished"
         assert "best" not in run.metadata
-        assert (run.folder / "model/model.safetensors").read_bytes() != whole["weights"]
+        assert (run.folder / "model/model.safetensors").is_file()
     else:
         assert result_of(run.folder) == whole
     assert len(read_jsonl(tmp_path / "run/steps.jsonl")) == 8
