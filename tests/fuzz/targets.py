@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -156,7 +157,12 @@ def _use_arguments(folder: Path, rng: Random) -> None:
     for _ in range(rng.choice((1, 1, 2))):
         flag, value = rng.choice(_flags(verb)), rng.choice(ODD)
         given += rng.choice(([flag, value], [flag], [f"{flag}={value}"], [value]))
-    run_command([verb, *given])
+    here = os.getcwd()
+    os.chdir(folder)  # a relative output is one of the case
+    try:
+        run_command([verb, *given])
+    finally:
+        os.chdir(here)
 
 
 def run_command(arguments: list[str]) -> None:
