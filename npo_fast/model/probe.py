@@ -155,9 +155,11 @@ def _measure_alone(
                 raise
             why = first_line(error)
         if is_native:
+            largest = max(float(p.detach().abs().max()) for p in lm.model.parameters())
             raise UserError(
                 f"{lm.name}: its decoder, called by itself, does other than within its forward "
-                f"({why})"
+                f"({why}). Its largest weight is {largest:.3g}: where a run with too high a --lr "
+                "left it so, it is of no use"
             )
         if not any_attention:
             raise UserError(
