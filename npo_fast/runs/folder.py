@@ -338,14 +338,14 @@ class RunFolder:
         if not lost:
             return
         before, beside = self.folder, ""
-        if not self._records.is_locked and is_taken(before, self.metadata["id"]):
-            self.folder = before.with_name(f"{before.name}-{self.metadata['id']}")
-            beside = f" in {self.folder}, for another run has its place"
         try:
+            if not self._records.is_locked and is_taken(before, self.metadata["id"]):
+                self.folder = before.with_name(f"{before.name}-{self.metadata['id']}")
+                beside = f" in {self.folder}, for another run has its place"
             self._records.restore(self.folder)
             if self._references and not (self.folder / REFERENCES).exists():
                 self._write_references()
-        except CannotSaveError as error:
+        except (CannotSaveError, OSError) as error:
             logger.debug(f"not restored yet: {error}")  # whoever writes next says so
             return
         logger.warning(
