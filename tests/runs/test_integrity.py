@@ -328,6 +328,25 @@ def test_what_is_deleted_in_mid_run_is_written_again(
     assert "went missing or changed while it goes on: written again from memory" in warnings[0]
 
 
+@pytest.mark.slow
+def test_a_final_model_that_is_damaged_is_no_checkpoint_under_the_name_of_the_best(base, tmp_path):
+    class Enough(npo_fast.Callback):
+        def on_step(self, record):
+            self.should_stop = "enough" if record.step >= 3 else None
+
+    folder = unlearn(base, tmp_path / "run", Enough()).folder
+    metadata = {**metadata_of(folder), "status": "running"}  # killed before it said how it ended
+    del metadata["sha256"]
+    (folder / "run.json").write_text(json.dumps(metadata))
+    model = folder / "model/model.safetensors"
+    model.write_bytes(flip(0.5)(model.read_bytes()))
+    run = unlearn(base, folder, Enough())
+    assert run.metadata["status"] == "finished"
+    best = json.loads((folder / "checkpoints/best/evaluation.json").read_text())
+    assert run.metadata["best"]["step"] == best["step"]
+    assert model.read_bytes() == (folder / "checkpoints/best/model.safetensors").read_bytes()
+
+
 def test_a_model_that_is_deleted_during_the_report_is_saved_again(base, whole, tmp_path):
     class Late(npo_fast.Callback):
         def on_end(self):
