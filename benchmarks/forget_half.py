@@ -40,8 +40,8 @@ from npo_fast.bench.provenance import provenance
 from npo_fast.data import Template
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.suite import tofu_suite
+from npo_fast.metrics.verdict import MEANINGFUL
 from npo_fast.model.load import load_model, load_tokenizer
-from npo_fast.reports.figures import MEANINGFUL
 
 RESULTS = Path(__file__).parent / "results"
 TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"

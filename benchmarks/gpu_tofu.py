@@ -69,10 +69,10 @@ from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.experiments.demo.dataset import make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import FINETUNE, Coefficients, Term, build_method
+from npo_fast.metrics.verdict import MEANINGFUL
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.model.probe import run_probe
-from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.trainer.loop import reference_log_probs, train
 from npo_fast.trainer.order import batch_keys, step_count
 from npo_fast.trainer.settings import StepRecord, TrainSettings

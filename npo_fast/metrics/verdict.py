@@ -96,6 +96,14 @@ class Evidence:
             return None
         return score(self.after, "forget_quality")
 
+    @property
+    def told_apart(self) -> str | None:
+        """The forget quality in words, where it tells the model from the retrained one."""
+        quality = self.quality
+        if quality is None or quality >= MEANINGFUL:
+            return None
+        return f"forget quality {number(quality)}"
+
     def change(self, key: str, name: str = "before", other: Scores | None = None) -> str:
         """A measure of both models in words: "forget probability 0.97 -> 0.06"."""
         old = score(self.before if other is None else other, key)
@@ -157,14 +165,16 @@ def _lost(key: str, least: float = KNOWN) -> Rule:
 
 
 def _babble(evidence: Evidence) -> str | None:
-    share = score(evidence.after, "retain.below_chance")
-    if (
-        share is None
-        or share <= MOST
-        or (score(evidence.before, "retain.below_chance") or 0) > MOST
-    ):
+    if (score(evidence.before, "retain.below_chance") or 0) > MOST:  # it knew none of them
         return None
-    return f"{share:.0%} of the retain answers are less likely than random tokens"
+    return _less_likely_than_chance(evidence, "retain")
+
+
+def _less_likely_than_chance(evidence: Evidence, part: str) -> str | None:
+    share = score(evidence.after, f"{part}.below_chance")
+    if share is None or share <= MOST:
+        return None
+    return f"{share:.0%} of the {part} answers are less likely than random tokens"
 
 
 def _loops(part: str) -> Rule:
@@ -212,25 +222,18 @@ def _as_retrained_before(evidence: Evidence) -> str | None:
 
 
 def _below_chance(evidence: Evidence) -> str | None:
-    share = score(evidence.after, "forget.below_chance")
-    if share is None or share <= MOST:
-        return None
-    return f"{share:.0%} of the forget answers are less likely than random tokens"
+    return _less_likely_than_chance(evidence, "forget")
 
 
 def _below_retrained(evidence: Evidence) -> str | None:
-    key, quality = "forget.probability", evidence.quality
+    key, told_apart = "forget.probability", evidence.told_apart
     ours, theirs = score(evidence.after, key), score(evidence.retrained, key)
     if ours is None or theirs is None:
         return None
-    if quality is not None and quality < MEANINGFUL and ours < theirs:
-        return (
-            f"forget quality {number(quality)}, and "
-            f"{evidence.change(key, 'retrained', evidence.retrained)}"
-        )
-    if ours < FAR_BELOW * theirs:
-        return evidence.change(key, "retrained", evidence.retrained)
-    return None
+    text = evidence.change(key, "retrained", evidence.retrained)
+    if told_apart and ours < theirs:
+        return f"{told_apart}, and {text}"
+    return text if ours < FAR_BELOW * theirs else None
 
 
 def _below_strangers(evidence: Evidence) -> str | None:
@@ -247,15 +250,14 @@ def _below_strangers(evidence: Evidence) -> str | None:
 
 
 def _above_retrained(evidence: Evidence) -> str | None:
-    key, quality = "forget.probability", evidence.quality
+    key, told_apart = "forget.probability", evidence.told_apart
     ours, theirs = score(evidence.after, key), score(evidence.retrained, key)
-    told_apart = quality is not None and quality < MEANINGFUL
     if ours is None or theirs is None:
-        return f"forget quality {number(quality)}" if quality is not None and told_apart else None
+        return told_apart
     text = evidence.change(key, "retrained", evidence.retrained)
-    if quality is not None and told_apart:
-        return f"forget quality {number(quality)}, and {text}"
-    return text if quality is None and ours > ABOVE * theirs else None
+    if told_apart:
+        return f"{told_apart}, and {text}"
+    return text if evidence.quality is None and ours > ABOVE * theirs else None
 
 
 def _as_before(key: str, share: float, least: float, above: float) -> Rule:

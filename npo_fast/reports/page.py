@@ -12,10 +12,9 @@ from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import REPORTED, measures, score
-from npo_fast.metrics.verdict import Verdict
+from npo_fast.metrics.verdict import MEANINGFUL, Verdict
 from npo_fast.paths import places, shown
 from npo_fast.reports import svg
-from npo_fast.reports.figures import MEANINGFUL
 from npo_fast.reports.html import MARK, render
 from npo_fast.reports.runs import RunRecord, logged_answers
 
@@ -40,6 +39,7 @@ class Report:
 
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = []  # cells by column, of runs and models to compare with
+        self.verdicts: list[tuple[str, str]] = []  # of each run by name, in full
         self._errors: list[str] = []  # a sentence for each log that cannot be compared
         for run in self.runs:
             try:
@@ -47,7 +47,10 @@ class Report:
             except UserError as error:
                 self._errors.append(f"{run.name}: {error}")
                 measured, source = run.measured({})
-            self.rows.append(_row(run, measured, source, self._verdict(run)))
+            verdict = self._verdict(run)
+            if verdict is not None:
+                self.verdicts.append((run.name, str(verdict)))
+            self.rows.append(_row(run, measured, source, verdict))
         for name, result in self._anchors.items():
             try:
                 measured = measures(result, self.retrained)
@@ -112,7 +115,7 @@ class Report:
         return render(
             "report",
             title="Unlearning report",
-            verdicts=self._verdicts(),
+            verdicts=self.verdicts,
             intervals=self._intervals,
             runs=tables.from_records(self.rows),
             tradeoff=self._tradeoff(),
@@ -128,18 +131,13 @@ class Report:
     def markdown(self) -> str:
         """The table of runs, and what is missing."""
         parts = [MARK, "# Unlearning report", tables.markdown(*tables.from_records(self.rows))]
-        if verdicts := self._verdicts():
-            lines = (f"- {tables.markdown_text(f'{name}: {text}')}" for name, text in verdicts)
+        if self.verdicts:
+            lines = (f"- {tables.markdown_text(f'{name}: {text}')}" for name, text in self.verdicts)
             parts += ["Verdicts:", "\n".join(lines)]
         if self.missing:
             sentences = map(tables.markdown_text, map(self._published, self.missing))
             parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in sentences)]
         return "\n\n".join(parts) + "\n"
-
-    def _verdicts(self) -> list[tuple[str, str]]:
-        """Each run by name with its verdict in full, where it has one."""
-        verdicts = ((run.name, self._verdict(run)) for run in self.runs)
-        return [(name, str(verdict)) for name, verdict in verdicts if verdict is not None]
 
     @cached_property
     def _intervals(self) -> tuple[tables.Cells, list[str]]:

@@ -134,9 +134,8 @@ class Records:
 
     def save_metadata(self) -> None:
         """Writes ``run.json``; raises ``CannotSaveError``."""
-        text = json.dumps(sealed(self.metadata), indent=2)
         try:
-            save_file(self.folder / RUN, lambda file: file.write_text(text))
+            _write_metadata(self.folder / RUN, self.metadata)
         except OSError as error:
             raise CannotSaveError(f"cannot write {self.folder / RUN}: {error}") from error
 
@@ -179,10 +178,9 @@ class Records:
         Raises:
             CannotSaveError: it does not take them.
         """
-        text = json.dumps(sealed({**self.metadata, "moved_from": str(self.folder)}), indent=2)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(folder / RUN, lambda file: file.write_text(text))
+            _write_metadata(folder / RUN, {**self.metadata, "moved_from": str(self.folder)})
             for name, journal in self.journals.items():
                 journal.copy(folder / name)
         except OSError as error:
@@ -200,11 +198,15 @@ class Records:
             self.lock.close()
 
 
+def _write_metadata(file: Path, metadata: Mapping[str, Any]) -> None:
+    text = json.dumps(sealed(metadata), indent=2)
+    save_file(file, lambda new: new.write_text(text))
+
+
 def _mark_as_moved(file: Path, mark: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Says in the ``run.json`` that is left where the run is now, as far as that can be written."""
-    text = json.dumps(sealed({**metadata, **mark}), indent=2)
     try:
-        save_file(file, lambda new: new.write_text(text))
+        _write_metadata(file, {**metadata, **mark})
     except OSError:
         with suppress(OSError), file.open("r+") as old:  # a few bytes in place, on a full disk
             old.write(json.dumps(sealed(mark)))
