@@ -4,7 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 from npo_fast._version import __version__
 from npo_fast.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
-from npo_fast.losses import CEU, DPO, GA, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO, npo_loss
+from npo_fast.losses import (
+    CEU,
+    DPO,
+    GA,
+    KTO,
+    NLL,
+    NPO,
+    TNPO,
+    WGA,
+    SatImp,
+    SimNPO,
+    npo_loss,
+    suggest_beta,
+)
 from npo_fast.modules import (
     FusedLinearDPOLoss,
     FusedLinearGALoss,
@@ -54,5 +67,5 @@ __all__ = [
     "ModelOptions", "NonFiniteError", "OutOfMemory", "ReportOptions", "Run", "RunOptions", "SatImp",
     "Scores", "SequenceLoss", "SimNPO", "Skipped", "TrainSettings", "UserError", "__version__",
     "attack", "evaluate", "finetune", "head_of", "linear_kl", "linear_log_probs",
-    "linear_sequence_loss", "npo_loss", "report", "segment_sum", "sequence_log_probs", "unlearn",
+    "linear_sequence_loss", "npo_loss", "report", "segment_sum", "sequence_log_probs", "suggest_beta", "unlearn",
 ]  # fmt: skip

@@ -76,7 +76,11 @@ class Coefficients:
     Those that weight a term must be 0 or more; a loss checks the others itself.
     """
 
-    beta: float | None = _coefficient("Inverse temperature (WGA: exponent)")
+    beta: float | None = _coefficient(
+        "Inverse temperature (WGA: exponent)",
+        note=' "auto" (NPO, DPO, AltPO, KTO): from what there is to forget; add --retrained, '
+        "--holdout or --base-model.",
+    )
     delta: float | None = _coefficient("SimNPO's margin")
     beta1: float | None = _coefficient("SatImp's exponent of p")
     beta2: float | None = _coefficient("SatImp's exponent of 1 - p")

@@ -72,6 +72,12 @@ class EvaluationLine(_Step, total=False):
     retain: _OfSet
 
 
+class _Level(TypedDict):  # ``metrics.verdict.Level``
+    reference: float
+    unknown: float
+    source: str
+
+
 class RunMetadata(TypedDict, total=False):
     """``run.json``, as far as it is read again."""
 
@@ -90,6 +96,8 @@ class RunMetadata(TypedDict, total=False):
     peak_mib: float | None
     micro_batch_tokens: int | None
     threads: int
+    level: _Level
+    beta: float
 
 
 def read_metadata(folder: Path, cure: str = "") -> dict[str, Any]:

@@ -55,23 +55,20 @@ def run(command: Command) -> Output:
 
 
 def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str:
-    original = outcomes["original"].last.model_utility or 1.0
+    original = outcomes["original"].model_utility or 1.0
 
     def row(name: str, outcome: "Outcome") -> list[str]:
-        peak, last = outcome.peak, outcome.last
-        at = f" (epoch {peak.epoch})" if outcome.path else ""
+        best = f"{tables.number(outcome.best.forget_quality)} (epoch {outcome.best.epoch})"
+        utility = f"{outcome.model_utility:.3f} ({outcome.model_utility / original:.0%})"
         return [
             name,
-            tables.number(peak.forget_quality) + at,
-            _utility(peak.model_utility, original),
-            tables.number(last.forget_quality),
-            _utility(last.model_utility, original),
+            best if outcome.time_s else "",
+            tables.number(outcome.last.forget_quality),
+            utility,
             outcome.verdict.outcome,
         ]
 
-    header = (
-        "model", "forget quality: peak", "utility there", "at the end", "utility then", "verdict"
-    )  # fmt: skip
+    header = ("model", "forget quality: best", "at the end", "utility at the end", "verdict")
     lines = [tables.plain((row(name, outcome) for name, outcome in outcomes.items()), header)]
     lines.append(
         "\nforget quality: p-value against the model that was never taught (above 0.05: no "
@@ -80,9 +77,12 @@ def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str
     for which, record in demo.shown.items():
         lines += ["", f"{which}: {record.question}", f"  {'truth':<10}{record.answer}"]
         lines += [f"  {name:<10}{outcome.answers[which]}" for name, outcome in outcomes.items()]
-    lines.append(f"\n{time_s:.0f} s; models, logs and plot are in {demo.folder}")
+    conclusion = demo.describe(outcomes, time_s)["conclusion"]
+    lines.append(f"\n{conclusion[0].upper()}{conclusion[1:]}")
+    lines.append(
+        f"\n{time_s:.0f} s; the page is {demo.folder / 'report.html'}, the plot unlearning.png "
+        "beside it,\nand every model goes on as it is: "
+        f"npo-fast unlearn --model {demo.folder / 'original'} --data {demo.folder / 'data'} "
+        "--forget forget --retain retain"
+    )
     return "\n".join(lines)
-
-
-def _utility(value: float | None, original: float) -> str:
-    return "" if value is None else f"{value:.3f} ({value / original:.0%})"

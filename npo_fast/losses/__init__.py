@@ -7,11 +7,12 @@ is the few lines of its formula. Minimising a forget loss lowers ``l_i``. ``KL``
 the whole distribution.
 """
 
+from npo_fast.losses.beta import suggest_beta
 from npo_fast.losses.kl import KL
 from npo_fast.losses.sequence import DPO, GA, KTO, NLL, NPO, Averaged, SimNPO, npo_loss
 from npo_fast.losses.tokens import CEU, TNPO, WGA, SatImp
 
 __all__ = [
     "CEU", "DPO", "GA", "KL", "KTO", "NLL", "NPO", "TNPO", "WGA", "Averaged", "SatImp", "SimNPO",
-    "npo_loss",
+    "npo_loss", "suggest_beta",
 ]  # fmt: skip

@@ -72,6 +72,22 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Level:
+    """Mean log-probs of a whole forget answer, in nats."""
+
+    reference: float
+    """Under the model before unlearning."""
+    unknown: float
+    """Under a model that never knew it."""
+    source: str
+    """What told ``unknown``."""
+
+    def gone(self, log_prob: float) -> float:
+        """The share of the way from ``reference`` to ``unknown``; above 1 it is beyond."""
+        return (self.reference - log_prob) / (self.reference - self.unknown)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What was measured of a model, and of models to compare it with; {} where there is none."""
 
@@ -80,6 +96,8 @@ class Evidence:
     retrained: Scores = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of ``after``, by key
     records: int | None = None  # forget records measured
+    level: Level | None = None  # where a model stands that never knew them, ...
+    log_prob: float | None = None  # ... and where this one stands
 
     @property
     def kept_by(self) -> tuple[str, Scores]:

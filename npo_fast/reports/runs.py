@@ -80,8 +80,13 @@ class RunRecord:
         return self.settings.get(group, {}).get(name)
 
     def number(self, group: str, name: str) -> float | None:
-        """The value of a flag that is a number; ``UserError`` where the run records another."""
+        """The value of a flag that is a number; ``UserError`` where the run records another.
+
+        Of "auto" it is what the run found.
+        """
         value: float | None = self.setting(group, name)
+        if value == "auto":
+            value = self.metadata.get(name)
         with named(f"{self.folder / RUN} is damaged"):
             check_shape(value, float | None, f"settings.{group}.{name}")
         return value

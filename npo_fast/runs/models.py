@@ -220,6 +220,13 @@ class ModelSource:
         return CausalLM(model, options.attention)
 
 
+def name_of(model: Model) -> str:
+    """A model as ``run.json`` names it: by name or folder; one in memory by its class."""
+    if isinstance(model, Run):
+        return str(model.folder)
+    return str(model) if isinstance(model, (str, Path)) else f"{type(model).__name__} (in memory)"
+
+
 def _as_trained(given: Rendering, run: Mapping[str, Any]) -> Rendering:
     """What is given, and for the rest the rendering of ``run``, the ``run.json`` of the model."""
     if not run:

@@ -10,7 +10,14 @@ from npo_fast.data import LossOn, Rendering
 from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, reading
-from npo_fast.methods import COEFFICIENTS, METHODS, Coefficients, Preset, preset_help
+from npo_fast.methods import (
+    COEFFICIENTS,
+    METHODS,
+    Coefficient,
+    Coefficients,
+    Preset,
+    preset_help,
+)
 from npo_fast.metrics.measures import Condition, find_measure
 from npo_fast.metrics.memorization import Memorization
 from npo_fast.trainer.settings import TrainSettings
@@ -27,6 +34,7 @@ TemplateKwargs = Annotated[
         str_from_instance=as_pairs,
     ),
 ]
+AUTO = "auto"  # of beta: from what there is to forget
 FINETUNING = TrainSettings(epochs=5)
 RELEARNING = TrainSettings(epochs=5, batch_size=8)
 AnswersWithLoss = Annotated[
@@ -109,7 +117,15 @@ class _Method(Checked):
 
     def coefficients(self) -> Coefficients:
         """Those that are set, as ``build_method`` takes them."""
-        return Coefficients(**{name: getattr(self, c.flag) for name, c in COEFFICIENTS.items()})
+        values = {name: getattr(self, c.flag) for name, c in COEFFICIENTS.items()}
+        return Coefficients(**{name: None if v == AUTO else v for name, v in values.items()})
+
+
+
+
+def _kinds_of(coefficient: Coefficient) -> Any:
+    kind = coefficient.kind | None
+    return kind | Literal[AUTO] if coefficient.name == "beta" else kind  # type: ignore[valid-type]
 
 
 _PRESET_HELP = (
@@ -126,7 +142,7 @@ else:
             ("preset", Annotated[Preset | None, tyro.conf.arg(help=_PRESET_HELP)], None),
         ]
         + [
-            (each.flag, Annotated[each.kind | None, tyro.conf.arg(help=each.help)], None)
+            (each.flag, Annotated[_kinds_of(each), tyro.conf.arg(help=each.help)], None)
             for each in COEFFICIENTS.values()
         ],
         bases=(_Method,),
@@ -170,7 +186,7 @@ class EvaluationOptions(Checked):
             find_measure(self.keep_best)
         if self.stop_when is not None:
             Condition.parse(self.stop_when)
-        for name in ("retrained", "keep_best", "stop_when", "min_utility", "memorization"):
+        for name in ("keep_best", "stop_when", "min_utility", "memorization"):
             if getattr(self, name) != getattr(type(self), name) and not self.eval_every:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} looks at evaluations: add --eval-every STEPS")
@@ -263,6 +279,14 @@ class UnlearnData(Checked):
     """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
     alternate: str | None = None
     """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+    holdout: str | None = None
+    """For --beta auto and the verdict, where there is no --retrained log: records like --forget
+    that the model never saw, a file or split. They tell how likely unknown answers are to it."""
+    base_model: str | None = None
+    """The same, where there is no --holdout: the model before it was taught."""
+    unknown_log_prob: float | None = None
+    """The same, where there is neither: the mean log-prob, in nats, of a whole forget answer under
+    a model that never knew it, such as -11.5."""
     loss_on: AnswersWithLoss = "last"
 
 

@@ -37,8 +37,9 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import check_cache
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
 from npo_fast.runs.folder import RunFolder
-from npo_fast.runs.models import Model, ModelSource
+from npo_fast.runs.models import Model, ModelSource, name_of
 from npo_fast.runs.options import (
+    AUTO,
     EvaluationOptions,
     MethodOptions,
     ModelOptions,
@@ -52,6 +53,7 @@ from npo_fast.runs.progress import progress
 from npo_fast.runs.references import run_log_probs
 from npo_fast.runs.run import Run
 from npo_fast.runs.training import ReferenceData, run_training
+from npo_fast.runs.unknown import UnknownSources, mean_log_prob, with_level
 from npo_fast.trainer.loop import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
@@ -70,6 +72,9 @@ def unlearn(
     data: str | Path | None = None,
     idk: str | Path | None = None,
     alternate: str | Path | None = None,
+    holdout: Records | None = None,
+    base_model: Model | None = None,
+    unknown_log_prob: float | None = None,
     loss_on: LossOn = "last",
     tokenizer: Any = None,
     loading: ModelOptions = ModelOptions(),
@@ -94,6 +99,12 @@ def unlearn(
         data: hub dataset or folder that ``forget`` and ``retain`` are splits of.
         idk: file of refusals, one a line, for IDK, DPO and KTO.
         alternate: file or split with AltPO's answers to the forget questions.
+        holdout: records like ``forget`` that the model never saw, in the same forms. For
+            ``beta="auto"`` and the verdict, as are the next two and ``evaluation.retrained``: they
+            tell how likely the forget answers are to a model that never knew them
+            (``npo_fast.suggest_beta``). The first that is given decides, ``retrained`` first.
+        base_model: the model before it was taught.
+        unknown_log_prob: the mean log-prob of a whole forget answer there, in nats.
         loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
         tokenizer: of a model in memory.
         loading: how the model is loaded, and how text becomes tokens.
@@ -108,11 +119,16 @@ def unlearn(
     source = ModelSource(model, loading, tokenizer)
     options = run if output is None else replace(run, output=Path(output))
     forget, retain = as_rows(forget, "forget"), as_rows(retain, "retain")
+    holdout = as_rows(holdout, "holdout")
     inputs = UnlearnData(
         describe(forget), describe(retain), describe(data), describe(idk), describe(alternate),
-        loss_on,
+        describe(holdout), None if base_model is None else name_of(base_model), unknown_log_prob, loss_on,
     )  # fmt: skip
     method, terms = _resolve(method)
+    level_from = UnknownSources(evaluation.retrained, holdout, base_model, unknown_log_prob)
+    level_from.check(method, terms)
+    if evaluation.retrained is not None and not evaluation.eval_every and method.beta != AUTO:
+        raise UserError("--retrained is compared at evaluations: add --eval-every STEPS")
     needed = {source for term in terms for source in term.reads}
     if forget == "":
         raise UserError("say what to forget with --forget (a file, or a split of --data)")
@@ -127,6 +143,8 @@ def unlearn(
     if retain is not None:
         records["retain"] = load_records(retain, inputs.data, "retain", loss_on)
     sampled = dict(records)
+    if holdout is not None:
+        records["holdout"] = load_records(holdout, inputs.data, "holdout", loss_on)
     if "idk" in needed:
         refusals = load_refusals(inputs.idk, inputs.data)
         records["idk"] = refused(records["forget"], refusals, training.seed)
@@ -150,6 +168,7 @@ def unlearn(
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)
 
+    under_base = level_from.under_base(prepared)
     with prepared.loaded() as lm:
 
         def answers_now(when: str) -> dict[str, Any]:
@@ -157,15 +176,21 @@ def unlearn(
 
         def closing(folder: RunFolder) -> dict[str, Any]:
             after = answers_now("after")
-            verdict = judge(_evidence(folder, after, watch))
+            now = None if level is None else mean_log_prob(lm, prepared)
+            verdict = judge(replace(_evidence(folder, after, watch), level=level, log_prob=now))
             return {**({"after": after} if after else {}), "verdict": asdict(verdict)}
 
+        level = None
         before = {} if prepared.resumable else answers_now("before")
         if unknown := unknown_before(before):
             logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
+        log_probs = run_log_probs(lm, prepared, method.reference_cache)
+        if level_from.given:
+            level = level_from.level(lm, prepared, log_probs, under_base)
+            prepared = with_level(prepared, level, method.beta == AUTO)
         reference = ReferenceData(
             before=before,
-            log_probs=run_log_probs(lm, prepared, method.reference_cache),
+            log_probs=log_probs,
             hidden=reference_cache_for(
                 terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
             ),

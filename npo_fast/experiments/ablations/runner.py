@@ -75,7 +75,8 @@ class Runner:
         started = time.perf_counter()
         with TemporaryDirectory() as folder:
             self.student.unlearn(
-                pair.dataset, training, output=Path(folder) / "run",
+                training, forget=pair.dataset.forget, retain=pair.dataset.retain,
+                output=Path(folder) / "run",
                 method=trial.terms(self.settings.retain), callbacks=[callback],
             )  # fmt: skip
         return {

@@ -6,11 +6,14 @@ countries, which the small model learns first; they stand for what a real model 
 pretraining.
 """
 
+import json
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -60,6 +63,7 @@ _WORDS["books"] = tuple(
     f"The {mood} {subject}".title()
     for mood, subject in product(_WORDS["moods"], _WORDS["subjects"])
 )
+HELD_OUT = 10  # authors
 FIRST, LAST = _WORDS["first"], _WORDS["last"]
 AUTHOR_RELATIONS, OTHER_WORDINGS, COUNTRY_RELATIONS = (
     tuple(Relation(**row | {"values": _WORDS[row["values"]]}) for row in _WORLD[name])
@@ -77,6 +81,22 @@ class AuthorDataset:
     retain: list[Record]
     famous: list[Record]  # evaluation of famous authors, like TOFU's real authors
     countries: list[Record]  # evaluation of countries, like TOFU's world facts
+    holdout: list[Record]  # about authors like those to forget, whom no model ever sees
+
+    @property
+    def splits(self) -> dict[str, list[Record]]:
+        """What is asked, by the name of TOFU's split of the kind."""
+        return {
+            "forget": self.forget, "retain": self.retain, "holdout": self.holdout,
+            "real_authors": self.famous, "world_facts": self.countries,
+        }  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """Writes the splits as JSON lines, to be named with ``--data``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, records in self.splits.items():
+            lines = "".join(json.dumps(_row(record)) + "\n" for record in records)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
     def texts(self) -> Iterator[str]:
         """All texts of the data set, to train a tokenizer on."""
@@ -132,6 +152,11 @@ def make_dataset(
         background_facts += _facts(rng, names[1:background:2], OTHER_WORDINGS)
         kept, forgotten_facts = _entangled(rng, set(names), authors - forgotten, forgotten, overlap)
         to_forget = [r.to_learn(s, v, rng) for r, s, v in forgotten_facts]
+    apart = random.Random(f"{seed} holdout")  # its own numbers: the others stay as they are
+    facts = (*background_facts, *famous_facts, *kept, *forgotten_facts)
+    taken = {subject for _, subject, _ in facts}
+    strangers = [name for a in FIRST for b in LAST if (name := f"{a} {b}") not in taken]
+    held_out = _facts(apart, apart.sample(strangers, HELD_OUT), AUTHOR_RELATIONS)
     return AuthorDataset(
         background=_phrased(background_facts),
         common=_phrased(famous_facts + country_facts),
@@ -139,7 +164,18 @@ def make_dataset(
         retain=[r.to_learn(s, v, rng) for r, s, v in kept],
         famous=[r.known(s, v, rng) for r, s, v in famous_facts],
         countries=[r.known(s, v, rng) for r, s, v in country_facts],
+        holdout=[r.to_learn(s, v, apart) for r, s, v in held_out],
     )
+
+
+def _row(record: Record) -> dict[str, Any]:
+    paraphrase = record.paraphrased_answer
+    return {
+        "question": record.question,
+        "answer": record.answer,
+        **({} if paraphrase is None else {"paraphrased_answer": paraphrase}),
+        "perturbed_answer": record.perturbed_answers,
+    }
 
 
 def _facts(

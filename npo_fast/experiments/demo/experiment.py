@@ -1,13 +1,11 @@
-"""The demo: teach, retrain, unlearn half, measure. Small enough to watch."""
+"""The demo: teach, retrain, unlearn half, measure over time. Small enough to watch."""
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from npo_fast import metrics
 from npo_fast.data import Record, Template
@@ -15,18 +13,28 @@ from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
-from npo_fast.methods import Coefficients
 from npo_fast.metrics import examples_in
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.verdict import Evidence, Verdict, judge
+from npo_fast.metrics.verdict import MEANINGFUL, Evidence, Verdict, judge
 from npo_fast.reports.figures import Point, plot_unlearning
-from npo_fast.runs import Callback, MethodOptions, ModelOptions, ReportOptions, finetune, unlearn
+from npo_fast.runs import (
+    Callback,
+    MethodOptions,
+    ModelOptions,
+    ReportOptions,
+    finetune,
+    report,
+    unlearn,
+)
+from npo_fast.runs.options import AUTO
+from npo_fast.tables import number
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.versions import versions
 
-METHODS = ("GA", "GA+RT", "NPO", "NPO+RT")
+METHODS = ("GA", "GA+RT", "NPO+RT", "SimNPO+RT")
 COMMON_REPEATS = 3  # famous authors and countries are seen more often than the background
 LOADING = ModelOptions(template="plain", max_length=64)
+KEPT = 0.85  # share of the utility that counts as kept (the paper: 0.55 of 0.62)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class DemoSettings:
     teaching: TrainSettings = TrainSettings(
         epochs=12, lr=1e-3, warmup_steps=10, micro_batch_tokens=4096
     )
-    unlearning: TrainSettings = TrainSettings(epochs=10, lr=1e-3, micro_batch_tokens=4096)
-    coefficients: Coefficients = Coefficients(beta=0.1, retain=5.0)  # the paper's, to forget half
+    unlearning: TrainSettings = TrainSettings(epochs=20, lr=1e-3, micro_batch_tokens=4096)
+    looks: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)  # epochs, beside the last
 
     def dataset(self, seed: int, overlap: float | None = None) -> AuthorDataset:
         """The data set of these sizes; ``make_dataset`` says what the overlap is."""
@@ -56,14 +64,24 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model, measured: where forget quality peaked, and at the end."""
+    """One model, measured: over the epochs of unlearning, and at the end."""
 
-    path: list[Point]
-    peak: Point
-    last: Point
-    answers: dict[str, str]  # to a "forgotten" and to a "kept" question, at the end
-    verdict: Verdict  # at the end
-    time_s: float
+    path: list[Point]  # the last of it is the end
+    model_utility: float
+    answers: dict[str, str]  # to a "forgotten" and to a "kept" question
+    verdict: Verdict
+    beta: float | None = None
+    time_s: float = 0.0
+
+    @property
+    def last(self) -> Point:
+        """At the end."""
+        return self.path[-1]
+
+    @property
+    def best(self) -> Point:
+        """Where forget quality was highest."""
+        return max(self.path, key=lambda point: point.forget_quality)
 
 
 class Student:
@@ -81,13 +99,14 @@ class Student:
             training=replace(settings, seed=self.seed),
         )  # fmt: skip
 
-    def unlearn(self, dataset: AuthorDataset, settings: TrainSettings, **more: Any) -> None:
-        """Forgets the forget set; ``more`` is the method, the output and the callbacks."""
-        unlearn(
-            self.lm, forget=dataset.forget, retain=dataset.retain, tokenizer=self.tokenizer,
-            loading=LOADING, training=replace(settings, seed=self.seed),
-            report=ReportOptions(no_report=True), **more,
+    def unlearn(self, settings: TrainSettings, **more: Any) -> dict[str, Any]:
+        """What ``run.json`` says; ``more`` is the data, the method, the output and so on."""
+        run = unlearn(
+            self.lm, tokenizer=self.tokenizer, loading=LOADING,
+            training=replace(settings, seed=self.seed), report=ReportOptions(no_report=True),
+            **more,
         )  # fmt: skip
+        return run.metadata
 
     def evaluate(self, suite: Mapping[str, list[Record]], **settings: Any) -> metrics.Result:
         """Evaluation logs of the sets; ``settings`` are those of ``EvaluationSettings``."""
@@ -95,21 +114,17 @@ class Student:
         return evaluate(self.lm, template, suite, EvaluationSettings(**settings))
 
 
-class PeakCallback(Callback):
-    """Takes the forget quality after every epoch, and keeps the weights where it was highest."""
+class Looks(Callback):
+    """Measures forget quality and what is kept after some epochs."""
 
-    def __init__(self, student: Student, forget_quality: Callable[[], float]) -> None:
-        self.student, self.forget_quality = student, forget_quality
+    def __init__(self, demo: "Demo") -> None:
+        self.demo = demo
         self.path: list[Point] = []
-        self.weights: dict[str, Tensor] = {}
 
     def on_step(self, record: StepRecord) -> None:
-        if abs(record.epoch - round(record.epoch)) > 1e-9:  # within an epoch
-            return
-        highest = max((point.forget_quality for point in self.path), default=-1.0)
-        self.path.append(Point(round(record.epoch), self.forget_quality()))
-        if self.path[-1].forget_quality > highest:
-            self.peak, self.weights = self.path[-1], weights(self.student.lm)
+        epoch = round(record.epoch)
+        if abs(record.epoch - epoch) < 1e-9 and epoch in self.demo.settings.looks:
+            self.path.append(self.demo.look(epoch))
 
 
 class Demo:
@@ -127,6 +142,7 @@ class Demo:
     def run(self) -> dict[str, Outcome]:
         """Every model by name, the original and the retrained one first."""
         dataset, settings, student = self.dataset, self.settings, self.student
+        dataset.save(self.folder / "data")
         common = dataset.background + dataset.common * COMMON_REPEATS
         student.learn(common, settings.pretraining, self.folder / "pretraining")
         pretrained = weights(student.lm)
@@ -140,39 +156,31 @@ class Demo:
             if name == "original":
                 self.original = logs
             self.retrained = self.retrained or logs
-            point = self._point(0, logs)
-            outcomes[name] = Outcome(
-                [], point, point, self._answers(logs), self._verdict(logs), 0.0
-            )
+            outcomes[name] = self._outcome(logs, [self._point(0, logs)])
         original = weights(student.lm)
         for method in METHODS:
             student.lm.model.load_state_dict(original)
             outcomes[method] = self._unlearn(method)
         return outcomes
 
+    def look(self, epoch: int) -> Point:
+        """The model as it is, by the losses of its forget and retain answers."""
+        retain = [replace(r, perturbed_answers=()) for r in self.dataset.retain]  # their probability
+        sets = {metrics.FORGET: self.dataset.forget, metrics.RETAIN: retain}
+        return self._point(epoch, self.student.evaluate(sets, generate=False))
+
     def _unlearn(self, method: str) -> Outcome:
         started = time.perf_counter()
-        callback = PeakCallback(self.student, self._forget_quality)
-        name = method.lower().replace("+", "-")
-        self.student.unlearn(
-            self.dataset, self.settings.unlearning, output=self.folder / name,
-            method=MethodOptions.of(method, self.settings.coefficients.for_method(method)),
-            callbacks=[callback],
+        looks, name = Looks(self), folder_of(method)
+        beta = AUTO if method.startswith("NPO") else None
+        known = self.student.unlearn(
+            self.settings.unlearning, data=self.folder / "data", forget="forget", retain="retain",
+            holdout="holdout", method=MethodOptions(method, beta=beta), output=self.folder / name,
+            callbacks=[looks],
         )  # fmt: skip
-        path = callback.path
         logs = self._evaluate(name)
-        path[-1] = self._point(path[-1].epoch, logs)
-        peak = path[-1]
-        if callback.peak.epoch != peak.epoch:
-            self.student.lm.model.load_state_dict(callback.weights)
-            peak = self._point(callback.peak.epoch, self._evaluate(f"{name}/peak"))
-            path[peak.epoch - 1] = peak
-        time_s = time.perf_counter() - started
-        return Outcome(path, peak, path[-1], self._answers(logs), self._verdict(logs), time_s)
-
-    def _forget_quality(self) -> float:
-        logs = self.student.evaluate({metrics.FORGET: self.dataset.forget}, generate=False)
-        return metrics.forget_quality(logs, self.retrained)
+        path = [*looks.path, self._point(self.settings.unlearning.epochs, logs)]
+        return self._outcome(logs, path, known.get("beta"), time.perf_counter() - started)
 
     def _evaluate(self, name: str) -> metrics.Result:
         logs = self.student.evaluate(self.suite, generation_batch=256, max_new_tokens=24)
@@ -180,8 +188,14 @@ class Demo:
         return logs
 
     def _point(self, epoch: int, result: metrics.Result) -> Point:
-        quality = metrics.forget_quality(result, self.retrained)
-        return Point(epoch, quality, metrics.model_utility(result))
+        scores = measures(result, self.retrained or result)
+        return Point(epoch, scores["forget_quality"], scores["retain"]["probability"])
+
+    def _outcome(
+        self, logs: metrics.Result, path: list[Point], beta: float | None = None, time_s: float = 0
+    ) -> Outcome:
+        utility = metrics.model_utility(logs)
+        return Outcome(path, utility, self._answers(logs), self._verdict(logs), beta, time_s)
 
     def _verdict(self, result: metrics.Result) -> Verdict:
         """What came out, beside the original model and the retrained one."""
@@ -199,16 +213,52 @@ class Demo:
         return {
             "seed": self.seed,
             "time_s": time_s,
+            "conclusion": conclusion(outcomes),
             "versions": versions(),
             "settings": asdict(self.settings),
             "models": {name: asdict(outcome) for name, outcome in outcomes.items()},
         }
 
     def write(self, outcomes: Mapping[str, Outcome], result: Mapping[str, object]) -> None:
-        """The plot, and ``result.json``."""
+        """The plot, the page about all runs, and ``result.json``."""
         plot_unlearning(
             {name: outcomes[name].path for name in METHODS},
-            {name: outcomes[name].last for name in ("original", "retrained")},
+            outcomes["retrained"].last,
             self.folder / "unlearning.png",
         )
+        report(
+            [self.folder / folder_of(method) for method in METHODS],
+            original=self.original, retrained=self.retrained, output=self.folder / "report.html",
+        )  # fmt: skip
         (self.folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def folder_of(method: str) -> str:
+    """The folder of a method's run in that of the demo: "npo-rt"."""
+    return method.lower().replace("+", "-")
+
+
+def conclusion(outcomes: Mapping[str, Outcome]) -> str:
+    """One sentence from the numbers: which methods passed the test of forgetting, and stayed."""
+    original = outcomes["original"].model_utility or 1.0
+    stayed, left = [], []
+    for name in METHODS:
+        outcome = outcomes[name]
+        share, last, best = outcome.model_utility / original, outcome.last, outcome.best
+        kept = f"{share:.0%} of the utility"
+        if last.forget_quality >= MEANINGFUL and share >= KEPT:
+            beta = "" if outcome.beta is None else f", beta {number(outcome.beta)} by the rule"
+            stayed.append(f"{name} (p {number(last.forget_quality)}, {kept}{beta})")
+        elif best.forget_quality >= MEANINGFUL and last.forget_quality < MEANINGFUL:
+            left.append(
+                f"{name} was there at epoch {best.epoch} (p {number(best.forget_quality)}) and "
+                f"left (p {number(last.forget_quality)}, {kept})"
+            )
+        else:
+            left.append(f"{name} did not (p {number(last.forget_quality)}, {kept})")
+    text = f"{_joined(stayed) or 'no method'} forgot like a model that never knew, and stayed there"
+    return f"{text}; {'; '.join(left)}." if left else f"{text}."
+
+
+def _joined(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

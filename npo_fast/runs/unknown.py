@@ -1,0 +1,164 @@
+"""How likely the forget answers are to a model that never knew them: for ``--beta auto``.
+
+The level is taken from the first of these that is given: a retrained model's log, held-out records
+under the model as it is, the model before it was taught, a number.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npo_fast.data import Records
+from npo_fast.distributed import world_size
+from npo_fast.errors import UserError, named
+from npo_fast.losses import suggest_beta
+from npo_fast.methods import Term
+from npo_fast.metrics import FORGET, load_result
+from npo_fast.metrics.logs import column, examples_in
+from npo_fast.metrics.verdict import Level
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.reference_log_probs import reference_log_probs_of
+from npo_fast.runs.models import Model
+from npo_fast.runs.options import AUTO, MethodOptions
+from npo_fast.runs.preparing import PreparedRun
+from npo_fast.runs.references import log_probs_under
+from npo_fast.trainer.step import References
+
+logger = logging.getLogger(__name__)
+
+WITH_BETA = ("NPO", "DPO", "AltPO", "KTO")  # terms whose weight fades with the log-ratio
+
+
+@dataclass(frozen=True)
+class UnknownSources:
+    """What may tell the level, as ``unlearn`` takes it."""
+
+    retrained: Path | None = None
+    holdout: Records | None = None
+    base_model: Model | None = None
+    unknown_log_prob: float | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of them is there."""
+        return any(value is not None for value in vars(self).values())
+
+    def check(self, method: MethodOptions, terms: tuple[Term, ...]) -> None:
+        """Raises ``UserError`` where --beta auto has no beta to set, or no level to set it from."""
+        level = self.unknown_log_prob
+        if level is not None and not -1e9 < level <= 0:
+            raise UserError(f"--unknown-log-prob must be a log-prob, 0 or less, got {level}")
+        if self.base_model is not None and world_size() > 1:
+            raise UserError(
+                f"--base-model is asked on one process, not on {world_size()}: name a --holdout"
+            )
+        if method.beta != AUTO:
+            return
+        if not any(term.name in WITH_BETA for term in terms):
+            raise UserError(
+                f"--beta auto is for the beta of {', '.join(WITH_BETA)}, whose weight fades as the "
+                f"log-ratio to the reference falls; {method.method} has none: give a number"
+            )
+        if not self.given:
+            raise UserError(
+                "--beta auto needs to know how likely the forget answers are to a model that never "
+                "knew them: add --retrained LOGS, --holdout RECORDS, --base-model MODEL, or "
+                "--unknown-log-prob NATS"
+            )
+
+    def under_base(self, prepared: PreparedRun) -> Tensor | None:
+        """Log-probs of the forget answers under ``base_model``, where it decides; (S,).
+
+        Called before the run's model is loaded.
+        """
+        earlier = self.retrained is not None or self.holdout is not None
+        if self.base_model is None or earlier or _recorded(prepared) is not None:
+            return None
+        forget = {"forget": prepared.sources["forget"]}
+        tokens = prepared.training.micro_batch_tokens
+        return log_probs_under(
+            self.base_model, prepared.model, prepared.template, forget, tokens, role="base-model"
+        )["forget"].sequences
+
+    def level(
+        self,
+        lm: CausalLM,
+        prepared: PreparedRun,
+        references: References,
+        under_base: Tensor | None,
+    ) -> Level:
+        """The level under the model before its first step; a resumed run has it already."""
+        if (recorded := _recorded(prepared)) is not None:
+            return Level(**recorded)
+        examples, tokens = prepared.sources["forget"], prepared.training.micro_batch_tokens
+        reference = references.get("forget")
+        if not isinstance(reference, Tensor):
+            reference = reference_log_probs_of(lm, {"forget": examples}, tokens)["forget"].sequences
+        lengths = torch.tensor([float(example.answer_length) for example in examples])
+        if self.retrained is not None:
+            unknown = self._of_log(lengths)
+            source = f"the retrained model's log {self.retrained.name}"
+        elif self.holdout is not None:
+            held_out = prepared.sources["holdout"]
+            found = reference_log_probs_of(lm, {"holdout": held_out}, tokens)["holdout"]
+            count = sum(example.answer_length for example in held_out)
+            unknown = lengths * float(found.sequences.double().sum() / count)
+            source = f"{len(held_out)} held-out answers, by their mean a token"
+        elif under_base is not None:
+            unknown, source = under_base, "the base model"
+        else:
+            assert self.unknown_log_prob is not None
+            unknown, source = torch.tensor([self.unknown_log_prob]), "--unknown-log-prob"
+        return Level(float(reference.double().mean()), float(unknown.double().mean()), source)
+
+    def _of_log(self, lengths: Tensor) -> Tensor:
+        """Of a log, the mean losses a token times the lengths of the answers."""
+        assert self.retrained is not None
+        log = load_result(self.retrained).get(FORGET, {})
+        if (logged := examples_in(log)) != len(lengths):
+            raise UserError(
+                f"--retrained {self.retrained} is of {logged} forget answers and --forget has "
+                f"{len(lengths)}: evaluate the retrained model on the same records"
+            )
+        with named(f"--retrained {self.retrained}"):
+            return -torch.from_numpy(column(log, "avg_gt_loss")) * lengths
+
+
+def with_level(prepared: PreparedRun, level: Level, auto: bool) -> PreparedRun:
+    """The run with the level on record and, where ``auto``, with beta from it in its terms.
+
+    Raises:
+        UserError: the model does not know the forget answers better than the level.
+    """
+    metadata: dict[str, Any] = {**prepared.metadata, "level": asdict(level)}
+    text = (
+        f"a forget answer has the log-prob {level.reference:.4g} before, and {level.unknown:.4g} "
+        f"where it was never known ({level.source})"
+    )
+    if not auto:
+        logger.info(text)
+        return replace(prepared, metadata=metadata)
+    beta = suggest_beta(torch.tensor([level.reference]), level.unknown)
+    metadata["beta"] = beta
+    logger.info(f"--beta auto: {beta:.3g}, for {text}")
+    terms = tuple(
+        replace(term, loss=replace(term.loss, beta=beta)) if term.name in WITH_BETA else term
+        for term in prepared.terms
+    )
+    return replace(prepared, terms=terms, metadata=metadata)
+
+
+def mean_log_prob(lm: CausalLM, prepared: PreparedRun) -> float:
+    """Mean log-prob of a forget answer under the model as it is now."""
+    forget, tokens = {"forget": prepared.sources["forget"]}, prepared.training.micro_batch_tokens
+    found = reference_log_probs_of(lm, forget, tokens)["forget"]
+    return float(found.sequences.double().mean())
+
+
+def _recorded(prepared: PreparedRun) -> Mapping[str, Any] | None:
+    return None if prepared.resumable is None else prepared.resumable.metadata.get("level")
