@@ -40,7 +40,7 @@ from npo_fast.bench.provenance import provenance
 from npo_fast.data import Template
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.suite import tofu_suite
-from npo_fast.metrics.verdict import MEANINGFUL
+from npo_fast.metrics.evidence import MEANINGFUL
 from npo_fast.model.load import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"

@@ -69,7 +69,7 @@ from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.experiments.demo.dataset import make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.methods import FINETUNE, Coefficients, Term, build_method
-from npo_fast.metrics.verdict import MEANINGFUL
+from npo_fast.metrics.evidence import MEANINGFUL
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.model.probe import run_probe

@@ -67,5 +67,6 @@ __all__ = [
     "ModelOptions", "NonFiniteError", "OutOfMemory", "ReportOptions", "Run", "RunOptions", "SatImp",
     "Scores", "SequenceLoss", "SimNPO", "Skipped", "TrainSettings", "UserError", "__version__",
     "attack", "evaluate", "finetune", "head_of", "linear_kl", "linear_log_probs",
-    "linear_sequence_loss", "npo_loss", "report", "segment_sum", "sequence_log_probs", "suggest_beta", "unlearn",
+    "linear_sequence_loss", "npo_loss", "report", "segment_sum", "sequence_log_probs",
+    "suggest_beta", "unlearn",
 ]  # fmt: skip

@@ -15,22 +15,24 @@ def suggest_beta(
     unknown_log_probs: Tensor | float,  # (S,), or their mean
     spent: float = SPENT,
 ) -> float:
-    """The beta at which NPO's pull is nearly spent where a model stands that never knew the answers.
+    """The beta with which NPO forgets about as far as a model stands that never knew.
 
-        beta = ln(2 / spent - 1) / mean_i (l_i(reference) - l_i(unknown))
+        beta = ln(2 / spent - 1) / (median_i l_i(reference) - median_i l_i(unknown))
 
     The weight ``2 sigmoid(beta r)`` of a sequence is 1 at the start, and ``spent`` where
-    ``r = -ln(2 / spent - 1) / beta``: with a beta from here, at the mean distance between the
-    reference and a model that does not know. NPO then forgets that far and slows down; with a
-    smaller beta it goes on far below, with a larger one it stops early.
+    ``r = -ln(2 / spent - 1) / beta``: with a beta from here, at the distance between the reference
+    and a model that does not know. NPO then forgets that far and slows down; with a smaller beta it
+    goes on far below, with a larger one it stops early. Medians, since a few answers with rare
+    words are unlikely beyond measure.
 
     Args:
         ref_log_probs: log-probs of whole forget answers under the model before unlearning, nats.
-        unknown_log_probs: the same under a model that never knew them, or an estimate of it.
+        unknown_log_probs: the same, or of other answers of the kind, under a model that never knew
+            them; or one number for their median.
         spent: what is left of the weight there, above 0 and below 1.
 
     Returns:
-        beta, for ``NPO``, ``DPO`` and ``KTO``. For the paper's answers it is about its 0.1.
+        beta, for ``NPO``, ``DPO`` and ``KTO``.
 
     Raises:
         UserError: values that are not finite, or a reference that does not know the answers better.
@@ -39,23 +41,24 @@ def suggest_beta(
     """
     if not 0 < spent < 1:
         raise UserError(f"suggest_beta: spent must be between 0 and 1, got {spent}")
-    known = ref_log_probs.detach().double()
-    unknown = torch.as_tensor(unknown_log_probs).detach().double().to(known.device)
-    if known.ndim != 1 or not len(known) or unknown.ndim and unknown.shape != known.shape:
+    known = _median("ref_log_probs", ref_log_probs)
+    unknown = _median("unknown_log_probs", torch.as_tensor(unknown_log_probs))
+    if known <= unknown:
         raise UserError(
-            f"suggest_beta: ref_log_probs must be (S,) and unknown_log_probs the same or one "
-            f"number, got {tuple(known.shape)} and {tuple(unknown.shape)}"
+            f"a forget answer has the median log-prob {known:.4g} under the reference and "
+            f"{unknown:.4g} under a model that never knew it: there is nothing to forget, and no "
+            "beta to suggest"
         )
-    gap = float(known.mean() - unknown.mean())
-    if not math.isfinite(gap):
+    return math.log(2 / spent - 1) / (known - unknown)
+
+
+def _median(name: str, values: Tensor) -> float:
+    if values.ndim > 1 or not values.numel():
         raise UserError(
-            f"suggest_beta: the mean log-probs must be finite, got {float(known.mean())} and "
-            f"{float(unknown.mean())}"
+            f"suggest_beta: {name} must be the log-probs of some sequences, (S,), got the shape "
+            f"{tuple(values.shape)}"
         )
-    if gap <= 0:
-        raise UserError(
-            f"suggest_beta: a forget answer has the mean log-prob {float(known.mean()):.4g} under "
-            f"the reference and {float(unknown.mean()):.4g} under a model that never knew it: "
-            "there is nothing to forget"
-        )
-    return math.log(2 / spent - 1) / gap
+    median = float(values.detach().double().quantile(0.5))
+    if not math.isfinite(median):
+        raise UserError(f"suggest_beta: the median of {name} must be finite, got {median}")
+    return median

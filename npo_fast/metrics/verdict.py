@@ -6,19 +6,18 @@ told. The first outcome with a reason is the verdict.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from npo_fast.errors import in_words_of_caller
+from npo_fast.metrics.evidence import Evidence, Scores
 from npo_fast.metrics.logs import SETS, Result, right_answers
-from npo_fast.metrics.measures import find_measure, score
+from npo_fast.metrics.measures import score
 from npo_fast.tables import number
 
 Outcome = Literal[
     "collapsed", "nothing to forget", "over-forgotten", "not forgotten", "forgotten", "undecided"
 ]
-Scores = Mapping[str, Any]  # nested, as ``measures`` returns them
-Interval = tuple[float, float]
 
 KEPT = 2 / 3  # less than this share of what the model knew of the retain set is a collapse
 KNOWN = 0.05  # a mean probability below it is no knowledge, ...
@@ -31,8 +30,9 @@ LIKELY = 0.5  # a probability above it is knowledge, where the model before is n
 FORGOTTEN = 0.5  # share of the forget probability that may be left, where nothing else tells
 RECITED = 0.95  # share of the forget ROUGE-L from which the model still gives the answers, ...
 GIVEN = 0.5  # ... where it gave them: ROUGE-L before
-MEANINGFUL = 0.05  # p-value below which two models can be told apart
 FAR_BELOW = 1 / 20  # of the retrained model's forget probability: forgotten past all need
+BEYOND = 6.0  # times the way from the model before to one that never knew: forgotten past need
+SHORT = 0.5  # of that way: not forgotten
 ABOVE = 1.5  # times the retrained model's forget probability: not forgotten
 
 ADVICE: dict[Outcome, str] = {
@@ -40,8 +40,8 @@ ADVICE: dict[Outcome, str] = {
     "--retain-coefficient",
     "nothing to forget": "check --model, --forget and --template: it did not give these answers "
     "before",
-    "over-forgotten": "unlearn with fewer --epochs, a lower --lr or a higher --beta, or stop in "
-    "time with --stop-when",
+    "over-forgotten": "unlearn with fewer --epochs, a lower --lr, a higher --beta or --beta auto, "
+    "or stop in time with --stop-when",
     "not forgotten": "unlearn with more --epochs, a higher --lr or a lower --beta",
     "undecided": "name logs of the model before (--original), or of one retrained without the "
     "forget set (--retrained)",
@@ -69,71 +69,6 @@ class Verdict:
         """One line; from Python, keywords in the place of flags."""
         text = f"{self.outcome}: {'; '.join(self.reasons)}"
         return in_words_of_caller(f"{text} – {self.advice}" if self.advice else text)
-
-
-@dataclass(frozen=True)
-class Level:
-    """Mean log-probs of a whole forget answer, in nats."""
-
-    reference: float
-    """Under the model before unlearning."""
-    unknown: float
-    """Under a model that never knew it."""
-    source: str
-    """What told ``unknown``."""
-
-    def gone(self, log_prob: float) -> float:
-        """The share of the way from ``reference`` to ``unknown``; above 1 it is beyond."""
-        return (self.reference - log_prob) / (self.reference - self.unknown)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was measured of a model, and of models to compare it with; {} where there is none."""
-
-    after: Scores
-    before: Scores = field(default_factory=dict)
-    retrained: Scores = field(default_factory=dict)
-    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of ``after``, by key
-    records: int | None = None  # forget records measured
-    level: Level | None = None  # where a model stands that never knew them, ...
-    log_prob: float | None = None  # ... and where this one stands
-
-    @property
-    def kept_by(self) -> tuple[str, Scores]:
-        """A model that knows the retain set, and its name: the one before, else the retrained."""
-        return ("before", self.before) if self.before.get("retain") else (
-            "retrained", self.retrained
-        )  # fmt: skip
-
-    @property
-    def quality(self) -> float | None:
-        """The forget quality; None where as many records could not fall below 0.05."""
-        smallest = score(self.after, "smallest_forget_quality")
-        if smallest is not None and smallest >= MEANINGFUL:
-            return None
-        return score(self.after, "forget_quality")
-
-    @property
-    def told_apart(self) -> str | None:
-        """The forget quality in words, where it tells the model from the retrained one."""
-        quality = self.quality
-        if quality is None or quality >= MEANINGFUL:
-            return None
-        return f"forget quality {number(quality)}"
-
-    def change(self, key: str, name: str = "before", other: Scores | None = None) -> str:
-        """A measure of both models in words: "forget probability 0.97 -> 0.06"."""
-        old = score(self.before if other is None else other, key)
-        new = score(self.after, key)
-        label = find_measure(key).label
-        if new is None:
-            return ""
-        if old is None:
-            return f"{label} {number(new)}"
-        if name == "before":
-            return f"{label} {number(old)} -> {number(new)}"
-        return f"{label} {number(new)} ({name} {number(old)})"
 
 
 def of_same_records(before: Scores, result: Result) -> Scores:
@@ -226,6 +161,16 @@ def _unknown(evidence: Evidence) -> str | None:
     return unknown_before(evidence.before)
 
 
+def _no_way_to_go(evidence: Evidence) -> str | None:
+    level = evidence.level
+    if level is None or level.reference > level.unknown:
+        return None
+    return (
+        f"the median log-prob of a forget answer was {number(level.reference)} before, no more "
+        f"than where it was never known ({number(level.unknown)})"
+    )
+
+
 def _as_retrained_before(evidence: Evidence) -> str | None:
     old, other = (score(s, "forget.probability") for s in (evidence.before, evidence.retrained))
     if old is None or other is None or old > other:
@@ -264,7 +209,20 @@ def _below_strangers(evidence: Evidence) -> str | None:
     )
 
 
+def _beyond_unknown(evidence: Evidence) -> str | None:
+    if evidence.quality is not None or (evidence.gone or 0.0) <= BEYOND:
+        return None
+    return f"{evidence.way}, {number(evidence.gone or 0.0)} times as far as there is to go"
+
+
 # ---- not forgotten ----
+
+
+def _short_of_unknown(evidence: Evidence) -> str | None:
+    gone = evidence.gone
+    if evidence.quality is not None or gone is None or gone >= SHORT:
+        return None
+    return f"{evidence.way}, {gone:.0%} of the way"
 
 
 def _above_retrained(evidence: Evidence) -> str | None:
@@ -324,6 +282,7 @@ def _numbers(evidence: Evidence) -> str | None:
     texts += [evidence.change(key, *evidence.kept_by) for key in keys]
     if texts[0]:
         texts.append(_unsure_of_retain(evidence))
+    texts.append(evidence.way)
     return ", ".join(text for text in texts if text) or None
 
 
@@ -341,7 +300,8 @@ def _unsure_of_retain(evidence: Evidence) -> str:
 def _forgotten(evidence: Evidence) -> str | None:
     compared = evidence.before.get("forget") or evidence.retrained
     measured = score(evidence.after, "forget.probability") is not None
-    return _numbers(evidence) if compared and measured else None
+    told = (compared and measured) or evidence.gone is not None
+    return _numbers(evidence) if told else None
 
 
 RULES: dict[Outcome, tuple[Rule, ...]] = {
@@ -350,11 +310,12 @@ RULES: dict[Outcome, tuple[Rule, ...]] = {
         _lost("retain.rouge_l_recall", ANSWERED), _babble,
         _loops("retain"), _loops_without_retain,
     ),
-    "nothing to forget": (_unknown, _as_retrained_before),
-    "over-forgotten": (_below_chance, _below_retrained, _below_strangers),
+    "nothing to forget": (_unknown, _as_retrained_before, _no_way_to_go),
+    "over-forgotten": (_below_chance, _below_retrained, _below_strangers, _beyond_unknown),
     "not forgotten": (
         _above_retrained, _as_before("forget.probability", FORGOTTEN, 0.0, ABOVE),
         _as_before("forget.rouge_l_recall", RECITED, GIVEN, 1.0), _likely,
+        _short_of_unknown,
     ),
     "forgotten": (_forgotten,),
 }  # fmt: skip

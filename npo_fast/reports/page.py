@@ -10,9 +10,10 @@ from npo_fast import tables
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
+from npo_fast.metrics.evidence import MEANINGFUL
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import REPORTED, measures, score
-from npo_fast.metrics.verdict import MEANINGFUL, Verdict
+from npo_fast.metrics.verdict import Verdict
 from npo_fast.paths import places, shown
 from npo_fast.reports import svg
 from npo_fast.reports.html import MARK, render

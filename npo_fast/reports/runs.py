@@ -10,9 +10,10 @@ from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError, named
 from npo_fast.metrics import FORGET, SETS, Result, examples_in, holds_logs, load_result
+from npo_fast.metrics.evidence import Evidence
 from npo_fast.metrics.logs import same_records, values_of
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
+from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
 from npo_fast.run_files import (
     EVALUATIONS,

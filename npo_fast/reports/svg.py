@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from npo_fast.metrics.verdict import MEANINGFUL
+from npo_fast.metrics.evidence import MEANINGFUL
 
 SMALLEST = 1e-50  # p-values below are drawn here, for the logarithmic axis
 INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones

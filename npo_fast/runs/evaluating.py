@@ -33,10 +33,11 @@ from npo_fast.metrics import (
     load_result,
     save_result,
 )
+from npo_fast.metrics.evidence import Evidence
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.logs import same_records
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
+from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.models import Model, ModelSource

@@ -115,12 +115,15 @@ class _Method(Checked):
         given = {COEFFICIENTS[name].flag: value for name, value in coefficients.given().items()}
         return cls(method, **given)  # type: ignore[arg-type]
 
+    @property
+    def auto_beta(self) -> bool:
+        """Whether beta is to be found from what there is to forget."""
+        return getattr(self, "beta", None) == AUTO
+
     def coefficients(self) -> Coefficients:
         """Those that are set, as ``build_method`` takes them."""
         values = {name: getattr(self, c.flag) for name, c in COEFFICIENTS.items()}
         return Coefficients(**{name: None if v == AUTO else v for name, v in values.items()})
-
-
 
 
 def _kinds_of(coefficient: Coefficient) -> Any:
@@ -285,7 +288,7 @@ class UnlearnData(Checked):
     base_model: str | None = None
     """The same, where there is no --holdout: the model before it was taught."""
     unknown_log_prob: float | None = None
-    """The same, where there is neither: the mean log-prob, in nats, of a whole forget answer under
+    """The same, where there is neither: the median log-prob in nats of a whole forget answer under
     a model that never knew it, such as -11.5."""
     loss_on: AnswersWithLoss = "last"
 

@@ -5,6 +5,7 @@ under the model as it is, the model before it was taught, a number.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +20,12 @@ from npo_fast.errors import UserError, named
 from npo_fast.losses import suggest_beta
 from npo_fast.methods import Term
 from npo_fast.metrics import FORGET, load_result
+from npo_fast.metrics.evidence import Level
 from npo_fast.metrics.logs import column, examples_in
-from npo_fast.metrics.verdict import Level
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import reference_log_probs_of
 from npo_fast.runs.models import Model
-from npo_fast.runs.options import AUTO, MethodOptions
+from npo_fast.runs.options import MethodOptions
 from npo_fast.runs.preparing import PreparedRun
 from npo_fast.runs.references import log_probs_under
 from npo_fast.trainer.step import References
@@ -57,7 +58,7 @@ class UnknownSources:
             raise UserError(
                 f"--base-model is asked on one process, not on {world_size()}: name a --holdout"
             )
-        if method.beta != AUTO:
+        if not method.auto_beta:
             return
         if not any(term.name in WITH_BETA for term in terms):
             raise UserError(
@@ -106,15 +107,21 @@ class UnknownSources:
         elif self.holdout is not None:
             held_out = prepared.sources["holdout"]
             found = reference_log_probs_of(lm, {"holdout": held_out}, tokens)["holdout"]
-            count = sum(example.answer_length for example in held_out)
-            unknown = lengths * float(found.sequences.double().sum() / count)
-            source = f"{len(held_out)} held-out answers, by their mean a token"
+            of_held_out = torch.tensor([float(example.answer_length) for example in held_out])
+            unknown = lengths * (found.sequences.cpu() / of_held_out).quantile(0.5)
+            source = f"{len(held_out)} held-out answers"
         elif under_base is not None:
             unknown, source = under_base, "the base model"
         else:
             assert self.unknown_log_prob is not None
             unknown, source = torch.tensor([self.unknown_log_prob]), "--unknown-log-prob"
-        return Level(float(reference.double().mean()), float(unknown.double().mean()), source)
+        level = Level(_median(reference), _median(unknown), source)
+        if not (math.isfinite(level.reference) and math.isfinite(level.unknown)):
+            raise UserError(
+                f"a forget answer has the median log-prob {level.reference} before, and "
+                f"{level.unknown} where it was never known ({source}): both must be finite"
+            )
+        return level
 
     def _of_log(self, lengths: Tensor) -> Tensor:
         """Of a log, the mean losses a token times the lengths of the answers."""
@@ -137,8 +144,8 @@ def with_level(prepared: PreparedRun, level: Level, auto: bool) -> PreparedRun:
     """
     metadata: dict[str, Any] = {**prepared.metadata, "level": asdict(level)}
     text = (
-        f"a forget answer has the log-prob {level.reference:.4g} before, and {level.unknown:.4g} "
-        f"where it was never known ({level.source})"
+        f"a forget answer has the median log-prob {level.reference:.4g} before, and "
+        f"{level.unknown:.4g} where it was never known ({level.source})"
     )
     if not auto:
         logger.info(text)
@@ -147,17 +154,20 @@ def with_level(prepared: PreparedRun, level: Level, auto: bool) -> PreparedRun:
     metadata["beta"] = beta
     logger.info(f"--beta auto: {beta:.3g}, for {text}")
     terms = tuple(
-        replace(term, loss=replace(term.loss, beta=beta)) if term.name in WITH_BETA else term
-        for term in prepared.terms
+        term.with_beta(beta) if term.name in WITH_BETA else term for term in prepared.terms
     )
     return replace(prepared, terms=terms, metadata=metadata)
 
 
-def mean_log_prob(lm: CausalLM, prepared: PreparedRun) -> float:
-    """Mean log-prob of a forget answer under the model as it is now."""
+def median_log_prob(lm: CausalLM, prepared: PreparedRun) -> float:
+    """Median log-prob of a forget answer under the model as it is now."""
     forget, tokens = {"forget": prepared.sources["forget"]}, prepared.training.micro_batch_tokens
     found = reference_log_probs_of(lm, forget, tokens)["forget"]
-    return float(found.sequences.double().mean())
+    return _median(found.sequences)
+
+
+def _median(log_probs: Tensor) -> float:
+    return float(log_probs.double().quantile(0.5))
 
 
 def _recorded(prepared: PreparedRun) -> Mapping[str, Any] | None:

@@ -31,15 +31,15 @@ from npo_fast.evaluation.suite import (
 )
 from npo_fast.methods import Term, build_method
 from npo_fast.metrics import FORGET, SETS, retrained_log
+from npo_fast.metrics.evidence import Evidence
 from npo_fast.metrics.measures import measures, without_end
-from npo_fast.metrics.verdict import ADVICE, Evidence, judge, unknown_before
+from npo_fast.metrics.verdict import ADVICE, judge, unknown_before
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import check_cache
 from npo_fast.runs.callbacks import Callback, EvaluationCallback
 from npo_fast.runs.folder import RunFolder
 from npo_fast.runs.models import Model, ModelSource, name_of
 from npo_fast.runs.options import (
-    AUTO,
     EvaluationOptions,
     MethodOptions,
     ModelOptions,
@@ -53,7 +53,7 @@ from npo_fast.runs.progress import progress
 from npo_fast.runs.references import run_log_probs
 from npo_fast.runs.run import Run
 from npo_fast.runs.training import ReferenceData, run_training
-from npo_fast.runs.unknown import UnknownSources, mean_log_prob, with_level
+from npo_fast.runs.unknown import UnknownSources, median_log_prob, with_level
 from npo_fast.trainer.loop import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
@@ -104,7 +104,7 @@ def unlearn(
             tell how likely the forget answers are to a model that never knew them
             (``npo_fast.suggest_beta``). The first that is given decides, ``retrained`` first.
         base_model: the model before it was taught.
-        unknown_log_prob: the mean log-prob of a whole forget answer there, in nats.
+        unknown_log_prob: the median log-prob of a whole forget answer there, in nats.
         loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
         tokenizer: of a model in memory.
         loading: how the model is loaded, and how text becomes tokens.
@@ -122,12 +122,13 @@ def unlearn(
     holdout = as_rows(holdout, "holdout")
     inputs = UnlearnData(
         describe(forget), describe(retain), describe(data), describe(idk), describe(alternate),
-        describe(holdout), None if base_model is None else name_of(base_model), unknown_log_prob, loss_on,
+        describe(holdout), None if base_model is None else name_of(base_model), unknown_log_prob,
+        loss_on,
     )  # fmt: skip
     method, terms = _resolve(method)
     level_from = UnknownSources(evaluation.retrained, holdout, base_model, unknown_log_prob)
     level_from.check(method, terms)
-    if evaluation.retrained is not None and not evaluation.eval_every and method.beta != AUTO:
+    if evaluation.retrained is not None and not evaluation.eval_every and not method.auto_beta:
         raise UserError("--retrained is compared at evaluations: add --eval-every STEPS")
     needed = {source for term in terms for source in term.reads}
     if forget == "":
@@ -176,7 +177,7 @@ def unlearn(
 
         def closing(folder: RunFolder) -> dict[str, Any]:
             after = answers_now("after")
-            now = None if level is None else mean_log_prob(lm, prepared)
+            now = None if level is None else median_log_prob(lm, prepared)
             verdict = judge(replace(_evidence(folder, after, watch), level=level, log_prob=now))
             return {**({"after": after} if after else {}), "verdict": asdict(verdict)}
 
@@ -187,7 +188,7 @@ def unlearn(
         log_probs = run_log_probs(lm, prepared, method.reference_cache)
         if level_from.given:
             level = level_from.level(lm, prepared, log_probs, under_base)
-            prepared = with_level(prepared, level, method.beta == AUTO)
+            prepared = with_level(prepared, level, method.auto_beta)
         reference = ReferenceData(
             before=before,
             log_probs=log_probs,

@@ -8,11 +8,12 @@ import pytest
 from npo_fast import evaluate, finetune, metrics, unlearn
 from npo_fast.cli import main
 from npo_fast.errors import UserError, settings_as_flags
+from npo_fast.metrics.evidence import Evidence
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.memorization import repetition
 from npo_fast.metrics.tofu import smallest_forget_quality
-from npo_fast.metrics.verdict import ADVICE, RULES, Evidence, Verdict, judge, of_same_records
+from npo_fast.metrics.verdict import ADVICE, RULES, Verdict, judge, of_same_records
 from npo_fast.runs import EvaluationOptions, MethodOptions, evaluating, unlearning
 from npo_fast.runs.evaluating import Scores
 from npo_fast.trainer.settings import TrainSettings

@@ -20,7 +20,7 @@ from npo_fast.experiments.ablations.trials import (
     collapse_step,
     utility_share,
 )
-from npo_fast.metrics.verdict import MEANINGFUL
+from npo_fast.metrics.evidence import MEANINGFUL
 
 NEVER = float("inf")
 

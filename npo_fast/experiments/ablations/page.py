@@ -23,7 +23,7 @@ from npo_fast.experiments.ablations.trials import (
     collapse_step,
     utility_share,
 )
-from npo_fast.metrics.verdict import MEANINGFUL
+from npo_fast.metrics.evidence import MEANINGFUL
 from npo_fast.reports.html import render
 from npo_fast.reports.svg import SMALLEST, Figure, Frame, SeedCurve, seed_curves, seed_points
 

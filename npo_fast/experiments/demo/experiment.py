@@ -14,8 +14,9 @@ from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
 from npo_fast.experiments.demo.tiny_model import new_model, train_tokenizer, weights
 from npo_fast.metrics import examples_in
+from npo_fast.metrics.evidence import MEANINGFUL, Evidence
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.verdict import MEANINGFUL, Evidence, Verdict, judge
+from npo_fast.metrics.verdict import Verdict, judge
 from npo_fast.reports.figures import Point, plot_unlearning
 from npo_fast.runs import (
     Callback,
@@ -99,7 +100,7 @@ class Student:
             training=replace(settings, seed=self.seed),
         )  # fmt: skip
 
-    def unlearn(self, settings: TrainSettings, **more: Any) -> dict[str, Any]:
+    def unlearn(self, settings: TrainSettings, **more: Any) -> Mapping[str, Any]:
         """What ``run.json`` says; ``more`` is the data, the method, the output and so on."""
         run = unlearn(
             self.lm, tokenizer=self.tokenizer, loading=LOADING,
@@ -165,17 +166,17 @@ class Demo:
 
     def look(self, epoch: int) -> Point:
         """The model as it is, by the losses of its forget and retain answers."""
-        retain = [replace(r, perturbed_answers=()) for r in self.dataset.retain]  # their probability
+        retain = [replace(record, perturbed_answers=()) for record in self.dataset.retain]
         sets = {metrics.FORGET: self.dataset.forget, metrics.RETAIN: retain}
         return self._point(epoch, self.student.evaluate(sets, generate=False))
 
     def _unlearn(self, method: str) -> Outcome:
         started = time.perf_counter()
         looks, name = Looks(self), folder_of(method)
-        beta = AUTO if method.startswith("NPO") else None
+        auto: dict[str, Any] = {"beta": AUTO} if method.startswith("NPO") else {}
         known = self.student.unlearn(
             self.settings.unlearning, data=self.folder / "data", forget="forget", retain="retain",
-            holdout="holdout", method=MethodOptions(method, beta=beta), output=self.folder / name,
+            holdout="holdout", method=MethodOptions(method, **auto), output=self.folder / name,
             callbacks=[looks],
         )  # fmt: skip
         logs = self._evaluate(name)
