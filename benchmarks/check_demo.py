@@ -15,17 +15,26 @@ COLLAPSED = 0.2
 def check(result: dict) -> list[str]:
     """What is missing from the effect."""
     models = result["models"]
-    original = models["original"]["last"]["model_utility"]
-    ga, npo = models["GA"]["last"], models["NPO+RT"]["peak"]
+    original = models["original"]["model_utility"]
+
+    def share(name: str) -> float:
+        return models[name]["model_utility"] / original
+
+    def quality(name: str) -> list[float]:
+        return [point["forget_quality"] for point in models[name]["path"]]
+
     wrong = []
-    if models["original"]["last"]["forget_quality"] > 1e-6:
+    if quality("original")[-1] > 1e-6:
         wrong.append("the original model does not know what is to be forgotten")
-    if ga["model_utility"] > COLLAPSED * original:
-        wrong.append(f"GA keeps {ga['model_utility'] / original:.0%} of the utility")
-    if npo["forget_quality"] <= FORGOTTEN:
-        wrong.append(f"NPO+RT forgets only to p = {npo['forget_quality']:.3g}")
-    if npo["model_utility"] < KEPT * original:
-        wrong.append(f"NPO+RT keeps {npo['model_utility'] / original:.0%} of the utility")
+    if share("GA") > COLLAPSED:
+        wrong.append(f"GA keeps {share('GA'):.0%} of the utility")
+    if quality("GA+RT")[-1] > FORGOTTEN and share("GA+RT") > KEPT:
+        wrong.append(f"GA+RT stays: p = {quality('GA+RT')[-1]:.3g} at {share('GA+RT'):.0%}")
+    for name in ("NPO+RT", "SimNPO+RT"):
+        if quality(name)[-1] <= FORGOTTEN:
+            wrong.append(f"{name} ends at p = {quality(name)[-1]:.3g}")
+        if share(name) < KEPT:
+            wrong.append(f"{name} keeps {share(name):.0%} of the utility")
     for name, expected in (("GA", "collapsed"), ("NPO+RT", "forgotten")):
         if (outcome := models[name]["verdict"]["outcome"]) != expected:
             wrong.append(f"the verdict on {name} is {outcome!r}, not {expected!r}")
@@ -36,6 +45,8 @@ if __name__ == "__main__":
     failed = False
     for name in sys.argv[1:]:
         wrong = check(json.loads(Path(name).read_text()))
-        print(f"{name}: {'; '.join(wrong) or 'GA collapses, NPO+RT forgets and keeps'}")
+        print(
+            f"{name}: {'; '.join(wrong) or 'GA and GA+RT collapse, NPO+RT and SimNPO+RT forget and stay'}"
+        )
         failed |= bool(wrong)
     sys.exit(failed)

@@ -34,17 +34,20 @@ def summarise(results: list[dict]) -> dict:
     rows: dict[str, dict] = {}
     for name in results[0]["models"]:
         models = [result["models"][name] for result in results]
-        bases = [result["models"]["original"]["last"]["model_utility"] for result in results]
-        rows[name] = {}
-        for when in ("peak", "last"):
-            points = [model[when] for model in models]
-            shares = [p["model_utility"] / base for p, base in zip(points, bases, strict=True)]
-            rows[name] |= {
-                f"forget_quality_{when}": [p["forget_quality"] for p in points],
-                f"model_utility_{when}": [p["model_utility"] for p in points],
-                f"utility_share_{when}_mean": statistics.mean(shares),
-                f"utility_share_{when}_stdev": statistics.stdev(shares) if len(shares) > 1 else 0,
-            }
+        bases = [result["models"]["original"]["model_utility"] for result in results]
+        shares = [m["model_utility"] / base for m, base in zip(models, bases, strict=True)]
+        best = [max(m["path"], key=lambda point: point["forget_quality"]) for m in models]
+        rows[name] = {
+            "forget_quality_best": [point["forget_quality"] for point in best],
+            "epoch_of_best": [point["epoch"] for point in best],
+            "forget_quality_last": [m["path"][-1]["forget_quality"] for m in models],
+            "retain_probability_last": [m["path"][-1]["retain_probability"] for m in models],
+            "utility_share": shares,
+            "utility_share_mean": statistics.mean(shares),
+            "utility_share_stdev": statistics.stdev(shares) if len(shares) > 1 else 0,
+            "beta": [m["beta"] for m in models],
+            "verdict": [m["verdict"]["outcome"] for m in models],
+        }
     return rows
 
 
@@ -59,6 +62,7 @@ def main() -> None:
         "time_s": [result["time_s"] for result in results],
         "missing": {str(r["seed"]): check(r) for r in results},
         "models": summarise(results),
+        "conclusions": {str(r["seed"]): r["conclusion"] for r in results},
         "answers": {n: m["answers"] for n, m in results[0]["models"].items()},
         "paths": {n: m["path"] for n, m in results[0]["models"].items()},
         "settings": results[0]["settings"],

@@ -8,7 +8,7 @@ import pytest
 from npo_fast import evaluate, finetune, metrics, unlearn
 from npo_fast.cli import main
 from npo_fast.errors import UserError, settings_as_flags
-from npo_fast.metrics.evidence import Evidence
+from npo_fast.metrics.evidence import Evidence, Level
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.memorization import repetition
@@ -16,6 +16,7 @@ from npo_fast.metrics.tofu import smallest_forget_quality
 from npo_fast.metrics.verdict import ADVICE, RULES, Verdict, judge, of_same_records
 from npo_fast.runs import EvaluationOptions, MethodOptions, evaluating, unlearning
 from npo_fast.runs.evaluating import Scores
+from npo_fast.tables import number
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import FACTS, save_tiny_model, write_jsonl
 
@@ -131,6 +132,33 @@ def test_every_outcome_but_the_last_has_a_case_and_a_rule():
 def test_the_worst_outcome_comes_first():
     after = scores({"probability": 0.9}, {"probability": 0.1})
     assert judge(Evidence(after, KNOWN)).outcome == "collapsed", "not forgotten, and worse"
+
+
+LEVEL = Level(-0.3, -12.3, "a number")
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "more", "outcome"),
+    [
+        (-4.0, {}, "not forgotten"),
+        (-13.0, {}, "forgotten"),
+        (-50.0, {}, "forgotten"),
+        (-90.0, {}, "over-forgotten"),
+        (-90.0, {"forget_quality": 0.4, "smallest_forget_quality": 1e-9}, "forgotten"),
+        (-4.0, {"forget_quality": 0.4, "smallest_forget_quality": 1e-9}, "forgotten"),
+    ],
+)
+def test_how_far_it_went_decides_where_the_test_of_forgetting_is_not_there(log_prob, more, outcome):
+    after = scores(GONE, KEPT, **more)
+    verdict = judge(Evidence(after, KNOWN, level=LEVEL, log_prob=log_prob))
+    assert verdict.outcome == outcome
+    way = f"median log-prob of a forget answer -0.3 -> {number(log_prob)} (never known -12.3)"
+    assert way in str(verdict)
+
+
+def test_an_answer_as_likely_as_where_it_was_never_known_is_nothing_to_forget():
+    evidence = Evidence(scores(GONE), level=Level(-13.0, -12.3, "a number"), log_prob=-40.0)
+    assert judge(evidence).outcome == "nothing to forget"
 
 
 def test_advice_names_flags_to_who_typed_them_and_keywords_to_callers():
