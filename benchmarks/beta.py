@@ -1,0 +1,298 @@
+"""Where forgetting stops: ``--beta auto`` against fixed betas, other forms of it, GA+RT and SimNPO+RT.
+
+    python benchmarks/beta.py --seeds 0 1 2 3 4 5 6 7 8 9
+    python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
+
+On the world of ``npo-fast demo`` (20 epochs at 1e-3), and with ``--smollm2`` on six authors of TOFU
+that SmolLM2-135M was taught, of whom three are forgotten (15 epochs, batch 10). The retain
+coefficient is 1. Each form is measured as it goes, and stands in
+``benchmarks/results/beta.json`` or ``beta_smollm2.json``. A seed that is there is not repeated.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from smollm2_tofu import find_smollm2
+from torch import Tensor
+
+import npo_fast
+from npo_fast import NPO, ModelOptions, RunOptions, TrainSettings, metrics, suggest_beta
+from npo_fast.bench.provenance import provenance
+from npo_fast.data import Record, Template, load_records, load_refusals, refused
+from npo_fast.evaluation.evaluate import evaluate
+from npo_fast.evaluation.settings import EvaluationSettings
+from npo_fast.evaluation.suite import tofu_suite
+from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING, DemoSettings, Student
+from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
+from npo_fast.methods import Coefficients, Term, build_method
+from npo_fast.metrics.measures import measures
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.model.reference_log_probs import reference_log_probs_of
+from npo_fast.ops import Reference
+from npo_fast.trainer.loop import reference_log_probs, train
+
+RESULTS = Path(__file__).parent / "results"
+TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"
+NEVER_SEEN = "forget10[:40]"  # other authors: held out
+NATS = math.log(39)  # where 5 % of NPO's weight is left, times beta
+
+
+@dataclass(frozen=True)
+class PerLength(OfSequence):
+    """NPO with a beta for each sequence, ``beta / |y_i|``: each spends its weight at its own level."""
+
+    beta: float
+    reference: ClassVar[Reference] = "sequence"
+
+    def value_and_slope(self, r: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        beta = self.beta / tokens
+        value, slope = log_sigmoid_penalty(beta * r, 1.0)
+        return value / beta, slope
+
+
+class World:
+    """A model that knows what is to be forgotten, a retrained one, and the data."""
+
+    lm: CausalLM
+    template: Template
+    micro_batch_tokens = 4096
+
+    def __init__(
+        self, weights: dict[str, dict[str, Tensor]], suite: dict[str, list[Record]],
+        records: dict[str, list[Record]], settings: TrainSettings, looks: tuple[int, ...],
+        tokens: int,
+    ) -> None:  # fmt: skip
+        self.weights, self.suite, self.settings, self.looks = weights, suite, settings, looks
+        self.tokens = tokens
+        records["idk"] = refused(records["forget"], load_refusals(None, None), settings.seed)
+        self.examples = {n: self.template.encode_all(rows)[0] for n, rows in records.items()}
+        self.known, self.retrained, self.base = (
+            self._log_probs(name, "forget") for name in ("original", "retrained", "base")
+        )
+        held_out = self._log_probs("original", "holdout") / self._lengths("holdout")
+        self.holdout = held_out.quantile(0.5) * self._lengths("forget")
+        self._load("retrained")
+        self.logs = self._evaluate(True)
+
+    def forms(self) -> dict[str, tuple[tuple[Term, ...], Tensor]]:
+        """Terms by name, and what the forget term compares with."""
+        levels = {"retrained": self.retrained, "holdout": self.holdout, "base": self.base}
+        betas = {name: suggest_beta(self.known, level) for name, level in levels.items()}
+
+        def method(name: str, beta: float | None = None) -> tuple[Term, ...]:
+            return build_method(name, Coefficients(beta=beta, retain=1.0))
+
+        def with_loss(loss: Any) -> tuple[Term, ...]:
+            npo, retain = method("NPO+RT")
+            return replace(npo, loss=loss), retain
+
+        rate = float(self.holdout.median() / self._lengths("forget").median())
+        forms = {f"NPO+RT, beta by {name}": method("NPO+RT", b) for name, b in betas.items()}
+        forms |= {
+            "NPO+RT, beta 0.1": method("NPO+RT", 0.1),
+            "NPO+RT, a beta a length": with_loss(PerLength(-NATS / rate)),
+            "DPO+RT, beta by holdout": method("DPO+RT", betas["holdout"]),
+            "KTO+RT, beta by holdout": method("KTO+RT", betas["holdout"]),
+            "SimNPO+RT": method("SimNPO+RT"),
+            "GA+RT": method("GA+RT"),
+        }
+        made = {name: (terms, self.known) for name, terms in forms.items()}
+        # the pull fades around the level itself, whatever the model before said
+        made["NPO+RT to the level"] = (method("NPO+RT", 1.0), self.holdout + NATS)
+        return made
+
+    def run(self, terms: tuple[Term, ...], compared: Tensor) -> dict[str, Any]:
+        """Trains, and measures at the looks and at the end."""
+        self._load("original")
+        tokens = self.settings.micro_batch_tokens
+        references = reference_log_probs(self.lm, self.examples, terms, tokens)
+        if "forget" in references and compared is not self.known:
+            references["forget"] = compared
+        path, started = [], time.perf_counter()
+        for record in train(self.lm, self.examples, terms, self.settings, references):
+            epoch = round(record.epoch)
+            if abs(record.epoch - epoch) > 1e-9 or epoch not in self.looks:
+                continue
+            path.append({"epoch": epoch, **self._scores(epoch == self.looks[-1])})
+            self.lm.model.train()
+        now = self._log_probs(None, "forget")
+        level = float(self.holdout.median())
+        known = float(self.known.median())
+        return {
+            "beta": getattr(terms[0].loss, "beta", None),
+            "gone": (known - float(now.median())) / (known - level),
+            "path": path,
+            "time_s": time.perf_counter() - started,
+        }
+
+    def levels(self) -> dict[str, float]:
+        """Median log-probs of a forget answer."""
+        names = ("known", "retrained", "holdout", "base")
+        return {name: float(getattr(self, name).median()) for name in names}
+
+    def utility(self) -> float:
+        """Of the original model."""
+        self._load("original")
+        return metrics.model_utility(self._evaluate(True))
+
+    def _scores(self, last: bool) -> dict[str, float]:
+        logs = self._evaluate(last)
+        found = measures(logs, self.logs)
+        return {
+            "forget_quality": found["forget_quality"],
+            "forget_probability": found["forget"]["probability"],
+            "retain_probability": found["retain"]["probability"],
+            **({"model_utility": found["model_utility"]} if last else {}),
+        }
+
+    def _evaluate(self, whole: bool) -> metrics.Result:
+        names = self.suite if whole else (metrics.FORGET, metrics.RETAIN)
+        settings = EvaluationSettings(
+            generate=whole, max_new_tokens=self.tokens, generation_batch=256
+        )
+        return evaluate(
+            self.lm, self.template, {name: self.suite[name] for name in names}, settings
+        )
+
+    def _log_probs(self, model: str | None, source: str) -> Tensor:
+        if model is not None:
+            self._load(model)
+        examples = {source: self.examples[source]}
+        found = reference_log_probs_of(self.lm, examples, self.micro_batch_tokens)
+        return found[source].sequences.clone()
+
+    def _lengths(self, source: str) -> Tensor:
+        return torch.tensor([float(example.answer_length) for example in self.examples[source]])
+
+    def _load(self, name: str) -> None:
+        self.lm.model.load_state_dict(self.weights[name])
+
+
+class DemoWorld(World):
+    """That of ``npo-fast demo``."""
+
+    def __init__(self, seed: int) -> None:
+        settings = DemoSettings()
+        data = settings.dataset(seed)
+        student = Student(data.texts(), seed)
+        self.lm = student.lm
+        self.template = Template(student.tokenizer, LOADING.template, LOADING.max_length)
+        weights = {}
+
+        def learnt(name: str, records: list[Record], how: TrainSettings) -> None:
+            with TemporaryDirectory() as folder:
+                student.learn(records, how, Path(folder) / name)
+            values = self.lm.model.state_dict().items()
+            weights[name] = {key: value.clone() for key, value in values}
+
+        common = data.background + data.common * COMMON_REPEATS
+        learnt("base", common, settings.pretraining)
+        learnt("retrained", data.retain, settings.teaching)
+        self.lm.model.load_state_dict(weights["base"])
+        learnt("original", data.retain + data.forget, settings.teaching)
+        suite = data.kept() | {metrics.FORGET: data.forget}
+        records = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
+        how = replace(settings.unlearning, seed=seed)
+        super().__init__(weights, suite, records, how, (4, 10, 20), 24)
+
+
+class SmolLM2World(World):
+    """Six authors of TOFU, of whom three are forgotten; models are kept in ``runs``."""
+
+    def __init__(self, seed: int, tofu: str, runs: Path, lr: float) -> None:
+        base = find_smollm2()
+        options = ModelOptions(template="plain")
+        for name, split in (("original", TAUGHT), ("retrained", KEPT)):
+            if not (runs / str(seed) / name / "model").exists():
+                npo_fast.finetune(
+                    base, train=split, data=tofu, output=runs / str(seed) / name, loading=options,
+                    training=TrainSettings(epochs=8, lr=1e-4, batch_size=8, seed=seed),
+                    run=RunOptions(overwrite=True),
+                )  # fmt: skip
+        places = {
+            "base": base,
+            "retrained": str(runs / str(seed) / "retrained"),
+            "original": str(runs / str(seed) / "original"),
+        }
+        weights = {name: load_model(place).model.state_dict() for name, place in places.items()}
+        self.lm = load_model(places["original"])
+        self.template = Template(load_tokenizer(places["original"]), "plain", 512)
+        suite = tofu_suite(tofu, FORGOTTEN, KEPT)
+        suite = {
+            name: rows if name == metrics.FORGET else rows[:20] for name, rows in suite.items()
+        }
+        names = {"forget": FORGOTTEN, "retain": KEPT, "holdout": NEVER_SEEN}
+        records = {name: load_records(split, tofu) for name, split in names.items()}
+        how = TrainSettings(epochs=15, lr=lr, batch_size=10, seed=seed)
+        super().__init__(weights, suite, records, how, (3, 8, 15), 48)
+
+
+def table(seeds: dict[str, Any]) -> str:
+    """In Markdown: what each form ends with, over the seeds."""
+    lines = [
+        "| form | beta | forget quality at the end | utility at the end | times the way |",
+        "|---|---|---|---|---|",
+    ]
+    for name in next(iter(seeds.values()))["forms"]:
+        of = [(seed["forms"][name], seed["utility"]) for seed in seeds.values()]
+        ends = [form["path"][-1] for form, _ in of]
+        betas = [form["beta"] for form, _ in of]
+        between = "" if betas[0] is None else f"{min(betas):.2g} – {max(betas):.2g}"
+        shares = [end["model_utility"] / u for end, (_, u) in zip(ends, of, strict=True)]
+        cells = [
+            name, between, ", ".join(f"{end['forget_quality']:.2g}" for end in ends),
+            f"{statistics.mean(shares):.0%} ({min(shares):.0%} – {max(shares):.0%})",
+            f"{min(f['gone'] for f, _ in of):.1f} – {max(f['gone'] for f, _ in of):.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--tofu", default="locuslab/TOFU")
+    parser.add_argument("--lr", type=float, default=6e-5, help="of SmolLM2")
+    parser.add_argument("--runs", type=Path, default=Path("runs/beta"))
+    parser.add_argument("--forms", nargs="+", help="parts of the names of the forms to run")
+    parser.add_argument("--result", type=Path)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    name = "beta_smollm2.json" if options.smollm2 else "beta.json"
+    file = options.result or RESULTS / name
+    content = json.loads(file.read_text()) if file.exists() else {"seeds": {}}
+    make: Callable[[int], World] = DemoWorld
+    if options.smollm2:
+        make = lambda seed: SmolLM2World(seed, options.tofu, options.runs, options.lr)  # noqa: E731
+    for seed in options.seeds:
+        if str(seed) in content["seeds"] and not options.forms:
+            continue
+        world = make(seed)
+        known = content["seeds"].setdefault(
+            str(seed), {"levels": world.levels(), "utility": world.utility(), "forms": {}}
+        )
+        for form, (terms, compared) in world.forms().items():
+            if options.forms and not any(part in form for part in options.forms):
+                continue
+            known["forms"][form] = world.run(terms, compared)
+            end = known["forms"][form]["path"][-1]
+            print(seed, form, json.dumps(end), flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({**content, **provenance()}, indent=1) + "\n")
+    print(table(content["seeds"]))
+
+
+if __name__ == "__main__":
+    main()
