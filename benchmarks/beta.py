@@ -1,4 +1,4 @@
-"""Where forgetting stops: ``--beta auto`` against fixed betas, other forms of it, GA+RT and SimNPO+RT.
+"""Where forgetting stops: ``--beta auto`` against a fixed beta, other forms, GA+RT and SimNPO+RT.
 
     python benchmarks/beta.py --seeds 0 1 2 3 4 5 6 7 8 9
     python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
@@ -26,7 +26,7 @@ from smollm2_tofu import find_smollm2
 from torch import Tensor
 
 import npo_fast
-from npo_fast import NPO, ModelOptions, RunOptions, TrainSettings, metrics, suggest_beta
+from npo_fast import ModelOptions, RunOptions, TrainSettings, metrics, suggest_beta
 from npo_fast.bench.provenance import provenance
 from npo_fast.data import Record, Template, load_records, load_refusals, refused
 from npo_fast.evaluation.evaluate import evaluate
@@ -50,7 +50,7 @@ NATS = math.log(39)  # where 5 % of NPO's weight is left, times beta
 
 @dataclass(frozen=True)
 class PerLength(OfSequence):
-    """NPO with a beta for each sequence, ``beta / |y_i|``: each spends its weight at its own level."""
+    """NPO with the beta ``beta / |y_i|``: each sequence spends its weight at its own level."""
 
     beta: float
     reference: ClassVar[Reference] = "sequence"
