@@ -124,7 +124,8 @@ class Looks(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         epoch = round(record.epoch)
-        if abs(record.epoch - epoch) < 1e-9 and epoch in self.demo.settings.looks:
+        ended = abs(record.epoch - epoch) < 1e-9 and record.step < record.steps
+        if ended and epoch in self.demo.settings.looks:
             self.path.append(self.demo.look(epoch))
 
 
