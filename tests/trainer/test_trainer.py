@@ -282,7 +282,7 @@ def test_a_coefficient_that_a_method_does_not_have_is_an_error(method, given, me
 def test_every_coefficient_of_a_method_reaches_its_terms(method):
     defaults = build_method(method)
     for name, value in coefficients_of(method).items():
-        changed = build_method(method, Coefficients(**{name: value + 2}))
+        changed = build_method(method, Coefficients(**{name: (value or 0) + 2}))
         assert changed != defaults, name
         same = build_method(method, Coefficients(**{name: value}))
         assert same == defaults, name
