@@ -256,7 +256,8 @@ class UnlearnData(Checked):
     forget: str = ""
     """A file or folder, or a split of --data; any may end in a slice such as [-40:]."""
     retain: str | None = None
-    """The same for what to keep; methods with +RT need it."""
+    """The same for what to keep; methods with +RT need it. "auto": the model's own answers to
+    neutral prompts, kept in the run folder."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
     idk: Path | None = None
