@@ -3,8 +3,8 @@
     python benchmarks/retain_auto.py --seeds 0 1 2
     python benchmarks/retain_auto.py --seeds 0 --rmu        RMU beside them, with real retain data
 
-For each seed: the model before, NPO+RT with the real retain set, NPO+RT with the model's own answers,
-NPO without retain data. Forget quality and model utility at the end, in one result file.
+For each seed: the model before, NPO+RT with the real retain set, NPO+RT with the model's own
+answers, NPO without retain data. Forget quality and model utility at the end, in one result file.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import npo_fast
 from npo_fast import Callback, ModelOptions, ReportOptions
 from npo_fast.cli import main
+from npo_fast.data import pack
 from npo_fast.errors import UserError
 from npo_fast.losses import NLL, RMU
 from npo_fast.methods import Coefficients, Term, build_method
@@ -135,6 +136,21 @@ def test_later_layers_never_run_and_their_weights_stay_to_the_bit(packs, checkpo
     assert [type(layer).__name__ for layer in lm.model.model.layers] == ["LlamaDecoderLayer"] * 4
     lm.model(torch.tensor([[1, 2, 3]]))
     assert runs[3] == 1  # and it is whole again
+
+
+def test_forget_answers_become_improbable_and_retain_states_stay_nearer_with_their_term():
+    def run(retain):
+        lm, terms = deep_lm(), build_method("RMU", Coefficients(retain=retain, layer=1))
+        cache = reference_cache_for(terms, lm, data(), 2048)
+        (batch,) = pack(data()["forget"], 2048)
+        before = lm.log_probs(batch).sum().item()
+        settings = TrainSettings(epochs=20, batch_size=7, lr=1e-2)
+        *_, last = train(lm, data(), terms, settings, None, cache)
+        return before - lm.log_probs(batch).sum().item(), last.terms["held states"]
+
+    (lost, moved_kept), (_, moved_free) = run(100.0), run(0.0)
+    assert lost > 5
+    assert moved_kept < 0.5 * moved_free
 
 
 def test_stepping_in_the_backward_is_the_same_run():
