@@ -15,7 +15,22 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from npo_fast.errors import UserError
-from npo_fast.losses import CEU, DPO, GA, KL, KTO, NLL, NPO, TNPO, WGA, SatImp, SimNPO
+from npo_fast.losses import (
+    CEU,
+    DPO,
+    GA,
+    KL,
+    KTO,
+    NLL,
+    NPO,
+    RMU,
+    TNPO,
+    WGA,
+    HeldStates,
+    LayerLoss,
+    SatImp,
+    SimNPO,
+)  # fmt: skip
 from npo_fast.ops import Reduction, SequenceLoss
 
 # "idk" and "alternate" are other answers to the questions of "forget", in the same order
@@ -30,7 +45,7 @@ class Term:
 
     name: str
     source: Source
-    loss: SequenceLoss | KL
+    loss: SequenceLoss | KL | LayerLoss
     reduction: Reduction
     coefficient: float = 1.0
     preferred: Source | None = None
@@ -40,7 +55,7 @@ class Term:
     over: tuple[Source, ...] = ()
     """Sources whose sequences in a step the mean is taken over, where not its own alone."""
     positions: Positions = "answer"
-    """The tokens that it is taken over; for a KL also "all", prompts included."""
+    """The tokens that it is taken over; for a KL or a layer also "all", prompts included."""
 
     @property
     def batch_key(self) -> tuple[Source, ...]:
@@ -68,6 +83,12 @@ class Term:
         assert isinstance(self.loss, KTO)
         return replace(self, loss=replace(self.loss, z=z))
 
+    def seeded(self, seed: int) -> "Term":
+        """The same term with what its loss draws at random drawn by ``seed`` (RMU's direction)."""
+        if not isinstance(self.loss, RMU):
+            return self
+        return replace(self, loss=replace(self.loss, seed=seed))
+
 
 def _coefficient(description: str, weights_term: bool = False, note: str = "") -> Any:
     metadata = {"description": description, "weights_term": weights_term, "note": note}
@@ -92,6 +113,11 @@ class Coefficients:
     gamma: float | None = _coefficient("UNDIAL's strength, in nats")
     epsilon: float | None = _coefficient("TNPO: added to the denominator of a token's weight")
     skip_first: int | None = _coefficient("CEU: tokens at the start of an answer without a loss")
+    steering: float | None = _coefficient("RMU: length of the state that forget tokens are sent to")
+    layer: int | None = _coefficient(
+        "RMU: decoder layer whose output is steered, counted from 0",
+        note=" The papers take 7 of 32 and of 16.",
+    )
     forget: float | None = _coefficient("Of the forget term", weights_term=True)
     retain: float | None = _coefficient(
         "Of the retain term",
@@ -149,6 +175,12 @@ _TERMS: dict[str, Callable[..., Term]] = {
     "UNDIAL": lambda gamma=10.0, forget=1.0: Term(
         "UNDIAL", "forget", KL(demotion=gamma), "token_mean", forget
     ),
+    "RMU": lambda steering=20.0, layer=None, forget=1.0: Term(
+        "RMU", "forget", RMU(layer, steering), "mean", forget
+    ),
+    "held": lambda layer=None, retain=100.0: Term(
+        "held states", "retain", HeldStates(layer), "mean", retain
+    ),
     "IDK": lambda forget=1.0: Term("IDK NLL", "idk", NLL(), "token_mean", forget),
     "RT": lambda retain=1.0: Term("retain NLL", "retain", NLL(), "token_mean", retain),
     "KL": lambda kl=1.0: Term("retain KL", "retain", KL(), "token_mean", kl),
@@ -165,13 +197,16 @@ PRESETS: Mapping[Preset, Mapping[str, Mapping[str, float]]] = {
         "SatImp": {"forget": 0.1},
         "TNPO": {"beta": 4.0, "epsilon": 1e-5},
         "CEU": {"skip_first": 1},
+        "RMU": {"steering": 2.0, "layer": 7, "retain": 1.0},
     },
 }
 METHODS = (
     "GA", "GA+RT", "GA+KL", "GA+forgetKL", "IDK+RT", "NPO", "NPO+RT", "NPO+KL", "DPO", "DPO+RT",
     "DPO+KL", "KTO", "KTO+RT", "KTO+KL", "SimNPO", "SimNPO+RT", "TNPO", "TNPO+RT", "WGA", "WGA+RT",
     "SatImp", "SatImp+RT", "CEU", "CEU+RT", "AltPO", "AltPO+RT", "UNDIAL", "UNDIAL+RT",
+    "RMU",
 )  # fmt: skip
+_PARTS = {"RMU": ("RMU", "held")}  # terms of a method, where its name does not spell them
 FINETUNE = (Term("NLL", "train", NLL(), "token_mean"),)
 
 
@@ -199,8 +234,8 @@ class Coefficient:
         return self.label.replace(" ", "_")
 
     @property
-    def defaults(self) -> dict[str, float]:
-        """The default of each term that has the coefficient."""
+    def defaults(self) -> dict[str, float | None]:
+        """The default of each term that has the coefficient; None follows from the model."""
         return {
             make().name: parameters[self.name].default
             for term, make in _TERMS.items()
@@ -211,6 +246,8 @@ class Coefficient:
     def help(self) -> str:
         """Such as "Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."."""
         usual, _ = Counter(self.defaults.values()).most_common(1)[0]
+        if usual is None:  # layer
+            return f"{self.description}; else the last of the first quarter.{self.note}"
         others = [f"{term} {value:g}" for term, value in self.defaults.items() if value != usual]
         return f"{self.description}; else {', '.join([f'{usual:g}', *others])}.{self.note}"
 
@@ -232,8 +269,8 @@ def build_method(
     """The terms of a method, by its name in any case.
 
     ``kl_positions="all"`` takes the mean of a KL over every position of the sequences, prompts
-    included, instead of over answer tokens. ``preset`` takes the defaults of another code base
-    (``PRESETS``) for coefficients that are not given.
+    included, instead of over answer tokens; RMU's distances too. ``preset`` takes the defaults of
+    another code base (``PRESETS``) for coefficients that are not given.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest), a coefficient that the
@@ -252,7 +289,7 @@ def build_method(
     try:
         terms = tuple(
             _TERMS[term](**{key: given[key] for key in _parameters(term) if key in given})
-            for term in name.split("+")
+            for term in _parts(name)
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -260,11 +297,11 @@ def build_method(
         terms = tuple(replace(term, over=("idk", "retain")) for term in terms)
     if kl_positions == "answer":
         return terms
-    if "kl" not in coefficients_of(name):
-        others = ", ".join(_methods_with("kl"))
+    if not {"kl", "layer"} & {*coefficients_of(name)}:
+        others = ", ".join([*_methods_with("kl"), *_methods_with("layer")])
         raise UserError(f"{name} has no KL to take over all positions: {others} have")
     return tuple(
-        replace(term, positions=kl_positions) if isinstance(term.loss, KL) else term
+        replace(term, positions=kl_positions) if isinstance(term.loss, KL | LayerLoss) else term
         for term in terms
     )
 
@@ -280,11 +317,11 @@ def canonical_name(name: str) -> str:
     return known[wanted]
 
 
-def coefficients_of(name: str) -> dict[str, float]:
-    """The coefficients that a method has, with their defaults."""
+def coefficients_of(name: str) -> dict[str, float | None]:
+    """The coefficients that a method has, with their defaults; None follows from the model."""
     return {
         key: parameter.default
-        for term in canonical_name(name).split("+")
+        for term in _parts(canonical_name(name))
         for key, parameter in _parameters(term).items()
     }
 
@@ -295,7 +332,7 @@ def preset_of(name: str, preset: Preset | None) -> dict[str, float]:
         return {}
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    parts = (PRESETS[preset].get(term, {}) for term in canonical_name(name).split("+"))
+    parts = (PRESETS[preset].get(term, {}) for term in _parts(canonical_name(name)))
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -325,6 +362,11 @@ def schedule_steps(terms: tuple[Term, ...], schedule: Schedule) -> tuple[tuple[T
             f"has one of them ({names}): use a method with +RT, or --schedule summed"
         )
     return forget, retain
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """The keys of ``_TERMS`` that make up a method."""
+    return _PARTS.get(name) or tuple(name.split("+"))
 
 
 def _methods_with(coefficient: str) -> list[str]:

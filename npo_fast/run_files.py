@@ -10,6 +10,7 @@ from npo_fast.errors import named, reading
 from npo_fast.validation import check_shape
 
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
+OWN_ANSWERS = "retain-auto.jsonl"  # of the model, where --retain auto keeps them
 _Group = dict[str, Any]
 
 

@@ -35,6 +35,12 @@ class PackedBatch:
         """Tokens of each sequence."""
         return tuple(_lengths(self.examples))
 
+    def tokens(self, everywhere: bool) -> tuple[Tensor | slice, Tensor]:
+        """Places of the answers' own tokens, or of all tokens; offsets of sequences, on the CPU."""
+        if not everywhere:
+            return self.rows + 1, self.answer_cu_seqlens
+        return slice(None), torch.tensor([0, *self.lengths]).cumsum(0)
+
     @property
     def sequences(self) -> int:
         """Number of sequences whose answers count."""

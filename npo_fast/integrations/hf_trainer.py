@@ -30,6 +30,7 @@ from npo_fast.integrations.hf_data import (
     UnlearningDataset,
     UnlearningEvaluation,
 )
+from npo_fast.losses import LayerLoss
 from npo_fast.methods import COEFFICIENTS, Coefficients, Positions, Preset, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.sharding import repeated_layers
@@ -105,7 +106,12 @@ class UnlearningTrainer(Trainer):
                 f"UnlearningTrainer has no {given[0]}: write "
                 f"coefficients=Coefficients({given[0]}=...)"
             )
-        self.terms = build_method(method, coefficients, kl_positions, preset)
+        terms = build_method(method, coefficients, kl_positions, preset)
+        if args.world_size > 1 and any(isinstance(term.loss, LayerLoss) for term in terms):
+            raise UserError(
+                f"{method} stops at a decoder layer, which DDP does not: use one process"
+            )
+        self.terms = tuple(term.seeded(args.seed) for term in terms)
         for source in {source for term in self.terms for source in term.reads}:
             if not train_dataset.sources[source]:
                 raise UserError(f"method {method} needs {source} data; the dataset has none")
@@ -208,8 +214,9 @@ class UnlearningTrainer(Trainer):
                     self.reference_cache,
                 )  # fmt: skip
                 total = total + loss
-                sums = log_probs.view(-1, len(sources)).sum(dim=0) / window.counts[SEQUENCES]
-                values |= {f"{n} log-prob": x for n, x in zip(sources, sums, strict=True)}
+                if log_probs is not None:
+                    sums = log_probs.view(-1, len(sources)).sum(dim=0) / window.counts[SEQUENCES]
+                    values |= {f"{n} log-prob": x for n, x in zip(sources, sums, strict=True)}
                 for name, value in values.items():
                     self._latest[name] = self._latest.get(name, 0.0) + value
         return (total, {}) if return_outputs else total

@@ -16,6 +16,7 @@ from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.attention import class_name, set_attention, without_masks
 from npo_fast.model.choice import attentions, demands_of, machine_of, varlen_obstacle
 from npo_fast.model.head_transform import measure_transform
+from npo_fast.model.layers import layer_output
 from npo_fast.model.probe import run_probe, runs
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.ops.head import Head
@@ -137,11 +138,14 @@ class CausalLM:
         batches = micro_batches(sequences, max_tokens, group, self.world_size, self.rank)
         return [batch.to(self.device) for batch in batches]
 
-    def states(self, batch: PackedBatch) -> Tensor:  # (T, D)
-        """Last hidden states of every token."""
+    def states(self, batch: PackedBatch, layer: int | None = None) -> Tensor:  # (T, D)
+        """Last hidden states of every token; or what a decoder ``layer`` hands on: none later runs.
+
+        The states of a layer have its own dtype.
+        """
         if not self.packs:
-            return torch.cat([self._last_hidden(single) for single in one_by_one(batch)])
-        return self._last_hidden(batch)
+            return torch.cat([self._states(single, layer) for single in one_by_one(batch)])
+        return self._states(batch, layer)
 
     def answer_rows(self, states: Tensor, batch: PackedBatch) -> Tensor:  # (T, D) -> (N, D)
         """The rows of ``states`` that predict an answer token, of all processes that share it."""
@@ -246,9 +250,12 @@ class CausalLM:
             attention = self.native_attention
         self.attention = attention
 
-    def _last_hidden(self, batch: PackedBatch) -> Tensor:  # (T, D)
+    def _states(self, batch: PackedBatch, layer: int | None) -> Tensor:  # (T, D)
         inputs = {"input_ids": batch.input_ids[None], "use_cache": False}
         inputs |= _boundary_arguments(self.attention, batch, self.packs)
+        if layer is not None:
+            with without_masks():
+                return layer_output(self.decoder, layer, lambda: self.decoder(**inputs))[0]
         if self.wrapper is None:
             with without_masks():
                 return self.decoder(**inputs).last_hidden_state[0].to(self.dtype)

@@ -3,6 +3,7 @@
 A reference cache (``--reference-cache``) holds
 
 states                  hidden states and the head, for a KL (``reference_states``)
+states-layer-7          hidden states of that decoder layer, for RMU
 log_probs-<source>      reference.json: what the log-probs were made from, and their SHA-256
                         log_probs.safetensors: of tokens (N,) and of sequences (S,), lengths (S,)
 
@@ -32,6 +33,11 @@ from npo_fast.ops import segment_sum
 
 STATES, LOG_PROBS = "states", "log_probs-"
 FILE = "log_probs.safetensors"
+
+
+def states_name(layer: int | None) -> str:
+    """The folder of hidden states in a cache: the last ones, or those of a decoder layer."""
+    return STATES if layer is None else f"{STATES}-layer-{layer}"
 
 
 class ReferenceLogProbs(NamedTuple):

@@ -1,9 +1,9 @@
-"""Hidden states of a reference model on disk, so that a KL needs no second model in memory.
+"""Hidden states of a reference model on disk: a KL or RMU needs no second model in memory.
 
 A folder holds
 
 reference.json               what the states were made from; a manifest of the other files
-head.safetensors             weight (V, D) and bias (V,)
+head.safetensors             weight (V, D) and bias (V,); not beside the states of a layer
 <source>-00000.safetensors   hidden (n, D): sequences end to end, one file after another
 
 It is written a shard at a time and read through a memory map: neither holds all of it in memory.
@@ -56,9 +56,10 @@ class ReferenceStates:
         self.device = device
         self._places: dict[str, list[tuple[Any, slice]]] = {}  # file and rows of each sequence
         with reading(f"the reference cache {folder}", REMEDY):
-            tensors = load_file(folder / HEAD, device=str(device))
-            transform = HeadTransform(**{n: index[n] for n in HeadTransform._fields if n in index})
-            self.head = Head(tensors["weight"], tensors.get("bias"), transform)
+            if "layer" not in self.made_from:
+                tensors = load_file(folder / HEAD, device=str(device))
+                known = {n: index[n] for n in HeadTransform._fields if n in index}
+                self.head = Head(tensors["weight"], tensors.get("bias"), HeadTransform(**known))
             for source, shards in index["sources"].items():
                 self._places[source] = []
                 for shard in shards:
@@ -87,6 +88,7 @@ def open_reference_states(
     folder: Path | None,
     positions: Literal["answer", "all"],
     micro_batch_tokens: int,
+    layer: int | None = None,
 ) -> ReferenceStates:
     """Opens the states in ``folder``; where it does not exist, computes them with ``lm`` first.
 
@@ -96,6 +98,8 @@ def open_reference_states(
         folder: None makes a temporary one, removed together with the object.
         positions: the rows to keep, those that predict an "answer" token or "all" of them.
         micro_batch_tokens: tokens that go through the model at a time.
+        layer: keeps what this decoder layer hands on, without the head; "answer" positions are
+            those of the answers' own tokens then.
 
     Raises:
         UserError: the folder holds something else, or states that are damaged or were made from
@@ -108,6 +112,7 @@ def open_reference_states(
     made_from = {  # token ids stand for template and tokenizer
         **reference_fingerprint(lm),
         "positions": positions,
+        **({} if layer is None else {"layer": layer}),
         "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
     }
     index = open_folder(
@@ -187,15 +192,17 @@ def _write(
     made_from: Mapping[str, Any],
     micro_batch_tokens: int,
 ) -> None:
-    head = {name: lm.head_arguments[name] for name in ("weight", "bias")}
-    save_file(
-        {name: t.detach().contiguous() for name, t in head.items() if t is not None}, folder / HEAD
-    )
-    all_positions = made_from["positions"] == "all"
+    layer = made_from.get("layer")
+    if layer is None:
+        head = {name: lm.head_arguments[name] for name in ("weight", "bias")}
+        tensors = {name: t.detach().contiguous() for name, t in head.items() if t is not None}
+        save_file(tensors, folder / HEAD)
+    everywhere = made_from["positions"] == "all"
     shards: dict[str, list[dict[str, Any]]] = {}
     for source, sequences in sources.items():
         shards[source] = []
-        for states in _shards(_states(lm, source, sequences, all_positions, micro_batch_tokens)):
+        rows_of = _states(lm, source, sequences, everywhere, layer, micro_batch_tokens)
+        for states in _shards(rows_of):
             file = f"{source}-{len(shards[source]):05d}.safetensors"
             save_file({"hidden": torch.cat(states)}, folder / file)
             shards[source].append({"file": file, "lengths": [len(rows) for rows in states]})
@@ -208,22 +215,24 @@ def _states(
     lm: CausalLM,
     source: str,
     sequences: list[TokenizedExample],
-    all_positions: bool,
+    everywhere: bool,
+    layer: int | None,
     micro_batch_tokens: int,
 ) -> Iterator[Tensor]:  # (n, D) a sequence, in the order given
     with lm.evaluating():
         for batch in pack(sequences, micro_batch_tokens):
-            states = lm.states(batch.to(lm.device))
-            if not all_positions:
-                states = states[batch.rows.to(lm.device)]
+            batch = batch.to(lm.device)
+            places, offsets = batch.tokens(everywhere)
+            if layer is None and not everywhere:
+                places = batch.rows
+            states = lm.states(batch, layer)[places]
             if not bool(states.isfinite().all()):
                 records = ", ".join(str(index + 1) for index in sorted(batch.indices)[:8])
                 raise UserError(
                     f"{source} records {records}: the hidden states of the reference are not "
                     "finite; load it with --dtype bf16 or fp32, or check its weights"
                 )
-            lengths = batch.lengths if all_positions else batch.answer_cu_seqlens.diff().tolist()
-            rows = states.cpu().split(list(lengths))
+            rows = states.cpu().split(offsets.diff().tolist())
             yield from (rows[i] for i in sorted(range(len(rows)), key=batch.indices.__getitem__))
 
 

@@ -27,7 +27,7 @@ from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.order import batch_keys
-from npo_fast.trainer.step import micro_batch_loss
+from npo_fast.trainer.step import layer_of, micro_batch_loss
 from npo_fast.validation import Bound, Checked, NonNegativeInt, PositiveInt
 
 GIB = 1 << 30
@@ -161,7 +161,9 @@ class TrackedStep:
 
     def __init__(self, lm: CausalLM, planned: PlannedRun, ranks: int = 1) -> None:
         self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
-        self.trained = [p for p in lm.model.parameters() if p.requires_grad]
+        self.terms = build_method(planned.method)
+        self.layer = layer_of(lm, self.terms)
+        self.trained = _trained(lm, self.layer)
         self.prompt_length = max(1, planned.sequence_length // 4)
         for tensor in (*lm.model.parameters(), *lm.model.buffers()):
             self.tracker.hold(tensor, WEIGHTS)
@@ -177,14 +179,21 @@ class TrackedStep:
 
     def run(self) -> None:
         """Runs the step; ``tracker`` must be entered."""
-        terms = build_method(self.planned.method)
-        groups = [[t for t in terms if t.batch_key == key] for key in batch_keys(terms)]
+        groups = [[t for t in self.terms if t.batch_key == key] for key in batch_keys(self.terms)]
         if self.planned.step_in_backward:
             self.backward(self._whole_step(groups))
             return
         self.fill_gradients()
         distinct = {  # groups that need the same memory once: NPO and retain NLL are alike
-            tuple((isinstance(t.loss, KL), t.positions, len(t.batch_key)) for t in group): group
+            tuple(
+                (
+                    isinstance(t.loss, KL),
+                    t.loss.reference == "hidden",
+                    t.positions,
+                    len(t.batch_key),
+                )
+                for t in group
+            ): group
             for group in groups
         }
         for group in distinct.values():
@@ -214,7 +223,7 @@ class TrackedStep:
         sizes = [len(micro.input_ids) for micro in micros]
         with FlashAttention():
             joined = self._micro(1, sum(sizes)).to(self.lm.device)
-            parts = self.lm.states(joined).split(sizes)
+            parts = self.lm.states(joined, self.layer).split(sizes)
         losses = [self._loss(*part) for part in zip(groups, micros, parts, strict=True)]
         return torch.stack(losses).sum()
 
@@ -238,7 +247,8 @@ class TrackedStep:
             references |= dict.fromkeys(term.batch_key, values)
         everywhere = any(term.positions == "all" for term in terms)
         rows = len(micro.input_ids if everywhere else micro.rows)
-        reference = self._reference(rows) if any(isinstance(t.loss, KL) for t in terms) else None
+        hidden = any(t.loss.reference == "hidden" for t in terms)
+        reference = self._reference(rows) if hidden else None
         counts = {term.name: 1 for term in terms}
         with FlashAttention():
             loss, _, _ = micro_batch_loss(
@@ -258,7 +268,8 @@ class TrackedStep:
             for name, value in self.lm.head_arguments.items()
             if not isinstance(value, Tensor)
         }
-        arguments["ref_weight"] = hold(torch.empty_like(head), REFERENCE)
+        if self.layer is None:
+            arguments["ref_weight"] = hold(torch.empty_like(head), REFERENCE)
         return SimpleNamespace(head_arguments=arguments, hidden=empty_states)
 
     def backward(self, loss: Tensor) -> None:
@@ -284,6 +295,16 @@ class TrackedStep:
     def _count_as(self, kind: str) -> None:
         """New tensors count as ``kind`` from now on."""
         self.tracker.kind = kind
+
+
+def _trained(lm: CausalLM, layer: int | None) -> list[torch.nn.Parameter]:
+    """The weights that get a gradient: of a method that stops at a ``layer``, none behind it."""
+    behind: set[int] = set()
+    if layer is not None:
+        behind = {id(p) for m in repeated_layers(lm.decoder)[layer + 1 :] for p in m.parameters()}
+        if lm.head.weight is not lm.model.get_input_embeddings().weight:
+            behind |= {id(p) for p in lm.head.parameters()}
+    return [p for p in lm.model.parameters() if p.requires_grad and id(p) not in behind]
 
 
 def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Footprint:

@@ -17,6 +17,7 @@ from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
 from npo_fast.run_files import (
     EVALUATIONS,
+    OWN_ANSWERS,
     RUN,
     STEPS,
     EvaluationLine,
@@ -174,6 +175,8 @@ class RunRecord:
             return f"npo_fast.evaluate({folder!r}, forget=ROWS, {retain}output={logs!r}{more})"
         data = {name: self.setting("data", name) for name in ("data", "forget", "retain")}
         data["forget"] = data["forget"] or "FORGET"
+        if data["retain"] == "auto":
+            data["retain"] = self.folder / OWN_ANSWERS
         if (loss_on := self.setting("data", "loss_on")) not in (None, "last"):
             data["loss_on"] = loss_on
         model = {name: self.setting("model", name) for name in _MEASURED_WITH}

@@ -3,6 +3,7 @@
 run.json            what was asked for, with which versions, on which data, and how it ended
 steps.jsonl         one step record a line, written as it happens
 evaluations.jsonl   one evaluation a line, where any were asked for
+retain-auto.jsonl   the model's own answers, where ``--retain auto`` made them what to keep
 references.pt       log-probs of the model as it was, where the method compares with them
 checkpoints/step-N  model, tokenizer and the state to go on from, complete or absent
 checkpoints/best    model and tokenizer of the best evaluation, and that evaluation
@@ -39,7 +40,7 @@ from npo_fast.model.manifest import (
 )
 from npo_fast.model.save import recover, save_file, save_folder
 from npo_fast.planner.disk import weights_bytes
-from npo_fast.run_files import EVALUATIONS, EvaluationLine
+from npo_fast.run_files import EVALUATIONS, OWN_ANSWERS, EvaluationLine
 from npo_fast.runs.output import check_run_folder, claimed, is_of_run, is_taken, is_vacant
 from npo_fast.runs.records import Records
 from npo_fast.runs.saved_model import save_model
@@ -50,7 +51,7 @@ from npo_fast.versions import versions
 
 REFERENCES, EVALUATION, BEST = "references.pt", "evaluation.json", "checkpoints/best"
 CONTENT = (EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
-           "eval-steps")  # fmt: skip
+           "eval-steps", OWN_ANSWERS)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 

@@ -103,11 +103,11 @@ class _Method(Checked):
     method: str = "NPO+RT"
     preset: Preset | None = None
     kl_positions: Literal["answer", "all"] = "answer"
-    """Tokens that the KL is averaged over; "all" has the prompts too, as the paper's code;
-    that also counts padding, which packs do not have."""
+    """Tokens that the KL, or RMU's distance, is averaged over; "all" has the prompts too, as the
+    papers' code; that also counts padding, which packs do not have."""
     reference_cache: Path | None = None
     """Folder that keeps what methods compare with from run to run: the reference's log-probs, and
-    for KL and UNDIAL its hidden states."""
+    for KL, UNDIAL and RMU its hidden states."""
 
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":
@@ -275,7 +275,8 @@ class UnlearnData(Checked):
     forget: str = ""
     """A file or folder, or a split of --data; any may end in a slice such as [-40:]."""
     retain: str | None = None
-    """The same for what to keep; methods with +RT need it."""
+    """The same for what to keep; methods with +RT need it. "auto": the model's own answers to
+    neutral prompts, kept in the run folder."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
     idk: Path | None = None

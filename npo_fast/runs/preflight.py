@@ -16,11 +16,12 @@ from npo_fast.losses import KL
 from npo_fast.methods import Term
 from npo_fast.model.adapters import no_progress_bars, write_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.reference_log_probs import LOG_PROBS, STATES
+from npo_fast.model.reference_log_probs import LOG_PROBS, states_name
 from npo_fast.model.save import cannot_write, save_tokenizer
 from npo_fast.planner.disk import SavedBytes
 from npo_fast.runs.folder import CONTENT
 from npo_fast.runs.saving import existing, in_words
+from npo_fast.trainer.step import layer_of
 
 RECORDS_BYTES = 1 << 20  # run.json, the model card
 STEP_BYTES = 1 << 10  # a line of steps.jsonl
@@ -140,22 +141,24 @@ def reference_needs(
     """What ``--reference-cache`` or a temporary folder holds of the model before training."""
     states: dict[str, int] = {}  # source -> rows
     for term in terms:
-        if isinstance(term.loss, KL):
+        if term.loss.reference == "hidden":
             rows = (
                 len(e.input_ids) if term.positions == "all" else e.answer_length
                 for e in sources[term.source]
             )
             states[term.source] = sum(rows)
     vocabulary, width = lm.head.weight.shape
-    size = lm.dtype.itemsize * width * (sum(states.values()) + vocabulary) if states else 0
+    has_head = any(isinstance(term.loss, KL) for term in terms)
+    size = lm.dtype.itemsize * width * (sum(states.values()) + has_head * vocabulary)
     if cache is None:
         cure = "name a --reference-cache elsewhere, or another folder in TMPDIR"
         return [Need(Path(gettempdir()), size, "the reference's hidden states", cure)]
-    if (cache / STATES).exists():
+    compared = [term for term in terms if term.loss.reference == "hidden"]
+    if compared and (cache / states_name(layer_of(lm, compared))).exists():
         size = 0
-    compared = {name for term in terms if term.loss.reference in ("sequence", "token")
-                for name in term.reads}  # fmt: skip
-    for name in compared:
+    scored = {name for term in terms if term.loss.reference in ("sequence", "token")
+              for name in term.reads}  # fmt: skip
+    for name in scored:
         if not (cache / f"{LOG_PROBS}{name}").exists():
             size += sum(4 * e.answer_length + 12 for e in sources[name])
     return [Need(cache, size, "the reference cache", "name another --reference-cache")]

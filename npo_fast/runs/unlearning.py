@@ -47,6 +47,7 @@ from npo_fast.runs.options import (
     RunOptions,
     UnlearnData,
 )
+from npo_fast.runs.own_answers import AUTO, own_answers
 from npo_fast.runs.padding import padded_weights
 from npo_fast.runs.preparing import PreparedRun, prepare_run
 from npo_fast.runs.progress import progress
@@ -92,7 +93,8 @@ def unlearn(
         model: hub name, folder, GGUF file, run, transformers model or ``CausalLM``; a model in
             memory is trained in place.
         forget: what to forget: a file or folder, a split of ``data``, or rows (``docs/data.md``).
-        retain: what to keep, in the same forms; methods with +RT need it.
+        retain: what to keep, in the same forms; methods with +RT need it. "auto": the model's own
+            answers to neutral prompts (``docs/retain_auto.md``).
         method: a name in ``npo_fast.methods.METHODS``, with its coefficients in
             ``MethodOptions``, or terms of your own.
         output: the run folder; else that of ``run``.
@@ -134,13 +136,23 @@ def unlearn(
     if forget == "":
         raise UserError("say what to forget with --forget (a file, or a split of --data)")
     if retain is None and "retain" in needed:
-        raise UserError(f"{method.method} keeps what --retain names; name it, or use NPO")
+        raise UserError(
+            f"{method.method} keeps what --retain names; name it, take the model's own answers "
+            f"(--retain {AUTO}), or use NPO"
+        )
+    if retain == AUTO and "retain" not in needed:
+        raise UserError(f"{method.method} reads no retain data; leave out --retain {AUTO}")
     for answers in ("idk", "alternate"):
         if getattr(inputs, answers) is not None and answers not in needed:
             raise UserError(f"{method.method} reads no such answers; leave out --{answers}")
     options.check(source.options)
 
     records = {"forget": load_records(forget, inputs.data, "forget", loss_on)}
+    if retain == AUTO:
+        # without an adapter: what answers is the model before the run
+        asked = ModelSource(model, replace(loading, lora_rank=0, lora_alpha=None), tokenizer)
+        retain, keep = own_answers(asked, records["forget"], options)
+        callbacks = [*callbacks, keep]
     if retain is not None:
         records["retain"] = load_records(retain, inputs.data, "retain", loss_on)
     sampled = dict(records)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from npo_fast.data import Sources
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
-from npo_fast.losses import KL
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.reference_log_probs import STATES, check_cache, reference_log_probs_of
+from npo_fast.model.layers import repeated_layers
+from npo_fast.model.reference_log_probs import check_cache, reference_log_probs_of, states_name
 from npo_fast.model.reference_states import ReferenceStates, open_reference_states
 from npo_fast.trainer.optimizers import build_optimizer, build_scheduler, trainable_parameters
 from npo_fast.trainer.order import (
+    batch_keys,
     check_step_in_backward,
     primary_sources,
     step_batches,
@@ -26,7 +27,7 @@ from npo_fast.trainer.order import (
 )
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
-from npo_fast.trainer.step import References, take_step
+from npo_fast.trainer.step import References, layer_of, take_step
 from npo_fast.trainer.update import StepInBackward, Update
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def train(
         UserError: settings that do not fit the model, the data or the device.
     """
     check_settings(lm, sources, terms, settings)
+    terms = tuple(term.seeded(settings.seed) for term in terms)
     sources = {name: sources[name] for term in terms for name in term.reads}
     primary = primary_sources(sources)
     terms_by_step = schedule_steps(terms, settings.schedule)  # of the steps on each batch
@@ -133,6 +135,10 @@ def check_settings(
     """Raises ``UserError`` for settings that do not fit the model, the data or the device."""
     trainable_parameters(lm.model.parameters(), settings.optimizer)
     check_world_size(terms, settings, lm.world_size)
+    for step_terms in schedule_steps(terms, settings.schedule):
+        keys = [None] if settings.step_in_backward else batch_keys(step_terms)
+        for key in keys:  # what goes through the decoder together
+            layer_of(lm, [term for term in step_terms if key in (None, term.batch_key)])
     for term in terms:
         longest = max((e.answer_length for e in sources[term.source]), default=0)
         if 0 < longest <= term.skip_first:
@@ -183,19 +189,25 @@ def reference_cache_for(
     micro_batch_tokens: int,
     cache: Path | None = None,
 ) -> ReferenceStates | None:
-    """The ``open_reference_states`` of the terms with a KL; None where no term has one.
+    """The ``open_reference_states`` of a method's KL or of its layer; None where it has neither.
 
     They are kept in the folder ``cache``, beside its log-probs.
     """
-    kl_terms = [term for term in terms if isinstance(term.loss, KL)]
-    if not kl_terms:
+    compared = [term for term in terms if term.loss.reference == "hidden"]
+    if not compared:
         return None
-    (positions,) = {term.positions for term in kl_terms}
-    compared: Sources = {term.source: sources[term.source] for term in kl_terms}
+    positions = {term.positions for term in compared}
+    layer = layer_of(lm, compared)
+    if len(positions) > 1:
+        raise UserError("terms that compare hidden states must all take the same positions")
+    if layer is not None:
+        depth = len(repeated_layers(lm.decoder))
+        logger.info(f"layer {layer} of {depth} (0 to {depth - 1}): no later layer runs or trains")
     if cache is not None:
         check_cache(cache)
-    folder = None if cache is None else cache / STATES
-    return open_reference_states(lm, compared, folder, positions, micro_batch_tokens)
+    folder = None if cache is None else cache / states_name(layer)
+    data: Sources = {term.source: sources[term.source] for term in compared}
+    return open_reference_states(lm, data, folder, positions.pop(), micro_batch_tokens, layer)
 
 
 def _non_finite_message(record: StepRecord, batch: Sources, partially_applied: int) -> str:

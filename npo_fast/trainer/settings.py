@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from npo_fast.errors import UserError
+from npo_fast.losses import LayerLoss
 from npo_fast.methods import Schedule, Term
 from npo_fast.trainer.optimizers import LearningRateSchedule, Optimizer
 from npo_fast.validation import (
@@ -68,7 +69,11 @@ def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_siz
         f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
         "--step-in-backward": settings.step_in_backward,
         "--offload-optimizer": settings.offload_optimizer,
-        **{f"a method with {term.name}": term.loss.reference == "hidden" for term in terms},
+        **{
+            f"a method with {term.name}": term.loss.reference == "hidden"
+            or isinstance(term.loss, LayerLoss)
+            for term in terms
+        },
     }
     for what, asked in refused.items():
         if asked and world_size > 1:

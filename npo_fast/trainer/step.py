@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from npo_fast.data import PackedBatch, Sources, concatenate
-from npo_fast.errors import first_line
-from npo_fast.losses import CEU, KL
+from npo_fast.errors import UserError, first_line
+from npo_fast.losses import CEU, KL, RMU, HeldStates, LayerLoss
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.layers import layer_number
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import BatchKey, batch_keys, interleave
@@ -117,7 +118,8 @@ def accumulate_gradients(
     states: list[Tensor | None] = [None] * len(micro_batches)
     if update.takes_whole_step:  # all through the decoder at once: it frees gradients as they come
         packs = [micro for _, micro in micro_batches]
-        states = list(lm.states(concatenate(packs)).split([len(p.input_ids) for p in packs]))
+        whole = lm.states(concatenate(packs), layer_of(lm, terms))
+        states = list(whole.split([len(p.input_ids) for p in packs]))
 
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
     sums: dict[BatchKey, Tensor] = {}  # of sequence log-probs, a number a source
@@ -129,6 +131,8 @@ def accumulate_gradients(
         update.add(loss)
         for name, value in micro_values.items():
             values[name] = values[name] + value
+        if log_probs is None:
+            continue
         by_source = log_probs.view(-1, len(key)).sum(dim=0)
         sums[key] = sums[key] + by_source if key in sums else by_source
     mean_log_probs = {
@@ -147,16 +151,22 @@ def micro_batch_loss(
     references: References | None,
     reference_cache: ReferenceStates | None = None,
     states: Tensor | None = None,  # (T, D)
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     """A micro-batch's share of the step's loss and of each term, and its sequence log-probs (S,).
+
+    Terms of a layer make no log-probs: the decoder stops there.
 
     Args:
         terms: those of one batch key, whose sources alternate in the micro-batch.
         counts: what the sum of each term over the whole step is divided by.
-        states: the last hidden states, where the decoder has run already.
+        states: those of ``layer_of(lm, terms)``, where the decoder has run already.
     """
+    terms = tuple(terms)
+    layer = layer_of(lm, terms)
     if states is None:
-        states = lm.states(micro)
+        states = lm.states(micro, layer)
+    if layer is not None:
+        return *_layer_losses(micro, terms, counts, reference_cache, states), None
     hidden = lm.answer_rows(states, micro)
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
@@ -172,6 +182,7 @@ def micro_batch_loss(
                 labels=micro.labels if term.loss.demotion else None,
             )
         else:
+            assert not isinstance(term.loss, LayerLoss)
             value, sequence_log_probs = linear_sequence_loss(
                 hidden,
                 labels=micro.labels,
@@ -192,6 +203,42 @@ def micro_batch_loss(
             log_probs = lm.log_probs_of(hidden, micro.labels)
             sequence_log_probs = segment_sum(log_probs, micro.answer_cu_seqlens)
     return loss, values, sequence_log_probs
+
+
+def layer_of(lm: CausalLM, terms: Iterable[Term]) -> int | None:
+    """The decoder layer where terms that share a pass through the model stop; None runs all."""
+    layers = {
+        layer_number(lm.decoder, term.loss.layer) if isinstance(term.loss, LayerLoss) else None
+        for term in terms
+    }
+    if len(layers) > 1:
+        raise UserError("terms that share a pass must all be of one decoder layer, or none of any")
+    return layers.pop()
+
+
+def _layer_losses(
+    micro: PackedBatch,
+    terms: Iterable[Term],
+    counts: Mapping[str, int | Tensor],
+    reference_cache: ReferenceStates | None,
+    states: Tensor,  # (T, D)
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``micro_batch_loss`` of terms of the layer that ``states`` come from."""
+    loss = states.new_zeros((), dtype=torch.float32)
+    values = {}
+    for term in terms:
+        assert isinstance(term.loss, LayerLoss)
+        places, offsets = micro.tokens(term.positions == "all")
+        if isinstance(term.loss, RMU):
+            target = term.loss.target(states.shape[-1]).to(states.device)
+        else:
+            assert isinstance(term.loss, HeldStates)
+            assert reference_cache is not None, f"{term.name} needs a reference cache"
+            target = reference_cache.hidden(term.source, micro.indices)
+        value = term.loss(states[places], offsets, target).sum() / counts[term.name]
+        values[term.name] = value.detach()
+        loss = loss + term.coefficient * value
+    return loss, values
 
 
 def _reference_values(

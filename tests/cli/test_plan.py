@@ -145,8 +145,8 @@ def test_8bit_states_leave_small_tensors_whole():
 @pytest.mark.parametrize("method", slow_but(["NPO+RT", "NPO+KL"], METHODS))
 def test_every_method_can_be_planned(method):
     found = footprint(config(), replace(SMALL, method=method))
-    uses_kl = "KL" in method or "UNDIAL" in method
-    assert (found.bytes["reference"] > 0) == uses_kl, "the reference's head and hidden states"
+    uses_states = any(name in method for name in ("KL", "UNDIAL", "RMU"))
+    assert (found.bytes["reference"] > 0) == uses_states, "the reference's head and hidden states"
 
 
 @pytest.mark.slow

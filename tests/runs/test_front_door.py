@@ -235,7 +235,9 @@ def test_the_other_functions_name_wild_arguments_too(tmp_path):
 
 def test_a_message_names_settings_as_its_caller_does(base, tmp_path, capsys):
     """Keywords to a caller from Python, flags to a user of the command line."""
-    mistake = "NPO+RT keeps what {} names; name it, or use NPO"
+    mistake = (
+        "NPO+RT keeps what {0} names; name it, take the model's own answers ({0} auto), or use NPO"
+    )
     with pytest.raises(UserError) as caught:
         npo_fast.unlearn(str(base), forget=FORGET, output=tmp_path / "run")
     assert str(caught.value) == mistake.format("retain")

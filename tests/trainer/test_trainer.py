@@ -177,7 +177,9 @@ def test_the_fine_tuning_loss_is_that_of_hugging_face():
     assert record.loss == pytest.approx(total / tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", slow_but(["NPO+RT"], [m for m in METHODS if m != "IDK+RT"]))
+@pytest.mark.parametrize(
+    "method", slow_but(["NPO+RT"], [m for m in METHODS if m not in ("IDK+RT", "RMU")])
+)
 def test_every_method_lowers_the_forget_log_probs(method):
     _, records = run_method(method, TrainSettings(epochs=8, batch_size=7, lr=3e-3))
     assert records[-1].log_probs["forget"] < records[0].log_probs["forget"]
@@ -282,7 +284,7 @@ def test_a_coefficient_that_a_method_does_not_have_is_an_error(method, given, me
 def test_every_coefficient_of_a_method_reaches_its_terms(method):
     defaults = build_method(method)
     for name, value in coefficients_of(method).items():
-        changed = build_method(method, Coefficients(**{name: value + 2}))
+        changed = build_method(method, Coefficients(**{name: (value or 0) + 2}))
         assert changed != defaults, name
         same = build_method(method, Coefficients(**{name: value}))
         assert same == defaults, name
