@@ -57,6 +57,7 @@ def smaller_micro_batches(
             f"({reason}); the weights stay those of step {step - 1}. Free memory that other "
             "programs hold, add --gradient-checkpointing, cut sequences with a smaller "
             "--max-length, or load half precision with --dtype bf16"
+            + (", or leave out --sharpness-rho: it copies the weights" * bool(settings.sharpness_rho))
         )
     return max(longest, min(tokens, sum(lengths)) // 2)
 
