@@ -49,7 +49,7 @@ def test_the_coefficient_is_that_of_a_controller_worked_out_from_the_records(met
                 seen.append(i)
             return super().__getitem__(i)
 
-    settings = dataclasses.replace(SETTINGS, batch_size=7)
+    settings = dataclasses.replace(SETTINGS, epochs=8, batch_size=7, lr=1e-2, warmup_steps=0)
     terms = build_method(method, Coefficients(**{name: 3.0}))
     watched = {**sources(), "retain": Watched(data)}
     found = reference_log_probs(lm, sources(), terms, 2048, also=("retain",))
@@ -67,22 +67,22 @@ def test_the_coefficient_is_that_of_a_controller_worked_out_from_the_records(met
         total += 0.2 * excess
         expected = 3.0 * math.exp(total + 0.5 * (excess + 1))
         assert record.kept_utility == pytest.approx(math.exp(-smooth), rel=1e-5)
-    assert expected > 3.0, "something was lost, and the coefficient rose"
+    assert total > 0, "more was lost than may be, and the coefficient rose"
 
 
 def test_the_share_that_is_asked_for_is_left():
+    """Where the retain coefficient alone, 1, would have left far less."""
     left = {}
-    for share in (0.5, 0.9, None):
-        settings = dataclasses.replace(SETTINGS, epochs=40, lr=1e-3, keep_utility=share)
+    for share in (0.9, None):
         lm = small_lm()
-        references = reference_log_probs(lm, sources(), (), 2048, also=("retain",))["retain"]
+        settings = dataclasses.replace(SETTINGS, epochs=15, batch_size=7, keep_utility=share)
+        before = reference_log_probs(lm, sources(), (), 2048, also=("retain",))["retain"]
         list(steps(lm, settings, "GA+RT"))
-        now = reference_log_probs(lm, sources(), (), 2048, also=("retain",))["retain"]
+        after = reference_log_probs(lm, sources(), (), 2048, also=("retain",))["retain"]
         tokens = sum(example.answer_length for example in sources()["retain"])
-        left[share] = math.exp(float((now - references).sum()) / tokens)
-    print(left)
-    assert left[0.9] > 0.85
-    assert left[0.5] > 0.45
+        left[share] = math.exp(float((after - before).sum()) / tokens)
+    assert left[0.9] > 0.85, left
+    assert left[None] < 0.7, left
 
 
 @pytest.mark.parametrize("method", slow_but(["NPO+RT"], ["NPO+RT", "NPO+KL"]))
@@ -127,7 +127,7 @@ def test_a_share_that_is_none_is_refused(tmp_path, capsys, bad):
     assert re.search(f"keep.utility.*{bad}", capsys.readouterr().err)
 
 
-def test_the_front_door_records_the_coefficient_and_goes_on_with_it(tmp_path, caplog):
+def test_the_front_door_records_the_coefficient_and_goes_on_with_it(tmp_path, capsys):
     """A method without a reference of its own: the log-probs of the retain data are kept."""
     home = save_tiny_model(tmp_path / "model")
     forget, retain = (write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in
@@ -135,10 +135,9 @@ def test_the_front_door_records_the_coefficient_and_goes_on_with_it(tmp_path, ca
     run = ["unlearn", "--model", str(home), "--forget", str(forget), "--retain", str(retain),
            "--method", "GA+RT", "--lr", "1e-3", "--epochs", "4", "--batch-size", "2",
            "--retain-coefficient", "2", "--keep-utility", "0.9", "--no-report"]  # fmt: skip
-    caplog.set_level("INFO")
     assert main([*run, "--output", str(tmp_path / "run")]) == 0
     lines, final = read_jsonl(tmp_path / "run/steps.jsonl"), metadata_of(tmp_path / "run")["final"]
     assert lines[0]["retain_coefficient"] == 2.0
     assert final["retain_coefficient"] == lines[-1]["retain_coefficient"] != 2.0
-    assert f"retain coefficient {final['retain_coefficient']:.3g}; " in caplog.text
+    assert f"retain coefficient {final['retain_coefficient']:.3g}; " in capsys.readouterr().err
     assert (tmp_path / "run/references.pt").exists()
