@@ -1,4 +1,4 @@
-"""What keep_utility.py and robustness.py share: the demo's world of a seed, taught once and kept."""
+"""The demo's world of a seed, taught once and kept: for keep_utility.py and robustness.py."""
 
 import json
 import math

@@ -20,12 +20,15 @@ from demo_world import SETTINGS, Rows, World
 from npo_fast.bench.provenance import provenance
 from npo_fast.runs import MethodOptions
 from npo_fast.trainer import loop
-from npo_fast.trainer.retain_weight import RetainWeight
+from npo_fast.trainer.retain_weight import SMOOTHING, RetainWeight
 from npo_fast.versions import versions
 
 RESULT = Path(__file__).parent / "results" / "keep_utility.json"
 METHODS = ("NPO+RT", "GA+RT", "SimNPO+RT")
-COEFFICIENTS, SHARES = (0.2, 1.0, 5.0), (0.9, 0.95, 0.99)
+WAYS = (
+    ("fixed", 0.2), ("fixed", 1.0), ("fixed", 5.0),
+    ("keep", 0.9), ("keep", 0.95), ("keep", 0.99), ("dual", 0.95),
+)  # fmt: skip
 DUAL_STEP = 1.0  # dual_step_size of open-unlearning
 
 
@@ -37,28 +40,25 @@ class DualAscent(RetainWeight):
         return max(1e-6, self.start + self.integral)
 
     def update(self, batch, log_probs) -> None:
-        smooth = self.lost
+        smooth, coefficient = self.lost, self.coefficient
         super().update(batch, log_probs)
-        lost = smooth + (self.lost - smooth) / 0.3  # of this step alone
-        self.integral = max(0.0, self.coefficient + DUAL_STEP * (lost - self.tolerance)) - self.start
+        lost = smooth + (self.lost - smooth) / SMOOTHING  # of this step alone
+        raised = coefficient + DUAL_STEP * (lost - self.tolerance)
+        self.integral = max(0.0, raised) - self.start
 
 
-def run(world: World, rows: Rows, seed: int) -> None:
-    ways = [("fixed", c) for c in COEFFICIENTS] + [("keep", s) for s in SHARES] + [("dual", 0.95)]
-    for way, value in ways:
-        for method in METHODS:
-            key = {"seed": seed, "method": method, "way": way, "value": value}
-            if rows.has(**key):
-                continue
-            training = SETTINGS.unlearning
-            if way != "fixed":
-                training = replace(training, keep_utility=value)
-            loop.RetainWeight = DualAscent if way == "dual" else RetainWeight
-            coefficient = value if way == "fixed" else 1.0
-            options = MethodOptions(method, retain_coefficient=coefficient)
-            final = world.unlearn(training, method=options)
-            found = {"coefficient": final.get("retain_coefficient", coefficient)}
-            rows.add(**key, **found, **world.scores())
+def run(world: World, rows: Rows, seed: int, method: str, way: str, value: float) -> None:
+    """One row, if it is not there yet."""
+    key = {"seed": seed, "method": method, "way": way, "value": value}
+    if rows.has(**key):
+        return
+    training = SETTINGS.unlearning
+    if way != "fixed":
+        training = replace(training, keep_utility=value)
+    loop.RetainWeight = DualAscent if way == "dual" else RetainWeight
+    coefficient = value if way == "fixed" else 1.0
+    final = world.unlearn(training, method=MethodOptions(method, retain_coefficient=coefficient))
+    rows.add(**key, coefficient=final.get("retain_coefficient", coefficient), **world.scores())
 
 
 def summarise(rows: list[dict]) -> dict:
@@ -91,7 +91,9 @@ def main() -> None:
     for seed in options.seeds:
         world = World(seed, options.worlds)
         found = Rows(options.worlds / f"keep_utility-{seed}.jsonl")
-        run(world, found, seed)
+        for way, value in WAYS:
+            for method in METHODS:
+                run(world, found, seed, method, way, value)
         rows += found.rows
     content = {
         "seeds": options.seeds,

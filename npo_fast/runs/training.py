@@ -157,8 +157,9 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     logger.info(f"model saved in {path}{rounded if is_narrower and not lm.adapted else ''}")
     if record.kept_utility is not None:
         logger.info(
-            f"retain coefficient {record.retain_coefficient:.3g}; {record.kept_utility:.1%} of the "
-            f"retain answers' probability is left, --keep-utility {training.settings.keep_utility:g}"
+            f"--keep-utility {training.settings.keep_utility:g}: retain coefficient "
+            f"{record.retain_coefficient:.3g}; {record.kept_utility:.1%} of the retain answers' "
+            "probability is left"
         )
     training.between_steps = False  # what is saved is saved
     folder.note(final=record.as_dict(), **training.final_metadata)

@@ -10,21 +10,20 @@ from npo_fast.data import Sources
 from npo_fast.errors import UserError
 from npo_fast.methods import Schedule, Term
 
-SMOOTHING = 0.3  # of the newest step, in the mean over steps
-INTEGRAL, PROPORTIONAL = 0.2, 0.5  # of the logarithm of the coefficient
-LARGEST = 2.0  # excess that counts, as a multiple of the tolerance
+SMOOTHING = 0.5  # of the newest step, in the mean over steps
+PROPORTIONAL, INTEGRAL = 4.0, 0.05  # gains, in the logarithm of the coefficient
 RANGE = math.log(1000)  # either way from where the coefficient starts
 
 
 class RetainWeight:
-    """The retain coefficient of each step, so that the retain data keep a share of their probability.
+    """The retain coefficient of each step, so that retain data keep a share of their probability.
 
     The constraint is on the probability of a retain answer, per token: its geometric mean is to be
     at least ``share`` of that of the model as it was. With ``l`` the log-prob of a token,
 
         lost_t = mean over the retain tokens of step t of (l before - l now)
-        x_t    = mean over steps of lost / -ln(share) - 1, at most 2: 0 where the bound is met
-        lambda = start * exp(I_t + 0.5 (x_t + 1)),  I_(t + 1) = I_t + 0.2 x_t
+        x_t    = mean over steps of lost / -ln(share) - 1, within -1 and 1
+        lambda = start * exp(4 (x_t + 1) + I_t),  I_(t + 1) = I_t + 0.05 x_t
 
     Dual ascent raises a multiplier while its constraint is violated (PDU, arXiv 2506.05314); here
     it does so in the logarithm, since the right coefficient differs by orders of magnitude from
@@ -50,12 +49,12 @@ class RetainWeight:
     @property
     def excess(self) -> float:
         """How far the loss is beyond the tolerance, as a multiple of it."""
-        return min(LARGEST, max(-1.0, self.lost / self.tolerance - 1))
+        return min(1.0, max(-1.0, self.lost / self.tolerance - 1))
 
     @property
     def coefficient(self) -> float:
         """Of the retain term in the next step."""
-        logarithm = self.integral + PROPORTIONAL * (self.excess + 1)
+        logarithm = PROPORTIONAL * (self.excess + 1) + self.integral
         return self.start * math.exp(min(RANGE, max(-RANGE, logarithm)))
 
     def weigh(self, terms: Sequence[Term]) -> tuple[Term, ...]:

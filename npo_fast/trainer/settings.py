@@ -58,9 +58,7 @@ class TrainSettings(Checked):
     """Keep the optimizer's states in CPU memory (with a GPU)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
-    keep_utility: Annotated[
-        float | None, Bound("between 0 and 1", lambda share: 0 < share < 1)
-    ] = None
+    keep_utility: Annotated[float | None, Bound("between 0 and 1", lambda s: 0 < s < 1)] = None
     """Share of the probability of the retain answers (per token, geometric mean) to keep: finds the
     retain coefficient by itself, from the given one on (docs/steps.md)."""
     sharpness_rho: NonNegativeFloat = 0.0

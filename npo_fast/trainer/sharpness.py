@@ -57,9 +57,7 @@ def sharpness_aware(
 
 
 @contextmanager
-def _perturbed(
-    optimizer: torch.optim.Optimizer, rho: float, copy_on_cpu: bool
-) -> Iterator[None]:
+def _perturbed(optimizer: torch.optim.Optimizer, rho: float, copy_on_cpu: bool) -> Iterator[None]:
     """Inside, weights are ``w + rho * g / |g|``, with the gradient ``g`` that this takes away."""
     parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
     norm = number_of(torch.nn.utils.get_total_norm([p.grad for p in parameters]))

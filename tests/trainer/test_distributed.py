@@ -352,9 +352,7 @@ def _train_on_ranks(mesh, family: str, lora: bool, *arguments):
         "LoRA, checkpointed, sharpness-aware",
     ],
 )
-def test_several_processes_train_as_one(
-    tmp_path, count, family, lora, method, checkpointing, rho
-):
+def test_several_processes_train_as_one(tmp_path, count, family, lora, method, checkpointing, rho):
     lm = lm_of(family, lora)
     everything = sum(p.numel() for p in lm.model.parameters())
     records, gradients, weights, references = _steps(lm, method, checkpointing, rho)
