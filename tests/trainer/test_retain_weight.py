@@ -17,6 +17,7 @@ from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState
 from tests.helpers import (
     FACTS,
+    dropout_lm,
     exit_code,
     metadata_of,
     read_jsonl,
@@ -26,7 +27,6 @@ from tests.helpers import (
     sources,
     write_jsonl,
 )
-from tests.trainer.test_resume import dropout_lm
 
 SETTINGS = TrainSettings(epochs=6, batch_size=4, lr=3e-3, keep_utility=0.9)
 

@@ -17,8 +17,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import check_settings, reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState
-from tests.helpers import calm_model, slow_but, small_lm, sources
-from tests.trainer.test_resume import dropout_lm, limit_memory
+from tests.helpers import calm_model, dropout_lm, limit_memory, slow_but, small_lm, sources
 
 RHO = 0.05
 SETTINGS = TrainSettings(
