@@ -162,6 +162,28 @@ def small_lm() -> CausalLM:
     return CausalLM(calm_model(), probe=False)
 
 
+def dropout_lm(dtype: torch.dtype = torch.float32) -> CausalLM:
+    torch.manual_seed(0)
+    model = tiny_model("GPT2").to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    return CausalLM(model, probe=False)
+
+
+def limit_memory(lm: CausalLM, tokens: int, error: type[Exception] = torch.OutOfMemoryError):
+    """No more than so many tokens at a time go through the model, nor back."""
+    tried = []
+
+    def check(module, args, kwargs):
+        tried.append(kwargs["input_ids"].shape[-1])
+        if tried[-1] > tokens and torch.is_grad_enabled():
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    lm.decoder.register_forward_pre_hook(check, with_kwargs=True)
+    return tried
+
+
 def save_tiny_model(folder: Path) -> Path:
     """Writes a model of a few thousand parameters and a tokenizer, for tests of whole commands."""
     texts = [f"Question: {fact['question']}\nAnswer: {fact['answer']}" for fact in FACTS]

@@ -18,6 +18,7 @@ class Switch:
     cost: str
     change: Callable[[PlannedRun], PlannedRun]
     on_ranks: bool = True  # whether it works with several GPUs
+    with_copy: bool = True  # whether it works with sharpness-aware steps
 
 
 # cheapest first
@@ -27,7 +28,7 @@ SWITCHES = (
            on_ranks=False),
     Switch("a step is one pass, clipped by a second backward",
            lambda p: _with_tokens(replace(p, step_in_backward=True), p.micro_batch_tokens),
-           on_ranks=False),
+           on_ranks=False, with_copy=False),
     Switch("shorter passes", lambda p: _with_tokens(p, min(512, p.micro_batch_tokens))),
     Switch("adapters alone are trained", lambda p: _with_adapters(p)),
     Switch("adapters alone are trained, on rounded weights",
@@ -90,7 +91,11 @@ def advise(
         footprint = measure(changed)
         return Advice(card_gb, footprint.needed <= available, changed, switches, footprint)
 
-    possible = (s for s in SWITCHES if s.on_ranks or ranks == 1)
+    possible = (
+        s
+        for s in SWITCHES
+        if (s.on_ranks or ranks == 1) and (s.with_copy or not planned.sharpness_rho)
+    )
     useful = tuple(s for s in possible if s.change(planned) != planned)
     attempts = (attempt(useful[:count]) for count in range(len(useful) + 1))
     best = next((advice for advice in attempts if advice.fits), None)

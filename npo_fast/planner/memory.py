@@ -28,7 +28,7 @@ from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.order import batch_keys
 from npo_fast.trainer.step import layer_of, micro_batch_loss
-from npo_fast.validation import Bound, Checked, NonNegativeInt, PositiveInt
+from npo_fast.validation import Bound, Checked, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 GIB = 1 << 30
 KINDS = {
@@ -39,8 +39,9 @@ KINDS = {
     "head": "loss and LM head",
     "backward": "backward temporaries",
     "reference": "reference",
+    "copy": "copy of the weights",
 }
-WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HEAD, BACKWARD, REFERENCE = KINDS
+WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HEAD, BACKWARD, REFERENCE, COPY = KINDS
 CONTEXT_BYTES = 600 << 20  # CUDA context, loaded kernels, cuBLAS workspaces
 FRAGMENTATION = 0.1  # of all bytes that are freed within a step
 
@@ -63,6 +64,8 @@ class PlannedRun(Checked):
     """Apply each gradient as it arises and free it."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory."""
+    sharpness_rho: NonNegativeFloat = 0.0
+    """Sharpness-aware steps, which copy the weights that are trained."""
     lora_rank: NonNegativeInt = 0
     """Train adapters of this rank instead of the weights."""
     quantize: Quantize = "none"
@@ -77,6 +80,8 @@ class PlannedRun(Checked):
                 "--optimizer adamw-bf16 trains bf16 weights, and adapters are fp32: use --dtype "
                 "bf16 without --lora-rank, or another --optimizer"
             )
+        if self.sharpness_rho and self.step_in_backward:
+            raise UserError("--sharpness-rho does not go with --step-in-backward: leave one out")
         if self.quantize != "none" and not self.lora_rank:
             raise UserError("4-bit weights cannot be trained themselves: add --lora-rank 16")
         build_method(self.method)
@@ -172,6 +177,11 @@ class TrackedStep:
             self.tracker.hold(torch.empty(size, dtype=torch.uint8, device="meta"), OPTIMIZER)
             for size in ([max(sizes)] if planned.offload_optimizer else sizes)
         ]
+        if planned.sharpness_rho and not planned.offload_optimizer:  # with it the CPU has them
+            self.states += [
+                self.tracker.hold(torch.empty_like(p, requires_grad=False), COPY)
+                for p in self.trained
+            ]
         lm.decoder.register_forward_pre_hook(lambda *_: self._count_as(ACTIVATIONS))
         lm.decoder.register_forward_hook(lambda *_: self._count_as(HEAD))
         for parameter in self.trained:
@@ -318,7 +328,7 @@ def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Fo
     """
     layer, head = layer_bytes(model), model.get_output_embeddings().weight
     bytes_ = dict(whole.bytes)
-    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER):
+    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER, COPY):
         bytes_[kind] = -(-bytes_[kind] // ranks)
     problem = slice_problem(head, planned, ranks)
     gradient = problem.vocabulary * problem.width if problem.trains_head else 0

@@ -6,7 +6,7 @@ callbacks; write your own by deriving from ``Callback``.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ class TrackerCallback(Callback):
         self.tracker.store_init_configuration(_flat(training.folder.metadata["settings"]))
 
     def on_step(self, record: StepRecord) -> None:
-        self._log(asdict(record), record.step)
+        self._log(record.as_dict(), record.step)
 
     def on_evaluation(self, scores: Mapping[str, Any]) -> None:
         measured = {key: value for key, value in scores.items() if key not in ("step", "epoch")}

@@ -20,7 +20,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,7 @@ class RunFolder:
         """Appends the record of a step to ``steps.jsonl``."""
         if is_main_process():
             self._restore_lost()
-            self._records.steps.append(asdict(record))
+            self._records.steps.append(record.as_dict())
 
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Appends an evaluation to ``evaluations.jsonl``, and waits until it is on the disk."""

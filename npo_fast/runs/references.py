@@ -24,14 +24,15 @@ def run_log_probs(lm: CausalLM, prepared: PreparedRun, cache: Path | None) -> Re
     resumable, terms = prepared.resumable, prepared.terms
     if resumable and (resumable.references or resumable.trained):
         return dict(resumable.references or {})
-    compares = any(term.loss.reference in ("sequence", "token") for term in terms)
+    also = () if prepared.training.keep_utility is None else ("retain",)
+    compares = also or any(term.loss.reference in ("sequence", "token") for term in terms)
     if resumable and world_size() > 1 and compares:
         raise UserError(  # sharded models have the weights of the checkpoint by now
             f"the reference's log-probs in {resumable.folder} are lost: go on with one process, "
             "which makes them again"
         )
     tokens = prepared.training.micro_batch_tokens
-    return reference_log_probs(lm, prepared.sources, terms, tokens, cache)
+    return reference_log_probs(lm, prepared.sources, terms, tokens, cache, also)
 
 
 def load_other(

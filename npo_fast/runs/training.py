@@ -1,6 +1,5 @@
 """One training run in a folder: steps, callbacks, and what is kept when it ends in any way."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,8 +155,14 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     rounded = f", rounded to {width} as it came (--dtype fp32 keeps fp32)"
     is_narrower = lm.saved_dtype is not None and lm.saved_dtype.itemsize < lm.dtype.itemsize
     logger.info(f"model saved in {path}{rounded if is_narrower and not lm.adapted else ''}")
+    if record.kept_utility is not None:
+        logger.info(
+            f"--keep-utility {training.settings.keep_utility:g}: retain coefficient "
+            f"{record.retain_coefficient:.3g}; {record.kept_utility:.1%} of the retain answers' "
+            "probability is left"
+        )
     training.between_steps = False  # what is saved is saved
-    folder.note(final=dataclasses.asdict(record), **training.final_metadata)
+    folder.note(final=record.as_dict(), **training.final_metadata)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from npo_fast.trainer.order import (
     step_batches,
     step_count,
 )
+from npo_fast.trainer.retain_weight import RetainWeight, check_keep_utility
 from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, layer_of, take_step
@@ -93,7 +95,12 @@ def train(
 
     state = TrainState() if state is None else state
     torch.manual_seed(settings.seed + (2 * state.step + 1 << 32) * lm.rank)  # + 0 on the first
-    state.attach(lm.device, lm.world_size == 1, optimizer=optimizer, scheduler=scheduler)
+    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
+    weight = None
+    if settings.keep_utility is not None:
+        assert references is not None, "--keep-utility needs reference log-probs"
+        parts["retain_weight"] = weight = RetainWeight(settings.keep_utility, terms, references)
+    state.attach(lm.device, lm.world_size == 1, **parts)
     largest = settings.micro_batch_tokens
     state.micro_batch_tokens = min(state.micro_batch_tokens or largest, largest)
     lm.model.train()
@@ -104,9 +111,15 @@ def train(
         started = time.perf_counter()
         lr = float(optimizer.param_groups[0]["lr"])
         batch = {name: batch[name] for term in step_terms for name in term.reads}
+        adapted = {}
+        if weight is not None:
+            step_terms, adapted["retain_coefficient"] = weight.weigh(step_terms), weight.coefficient
         result = take_step(
             lm, batch, step_terms, settings, state, update, references, reference_cache
         )
+        if weight is not None:
+            weight.update(batch, result.log_probs)
+            adapted["kept_utility"] = weight.kept
         record = StepRecord(
             step=state.step + 1,
             steps=total,
@@ -116,6 +129,7 @@ def train(
             tokens=sum(len(s.input_ids) for sequences in batch.values() for s in sequences),
             micro_batch_tokens=state.micro_batch_tokens,
             time_ms=1e3 * (time.perf_counter() - started),
+            **adapted,
         )
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
             kind = PartialUpdateError if update.partially_applied else NonFiniteError
@@ -139,6 +153,8 @@ def check_settings(
         keys = [None] if settings.step_in_backward else batch_keys(step_terms)
         for key in keys:  # what goes through the decoder together
             layer_of(lm, [term for term in step_terms if key in (None, term.batch_key)])
+    if settings.keep_utility is not None:
+        check_keep_utility(terms, settings.schedule)
     for term in terms:
         longest = max((e.answer_length for e in sources[term.source]), default=0)
         if 0 < longest <= term.skip_first:
@@ -150,6 +166,13 @@ def check_settings(
         raise UserError(
             "--offload-optimizer keeps states in CPU memory, and on a CPU they lie there anyway: "
             "leave it out"
+        )
+    if settings.sharpness_rho and all(term.source == "retain" for term in terms):
+        raise UserError("--sharpness-rho moves weights up the forget loss, and no term forgets")
+    if settings.sharpness_rho and settings.step_in_backward:
+        raise UserError(
+            "--sharpness-rho needs the gradient of all weights together, and --step-in-backward "
+            "frees each as it comes: leave one of them out"
         )
     if settings.step_in_backward and not lm.packs:
         raise UserError(
@@ -166,14 +189,17 @@ def reference_log_probs(
     terms: tuple[Term, ...],
     micro_batch_tokens: int,
     cache: Path | None = None,
+    also: Iterable[str] = (),
 ) -> dict[str, Tensor | list[Tensor]]:
     """Log-probs under the model as it is now, of the sources that a term compares with them.
 
     A number a sequence, (S,), or where the loss compares tokens a list of S tensors (n,). No
     reference model stays in memory while training. The folder ``cache`` keeps them from run to run.
+    ``also`` names other sources, a number a sequence.
     """
     compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
-    kinds = {name: term.loss.reference for term in compared for name in term.reads}
+    kinds = dict.fromkeys(also, "sequence")
+    kinds |= {name: term.loss.reference for term in compared for name in term.reads}
     data: Sources = {name: sources[name] for name in kinds}
     found = reference_log_probs_of(lm, data, micro_batch_tokens, cache)
     return {

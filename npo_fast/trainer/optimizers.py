@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from npo_fast.errors import UserError
@@ -138,6 +139,11 @@ class _Eager:
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
     """All that the optimizer trains, in the order of its state dict."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def number_of(total: Tensor) -> float:
+    """The value of a sum or norm over gradients, of all processes where they are sharded."""
+    return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def step_one_at_a_time(optimizer: torch.optim.Optimizer) -> None:

@@ -51,12 +51,14 @@ def smaller_micro_batches(
         for unit in zip(*(batch[name] for name in key), strict=True)
     ]
     longest = max(lengths)
+    copied = ", or leave out --sharpness-rho, which copies the weights"
     if tokens <= longest:
         raise OutOfMemory(
             f"step {step}: out of memory with one sequence of {longest} tokens at a time "
             f"({reason}); the weights stay those of step {step - 1}. Free memory that other "
             "programs hold, add --gradient-checkpointing, cut sequences with a smaller "
             "--max-length, or load half precision with --dtype bf16"
+            f"{copied if settings.sharpness_rho else ''}"
         )
     return max(longest, min(tokens, sum(lengths)) // 2)
 

@@ -1,7 +1,7 @@
 """Settings of the training loop, and the record of a step."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from npo_fast.errors import UserError
 from npo_fast.losses import LayerLoss
@@ -59,6 +59,12 @@ class TrainSettings(Checked):
     """Keep the optimizer's states in CPU memory (with a GPU)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
+    keep_utility: Annotated[float | None, Bound("between 0 and 1", lambda s: 0 < s < 1)] = None
+    """Share of the probability of the retain answers (per token, geometric mean) to keep: finds the
+    retain coefficient by itself, from the given one on (docs/steps.md)."""
+    sharpness_rho: NonNegativeFloat = 0.0
+    """Sharpness-aware steps: the forget gradient is that of weights moved by this much up the
+    forget loss, against relearning and rounding (docs/steps.md); 0 takes ordinary steps."""
     seed: int = 0
     """Order of the data, draws of refusals, and dropout."""
 
@@ -95,3 +101,9 @@ class StepRecord:
     tokens: int
     micro_batch_tokens: int  # those of the settings, or fewer since memory ran out
     time_ms: float
+    retain_coefficient: float | None = None  # of this step, with --keep-utility
+    kept_utility: float | None = None  # share that is left, smoothed, with --keep-utility
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, without those that are None."""
+        return {name: value for name, value in vars(self).items() if value is not None}

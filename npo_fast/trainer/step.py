@@ -27,6 +27,7 @@ from npo_fast.trainer.out_of_memory import (
     update_out_of_memory,
 )
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.sharpness import sharpness_aware
 from npo_fast.trainer.state import TrainState, random_state, set_random_state
 from npo_fast.trainer.update import Update
 
@@ -68,8 +69,8 @@ def take_step(
         assert state.micro_batch_tokens is not None
         tokens = sys.maxsize if settings.step_in_backward else state.micro_batch_tokens
         try:
-            values, log_probs = accumulate_gradients(
-                lm, batch, terms, tokens, update, references, reference_cache
+            values, log_probs = gradient_of_step(
+                lm, batch, terms, tokens, settings, update, references, reference_cache
             )
             break
         except (RuntimeError, MemoryError) as error:
@@ -91,6 +92,29 @@ def take_step(
             raise
         raise update_out_of_memory(state.step + 1, error, update.started) from error
     return StepResult(loss, values, log_probs, grad_norm)
+
+
+def gradient_of_step(
+    lm: CausalLM,
+    batch: Sources,
+    terms: tuple[Term, ...],
+    tokens: int,
+    settings: TrainSettings,
+    update: Update,
+    references: References | None,
+    reference_cache: ReferenceStates | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """``accumulate_gradients``, or with ``sharpness_rho`` those of a sharpness-aware step."""
+
+    def accumulate(some: tuple[Term, ...]) -> tuple[dict[str, float], dict[str, float]]:
+        return accumulate_gradients(lm, batch, some, tokens, update, references, reference_cache)
+
+    if not settings.sharpness_rho:
+        return accumulate(terms)
+    return sharpness_aware(
+        accumulate, terms, update.optimizer, settings.sharpness_rho, lm.device,
+        settings.offload_optimizer,
+    )  # fmt: skip
 
 
 def accumulate_gradients(

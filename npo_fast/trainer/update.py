@@ -6,10 +6,14 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from npo_fast.trainer.optimizers import keep_states_on_cpu, parameters_of, step_one_at_a_time
+from npo_fast.trainer.optimizers import (
+    keep_states_on_cpu,
+    number_of,
+    parameters_of,
+    step_one_at_a_time,
+)
 
 
 class Update:
@@ -46,7 +50,7 @@ class Update:
         self.started = False
         parameters = parameters_of(self.optimizer)
         total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        norm = number_of(total)
         if math.isfinite(loss) and math.isfinite(norm):
             self.started = True
             if self.offload:

@@ -134,6 +134,23 @@ def test_4bit_layers_take_4_127_bits_a_weight():
     assert 16 - 8 * saved / linear == pytest.approx(4.127, abs=0.001)
 
 
+def test_sharpness_aware_steps_hold_a_copy_of_what_is_trained():
+    sharp = replace(SMALL, sharpness_rho=0.01)
+    plain, found = footprint(config(), SMALL), footprint(config(), sharp)
+    assert found.bytes["copy"] == 4 * found.trained
+    assert {**found.bytes, "copy": 0} == plain.bytes
+    adapters = footprint(config(), replace(sharp, lora_rank=2))
+    assert adapters.bytes["copy"] == 4 * adapters.trained
+    halves = footprint(config(), sharp, ranks=2)
+    assert halves.bytes["copy"] == 2 * found.trained
+    assert footprint(config(), replace(sharp, offload_optimizer=True)).bytes["copy"] == 0
+    advice = advise(sharp, 1e-6, lambda plan: footprint(config(), plan))
+    assert not advice.fits
+    assert not advice.planned.step_in_backward
+    with pytest.raises(UserError, match="leave one out"):
+        replace(sharp, step_in_backward=True)
+
+
 def test_8bit_states_leave_small_tensors_whole():
     wide, narrow, odd = (torch.empty(n, dtype=torch.bfloat16) for n in (4096, 256, 4100))
     assert state_bytes(wide, "adamw-8bit") == 2 * (4096 + 4 * 16)

@@ -300,13 +300,13 @@ def lm_of(family: str, lora: bool) -> CausalLM:
     return CausalLM(model)
 
 
-def _steps(lm: CausalLM, method: str, checkpointing: bool):
+def _steps(lm: CausalLM, method: str, checkpointing: bool, rho: float):
     """Records of four steps, the gradients of a first one, and the weights after the last."""
     terms = build_method(method)
     data = sources()
     settings = TrainSettings(
         epochs=2, batch_size=4, micro_batch_tokens=60, lr=1e-3, warmup_steps=1, seed=3,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing, sharpness_rho=rho,
     )  # fmt: skip
     references = reference_log_probs(lm, data, terms, 60)
     gradients: dict = {}
@@ -326,37 +326,37 @@ def _steps(lm: CausalLM, method: str, checkpointing: bool):
     return records, gradients, gather_state_dict(lm.model.state_dict(keep_vars=True)), references
 
 
-def _train_on_ranks(mesh, family: str, lora: bool, method: str, checkpointing: bool):
+def _train_on_ranks(mesh, family: str, lora: bool, *arguments):
     lm = lm_of(family, lora)
     shard(lm, mesh)
     held = sum(p.to_local().numel() for p in lm.model.parameters())
-    return *_steps(lm, method, checkpointing), held
+    return *_steps(lm, *arguments), held
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", PROCESSES)
 @pytest.mark.parametrize(
-    ("family", "lora", "method", "checkpointing"),
+    ("family", "lora", "method", "checkpointing", "rho"),
     [
-        ("Llama", False, "NPO+RT", False),
-        ("Qwen2", False, "DPO+RT", True),  # tied, with biases
-        ("Phi", False, "KTO+RT", False),
-        ("Phi", False, "CEU+RT", False),
-        ("Llama", True, "NPO+RT", True),
+        ("Llama", False, "NPO+RT", False, 0.0),
+        ("Qwen2", False, "DPO+RT", True, 0.0),  # tied, with biases
+        ("Phi", False, "KTO+RT", False, 0.05),
+        ("Phi", False, "CEU+RT", False, 0.0),
+        ("Llama", True, "NPO+RT", True, 0.05),
     ],
     ids=[
         "full",
         "tied and checkpointed",
-        "a head with bias",
+        "a head with bias, sharpness-aware",
         "cross-entropy",
-        "LoRA, checkpointed",
+        "LoRA, checkpointed, sharpness-aware",
     ],
 )
-def test_several_processes_train_as_one(tmp_path, count, family, lora, method, checkpointing):
+def test_several_processes_train_as_one(tmp_path, count, family, lora, method, checkpointing, rho):
     lm = lm_of(family, lora)
     everything = sum(p.numel() for p in lm.model.parameters())
-    records, gradients, weights, references = _steps(lm, method, checkpointing)
-    found = on_ranks(count, tmp_path, _train_on_ranks, family, lora, method, checkpointing)
+    records, gradients, weights, references = _steps(lm, method, checkpointing, rho)
+    found = on_ranks(count, tmp_path, _train_on_ranks, family, lora, method, checkpointing, rho)
     assert len(records) == 4
     close = {"rtol": TOLERANCE, "atol": TOLERANCE}
     for own in found:

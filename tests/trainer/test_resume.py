@@ -19,13 +19,22 @@ from npo_fast.errors import NonFiniteError, OutOfMemory, PartialUpdateOutOfMemor
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
-from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.saved_model import save_model
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import DamagedError, TrainState, save_tensors
-from tests.helpers import FACTS, metadata_of, read_jsonl, slow_but, sources, tiny_model, write_jsonl
+from tests.helpers import (
+    FACTS,
+    dropout_lm,
+    limit_memory,
+    metadata_of,
+    read_jsonl,
+    slow_but,
+    sources,
+    tiny_model,
+    write_jsonl,
+)
 
 SERVER = multiprocessing.get_context("forkserver")  # imports once, then forks: a process is cheap
 SERVER.set_forkserver_preload(
@@ -321,15 +330,6 @@ def test_two_processes_do_not_write_to_one_run(home, killed, capsys):
 # the loop itself
 
 
-def dropout_lm(dtype: torch.dtype = torch.float32) -> CausalLM:
-    torch.manual_seed(0)
-    model = tiny_model("GPT2").to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3)
-    return CausalLM(model, probe=False)
-
-
 def steps_for(lm, settings, state=None, method="NPO+RT"):
     terms = build_method(method)
     first = dropout_lm(lm.dtype)  # the model as it was
@@ -393,19 +393,6 @@ def test_a_non_finite_step_after_a_resume_leaves_the_weights(tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 2: .*the weights stay those of step 1"):
         next(steps)
     assert all(torch.equal(good[n], p) for n, p in lm.model.named_parameters())
-
-
-def limit_memory(lm: CausalLM, tokens: int, error: type[Exception] = torch.OutOfMemoryError):
-    """No more than so many tokens at a time go through the model, nor back."""
-    tried = []
-
-    def check(module, args, kwargs):
-        tried.append(kwargs["input_ids"].shape[-1])
-        if tried[-1] > tokens and torch.is_grad_enabled():
-            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    lm.decoder.register_forward_pre_hook(check, with_kwargs=True)
-    return tried
 
 
 @pytest.mark.parametrize(

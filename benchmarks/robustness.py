@@ -1,0 +1,142 @@
+"""What sharpness-aware steps buy: attacks on models that forgot with and without them.
+
+    python benchmarks/robustness.py --seeds 11 4 22 --worlds runs/worlds
+    python benchmarks/robustness.py --smollm2 --tofu FOLDER_OR_HUB_NAME --worlds runs/smollm2
+
+NPO+RT with several rho (0: ordinary steps) on the demo's world, then ``npo_fast.attack``:
+relearning a fifth of the forget set, and weights rounded to 8 and 4 bits. Forget probability and
+forget quality are those of the rest of the forget set. Rows go to WORLDS/robustness-SEED.jsonl as
+they come, and all to benchmarks/results/robustness.json (--smollm2: robustness_smollm2.json).
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from demo_world import LOADING, SETTINGS, Rows, World
+
+import npo_fast
+from npo_fast import TrainSettings
+from npo_fast.attacks.options import AttackOptions
+from npo_fast.bench.provenance import provenance
+from npo_fast.metrics.measures import measures
+from npo_fast.runs import MethodOptions
+from npo_fast.versions import versions
+
+RESULTS = Path(__file__).parent / "results"
+RHOS = (0.0, 0.01, 0.03, 0.1, 0.3)
+RELEARNING = TrainSettings(epochs=5, batch_size=8, lr=1e-3, micro_batch_tokens=4096)
+METHOD = MethodOptions("NPO+RT", retain_coefficient=5.0)
+
+
+def short(scores: npo_fast.Scores) -> dict[str, float]:
+    """Of one attack: what comes back of the forget set, and what is left of the retain set."""
+    found = measures(scores.logs)
+    short = {f"{name}_probability": found[name]["probability"] for name in ("forget", "retain")}
+    if "forget quality" in scores:
+        short["forget_quality"] = scores["forget quality"]
+    return short
+
+
+def attack(model, output: Path, training: TrainSettings, **more) -> dict[str, dict[str, float]]:
+    found = npo_fast.attack(
+        model, output=output, attacks=AttackOptions(max_new_tokens=1), training=training, **more
+    )
+    return {name: short(scores) for name, scores in found.items()}
+
+
+def run_demo(seed: int, worlds: Path, rhos: list[float]) -> list[dict]:
+    world = World(seed, worlds)
+    rows = Rows(worlds / f"robustness-{seed}.jsonl")
+    for rho in rhos:
+        if rows.has(seed=seed, rho=rho):
+            continue
+        world.unlearn(replace(SETTINGS.unlearning, sharpness_rho=rho), method=METHOD)
+        scores = world.scores()
+        with tempfile.TemporaryDirectory() as folder:
+            attacks = attack(
+                world.student.lm, Path(folder) / "attack", replace(RELEARNING, seed=seed),
+                forget=world.dataset.forget, retain=world.dataset.retain, loading=LOADING,
+                tokenizer=world.student.tokenizer, retrained=world.retrained,
+            )  # fmt: skip
+        rows.add(seed=seed, rho=rho, **scores, attacks=attacks)
+    return rows.rows
+
+
+def run_smollm2(seed: int, runs: Path, tofu: str, rhos: list[float]) -> list[dict]:
+    """As smollm2_tofu.py: ten authors are taught, and the last two forgotten."""
+    from smollm2_tofu import LOADING, SETS, find_smollm2
+
+    original = runs / "original"
+    taught = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
+    if not (original / "model").exists():
+        npo_fast.finetune(
+            find_smollm2(), train="forget05", data=tofu, output=original, loading=LOADING,
+            training=taught,
+        )  # fmt: skip
+    rows = Rows(runs / f"robustness-{seed}.jsonl")
+    for rho in rhos:
+        if rows.has(seed=seed, rho=rho):
+            continue
+        folder = runs / f"rho-{rho:g}-{seed}"
+        if not (folder / "model").exists():
+            npo_fast.unlearn(
+                original, **SETS, data=tofu, method="NPO+RT", output=folder, loading=LOADING,
+                training=TrainSettings(lr=3e-5, batch_size=8, seed=seed, sharpness_rho=rho),
+            )  # fmt: skip
+        attacks = attack(
+            folder, folder / "attack", TrainSettings(epochs=5, batch_size=8, lr=3e-5, seed=seed),
+            **SETS, data=tofu, loading=LOADING,
+        )  # fmt: skip
+        rows.add(seed=seed, rho=rho, attacks=attacks)
+    return rows.rows
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Means over seeds, by rho and attack."""
+    return {
+        f"{rho:g}": {
+            name: {
+                measure: statistics.mean(row["attacks"][name][measure] for row in of_rho)
+                for measure in of_rho[0]["attacks"][name]
+            }
+            for name in of_rho[0]["attacks"]
+        }
+        for rho in sorted({row["rho"] for row in rows})
+        if (of_rho := [row for row in rows if row["rho"] == rho])
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 4, 22])
+    parser.add_argument("--rhos", type=float, nargs="+", default=list(RHOS))
+    parser.add_argument("--worlds", type=Path, default=Path("runs/worlds"))
+    parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--tofu", default="locuslab/TOFU")
+    parser.add_argument("--result", type=Path)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    rows = []
+    for seed in options.seeds:
+        if options.smollm2:
+            rows += run_smollm2(seed, options.worlds, options.tofu, options.rhos)
+        else:
+            rows += run_demo(seed, options.worlds, options.rhos)
+    name = "robustness_smollm2.json" if options.smollm2 else "robustness.json"
+    content = {
+        "seeds": options.seeds,
+        "summary": summarise(rows),
+        "rows": rows,
+        "versions": versions(),
+        "commit": provenance()["commit"],
+    }
+    (options.result or RESULTS / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
