@@ -111,7 +111,7 @@ def train(
         started = time.perf_counter()
         lr = float(optimizer.param_groups[0]["lr"])
         batch = {name: batch[name] for term in step_terms for name in term.reads}
-        adapted = {}
+        adapted: dict[str, Any] = {}
         if weight is not None:
             step_terms, adapted["retain_coefficient"] = weight.weigh(step_terms), weight.coefficient
         result = take_step(
@@ -198,7 +198,7 @@ def reference_log_probs(
     ``also`` names other sources, a number a sequence.
     """
     compared = [term for term in terms if term.loss.reference in ("sequence", "token")]
-    kinds = dict.fromkeys(also, "sequence")
+    kinds: dict[str, str | None] = dict.fromkeys(also, "sequence")
     kinds |= {name: term.loss.reference for term in compared for name in term.reads}
     data: Sources = {name: sources[name] for name in kinds}
     found = reference_log_probs_of(lm, data, micro_batch_tokens, cache)
