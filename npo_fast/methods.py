@@ -178,7 +178,7 @@ _TERMS: dict[str, Callable[..., Term]] = {
     "RMU": lambda steering=20.0, layer=None, forget=1.0: Term(
         "RMU", "forget", RMU(layer, steering), "mean", forget
     ),
-    "held": lambda layer=None, retain=100.0: Term(
+    "held": lambda layer=None, retain=1.0: Term(
         "held states", "retain", HeldStates(layer), "mean", retain
     ),
     "IDK": lambda forget=1.0: Term("IDK NLL", "idk", NLL(), "token_mean", forget),

@@ -188,7 +188,7 @@ def test_the_layer_is_the_last_of_the_first_quarter_unless_it_is_named():
         return layer_number(torch.nn.ModuleDict({"layers": lists}), layer)
 
     assert [number(n) for n in (2, 4, 16, 30, 32)] == [0, 0, 3, 6, 7]
-    with pytest.raises(UserError, match="no decoder layer 4 .its last is 3.: name another --layer"):
+    with pytest.raises(UserError, match="no decoder layer 4 .its last is 3.: name another layer"):
         number(4, 4)
     with pytest.raises(UserError, match="layer must be 0 or more, got -1"):
         build_method("RMU", Coefficients(layer=-1))
