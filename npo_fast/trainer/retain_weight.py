@@ -30,9 +30,6 @@ class RetainWeight:
     it does so in the logarithm, since the right coefficient differs by orders of magnitude from
     method to method, and has a proportional part, since steps are few. Each step compares its own
     sequences with themselves, which leaves none of the noise of which ones they are.
-
-    Attributes:
-        kept: share of the probability that is left, in the mean over the last steps.
     """
 
     def __init__(
@@ -45,6 +42,7 @@ class RetainWeight:
 
     @property
     def kept(self) -> float:
+        """Share of the probability that is left, in the mean over the last steps."""
         return math.exp(-self.lost)
 
     @property
