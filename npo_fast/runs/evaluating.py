@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Union
@@ -11,8 +10,6 @@ from npo_fast import metrics
 from npo_fast.data import (
     LossOn,
     Records,
-    Template,
-    TokenizedExample,
     as_rows,
     check_vocabulary,
     describe,
@@ -47,6 +44,7 @@ from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import progress
+from npo_fast.runs.references import load_other
 from npo_fast.runs.run import Run
 from npo_fast.runs.saving import Saving
 from npo_fast.validation import check_output, with_checked_keywords
@@ -252,10 +250,7 @@ def _measure(
     examples = {name: tokens.answers for name, tokens in tokenized.items()}
     reference = None
     if other is not None:
-        other_source = ModelSource(other, replace(source.options, model=""), role="reference")
-        _check_tokens(other_source, template, examples)
-        other_lm = other_source.load()
-        check_vocabulary(examples, other_lm.vocabulary)
+        other_lm = load_other(other, source, template, examples)
         reference = open_reference_states(
             other_lm, examples, None, "answer", settings.micro_batch_tokens
         )
@@ -269,22 +264,3 @@ def _measure(
             )
         with progress("evaluate") as update:
             return evaluate_suite(lm, template, tokenized, settings, update, reference)
-
-
-def _check_tokens(
-    reference: ModelSource, template: Template, examples: Mapping[str, list[TokenizedExample]]
-) -> None:
-    """Checks that the tokens mean the same to both models, as far as the reference can tell."""
-    try:
-        other = reference.template().tokenizer
-    except UserError:
-        return  # a folder with weights alone
-    used = sorted({i for each in examples.values() for example in each for i in example.input_ids})
-    ours, theirs = (t.convert_ids_to_tokens(used) for t in (template.tokenizer, other))
-    for token, expected, actual in zip(used, ours, theirs, strict=True):
-        if expected != actual:
-            raise UserError(
-                f"--reference {reference.options.model} has another vocabulary than the model: "
-                f"its token {token} is {actual!r}, not {expected!r}, and KL compares models with "
-                "the same tokens"
-            )

@@ -49,11 +49,11 @@ from npo_fast.runs.options import (
 from npo_fast.runs.padding import padded_weights
 from npo_fast.runs.preparing import PreparedRun, prepare_run
 from npo_fast.runs.progress import progress
+from npo_fast.runs.references import run_log_probs
 from npo_fast.runs.run import Run
 from npo_fast.runs.training import ReferenceData, run_training
-from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
+from npo_fast.trainer.loop import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.trainer.step import References
 from npo_fast.validation import with_checked_keywords
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def unlearn(
             logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
         reference = ReferenceData(
             before=before,
-            log_probs=_log_probs(lm, prepared, method.reference_cache),
+            log_probs=run_log_probs(lm, prepared, method.reference_cache),
             hidden=reference_cache_for(
                 terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
             ),
@@ -217,21 +217,6 @@ def _evaluation_callback(
     return EvaluationCallback(
         options, lambda lm: evaluate(lm, prepared.template, tokenized, settings), retrained
     )
-
-
-def _log_probs(lm: CausalLM, prepared: PreparedRun, cache: Path | None) -> References:
-    """The reference's log-probs: kept by a resumed run, else of the model as it is now."""
-    resumable, terms = prepared.resumable, prepared.terms
-    if resumable and (resumable.references or resumable.trained):
-        return dict(resumable.references or {})
-    compares = any(term.loss.reference in ("sequence", "token") for term in terms)
-    if resumable and world_size() > 1 and compares:
-        raise UserError(  # sharded models have the weights of the checkpoint by now
-            f"the reference's log-probs in {resumable.folder} are lost: go on with one process, "
-            "which makes them again"
-        )
-    tokens = prepared.training.micro_batch_tokens
-    return reference_log_probs(lm, prepared.sources, terms, tokens, cache)
 
 
 def _evidence(
