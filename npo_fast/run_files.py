@@ -72,6 +72,32 @@ class EvaluationLine(_Step, total=False):
     retain: _OfSet
 
 
+class Request(TypedDict, total=False):
+    """An earlier request of a chain, copied from the ``run.json`` of its run."""
+
+    run: str  # id
+    folder: str  # where the run was made
+    method: str
+    steps: int | None
+    forgotten: list[list[str]]  # digests of each record, without its text
+
+
+class FirstModel(TypedDict):
+    """The model before the first request of a chain."""
+
+    model: str
+    sha256: str | None  # ``files_fingerprint``; None of a model in memory
+
+
+class ChainLink(TypedDict, total=False):
+    """``chain`` in ``run.json``: what the model of a run was made to forget, and before that."""
+
+    salt: str
+    first: FirstModel | None  # None: the model of this run, which was taught
+    earlier: list[Request]  # oldest first
+    forgotten: list[list[str]]  # by this run
+
+
 class RunMetadata(TypedDict, total=False):
     """``run.json``, as far as it is read again."""
 
@@ -81,6 +107,7 @@ class RunMetadata(TypedDict, total=False):
     settings: dict[str, _Group]
     versions: dict[str, Any]
     rendering: _Rendering
+    chain: ChainLink
     data: dict[str, _Data]
     before: dict[str, _Sample]
     after: dict[str, _Sample]

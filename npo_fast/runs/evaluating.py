@@ -44,7 +44,7 @@ from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import progress
-from npo_fast.runs.references import load_other
+from npo_fast.runs.references import check_head, load_other
 from npo_fast.runs.run import Run
 from npo_fast.runs.saving import Saving
 from npo_fast.validation import check_output, with_checked_keywords
@@ -257,10 +257,6 @@ def _measure(
         del other_lm  # before the next model takes its memory
     with source.loaded() as lm:
         check_vocabulary(examples, lm.vocabulary)
-        if reference is not None and len(reference.head.weight) != len(lm.head.weight):
-            raise UserError(
-                f"--reference predicts {len(reference.head.weight)} tokens and the model "
-                f"{len(lm.head.weight)}: KL compares models with the same tokens"
-            )
+        check_head(reference, lm)
         with progress("evaluate") as update:
             return evaluate_suite(lm, template, tokenized, settings, update, reference)
