@@ -10,7 +10,8 @@ After each request: the probability of the answers of every request so far, the 
 all of them together and the model utility. They are compared with one model that was retrained
 without any of the requests. ``NPO+RT@first`` has the model before the first request as reference.
 
-Writes ``benchmarks/results/request_chain.json`` (``request_chain_smollm2.json``) and a figure.
+Puts its numbers into ``benchmarks/results/request_chain.json`` (``request_chain_smollm2.json``)
+beside those of other seeds and methods there, and draws the methods that all seeds have.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from npo_fast.runs.options import ReportOptions, RunOptions
 RESULTS = Path(__file__).parent / "results"
 REQUESTS, AUTHORS_A_REQUEST = 10, 2
 DEMO = DemoSettings(authors=50, forget_share=REQUESTS * AUTHORS_A_REQUEST / 50)
-UTILITY_RECORDS = 40  # of each set that makes the model utility
+UTILITY_RECORDS = 20  # of each set that makes the model utility
 VARIANTS = ("NPO+RT", "NPO+RT@first", "SimNPO+RT", "RMU")
 OPTIONS: dict[str, dict[str, float]] = {
     "NPO+RT": {"beta": 0.4, "retain_coefficient": 1.0},
@@ -103,8 +104,11 @@ def demo_world(folder: Path, seed: int) -> World:
     dataset = DEMO.dataset(seed)
     student = Student(dataset.texts(), seed)
     common = dataset.background + dataset.common * COMMON_REPEATS
-    student.learn(common, DEMO.pretraining, folder / "pretraining")
+    if not (folder / "pretraining/model").exists():
+        student.learn(common, DEMO.pretraining, folder / "pretraining")
     for name, forget in (("retrained", []), ("original", dataset.forget)):
+        if (folder / name / "model").exists():
+            continue
         taught = Student.__new__(Student)
         taught.seed, taught.tokenizer = seed, student.tokenizer
         taught.lm = load_model(str(folder / "pretraining"))
@@ -256,30 +260,29 @@ def main() -> None:
         sys.exit("no method is left")
     name = "request_chain_smollm2" if options.smollm2 else "request_chain"
     file = options.result or RESULTS / f"{name}.json"
-    seeds, times = [], []
+    results = json.loads(file.read_text())["results"] if file.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in options.seeds:
             started = time.perf_counter()
             folder = (options.runs or Path(temporary)) / f"seed-{seed}"
             make = smollm2_world if options.smollm2 else demo_world
             world = make(folder, seed, *([options.tofu] if options.smollm2 else []))
-            seeds.append(run_seed(world, variants, folder))
-            times.append(time.perf_counter() - started)
-            print(f"seed {seed}: {times[-1]:.0f} s")
+            earlier = results.get(str(seed), {}).get("after", {})
+            found = run_seed(world, variants, folder)
+            results[str(seed)] = {**found, "after": {**earlier, **found["after"]}}
+            print(f"seed {seed}: {time.perf_counter() - started:.0f} s")
+    seeds = list(results.values())
+    complete = [v for v in seeds[0]["after"] if all(v in seed["after"] for seed in seeds)]
     content = {
-        "seeds": options.seeds,
-        "time_s": times,
-        "requests": len(world.requests),
-        "summary (mean, standard deviation)": {v: summary_of(seeds, v) for v in variants},
-        "retrained, P(requests)": [statistics.mean(s["retrained"]["probability"]) for s in seeds],
+        "summary (mean, standard deviation)": {v: summary_of(seeds, v) for v in complete},
         "options": OPTIONS,
-        "training": world.training,
-        "results": seeds,
+        "training": vars(world.training),
         **provenance(),
+        "results": results,  # by seed
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1, default=vars) + "\n")
-    plot(seeds, variants, file.with_suffix(".png"))
+    file.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    plot(seeds, complete, file.with_suffix(".png"))
     print(json.dumps(content["summary (mean, standard deviation)"], indent=1))
 
 

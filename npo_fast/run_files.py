@@ -1,6 +1,6 @@
 """The records in a run folder as files: what they must hold before anything reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,6 +10,7 @@ from npo_fast.errors import named, reading
 from npo_fast.validation import check_shape
 
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
+LOGGED_RECORDS = "logged_records.json"  # beside evaluation logs
 _Group = dict[str, Any]
 
 
@@ -82,6 +83,13 @@ class Request(TypedDict, total=False):
     forgotten: list[list[str]]  # digests of each record, without its text
 
 
+class LoggedRecords(TypedDict):
+    """Which records evaluation logs are of, without their text."""
+
+    salt: str  # of the chain
+    forget: list[list[str]]  # digests of each record, in the order of the log
+
+
 class FirstModel(TypedDict):
     """The model before the first request of a chain."""
 
@@ -126,6 +134,28 @@ def read_metadata(folder: Path, cure: str = "") -> dict[str, Any]:
     with reading(f"the date in {file}", cure):
         datetime.fromisoformat(metadata.get("rendering", {}).get("now") or "2000-01-01")
     return metadata
+
+
+def requests_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The requests (``Request``) that the model of a run has had, its own last."""
+    link = metadata.get("chain", {})
+    requests = list(link.get("earlier", ()))
+    if "forgotten" in link:
+        settings = metadata.get("settings", {})
+        requests.append({
+            "run": metadata.get("id", ""),
+            "folder": settings.get("run", {}).get("output", ""),
+            "method": settings.get("method", {}).get("method", ""),
+            "steps": metadata.get("final", {}).get("step"),
+            "forgotten": link["forgotten"],
+        })  # fmt: skip
+    return requests
+
+
+def forgotten_by(request: Mapping[str, Any], digests: Sequence[Sequence[str]]) -> list[int]:
+    """The places of the records with these digests that a request forgot."""
+    forgotten = {digest for each in request["forgotten"] for digest in each}
+    return [i for i, each in enumerate(digests) if not forgotten.isdisjoint(each)]
 
 
 def read_lines(file: Path, shape: Any) -> Iterator[tuple[dict[str, Any], int]]:

@@ -5,6 +5,7 @@ deleted. A record is known by digests: scrypt of what it asks, with the salt of 
 tell whether a record that someone has was forgotten; a guess costs about a millisecond.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -18,8 +19,11 @@ from typing import Any
 from npo_fast.data import Record
 from npo_fast.data.repeats import Key, keys_of, keys_to_find
 from npo_fast.errors import UserError
+from npo_fast.metrics import Log, probability
 from npo_fast.model.load import files_fingerprint
+from npo_fast.model.save import save_file
 from npo_fast.paths import below_here
+from npo_fast.run_files import LOGGED_RECORDS, forgotten_by, requests_of
 from npo_fast.runs.models import ModelSource
 
 DIGEST_BYTES, SALT_BYTES = 8, 16
@@ -42,17 +46,7 @@ class Chain:
         link = metadata.get("chain")
         if not link:
             return cls()
-        requests = [*link.get("earlier", ())]
-        if "forgotten" in link:
-            settings = metadata.get("settings", {})
-            requests.append({
-                "run": metadata.get("id", ""),
-                "folder": settings.get("run", {}).get("output", ""),
-                "method": settings.get("method", {}).get("method", ""),
-                "steps": metadata.get("final", {}).get("step"),
-                "forgotten": link["forgotten"],
-            })  # fmt: skip
-        return cls(tuple(requests), link.get("first"), link.get("salt", ""))
+        return cls(tuple(requests_of(metadata)), link.get("first"), link.get("salt", ""))
 
     def describe(self) -> str:
         """The requests in words."""
@@ -118,13 +112,9 @@ class Chain:
         if not self.requests:
             return {}
         digests = self.digests_to_find(records)
-        found = {}
-        for number, request in enumerate(self.requests, 1):
-            forgotten = {digest for each in request["forgotten"] for digest in each}
-            numbers = [i for i, each in enumerate(digests, 1) if not forgotten.isdisjoint(each)]
-            if numbers:
-                found[number] = numbers
-        return found
+        numbered = enumerate(self.requests, 1)
+        found = {number: forgotten_by(request, digests) for number, request in numbered}
+        return {number: [i + 1 for i in places] for number, places in found.items() if places}
 
     def _digests(self, keys: Sequence[Sequence[Key]]) -> list[list[str]]:
         """Of the keys of each record, in hexadecimal digits."""
@@ -145,6 +135,28 @@ class Chain:
     def _name(self, number: int) -> str:
         request = self.requests[number - 1]
         return f"request {number} ({request['method']}, {request['folder']})"
+
+
+def log_records(chain: Chain, records: Sequence[Record], log: Log, folder: Path | None) -> None:
+    """Says how likely the answers of each request are by now, and keeps which record is which.
+
+    Args:
+        log: of these forget records.
+        folder: of the logs; the records' digests go beside them, for ``npo-fast report``.
+    """
+    if not (chain.requests and records):
+        return
+    digests, values = chain.digests_to_find(records), probability(log)
+    for number, request in enumerate(chain.requests, 1):
+        found = values[forgotten_by(request, digests)]
+        if len(found):
+            logger.info(
+                f"forgotten by {chain._name(number)}: probability {found.mean():.3g} of "
+                f"{len(found)} records"
+            )
+    if folder is not None:
+        content = json.dumps({"salt": chain.salt, "forget": digests})
+        save_file(folder / LOGGED_RECORDS, lambda file: file.write_text(content))
 
 
 def chain_of(model: ModelSource) -> Chain:

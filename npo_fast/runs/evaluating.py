@@ -39,6 +39,7 @@ from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
+from npo_fast.runs.chain import Chain, log_records
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
@@ -196,6 +197,8 @@ def evaluate(
         logs = dict(_measure(source, suite, evaluation, reference))
     if folder is not None:
         folder = save_logs(logs, folder, log_format, compared)
+    if log is None:
+        log_records(Chain.of(source.metadata), suite.get(FORGET, []), logs.get(FORGET, {}), folder)
     before = of_same_records(_before(model), logs) if earlier is None else measures(earlier)
     if earlier is not None and not same_records(logs, earlier):
         logger.warning("warning: --original is of other records: the verdict leaves it out")
