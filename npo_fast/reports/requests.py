@@ -53,7 +53,7 @@ class Requests:
             elif run.logged.get("salt") != salt or FORGET not in run.result:
                 found.missing.append(
                     f"Request {name}, what it and earlier requests forgot: evaluate on the records "
-                    f"of all requests (a folder with a file each): `npo-fast evaluate --model "
+                    f"of all requests (`cat requests/*.jsonl > ALL`): `npo-fast evaluate --model "
                     f"{run.folder} --forget ALL --retain RETAIN --output {run.folder / 'eval'} "
                     "--overwrite`"
                 )

@@ -10,15 +10,18 @@ import pytest
 import torch
 
 import npo_fast
+from npo_fast.cli import main
 from npo_fast.data import Record
 from npo_fast.errors import Interrupted, UserError
+from npo_fast.metrics import FORGET, load_result, probability
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import files_fingerprint, load_model
+from npo_fast.run_files import LOGGED_RECORDS
 from npo_fast.runs import Callback, references
 from npo_fast.runs.chain import Chain
 from npo_fast.runs.options import MethodOptions, ModelOptions, ReportOptions, RunOptions
 from npo_fast.trainer.settings import TrainSettings
-from tests.helpers import FACTS, metadata_of, save_tiny_model
+from tests.helpers import FACTS, metadata_of, save_tiny_model, write_jsonl
 
 REQUESTS, RETAIN = [FACTS[6:8], FACTS[8:], FACTS[4:6]], FACTS[:4]
 TRAINING = TrainSettings(epochs=2, lr=3e-3, batch_size=2)
@@ -273,3 +276,45 @@ def test_log_probs_under_another_model_are_those_of_its_own_run(home, tmp_path, 
     found = references.log_probs_under(str(home / "base"), source, template, examples, 4096)
     request(home / "base", REQUESTS[2], tmp_path / "c")
     assert torch.equal(found["forget"].sequences, seen[-1].log_probs["forget"])
+
+
+# ---- the report ----
+
+
+def test_the_report_draws_a_curve_for_each_request(tmp_path, monkeypatch):
+    """From the last run alone, and evaluations on the records of all requests."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    (tmp_path / "requests").mkdir()
+    for i, rows in enumerate(REQUESTS, 1):
+        write_jsonl(tmp_path / f"requests/{i}.jsonl", rows)
+    write_jsonl(tmp_path / "all.jsonl", [row for rows in REQUESTS for row in rows])
+    write_jsonl(tmp_path / "keep.jsonl", RETAIN)
+    sets = ["--forget", "all.jsonl", "--retain", "keep.jsonl", "--max-new-tokens", "2"]
+    model = "base"
+    for i in (1, 2, 3):
+        run = request(model, tmp_path / f"requests/{i}.jsonl", Path(f"runs/{i}"))
+        model = str(run.folder)
+        assert main(["evaluate", "--model", model, *sets, "--output", f"{model}/eval"]) == 0
+    shutil.move("runs/1", "runs/elsewhere")
+    shutil.copytree("runs", "moved")  # the last run finds earlier ones beside it
+    shutil.rmtree("runs")
+    assert main(["report", "moved/3", "--output", "one.html"]) == 0
+    assert main(["report", "moved/3", "moved/elsewhere", "--output", "two.html"]) == 0
+    one, two = (Path(f"{name}.md").read_text() for name in ("one", "two"))
+    assert "Request 1: NPO+RT, runs/1: its folder is not where it was" in one
+    assert "Answers of each request" in Path("two.html").read_text()
+    logs = {i: load_result(Path(f"moved/{i}/eval"))[FORGET] for i in ("elsewhere", "2", "3")}
+    rows = [line for line in two.splitlines() if line.startswith(("| 1: ", "| 2: ", "| 3: "))]
+    assert len(rows) == 3
+    for row, log in zip(rows, logs.values(), strict=True):
+        values = [float(cell) for cell in row.split("|")[2:5]]
+        expected = probability(log).reshape(3, 2).mean(axis=1)
+        assert values == pytest.approx(expected, rel=0.02)
+    text = (Path("moved/2/eval") / LOGGED_RECORDS).read_text()
+    assert all(fact["question"] not in text for fact in FACTS)
+
+
+def test_a_report_without_evaluations_says_which_command_makes_them(home, tmp_path):
+    page = npo_fast.report(home / "b", output=tmp_path / "report.html")
+    assert any("evaluate on the records of all requests" in sentence for sentence in page.missing)
