@@ -73,7 +73,7 @@ class EvaluationLine(_Step, total=False):
     retain: _OfSet
 
 
-class Request(TypedDict, total=False):
+class Request(TypedDict):
     """An earlier request of a chain, copied from the ``run.json`` of its run."""
 
     run: str  # id
@@ -97,25 +97,29 @@ class FirstModel(TypedDict):
     sha256: str | None  # ``files_fingerprint``; None of a model in memory
 
 
-class ChainLink(TypedDict, total=False):
-    """``chain`` in ``run.json``: what the model of a run was made to forget, and before that."""
-
+class _RequiredChain(TypedDict):
     salt: str
     first: FirstModel | None  # None: the model of this run, which was taught
     earlier: list[Request]  # oldest first
+
+
+class Chain(_RequiredChain, total=False):
+    """``chain`` in ``run.json``: what the model of a run was made to forget, and before that."""
+
     forgotten: list[list[str]]  # by this run
 
 
 class RunMetadata(TypedDict, total=False):
     """``run.json``, as far as it is read again."""
 
+    id: str
     status: str
     moved_to: str
     command: str
     settings: dict[str, _Group]
     versions: dict[str, Any]
     rendering: _Rendering
-    chain: ChainLink
+    chain: Chain
     data: dict[str, _Data]
     before: dict[str, _Sample]
     after: dict[str, _Sample]
@@ -138,14 +142,14 @@ def read_metadata(folder: Path, cure: str = "") -> dict[str, Any]:
 
 def requests_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The requests (``Request``) that the model of a run has had, its own last."""
-    link = metadata.get("chain", {})
+    link = metadata.get("chain") or {}
     requests = list(link.get("earlier", ()))
     if "forgotten" in link:
         settings = metadata.get("settings", {})
         requests.append({
             "run": metadata.get("id", ""),
-            "folder": settings.get("run", {}).get("output", ""),
-            "method": settings.get("method", {}).get("method", ""),
+            "folder": str(settings.get("run", {}).get("output", "")),
+            "method": str(settings.get("method", {}).get("method", "")),
             "steps": metadata.get("final", {}).get("step"),
             "forgotten": link["forgotten"],
         })  # fmt: skip

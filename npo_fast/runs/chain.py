@@ -44,9 +44,7 @@ class Chain:
     def of(cls, metadata: Mapping[str, Any]) -> "Chain":
         """The chain up to the run with this ``run.json``, and with it."""
         link = metadata.get("chain")
-        if not link:
-            return cls()
-        return cls(tuple(requests_of(metadata)), link.get("first"), link.get("salt", ""))
+        return cls(tuple(requests_of(metadata)), link["first"], link["salt"]) if link else cls()
 
     def describe(self) -> str:
         """The requests in words."""
@@ -128,9 +126,8 @@ class Chain:
     def _digest(self, key: Key) -> str:
         # each part with its length, so that no two keys read the same
         text = "".join(f"{len(part)}:{part}" for part in key)
-        salt = self.salt.encode()
-        digest = scrypt(text.encode("utf-8", "replace"), salt=salt, dklen=DIGEST_BYTES, **COST)
-        return digest.hex()
+        content, salt = (each.encode("utf-8", "replace") for each in (text, self.salt))
+        return scrypt(content, salt=salt, dklen=DIGEST_BYTES, **COST).hex()
 
     def _name(self, number: int) -> str:
         request = self.requests[number - 1]
@@ -144,6 +141,8 @@ def log_records(chain: Chain, records: Sequence[Record], log: Log, folder: Path 
         log: of these forget records.
         folder: of the logs; the records' digests go beside them, for ``npo-fast report``.
     """
+    if folder is not None:
+        (folder / LOGGED_RECORDS).unlink(missing_ok=True)  # of earlier logs
     if not (chain.requests and records):
         return
     digests, values = chain.digests_to_find(records), probability(log)
@@ -156,7 +155,10 @@ def log_records(chain: Chain, records: Sequence[Record], log: Log, folder: Path 
             )
     if folder is not None:
         content = json.dumps({"salt": chain.salt, "forget": digests})
-        save_file(folder / LOGGED_RECORDS, lambda file: file.write_text(content))
+        try:
+            save_file(folder / LOGGED_RECORDS, lambda file: file.write_text(content))
+        except OSError as error:
+            logger.warning(f"warning: the report will lack the requests: {error}")
 
 
 def chain_of(model: ModelSource) -> Chain:
