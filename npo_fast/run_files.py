@@ -103,7 +103,7 @@ class _RequiredChain(TypedDict):
     earlier: list[Request]  # oldest first
 
 
-class Chain(_RequiredChain, total=False):
+class ChainRecord(_RequiredChain, total=False):
     """``chain`` in ``run.json``: what the model of a run was made to forget, and before that."""
 
     forgotten: list[list[str]]  # by this run
@@ -119,7 +119,7 @@ class RunMetadata(TypedDict, total=False):
     settings: dict[str, _Group]
     versions: dict[str, Any]
     rendering: _Rendering
-    chain: Chain
+    chain: ChainRecord
     data: dict[str, _Data]
     before: dict[str, _Sample]
     after: dict[str, _Sample]

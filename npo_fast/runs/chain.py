@@ -74,10 +74,12 @@ class Chain:
 
     def teach(self, records: Sequence[Record]) -> dict[str, Any]:
         """``chain`` of a run that teaches the records: they are no longer among the forgotten."""
-        taught = {digest for digests in self.digests_to_find(records) for digest in digests}
+        digests = self.digests_to_find(records if self.requests else ())
+        taught = {digest for each in digests for digest in each}
         requests = []
         for number, request in enumerate(self.requests, 1):
-            left = [digests for digests in request["forgotten"] if taught.isdisjoint(digests)]
+            left = [[d for d in each if d not in taught] for each in request["forgotten"]]
+            left = [each for each in left if each]
             if lost := len(request["forgotten"]) - len(left):
                 logger.warning(
                     f"warning: {lost} of {len(request['forgotten'])} records that were forgotten "
