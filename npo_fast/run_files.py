@@ -1,6 +1,6 @@
 """The records in a run folder as files: what they must hold before anything reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +11,7 @@ from npo_fast.validation import check_shape
 
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
 OWN_ANSWERS = "retain-auto.jsonl"  # of the model, where --retain auto keeps them
+LOGGED_RECORDS = "logged_records.json"  # beside evaluation logs
 _Group = dict[str, Any]
 
 
@@ -77,17 +78,53 @@ class _Level(TypedDict):  # ``metrics.verdict.Level``
     reference: float
     unknown: float
     source: str
+class Request(TypedDict):
+    """An earlier request of a chain, copied from the ``run.json`` of its run."""
+
+    run: str  # id
+    folder: str  # where the run was made
+    method: str
+    steps: int | None
+    forgotten: list[list[str]]  # digests of each record, without its text
+
+
+class LoggedRecords(TypedDict):
+    """Which records evaluation logs are of, without their text."""
+
+    salt: str  # of the chain
+    forget: list[list[str]]  # digests of each record, in the order of the log
+
+
+class FirstModel(TypedDict):
+    """The model before the first request of a chain."""
+
+    model: str
+    sha256: str | None  # ``files_fingerprint``; None of a model in memory
+
+
+class _RequiredChain(TypedDict):
+    salt: str
+    first: FirstModel | None  # None: the model of this run, which was taught
+    earlier: list[Request]  # oldest first
+
+
+class ChainRecord(_RequiredChain, total=False):
+    """``chain`` in ``run.json``: what the model of a run was made to forget, and before that."""
+
+    forgotten: list[list[str]]  # by this run
 
 
 class RunMetadata(TypedDict, total=False):
     """``run.json``, as far as it is read again."""
 
+    id: str
     status: str
     moved_to: str
     command: str
     settings: dict[str, _Group]
     versions: dict[str, Any]
     rendering: _Rendering
+    chain: ChainRecord
     data: dict[str, _Data]
     before: dict[str, _Sample]
     after: dict[str, _Sample]
@@ -108,6 +145,28 @@ def read_metadata(folder: Path, cure: str = "") -> dict[str, Any]:
     with reading(f"the date in {file}", cure):
         datetime.fromisoformat(metadata.get("rendering", {}).get("now") or "2000-01-01")
     return metadata
+
+
+def requests_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The requests (``Request``) that the model of a run has had, its own last."""
+    link = metadata.get("chain") or {}
+    requests = list(link.get("earlier", ()))
+    if "forgotten" in link:
+        settings = metadata.get("settings", {})
+        requests.append({
+            "run": metadata.get("id", ""),
+            "folder": str(settings.get("run", {}).get("output", "")),
+            "method": str(settings.get("method", {}).get("method", "")),
+            "steps": metadata.get("final", {}).get("step"),
+            "forgotten": link["forgotten"],
+        })  # fmt: skip
+    return requests
+
+
+def forgotten_by(request: Mapping[str, Any], digests: Sequence[Sequence[str]]) -> list[int]:
+    """The places of the records with these digests that a request forgot."""
+    forgotten = {digest for each in request["forgotten"] for digest in each}
+    return [i for i, each in enumerate(digests) if not forgotten.isdisjoint(each)]
 
 
 def read_lines(file: Path, shape: Any) -> Iterator[tuple[dict[str, Any], int]]:

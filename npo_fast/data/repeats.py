@@ -8,6 +8,7 @@ from npo_fast.data.records import Record
 from npo_fast.errors import UserError
 
 PASSAGE = 8  # words of a line, from which it is no heading that many texts have
+Key = tuple[str, ...]
 MARKS = " ?!.,;:…¿¡\"'“”‘’«»？！。"
 
 
@@ -57,27 +58,43 @@ def shared(
     Args:
         lines: of texts a whole line in common is enough.
     """
+    present = {key for record in others for key in keys_to_find(record, lines)}
+    found = (not present.isdisjoint(keys) for keys in keys_of(records, lines))
+    return [i for i, is_among in enumerate(found, 1) if is_among]
+
+
+def keys_of(records: Sequence[Record], lines: bool = False) -> list[set[Key]]:
+    """What ``shared`` knows each of the records by."""
     answers = Counter(_question(key) for key in {*map(_key, records)})
 
-    def keys(record: Record) -> set[tuple[str, ...]]:
+    def keys(record: Record) -> set[Key]:
         key = _key(record)
-        found = {key if record.is_text or answers[_question(key)] > 1 else _question(key)}
-        if record.is_text and lines:
-            passages = [x for x in record.answer.split("\n") if len(x.split()) >= PASSAGE]
-            found |= {(_normalised(passage),) for passage in passages}
-        return found
+        several = record.is_text or answers[_question(key)] > 1
+        return {key if several else _question(key)} | _passages(record, lines)
 
-    present = {key for record in others for key in keys(record)}
-    return [i for i, record in enumerate(records, 1) if not present.isdisjoint(keys(record))]
+    return [keys(record) for record in records]
 
 
-def _question(key: tuple[str, ...]) -> tuple[str, ...]:
+def keys_to_find(record: Record, lines: bool = False) -> set[Key]:
+    """The keys that ``keys_of`` may have for a record which is the same."""
+    key = _key(record)
+    return {key, *(() if record.is_text else (_question(key),))} | _passages(record, lines)
+
+
+def _passages(record: Record, lines: bool) -> set[Key]:
+    """The lines of a text that are no headings."""
+    if not (record.is_text and lines):
+        return set()
+    return {(_normalised(x),) for x in record.answer.split("\n") if len(x.split()) >= PASSAGE}
+
+
+def _question(key: Key) -> Key:
     """What is asked, apart from the answer, and from the marks around a sentence."""
     *asked, _ = key
     return ("asked", *(text.strip(MARKS) or text for text in asked))
 
 
-def _key(record: Record) -> tuple[str, ...]:
+def _key(record: Record) -> Key:
     texts = [content for role, content in record.messages if role != "system"]
     return tuple(map(_normalised, (*texts, record.answer)))
 

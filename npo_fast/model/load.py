@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.utils.hub import cached_file
 
 from npo_fast.boundary import check_folder, read_json
 from npo_fast.errors import UserError, first_line, reading, short
@@ -25,7 +27,13 @@ from npo_fast.model.adapters import (
     no_progress_bars,
 )
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.manifest import MANIFEST, DamagedError, check_saved
+from npo_fast.model.manifest import (
+    MANIFEST,
+    DamagedError,
+    check_saved,
+    read_manifest,
+    sha256_of_file,
+)
 from npo_fast.model.save import GENERATION
 from npo_fast.model.weights import load_complete
 from npo_fast.run_files import read_metadata
@@ -246,6 +254,32 @@ def largest_shard(name: str) -> int | None:
     folder = Path(_folder(name))
     shards = [file.stat().st_size for file in folder.glob("model-*-of-*.safetensors")]
     return max(shards, default=None)
+
+
+def files_fingerprint(name: str) -> str:
+    """SHA-256 of the files that a model is loaded from: weights and config, and an adapter's base.
+
+    It is the same in every dtype, on every device and wherever the folder lies. A hub name's files
+    are those of its snapshot on this machine, so load the model first.
+    """
+    folder = Path(_folder(name))
+    base = ""
+    if folder.is_file() or "gguf_file" in (source := _source(name)):
+        files = [folder if folder.is_file() else folder / source["gguf_file"]]
+    else:
+        if not folder.is_dir():
+            folder = Path(str(cached_file(name, "config.json"))).parent
+        if (folder / ADAPTER_CONFIG).is_file():
+            base = files_fingerprint(adapter_base(folder))
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        files = files or sorted(folder.glob("*.bin"))
+        files += [path for n in ("config.json", ADAPTER_CONFIG) if (path := folder / n).is_file()]
+    try:
+        listed = read_manifest(folder)["files"] if (folder / MANIFEST).is_file() else {}
+        sums = [listed[f.name]["sha256"] if f.name in listed else sha256_of_file(f) for f in files]
+    except DamagedError as error:
+        raise UserError(str(error)) from error
+    return sha256("".join([base, *sums]).encode()).hexdigest()
 
 
 def _source(name: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from npo_fast.metrics.verdict import Verdict
 from npo_fast.paths import places, shown
 from npo_fast.reports import svg
 from npo_fast.reports.html import MARK, render
+from npo_fast.reports.requests import REQUESTS, Requests
 from npo_fast.reports.runs import RunRecord, logged_answers
 
 DEFAULT_BETA = 0.1  # of NPO, where a run names none
@@ -109,19 +110,21 @@ class Report:
             if not run.steps:
                 command = f": `{run.command()}`" if run.command() else ""
                 missing.append(f"{run.name}, loss curves: no step was recorded{command}")
-        return missing
+        return missing + self._requests.missing
 
     def html(self) -> str:
         """The page as one HTML document without references to other files."""
         return render(
             "report",
             title="Unlearning report",
+            about_requests=REQUESTS,
             verdicts=self.verdicts,
             intervals=self._intervals,
             runs=tables.from_records(self.rows),
             tradeoff=self._tradeoff(),
             truth_ratios=self._truth_ratios(),
             has_npo=any("NPO" in step["terms"] for run in self.runs for step in run.steps),
+            requests=(*self._requests.table, self._requests.figure()),
             curves=[*self._evaluation_curves(), *self._step_curves()],
             answers={part: self._answers(part) for part in ("forget", "retain") if self.answers},
             settings=self._settings(),
@@ -135,10 +138,16 @@ class Report:
         if self.verdicts:
             lines = (f"- {tables.markdown_text(f'{name}: {text}')}" for name, text in self.verdicts)
             parts += ["Verdicts:", "\n".join(lines)]
+        if self._requests.after:
+            parts += ["## Requests", REQUESTS, tables.markdown(*self._requests.table)]
         if self.missing:
             sentences = map(tables.markdown_text, map(self._published, self.missing))
             parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in sentences)]
         return "\n\n".join(parts) + "\n"
+
+    @cached_property
+    def _requests(self) -> Requests:
+        return Requests.of(self.runs, self.original, self.retrained)
 
     @cached_property
     def _intervals(self) -> tuple[tables.Cells, list[str]]:

@@ -2,10 +2,11 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npo_fast.boundary import read_json
 from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError, named
@@ -17,10 +18,12 @@ from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
 from npo_fast.run_files import (
     EVALUATIONS,
+    LOGGED_RECORDS,
     OWN_ANSWERS,
     RUN,
     STEPS,
     EvaluationLine,
+    LoggedRecords,
     StepLine,
     read_all,
     read_metadata,
@@ -59,6 +62,7 @@ class RunRecord:
     steps: Sequence[Mapping[str, Any]]  # steps.jsonl
     evaluations: Sequence[Mapping[str, Any]]  # evaluations.jsonl
     result: Result  # logs in eval/; empty where there are none
+    logged: Mapping[str, Any] = field(default_factory=dict)  # ``LoggedRecords`` of these logs
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -205,6 +209,7 @@ def load_run(folder: Path, name: str) -> RunRecord:
     if metadata.get("status") == "finished":
         _check_records(folder)
     logs = folder / "eval"
+    records = logs / LOGGED_RECORDS
     return RunRecord(
         name,
         folder,
@@ -212,6 +217,7 @@ def load_run(folder: Path, name: str) -> RunRecord:
         read_all(folder / STEPS, StepLine),
         read_all(folder / EVALUATIONS, EvaluationLine),
         load_result(logs) if holds_logs(logs) else {},
+        read_json(records, LoggedRecords, "evaluate again") if records.is_file() else {},
     )
 
 

@@ -129,7 +129,13 @@ def truth_ratios(
 
 
 def curves(
-    key: str, title: str, unit: str, series: Series, log: bool = False, line: float | None = None
+    key: str,
+    title: str,
+    unit: str,
+    series: Series,
+    log: bool = False,
+    line: float | None = None,
+    x_label: str = "step",
 ) -> Figure:
     """One quantity over the steps, a line for each run; the index chooses a run's colour."""
 
@@ -141,7 +147,7 @@ def curves(
         axes.legend()
 
     log = log and any(value > 0 for _, _, y in series.values() for value in y)
-    return Frame(key, title, "step", unit, "y" * log, line).figure(draw, (4.6, 3.1))
+    return Frame(key, title, x_label, unit, "y" * log, line).figure(draw, (4.6, 3.1))
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,13 @@ from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
+from npo_fast.runs.chain import Chain, log_records
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import progress
-from npo_fast.runs.references import load_other
+from npo_fast.runs.references import check_head, load_other
 from npo_fast.runs.run import Run
 from npo_fast.runs.saving import Saving
 from npo_fast.validation import check_output, with_checked_keywords
@@ -197,6 +198,8 @@ def evaluate(
         logs = dict(_measure(source, suite, evaluation, reference))
     if folder is not None:
         folder = save_logs(logs, folder, log_format, compared)
+    if log is None:
+        log_records(Chain.of(source.metadata), suite.get(FORGET, []), logs.get(FORGET, {}), folder)
     before = of_same_records(_before(model), logs) if earlier is None else measures(earlier)
     if earlier is not None and not same_records(logs, earlier):
         logger.warning("warning: --original is of other records: the verdict leaves it out")
@@ -258,10 +261,6 @@ def _measure(
         del other_lm  # before the next model takes its memory
     with source.loaded() as lm:
         check_vocabulary(examples, lm.vocabulary)
-        if reference is not None and len(reference.head.weight) != len(lm.head.weight):
-            raise UserError(
-                f"--reference predicts {len(reference.head.weight)} tokens and the model "
-                f"{len(lm.head.weight)}: KL compares models with the same tokens"
-            )
+        check_head(reference, lm)
         with progress("evaluate") as update:
             return evaluate_suite(lm, template, tokenized, settings, update, reference)

@@ -57,17 +57,14 @@ class ModelSource:
         self, model: Model, options: ModelOptions, tokenizer: Any = None, role: str = "model"
     ) -> None:
         self.in_memory: Any = None
-        metadata: Mapping[str, Any] = {}
-        if isinstance(model, Run):
-            name = self.name = str(model.folder)
-            metadata = model.metadata
-        elif isinstance(model, (str, Path)):
-            name = self.name = str(model)
+        self.metadata: Mapping[str, Any] = {}  # run.json of the run that made the model
+        if isinstance(model, (str, Path, Run)):
+            name = self.name = str(model.folder if isinstance(model, Run) else model)
             if not name:
                 raise UserError(
                     f"say which model with --{role} (a hub name, a folder, a GGUF file)"
                 )
-            metadata = metadata_of_model(Path(name))
+            self.metadata = metadata_of_model(Path(name))
         else:
             self.in_memory = model
             network = model.model if isinstance(model, CausalLM) else model
@@ -80,7 +77,7 @@ class ModelSource:
             self.name = getattr(network, "name_or_path", "") or type(network).__name__
             name = f"{self.name} (in memory)"
         self.options = replace(options, model=name)
-        self.rendering = _as_trained(options.rendering(), metadata.get("rendering", {}))
+        self.rendering = _as_trained(options.rendering(), self.metadata.get("rendering", {}))
         self._tokenizer = tokenizer
 
     def template(self, now: datetime | None = None) -> Template:

@@ -108,6 +108,9 @@ class _Method(Checked):
     reference_cache: Path | None = None
     """Folder that keeps what methods compare with from run to run: the reference's log-probs, and
     for KL, UNDIAL and RMU its hidden states."""
+    reference: str | None = None
+    """What methods compare with: "first" is the model before the first of several requests, else
+    the name of a model; without it the --model as it is."""
 
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":

@@ -1,7 +1,7 @@
 """A run before any weight is loaded: its tokens, what ``run.json`` says of it, where it resumes."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -29,6 +29,7 @@ from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.paths import below_here
 from npo_fast.planner.disk import saved_bytes
 from npo_fast.runs.callbacks import Callback, TrackerCallback
+from npo_fast.runs.chain import Chain, chain_of
 from npo_fast.runs.models import ModelSource
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.output import UNFINISHED, found_metadata, read_metadata
@@ -67,6 +68,8 @@ class PreparedRun:
     found: bytes | None  # run.json of the output folder, as it is before the run
     resumable: ResumableRun | None  # the run in the output folder that goes on
     callbacks: list[Callback]  # the user's
+    chain: Chain  # of the model that it begins with
+    link: Callable[[], dict[str, Any]]  # makes ``chain`` of run.json, once the model is loaded
 
     @contextmanager
     def loaded(self) -> Iterator[CausalLM]:
@@ -151,6 +154,10 @@ def prepare_run(
         }
     given = {name: rows for name, rows in records.items() if name in GIVEN}
     check_apart(given.get("forget", ()), given.get("retain", ()))
+    chain = chain_of(model)
+    if verb == "unlearn":
+        is_taught = any("retain" in term.reads for term in terms)
+        chain.check(records["forget"], records["retain"] if is_taught else ())
     for sentence in repeats(given):
         logger.warning(f"warning: {sentence}")
     if training.step_in_backward:
@@ -172,9 +179,16 @@ def prepare_run(
         metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
     found = found_metadata(options.output)
     resumable = find_resumable(options, metadata, model.in_memory is not None)
+
+    def link() -> dict[str, Any]:
+        if verb == "unlearn":
+            return chain.forget(records["forget"], model)
+        return chain.teach(records["train"])
+
     prepared = PreparedRun(
-        model, template, sources, terms, training, options, metadata, found, resumable, heard
-    )
+        model, template, sources, terms, training, options, metadata, found, resumable, heard,
+        chain, link,
+    )  # fmt: skip
     for sentence in _rehearse(prepared):
         logger.info(sentence)
     return prepared

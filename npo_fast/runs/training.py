@@ -229,6 +229,7 @@ def _open_folder(
         if reference.before:
             metadata["before"] = reference.before
         metadata |= {"processes": world_size(), "threads": torch.get_num_threads()}
+        metadata["chain"] = prepared.link()
         folder = RunFolder.begin(
             options.output, options.overwrite, metadata, prepared.found, reference.log_probs
         )

@@ -51,11 +51,15 @@ from npo_fast.runs.own_answers import AUTO, own_answers
 from npo_fast.runs.padding import padded_weights
 from npo_fast.runs.preparing import PreparedRun, prepare_run
 from npo_fast.runs.progress import progress
-from npo_fast.runs.references import run_log_probs
+from npo_fast.runs.references import (
+    check_head,
+    reference_model,
+    references_under,
+    run_references,
+)
 from npo_fast.runs.run import Run
 from npo_fast.runs.training import ReferenceData, run_training
 from npo_fast.runs.unknown import UnknownSources, median_log_prob, with_level
-from npo_fast.trainer.loop import reference_cache_for
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
 
@@ -178,10 +182,12 @@ def unlearn(
     if evaluation.eval_every:
         suite = tofu_suite(inputs.data, forget, retain, loss_on=loss_on)
     watch = _evaluation_callback(prepared, evaluation, report, suite)
+    other = reference_model(method.reference, prepared)
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)
 
     under_base = level_from.under_base(prepared)
+    references = None if other is None else references_under(other, prepared, method)
     with prepared.loaded() as lm:
 
         def answers_now(when: str) -> dict[str, Any]:
@@ -197,17 +203,12 @@ def unlearn(
         before = {} if prepared.resumable else answers_now("before")
         if unknown := unknown_before(before):
             logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
-        log_probs = run_log_probs(lm, prepared, method.reference_cache)
+        log_probs, hidden = references or run_references(lm, prepared, method.reference_cache)
+        check_head(hidden, lm)
         if level_from.given:
             level = level_from.level(lm, prepared, log_probs, under_base)
             prepared = with_level(prepared, level, method.auto_beta)
-        reference = ReferenceData(
-            before=before,
-            log_probs=log_probs,
-            hidden=reference_cache_for(
-                terms, lm, prepared.sources, training.micro_batch_tokens, method.reference_cache
-            ),
-        )
+        reference = ReferenceData(before, log_probs, hidden)
         return run_training(lm, prepared, reference, watch, closing)
 
 
@@ -224,10 +225,12 @@ def _resolve(
     terms = build_method(
         options.method, options.coefficients(), options.kl_positions, options.preset
     )
+    for name in ("reference", "reference_cache"):
+        if getattr(options, name) is not None and not any(term.loss.reference for term in terms):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{options.method} compares with no reference; leave out {flag}")
     if options.reference_cache is None:
         return options, terms
-    if all(term.loss.reference is None for term in terms):
-        raise UserError(f"{options.method} compares with no reference; leave out --reference-cache")
     if world_size() > 1:
         raise UserError(f"--reference-cache runs on one process, not on {world_size()}")
     check_cache(options.reference_cache)

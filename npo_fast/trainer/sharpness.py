@@ -59,21 +59,23 @@ def sharpness_aware(
 @contextmanager
 def _perturbed(optimizer: torch.optim.Optimizer, rho: float, copy_on_cpu: bool) -> Iterator[None]:
     """Inside, weights are ``w + rho * g / |g|``, with the gradient ``g`` that this takes away."""
-    parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
-    norm = number_of(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    pairs = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
+    parameters = [parameter for parameter, _ in pairs]
+    norm = number_of(torch.nn.utils.get_total_norm([gradient for _, gradient in pairs]))
+    optimizer.zero_grad(set_to_none=True)
     if not 0 < norm < math.inf:  # nowhere to go; or the step is not finite, and will be refused
-        optimizer.zero_grad(set_to_none=True)
         yield
         return
     copies = [p.detach().cpu() if copy_on_cpu else p.detach().clone() for p in parameters]
     try:
         moved = 0.0  # along the gradient, by weights that round
         with torch.no_grad():
-            for parameter, copy in zip(parameters, copies, strict=True):
-                gradient, parameter.grad = parameter.grad, None
+            while pairs:  # each gradient is freed where it has been added
+                parameter, gradient = pairs.pop()
                 parameter.add_(gradient, alpha=rho / norm)
                 if parameter.itemsize == 2:
-                    step = (parameter - copy.to(parameter.device)) * gradient
+                    copy = copies[len(pairs)].to(parameter.device)
+                    step = (parameter - copy) * gradient
                     moved += number_of(step.sum(dtype=torch.float32)) / norm
         if all(p.itemsize == 2 for p in parameters) and moved < rho / 2:
             warnings.warn(
