@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 class MuseSuite:
     """What MUSE measures on, by log."""
 
-    prompts: dict[str, list[tuple[str, str]]]
+    prompts: dict[str, list[tuple[str, ...]]]
     """Prompts to continue, each with the text that should follow."""
     texts: dict[str, list[str]]
     """Texts whose likelihood is compared."""
@@ -157,7 +157,7 @@ class _Evaluation:
             VOCABULARY: self.lm.vocabulary,
         }
 
-    def continued(self, name: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    def continued(self, name: str, pairs: list[tuple[str, ...]]) -> dict[str, Any]:
         """ROUGE-L of greedy continuations."""
         from npo_fast.evaluation.rouge import rouge_scorer  # min-k needs no rouge_score
 

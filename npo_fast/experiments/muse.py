@@ -1,14 +1,15 @@
 """A made-up newspaper in the layout of MUSE-News: articles about events, and questions on them.
 
-Nothing in it is real. Each event has its own town, people, numbers and causes, each article its own
-wording. Beside the articles the paper prints quizzes, lists of questions with their answers: a small
-model does not learn to answer from articles alone.
+Nothing in it is real. Each event has its own town, people, numbers and causes, each article its
+own wording. Beside the articles the paper prints quizzes, lists of questions with their answers: a
+small model does not learn to answer from articles alone.
 """
 
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Article:
         return " ".join(self.sentences)
 
 
-def make_corpus(folder: Path, seed: int = 0, articles: int = 6) -> None:
+def make_corpus(folder: Path, seed: int = 0, articles: int = 5) -> None:
     """Writes the corpus: a folder a configuration, a JSON-lines file a split, MUSE's names.
 
     Args:
@@ -100,16 +101,16 @@ def make_corpus(folder: Path, seed: int = 0, articles: int = 6) -> None:
     files: dict[str, list[Row]] = {
         "raw/forget": folds[0],
         **{f"raw/{name}": printed[name] for name in ("retain1", "retain2", "holdout")},
-        "train/forget": sum(folds, []),
+        "train/forget": [*chain(*folds)],
         **{f"train/{name}": printed[name] for name in ("retain1", "retain2")},
         **{f"sust/forget_{i + 1}": fold for i, fold in enumerate(folds)},
-        **{f"scal/forget_{i + 1}": sum(folds[: i + 1], []) for i in range(FOLDS)},
+        **{f"scal/forget_{i + 1}": [*chain(*folds[: i + 1])] for i in range(FOLDS)},
         "verbmem/forget": [
             {"prompt": " ".join(a.sentences[:2]), "gt": " ".join(a.sentences[2:])} for a in forget
         ],
-        "privleak/forget": _texts(forget),
-        "privleak/retain": _texts(kept),
-        "privleak/holdout": _texts(sets["holdout"]),
+        "privleak/forget": _halves(forget),
+        "privleak/retain": _halves(kept),
+        "privleak/holdout": _halves(sets["holdout"]),
     }
     for name, each in (("forget", forget), ("retain", kept)):
         asked = [qa for article in each for qa in article.questions]
@@ -158,15 +159,21 @@ def _article(rng: random.Random, facts: dict[str, str]) -> Article:
 
 
 def _printed(rng: random.Random, articles: Sequence[Article]) -> list[Row]:
-    """The articles, and quizzes in which every question stands three times, in three orders."""
+    """The articles, and quizzes in which every question stands twice, in two orders."""
     asked = [qa for article in articles for qa in article.questions]
     rows = _texts(articles)
-    for _ in range(3):
+    for _ in range(2):
         rng.shuffle(asked)
         for first in range(0, len(asked), SHOTS + 1):
             quiz = asked[first : first + SHOTS + 1]
             rows.append({"text": "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in quiz)})
     return rows
+
+
+def _halves(articles: Sequence[Article]) -> list[Row]:
+    middle = len(_SENTENCES) // 2
+    parts = ((article.sentences[:middle], article.sentences[middle:]) for article in articles)
+    return [{"text": " ".join(part)} for part in chain(*parts)]
 
 
 def _texts(articles: Sequence[Article]) -> list[Row]:

@@ -170,10 +170,10 @@ def evaluate(
     check_kind(earlier, "original", suite)
     if suite == "muse":
         read = {"forget": forget, "retain": retain, "holdout": holdout, "reference": reference}
-        others = {"loss_on": loss_on != "last", "utility": not utility,
-                  "log_format": log_format != "tofu"}  # fmt: skip
-        given = {name: not _is_left_out(value) for name, value in read.items()}
-        check_options(given | others, loading, evaluation)
+        odd = [name for name, value in read.items() if not _is_left_out(value)]
+        odd += ["loss_on"] * (loss_on != "last") + ["utility"] * (not utility)
+        odd += ["log_format"] * (log_format != "tofu")
+        check_options(odd, loading, evaluation)
     if log is not None:
         for name in ("memorization", "min_k_share"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):

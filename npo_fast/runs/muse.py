@@ -1,7 +1,6 @@
 """``evaluate --suite muse``: what MUSE fixes, and its measurement of a model."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,21 +29,20 @@ _FIXED = {  # options that TOFU's evaluation reads, and what MUSE does
 }
 
 
-def check_options(given: Mapping[str, Any], *groups: ModelOptions | EvaluationSettings) -> None:
+def check_options(odd: list[str], *groups: ModelOptions | EvaluationSettings) -> None:
     """Raises ``UserError`` for an option that MUSE's evaluation would not read.
 
     Args:
-        given: keywords of ``evaluate`` that have not their default.
+        odd: keywords of ``evaluate`` that have not their default.
         groups: options with their defaults or others.
     """
-    odd = [name for name, value in given.items() if value]
     for group in groups:
-        plain = type(group)()
-        names = (f.name for f in fields(group))
-        odd += [name for name in names if getattr(group, name) != getattr(plain, name)]
-    if names_ := [name for name in odd if name in _FIXED]:
-        flag = "no-utility" if names_[0] == "utility" else names_[0].replace("_", "-")
-        raise UserError(f"--suite muse: leave out --{flag}, for {_FIXED[names_[0]]}")
+        plain, names = type(group)(), [field.name for field in fields(group)]
+        odd = odd + [name for name in names if getattr(group, name) != getattr(plain, name)]
+    for name in odd:
+        if name in _FIXED:
+            flag = "no-utility" if name == "utility" else name.replace("_", "-")
+            raise UserError(f"--suite muse: leave out --{flag}, for {_FIXED[name]}")
 
 
 def check_kind(logs: Result | None, role: str, suite: SuiteName) -> None:
