@@ -54,6 +54,15 @@ def privleak(result: Result, retrained: Result) -> float:
     return 100 * (privleak_auc(result) - expected) / expected
 
 
+class _OfLikelihoods(Measure):
+    """A measure of both PrivLeak logs, whose usual k of min-k is MUSE's."""
+
+    def label_of(self, result: Result) -> str:
+        entry = result[PRIVLEAK_FORGET].get(CONVENTIONS, {})
+        k = entry.get("min_k_share", "not recorded")
+        return self.label if k == MIN_K_SHARE else f"{self.label} (k = {k})"
+
+
 def _mean_rouge(key: str, label: str, file: str, direction: int) -> Measure:
     return Measure(
         key, label, lambda result, _: float(np.mean(column(result[file], ROUGE))),
@@ -68,9 +77,9 @@ MEASURES = {  # by key, in the order of ``summary``
         _mean_rouge("verbmem_forget", "VerbMem forget", VERBMEM, -1),
         _mean_rouge("knowmem_forget", "KnowMem forget", KNOWMEM_FORGET, -1),
         _mean_rouge("knowmem_retain", "KnowMem retain", KNOWMEM_RETAIN, 1),
-        Measure("privleak_auc", "AUC, holdout above forget, min-k",
-                lambda result, _: privleak_auc(result), _PRIVLEAK),
-        Measure("privleak", "PrivLeak, %", privleak, _PRIVLEAK, needs_retrained=True),
+        _OfLikelihoods("privleak_auc", "AUC, holdout above forget, min-k",
+                       lambda result, _: privleak_auc(result), _PRIVLEAK),
+        _OfLikelihoods("privleak", "PrivLeak, %", privleak, _PRIVLEAK, needs_retrained=True),
     )
 }  # fmt: skip
 
