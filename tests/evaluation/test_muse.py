@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -240,6 +241,30 @@ def test_the_layout_is_read_as_the_hub_and_as_people_write_it(home, tmp_path):
         assert all(record.is_text for record in raw)
 
 
+def test_the_hub_is_asked_for_configuration_and_split(home, tmp_path, monkeypatch):
+    """As the card of ``muse-bench/MUSE-News`` lays them out; ``datasets`` reads it from a folder."""
+    folder, *_ = home
+    shutil.copytree(folder / "news", tmp_path / "snapshot")
+    splits: dict[str, list[str]] = {}
+    for file in sorted((folder / "news").rglob("*.jsonl")):
+        splits.setdefault(file.parent.name, []).append(file.stem)
+    lines = ["---", "configs:"]
+    for name, stems in splits.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [f"  - split: {s}\n    path: {name}/{s}.jsonl" for s in stems]
+    (tmp_path / "snapshot" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *given, **more: load(
+            {"muse-bench/MUSE-News": str(tmp_path / "snapshot")}[name], *given, **more,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+    )  # fmt: skip
+    assert muse_suite("muse-bench/MUSE-News") == muse_suite(str(folder / "news"))
+    raw = load_records("raw/retain1[:3]", "muse-bench/MUSE-News")
+    assert raw == load_records("raw/retain1[:3]", str(folder / "news"))
+
+
 def test_texts_may_be_a_json_list_as_the_benchmark_saves_them(home, tmp_path):
     folder, *_ = home
     shutil.copytree(folder / "news", tmp_path / "news")
@@ -374,7 +399,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 @pytest.mark.slow
 def test_unlearning_the_forget_articles_keeps_what_the_others_say(tmp_path):
     news = tmp_path / "news"
-    make_corpus(news, seed=0, articles=6)
+    make_corpus(news, seed=0, articles=5)
     lm, tokenizer = new_student(news)
     untaught = {name: value.clone() for name, value in lm.model.state_dict().items()}
     common = {"tokenizer": tokenizer, "loading": ModelOptions(template="plain")}
@@ -383,7 +408,7 @@ def test_unlearning_the_forget_articles_keeps_what_the_others_say(tmp_path):
         lm.model.load_state_dict(untaught)
         records = [record for name in names for record in load_records(f"raw/{name}", str(news))]
         finetune(lm, train=records, output=tmp_path / "-".join(names),
-                 training=TrainSettings(epochs=30, lr=4e-3, batch_size=16, warmup_steps=10),
+                 training=TrainSettings(epochs=12, lr=4e-3, batch_size=8, warmup_steps=10),
                  **common)  # fmt: skip
 
     def measured(name: str, **more):
@@ -396,7 +421,7 @@ def test_unlearning_the_forget_articles_keeps_what_the_others_say(tmp_path):
     teach("retain1", "retain2", "forget")
     before = measured("before", retrained=retrained)
     unlearn(lm, data=news, forget="raw/forget", retain="raw/retain1", output=tmp_path / "npo",
-            training=TrainSettings(epochs=5, lr=1e-3, batch_size=16),
+            training=TrainSettings(epochs=5, lr=1e-3, batch_size=8),
             report=ReportOptions(no_report=True), run=RunOptions(), **common)  # fmt: skip
     after = measured("after", retrained=tmp_path / "retrained", original=before)
     print(retrained, before, after, after.verdict)
