@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from npo_fast.errors import UserError
-from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.logs import CONVENTIONS, Result, column, examples_in
 from npo_fast.metrics.measures import Measure
 from npo_fast.metrics.memorization import conventions_of, roc_auc
@@ -128,13 +127,19 @@ def check_retrained(retrained: Result, sizes: Mapping[str, int], share: float) -
         )
 
 
-def verdict(result: Result, retrained: Result | None, before: Mapping[str, float]) -> Verdict:
+def verdict(
+    result: Result,
+    retrained: Result | None,
+    before: Mapping[str, float],
+    between: Mapping[str, tuple[float, float]],
+) -> Verdict:
     """The four criteria of MUSE's table 3 as one word, against a retrained model.
 
     A difference counts where the 95 % interval of resampled records leaves it no doubt.
 
     Args:
         before: ``measures`` of the model before unlearning; {} where there is none.
+        between: the intervals of ``result``, by key.
     """
     ours, theirs = measures(result, retrained), {} if retrained is None else measures(retrained)
     kept_by, other = ("before", before) if before else ("retrained", theirs)
@@ -154,7 +159,6 @@ def verdict(result: Result, retrained: Result | None, before: Mapping[str, float
     numbers = [words(k, "retrained", theirs) for k in forgotten]
     if retrained is None:
         return Verdict("undecided", (", ".join([*filter(None, (*numbers, kept))]),), MISSING)
-    between = intervals(result, registry=MEASURES)
     numbers.append(f"PrivLeak {number(ours['privleak'])} %")
     low, high = between.get("privleak_auc", (0.0, 1.0))
     if any(examples_in(result[name]) < FEW for name in _PRIVLEAK):

@@ -39,7 +39,7 @@ from npo_fast.metrics import (
 )
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.logs import same_records
-from npo_fast.metrics.measures import measures
+from npo_fast.metrics.measures import Measure, measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
@@ -85,15 +85,23 @@ class Scores(dict[str, float]):
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 95 % bootstrap intervals of measures by name; see ``npo_fast.metrics.intervals``."""
-        registry = muse.MEASURES if muse.is_muse(self.logs) else MEASURES
-        by_key = intervals(self.logs, registry=registry)
-        return {registry[key].label_of(self.logs): each for key, each in by_key.items()}
+        return {
+            self._registry[key].label_of(self.logs): each for key, each in self._between.items()
+        }
+
+    @property
+    def _registry(self) -> Mapping[str, Measure]:
+        return muse.MEASURES if muse.is_muse(self.logs) else MEASURES
+
+    @cached_property
+    def _between(self) -> dict[str, tuple[float, float]]:
+        return intervals(self.logs, registry=self._registry)
 
     @cached_property
     def verdict(self) -> Verdict:
         """What came out, with the numbers behind it; see ``npo_fast.metrics.verdict``."""
         if muse.is_muse(self.logs):
-            return muse.verdict(self.logs, self._retrained, self._before)
+            return muse.verdict(self.logs, self._retrained, self._before, self._between)
         attack = "membership_auc.loss"
         few = any(examples_in(self.logs.get(file, {})) < FEW for file in (FORGET, HOLDOUT))
         evidence = Evidence(

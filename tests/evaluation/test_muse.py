@@ -193,33 +193,43 @@ def test_long_texts_are_read_in_windows_that_predict_every_token_once(home, tmp_
 # --- verdict --------------------------------------------------------------------------------------
 
 
-def whole_logs(verbmem, knowmem, kept, shift) -> dict:
-    rng = np.random.default_rng(1)
+def whole_logs(verbmem, knowmem, kept, leak) -> dict:
+    """Logs with these means, and an AUC of ``leak`` on 20 texts of each set."""
     rouge = {muse.VERBMEM: verbmem, muse.KNOWMEM_FORGET: knowmem, muse.KNOWMEM_RETAIN: kept}
-    logs = {name: {"rougeL_f1": rng.normal(mean, 0.02, 40)} for name, mean in rouge.items()}
-    return logs | leak_logs(rng.normal(-shift, 1, 100), rng.normal(size=100))
-
-
-RETRAINED = whole_logs(0.2, 0.3, 0.6, 0)
+    above = round(20 * leak)
+    holdout = [1.0] * above + [-1.0] * (20 - above)
+    return {k: {"rougeL_f1": [v] * 3} for k, v in rouge.items()} | leak_logs([0.0] * 20, holdout)
 
 
 @pytest.mark.parametrize(
-    ("after", "outcome"),
+    ("after", "width", "outcome"),
     [
-        ((0.2, 0.28, 0.6, 0.0), "forgotten"),
-        ((0.5, 0.28, 0.6, 0.0), "not forgotten"),
-        ((0.2, 0.5, 0.6, 0.0), "not forgotten"),
-        ((0.2, 0.28, 0.6, -3.0), "not forgotten"),
-        ((0.1, 0.2, 0.6, 3.0), "over-forgotten"),
-        ((0.0, 0.0, 0.1, 3.0), "collapsed"),
+        ((0.2, 0.28, 0.6, 0.5), 0.01, "forgotten"),
+        ((0.5, 0.28, 0.6, 0.5), 0.01, "not forgotten"),
+        ((0.25, 0.28, 0.6, 0.5), 0.1, "forgotten"),
+        ((0.2, 0.5, 0.6, 0.5), 0.01, "not forgotten"),
+        ((0.2, 0.28, 0.6, 0.1), 0.01, "not forgotten"),
+        ((0.1, 0.2, 0.6, 0.9), 0.01, "over-forgotten"),
+        ((0.1, 0.2, 0.6, 0.9), 0.5, "forgotten"),
+        ((0.0, 0.0, 0.1, 0.9), 0.01, "collapsed"),
     ],
 )
-def test_the_verdict_follows_the_four_criteria(after, outcome):
-    logs = whole_logs(*after)
-    verdict = muse.verdict(logs, RETRAINED, {})
-    assert verdict.outcome == outcome, verdict
-    before = muse.measures(whole_logs(0.9, 0.7, 0.6, -9))
-    assert muse.verdict(logs, RETRAINED, before).outcome == outcome
+def test_the_verdict_follows_the_four_criteria_where_intervals_leave_no_doubt(
+    after, width, outcome
+):
+    logs, retrained = whole_logs(*after), whole_logs(0.2, 0.3, 0.6, 0.5)
+    ours = muse.measures(logs)
+    between = {key: (value - width, value + width) for key, value in ours.items()}
+    before = muse.measures(whole_logs(0.9, 0.7, 0.6, 0.0))
+    for model_before in ({}, before):
+        verdict = muse.verdict(logs, retrained, model_before, between)
+        assert verdict.outcome == outcome, verdict
+
+
+def test_fewer_than_ten_texts_have_no_say_on_the_auc():
+    logs, retrained = (leak_logs([0.0] * 9, [value] * 9) for value in (1.0, -1.0))
+    retrained[muse.PRIVLEAK_HOLDOUT]["min_k"][0] = 1.0
+    assert muse.verdict(logs, retrained, {}, {"privleak_auc": (1.0, 1.0)}).outcome == "forgotten"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -242,7 +252,7 @@ def test_the_layout_is_read_as_the_hub_and_as_people_write_it(home, tmp_path):
 
 
 def test_the_hub_is_asked_for_configuration_and_split(home, tmp_path, monkeypatch):
-    """As the card of ``muse-bench/MUSE-News`` lays them out; ``datasets`` reads it from a folder."""
+    """As the card of ``muse-bench/MUSE-News`` lays them out, read by ``datasets``."""
     folder, *_ = home
     shutil.copytree(folder / "news", tmp_path / "snapshot")
     splits: dict[str, list[str]] = {}
@@ -281,7 +291,7 @@ def test_the_corpus_is_a_function_of_its_seed_and_its_folds_are_those_of_muse(ho
     for name, seed in (("same", 3), ("other", 4)):
         make_corpus(tmp_path / name, seed, articles=2)
     files = {file.relative_to(news) for file in news.rglob("*.jsonl")}
-    assert len(files) == 22
+    assert len(files) == 23
     for name in files:
         text = (news / name).read_text()
         assert (tmp_path / "same" / name).read_text() == text
@@ -357,7 +367,7 @@ def muse_suite_sizes(folder) -> dict:
         (["--suite", "muse", "--log", "eval", "--retrained", "never-forgot"],
          "it was trained on the forget set"),
         (["--suite", "muse", "--log", "eval", "--retrained", "fewer"],
-         "--retrained has 1 texts of privleak/forget, and this evaluation 2"),
+         "--retrained has 1 texts of privleak/forget, and this evaluation 4"),
         (["--suite", "mues", "--model", "base", "--data", "news"], "muse"),
     ],
 )  # fmt: skip
@@ -382,7 +392,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     usual = {"conventions": Conventions().entry()}
     for name, changed in {
         "other-k": {muse.PRIVLEAK_FORGET: logs[muse.PRIVLEAK_FORGET] | usual},
-        "never-forgot": leak_logs([-1, -2], [-3, -4]),
+        "never-forgot": leak_logs([-1, -2] * 2, [-3, -4] * 2),
         "fewer": leak_logs([-1], [-3]),
     }.items():  # fmt: skip
         (tmp_path / name).write_text(json.dumps(logs | changed))
