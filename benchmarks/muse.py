@@ -9,7 +9,7 @@ small model all of it (``target``), another one the retain sets alone (``retrain
 both. Any other model and data set of the layout serve as well (``--data muse-bench/MUSE-News``).
 
 Scalability unlearns ``scal/forget_1`` to ``forget_4``, each from ``--model``. Sustainability
-unlearns ``sust/forget_1`` to ``forget_4``, each from the run before. Both keep ``raw/retain1``.
+unlearns ``sust/forget_1`` to ``forget_4``, each from the run before. Both keep ``--retain``.
 After each the whole suite is measured: ``scal_sust.json`` and a figure of its curves, in
 ``--runs``.
 """
@@ -35,7 +35,7 @@ from npo_fast.experiments.muse import FOLDS, make_corpus, new_student
 from npo_fast.metrics import load_result, muse
 
 OVERWRITE = RunOptions(overwrite=True)
-TEACHING = TrainSettings(epochs=15, lr=4e-3, batch_size=8, warmup_steps=10)
+TEACHING = TrainSettings(epochs=20, lr=3e-3, batch_size=4, warmup_steps=20)
 
 
 def make(data: Path, runs: Path, seed: int) -> None:
@@ -83,7 +83,7 @@ def folds(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             output = options.runs / criterion / options.method / str(fold)
             npo_fast.unlearn(
                 model, data=options.data, forget=f"{criterion}/forget_{fold}",
-                retain="raw/retain1", output=output, method=MethodOptions(options.method),
+                retain=options.retain, output=output, method=MethodOptions(options.method, beta=options.beta),
                 training=training, report=ReportOptions(no_report=True), run=OVERWRITE,
             )  # fmt: skip
             rows[criterion].append(
@@ -120,7 +120,9 @@ def main() -> None:
     parser.add_argument("--method", default="NPO+RT")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--beta", type=float, help="of NPO; else its default")
+    parser.add_argument("--retain", default="raw/retain1", help="what each run keeps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.make is not None:
