@@ -83,7 +83,8 @@ def folds(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             output = options.runs / criterion / options.method / str(fold)
             npo_fast.unlearn(
                 model, data=options.data, forget=f"{criterion}/forget_{fold}",
-                retain=options.retain, output=output, method=MethodOptions(options.method, beta=options.beta),
+                retain=options.retain, output=output,
+                method=MethodOptions(options.method, beta=options.beta),
                 training=training, report=ReportOptions(no_report=True), run=OVERWRITE,
             )  # fmt: skip
             rows[criterion].append(
