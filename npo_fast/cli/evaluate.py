@@ -1,4 +1,4 @@
-"""``npo-fast evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
+"""``npo-fast evaluate``: TOFU's measures or MUSE's, of a model or of logs that exist already."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from npo_fast import tables
 from npo_fast.cli.console import Output
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.metrics import LogForm, examples_in
+from npo_fast.runs.muse import SuiteName
 from npo_fast.runs.options import AnswersWithLoss, ModelOptions
 
 
@@ -17,8 +18,11 @@ from npo_fast.runs.options import AnswersWithLoss, ModelOptions
 class DataOptions:
     """What to measure on."""
 
+    suite: SuiteName = "tofu"
+    """TOFU's measures of questions, or MUSE's of articles and books: VerbMem, KnowMem, PrivLeak."""
     data: str | None = None
-    """Hub dataset (locuslab/TOFU) or folder; its real_authors and world_facts join in."""
+    """Hub dataset (locuslab/TOFU, muse-bench/MUSE-News) or folder; TOFU's real_authors and
+    world_facts join in, and MUSE's sets are all there."""
     forget: str | None = None
     """A file or a split; <name>_perturbed is taken where it lies beside it."""
     retain: str | None = None
@@ -30,7 +34,7 @@ class DataOptions:
     log: Path | None = None
     """Measure this log (file or folder) instead of running a model."""
     retrained: Path | None = None
-    """Log of the model trained without the forget set: forget quality compares with it."""
+    """Log of the model trained without the forget set, for forget quality and PrivLeak."""
     original: Path | None = None
     """Log of the model before unlearning: the verdict compares with it."""
     output: Path | None = None

@@ -187,6 +187,8 @@ def _read_json(text: str, path: Path, lines: bool) -> list[Any]:
         lists = [each for each in value.values() if isinstance(each, list)]
         if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]):
             return list(lists[0])
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        return [{"text": text} for text in value]
     return value if isinstance(value, list) else values
 
 

@@ -40,6 +40,18 @@ def load_records(
         NoSuchSplitError: no such file or split (the message lists those there are).
         UserError: no record at all, or one in no known form (the message names file and record).
     """
+    numbered, where = load_rows(source, data, role)
+    records: list[Record] = []
+    for number, row in numbered:
+        whole = isinstance(row, Record)
+        records += [row] if whole else parse_row(row, f"{where}, record {number}", loss_on)
+    return records
+
+
+def load_rows(
+    source: Records, data: str | None = None, role: str = "data"
+) -> tuple[list[tuple[int, Any]], str]:
+    """Rows as they are, each with its number, and where they are from; see ``load_records``."""
     if isinstance(source, (str, Path)):
         name, part = _parse_slice(str(source))
         rows, where = _read(name, data)
@@ -52,11 +64,7 @@ def load_records(
     numbered = list(enumerate(rows, 1))[part]
     if not numbered:
         raise UserError(f"{str(source)!r} selects no record: {where} holds {len(rows)}")
-    records: list[Record] = []
-    for number, row in numbered:
-        whole = isinstance(row, Record)
-        records += [row] if whole else parse_row(row, f"{where}, record {number}", loss_on)
-    return records
+    return numbered, where
 
 
 def as_rows(source: Records | None, role: str) -> Any:

@@ -42,20 +42,20 @@ class _AnyScript(Tokenizer):
         return words(text)
 
 
-def rouge_scorer(truth: str) -> RougeScorer:
+def rouge_scorer(truth: str, stem: bool = True) -> RougeScorer:
     """Returns the scorer of ROUGE-1 and ROUGE-L for answers like ``truth``.
 
-    TOFU's scorer stems words of [a-z0-9] and drops every other letter. Answers with 30 % or more
-    other letters are split into Unicode ``words`` instead, and not stemmed.
+    TOFU's scorer stems words of [a-z0-9] and drops every other letter; MUSE's does not stem.
+    Answers with 30 % or more other letters are split into Unicode ``words`` instead, not stemmed.
     """
     letters = [c for c in truth if c.isalpha()]
     others = sum(not c.isascii() for c in letters)
-    return _scorer(others > 0 and others >= NOT_ASCII * len(letters))
+    return _scorer(others > 0 and others >= NOT_ASCII * len(letters), stem)
 
 
 @cache
-def _scorer(any_script: bool) -> RougeScorer:
+def _scorer(any_script: bool, stem: bool) -> RougeScorer:
     kinds = ["rouge1", "rougeL"]
     if any_script:
         return RougeScorer(kinds, tokenizer=_AnyScript())
-    return RougeScorer(kinds, use_stemmer=True)
+    return RougeScorer(kinds, use_stemmer=stem)

@@ -2,7 +2,7 @@
 
 "tofu" is a JSON file a data set, and all of them in ``eval_log_aggregated.json``. "open-unlearning"
 is ``TOFU_EVAL.json`` with its ``TOFU_SUMMARY.json``; see ``npo_fast.metrics.open_unlearning``.
-Both are read wherever logs are read.
+Both are read wherever logs are read. Logs of MUSE are one file, ``muse_eval.json``.
 """
 
 import json
@@ -26,6 +26,7 @@ from npo_fast.metrics.logs import (
     examples_in,
     select,
 )
+from npo_fast.metrics.muse import is_muse
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ LogForm = Literal["tofu", "open-unlearning"]
 FILES = {  # by form; the first tells the form of a folder
     "tofu": (AGGREGATED, *LOGS),
     "open-unlearning": (open_unlearning.EVAL, open_unlearning.SUMMARY),
+    "muse": ("muse_eval.json",),
 }
 LOG_FILES = tuple(name for names in FILES.values() for name in names)
 _FOLDERS = ("", "eval", "evals")  # of a run, where logs are: npo_fast's, open-unlearning's
@@ -118,7 +120,9 @@ def save_result(
     """
     files: dict[str, Any] = {**result, AGGREGATED: result}
     indent = None
-    if form == "open-unlearning":
+    if is_muse(result):
+        files = {FILES["muse"][0]: result}
+    elif form == "open-unlearning":
         metrics, indent = open_unlearning.metrics_of(result, retrained), 4
         files = {
             open_unlearning.EVAL: metrics,
@@ -154,9 +158,8 @@ def _load_folder(folder: Path) -> dict[str, Log]:
     """Reads the logs in a folder that ``holds_logs``."""
     forms = [form for form, names in FILES.items() if any((folder / n).is_file() for n in names)]
     if len(forms) > 1:
-        raise UserError(
-            f"{folder} holds logs in two forms: name {AGGREGATED} or {open_unlearning.EVAL} in it"
-        )
+        names = " or ".join(FILES[form][0] for form in forms)
+        raise UserError(f"{folder} holds logs in {len(forms)} forms: name {names} in it")
     first, *others = FILES[forms[0]]
     if (folder / first).is_file():
         return _load(folder / first)

@@ -14,7 +14,9 @@ CONFIDENCE = 0.95
 
 
 def intervals(
-    result: Result, keys: tuple[str, ...] | None = None
+    result: Result,
+    keys: tuple[str, ...] | None = None,
+    registry: Mapping[str, Measure] = MEASURES,
 ) -> dict[str, tuple[float, float]]:
     """Returns the 95 % bootstrap interval of each measure that the logs allow, by key.
 
@@ -23,9 +25,9 @@ def intervals(
     were asked, not that of another training run. A p-value has none, nor has a log of one record.
 
     Args:
-        keys: of measures; else all.
+        keys: of measures; else all of the registry.
     """
-    chosen = MEASURES if keys is None else {key: MEASURES[key] for key in keys}
+    chosen = registry if keys is None else {key: registry[key] for key in keys}
     return {
         key: _interval(measure, result)
         for key, measure in chosen.items()

@@ -1,4 +1,4 @@
-"""``evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
+"""``evaluate``: TOFU's measures or MUSE's, of a model or of logs that exist already."""
 
 import logging
 from collections.abc import Mapping
@@ -31,17 +31,20 @@ from npo_fast.metrics import (
     examples_in,
     has_truth_ratio,
     load_result,
+    muse,
     save_result,
 )
 from npo_fast.metrics.evidence import Evidence
 from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.logs import same_records
-from npo_fast.metrics.measures import measures
+from npo_fast.metrics.measures import Measure, measures
 from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.chain import Chain, log_records
 from npo_fast.runs.models import Model, ModelSource
+from npo_fast.runs.muse import SuiteName, check_kind, check_options, check_retrained
+from npo_fast.runs.muse import measure as measure_muse
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.preflight import check_writable
@@ -63,7 +66,7 @@ class Scores(dict[str, float]):
 
     Args:
         retrained: logs of the model trained without the forget set.
-        before: nested measures of the model before unlearning, for the verdict.
+        before: measures of the model before unlearning, for the verdict; TOFU's are nested.
         folder: where the logs were saved, if they were.
     """
 
@@ -74,19 +77,31 @@ class Scores(dict[str, float]):
         before: Mapping[str, Any] | None = None,
         folder: Path | None = None,
     ) -> None:
-        super().__init__(metrics.summary(logs, retrained))
+        summary = muse.summary if muse.is_muse(logs) else metrics.summary
+        super().__init__(summary(logs, retrained))
         self.logs, self._retrained, self._before = logs, retrained, before or {}
         self.folder = folder
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 95 % bootstrap intervals of measures by name; see ``npo_fast.metrics.intervals``."""
-        by_key = intervals(self.logs)
-        return {MEASURES[key].label_of(self.logs): each for key, each in by_key.items()}
+        return {
+            self._registry[key].label_of(self.logs): each for key, each in self._between.items()
+        }
+
+    @property
+    def _registry(self) -> Mapping[str, Measure]:
+        return muse.MEASURES if muse.is_muse(self.logs) else MEASURES
+
+    @cached_property
+    def _between(self) -> dict[str, tuple[float, float]]:
+        return intervals(self.logs, registry=self._registry)
 
     @cached_property
     def verdict(self) -> Verdict:
         """What came out, with the numbers behind it; see ``npo_fast.metrics.verdict``."""
+        if muse.is_muse(self.logs):
+            return muse.verdict(self.logs, self._retrained, self._before, self._between)
         attack = "membership_auc.loss"
         few = any(examples_in(self.logs.get(file, {})) < FEW for file in (FORGET, HOLDOUT))
         evidence = Evidence(
@@ -103,6 +118,7 @@ class Scores(dict[str, float]):
 def evaluate(
     model: Model | None = None,
     *,
+    suite: SuiteName = "tofu",
     forget: Records | None = None,
     retain: Records | None = None,
     data: str | Path | None = None,
@@ -120,10 +136,11 @@ def evaluate(
     loading: ModelOptions = ModelOptions(),
     evaluation: EvaluationSettings = EvaluationSettings(),
 ) -> Scores:
-    """Measures what a model knows, as TOFU does and beyond: ``npo-fast evaluate``.
+    """Measures what a model knows, as TOFU does and beyond, or as MUSE: ``npo-fast evaluate``.
 
     Args:
         model: as for ``unlearn``; it is not changed.
+        suite: "tofu", or "muse": its sets are those of ``data``, whose layout is MUSE's.
         forget: what was to be forgotten: a file, a split of ``data`` (``<name>_perturbed`` is taken
             where it lies beside it), or rows.
         retain: what was to be kept.
@@ -157,6 +174,15 @@ def evaluate(
         raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
     earlier = None if original is None else logs_of(original, "original")
+    check_kind(compared, "retrained", suite)
+    check_kind(earlier, "original", suite)
+    if suite == "muse":
+        read = {"forget": forget, "retain": retain, "holdout": holdout, "reference": reference}
+        odd = [name for name, value in read.items() if not _is_left_out(value)]
+        odd += ["loss_on"] * (loss_on != "last") + ["utility"] * (not utility)
+        odd += ["log_format"] * (log_format != "tofu")
+        check_options(odd, loading, evaluation)
+    asked: tuple[ModelSource, Suite] | None = None
     if log is not None:
         for name in ("memorization", "min_k_share"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):
@@ -168,39 +194,53 @@ def evaluate(
         logs = dict(logs_of(log, "log"))
         if not any(logs.values()):
             raise UserError("the log holds nothing to measure")
-        if compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
+        check_kind(logs, "log", suite)
+        if suite == "muse":
+            check_retrained(compared, logs)
+        elif compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
             raise UserError(
                 "--retrained compares truth ratios of the forget set, and the log has none: "
                 "leave it out"
             )
-        if compared is not None:
+        elif compared is not None:
             check_comparable(compared)
+    elif suite == "muse":
+        if model is None or model == "":
+            raise UserError("say which --model to evaluate, or which --log to read")
+        logs = dict(measure_muse(model, data, compared, tokenizer, loading, evaluation))
     else:
         if model is None or model == "":
             raise UserError("say which --model to evaluate, or which --log to read")
         if forget is None and retain is None:
-            raise UserError("say what to evaluate on with --forget, --retain or both")
+            raise UserError(
+                "say what to evaluate on with --forget, --retain or both, or with --suite muse"
+            )
         if holdout is not None and forget is None:
             raise UserError("--holdout is compared with --forget: name both")
         sets = {"forget": forget, "retain": retain, "holdout": holdout}
         rows = {name: as_rows(source, name) for name, source in sets.items()}
-        suite = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
+        tofu = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
         if compared is not None:
-            check_forget_quality(suite)
+            check_forget_quality(tofu)
             check_comparable(compared)
-        for name, records in suite.items():
+        for name, records in tofu.items():
             logger.info(f"{name}: {len(records)} records")
         files = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
-        compared_sets = {name: suite.get(file, []) for name, file in files.items()}
+        compared_sets = {name: tofu.get(file, []) for name, file in files.items()}
         for sentence in repeats(compared_sets):
             logger.warning(f"warning: {sentence}")
         source = ModelSource(model, loading, tokenizer)
-        logs = dict(_measure(source, suite, evaluation, reference))
+        logs = dict(_measure(source, tofu, evaluation, reference))
+        asked = source, tofu
     if folder is not None:
         folder = save_logs(logs, folder, log_format, compared)
-    if log is None:
-        log_records(Chain.of(source.metadata), suite.get(FORGET, []), logs.get(FORGET, {}), folder)
-    before = of_same_records(_before(model), logs) if earlier is None else measures(earlier)
+    if asked is not None:
+        source, tofu = asked
+        log_records(Chain.of(source.metadata), tofu.get(FORGET, []), logs.get(FORGET, {}), folder)
+    if suite == "muse":
+        before: Mapping[str, Any] = {} if earlier is None else muse.measures(earlier)
+    else:
+        before = of_same_records(_before(model), logs) if earlier is None else measures(earlier)
     if earlier is not None and not same_records(logs, earlier):
         logger.warning("warning: --original is of other records: the verdict leaves it out")
         before = {}

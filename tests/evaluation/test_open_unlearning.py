@@ -242,7 +242,7 @@ def test_a_folder_has_logs_of_one_form(home, content, tmp_path):
     assert evaluate(home, *output, holdout=False) == 2, "the logs of the other form stay"
     metrics.save_result(make_result(), tmp_path / "both")
     save(content, tmp_path / "both")
-    with pytest.raises(UserError, match="logs in two forms"):
+    with pytest.raises(UserError, match="logs in 2 forms"):
         metrics.load_result(tmp_path / "both")
     assert evaluate(home, *output, "--overwrite", holdout=False) == 0
     assert not (tmp_path / EVAL).exists()

@@ -27,8 +27,12 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def new_model(tokenizer: Any, seed: int) -> CausalLM:
-    """Two layers of width 128: 0.7 million parameters, most of them in the feed-forward layers."""
+def new_model(tokenizer: Any, seed: int, positions: int = 128) -> CausalLM:
+    """Two layers of width 128: 0.7 million parameters, most of them in the feed-forward layers.
+
+    Args:
+        positions: tokens of its context.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -36,7 +40,7 @@ def new_model(tokenizer: Any, seed: int) -> CausalLM:
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=tokenizer.eos_token_id,
