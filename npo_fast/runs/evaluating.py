@@ -1,7 +1,8 @@
 """``evaluate``: TOFU's measures and more, of a model or of logs that exist already."""
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,16 @@ from npo_fast.data import (
 )
 from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
+from npo_fast.evaluation.fluency import generated_columns
+from npo_fast.evaluation.harness import Harness, Results
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
+from npo_fast.evaluation.suite import (
+    Suite,
+    check_forget_quality,
+    check_rephrased,
+    tofu_suite,
+    tokenize_suite,
+)
 from npo_fast.metrics import (
     FORGET,
     HOLDOUT,
@@ -42,6 +51,7 @@ from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Evidence, Verdict, judge, of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
+from npo_fast.model.save import save_file
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
@@ -53,6 +63,7 @@ from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
 
+LM_EVAL = "lm_eval.json"  # results of lm-evaluation-harness, beside the logs
 FEW = 10  # records of a set; the interval of an attack on fewer is chance
 
 Logs = Union[str, Path, Run, "Scores", Result]
@@ -65,6 +76,7 @@ class Scores(dict[str, float]):
         retrained: logs of the model trained without the forget set.
         before: nested measures of the model before unlearning, for the verdict.
         folder: where the logs were saved, if they were.
+        lm_eval: results of lm-evaluation-harness, by task and metric.
     """
 
     def __init__(
@@ -73,8 +85,10 @@ class Scores(dict[str, float]):
         retrained: Result | None = None,
         before: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        lm_eval: Results | None = None,
     ) -> None:
         super().__init__(metrics.summary(logs, retrained))
+        self.lm_eval: Results = lm_eval or {}
         self.logs, self._retrained, self._before = logs, retrained, before or {}
         self.folder = folder
 
@@ -112,6 +126,7 @@ def evaluate(
     retrained: Logs | None = None,
     original: Logs | None = None,
     log: Logs | None = None,
+    lm_eval: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     log_format: LogForm = "tofu",
     overwrite: bool = False,
@@ -130,11 +145,14 @@ def evaluate(
         data: hub dataset or folder; its real_authors and world_facts join in where ``utility``.
         holdout: records like ``forget`` that no model saw, for the membership attacks.
         loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
-        reference: the model before unlearning, for KL(reference || model).
+        reference: the model before unlearning: KL(reference || model), the membership attack that
+            compares losses with its losses, and the perplexity of answers under it.
         retrained: logs of the model trained without the forget set, for the forget quality.
         original: logs of the model before unlearning, for the verdict; else what the run itself
             measured before its first step.
         log: logs to measure instead of running a model.
+        lm_eval: tasks of lm-evaluation-harness, as names or a text with commas; a YAML file or a
+            folder of them has tasks of your own. ``forget`` and ``retain`` may then be left out.
         output: folder for the log files.
         log_format: form of these files, "tofu" or "open-unlearning"; both are read.
 
@@ -150,14 +168,18 @@ def evaluate(
                     f"--output {folder} holds {what}, of which logs would be a part: name a folder "
                     f"of their own, such as {folder / 'eval'}"
                 )
-        for name in LOG_FILES:
+        for name in (*LOG_FILES, LM_EVAL):
             check_output(folder, name, "logs", overwrite)
         check_writable(folder, "--output")
     elif log_format != "tofu":
         raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
     earlier = None if original is None else logs_of(original, "original")
+    harness = None if lm_eval is None else Harness(lm_eval)
+    results: Results = {}
     if log is not None:
+        if harness is not None:
+            raise UserError("--lm-eval runs a --model: leave out --log")
         for name in ("memorization", "min_k_share"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):
                 flag = f"--{name.replace('_', '-')}"
@@ -178,10 +200,11 @@ def evaluate(
     else:
         if model is None or model == "":
             raise UserError("say which --model to evaluate, or which --log to read")
-        if forget is None and retain is None:
+        if forget is None and retain is None and harness is None:
             raise UserError("say what to evaluate on with --forget, --retain or both")
         if holdout is not None and forget is None:
             raise UserError("--holdout is compared with --forget: name both")
+        _check_options(evaluation, forget, retain, holdout, reference)
         sets = {"forget": forget, "retain": retain, "holdout": holdout}
         rows = {name: as_rows(source, name) for name, source in sets.items()}
         suite = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
@@ -195,14 +218,17 @@ def evaluate(
         for sentence in repeats(compared_sets):
             logger.warning(f"warning: {sentence}")
         source = ModelSource(model, loading, tokenizer)
-        logs = dict(_measure(source, suite, evaluation, reference))
+        if evaluation.paraphrased_questions:
+            check_rephrased(suite)
+        measured, results = _measure(source, suite, evaluation, reference, harness)
+        logs = dict(measured)
     if folder is not None:
-        folder = save_logs(logs, folder, log_format, compared)
+        folder = save_logs(logs, folder, log_format, compared, results)
     before = of_same_records(_before(model), logs) if earlier is None else measures(earlier)
     if earlier is not None and not same_records(logs, earlier):
         logger.warning("warning: --original is of other records: the verdict leaves it out")
         before = {}
-    return Scores(logs, compared, before, folder)
+    return Scores(logs, compared, before, folder, results)
 
 
 def _is_left_out(value: Any) -> bool:
@@ -218,15 +244,43 @@ def _before(model: Model | None) -> Mapping[str, Any]:
     return {}
 
 
+def _check_options(evaluation: EvaluationSettings, *sources: Records | Model | None) -> None:
+    """Raises ``UserError`` for options that would do nothing without data that is not there."""
+    forget, retain, holdout, reference = sources
+    if evaluation.gradient_norms and holdout is None:
+        raise UserError(
+            "--gradient-norms tells --forget from --holdout: name --holdout, or leave it out"
+        )
+    if reference is not None and forget is None and retain is None:
+        raise UserError(
+            "--reference is compared on --forget or --retain: name one, or leave it out"
+        )
+
+
 def save_logs(
-    logs: Result, folder: Path, form: LogForm = "tofu", retrained: Result | None = None
+    logs: Result,
+    folder: Path,
+    form: LogForm = "tofu",
+    retrained: Result | None = None,
+    lm_eval: Results | None = None,
 ) -> Path | None:
     """Saves logs in ``folder``, or in one of the system's; returns where, None for nowhere.
 
     What was measured is not lost with them: the measures stay in memory.
     """
+
+    def save(place: Path) -> None:
+        if logs:
+            save_result(logs, place, form, retrained)
+        if lm_eval:
+            place.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(lm_eval, indent=1)
+            save_file(place / LM_EVAL, lambda file: file.write_text(text, encoding="utf-8"))
+        else:
+            (place / LM_EVAL).unlink(missing_ok=True)
+
     try:
-        saved = Saving().insist(folder, lambda place: save_result(logs, place, form, retrained))
+        saved = Saving().insist(folder, save)
     except CannotSaveError as error:
         logger.warning(f"WARNING: NO LOGS SAVED: {error}")
         return None
@@ -244,13 +298,18 @@ def logs_of(logs: Logs, role: str) -> Result:
 
 
 def _measure(
-    source: ModelSource, suite: Suite, settings: EvaluationSettings, other: Model | None
-) -> Result:
+    source: ModelSource,
+    suite: Suite,
+    settings: EvaluationSettings,
+    other: Model | None,
+    harness: Harness | None,
+) -> tuple[Result, Results]:
     source.device()
     template = source.template()
     tokenized = tokenize_suite(template, suite)
     examples = {name: tokens.answers for name, tokens in tokenized.items()}
     reference = None
+    results: Results = {}
     if other is not None:
         other_source = ModelSource(other, replace(source.options, model=""), role="reference")
         _check_tokens(other_source, template, examples)
@@ -267,8 +326,20 @@ def _measure(
                 f"--reference predicts {len(reference.head.weight)} tokens and the model "
                 f"{len(lm.head.weight)}: KL compares models with the same tokens"
             )
+        generated: dict[str, list[TokenizedExample]] = {}
         with progress("evaluate") as update:
-            return evaluate_suite(lm, template, tokenized, settings, update, reference)
+            logs = evaluate_suite(lm, template, tokenized, settings, update, reference, generated)
+        if harness is not None:
+            results = harness.run(lm, template.tokenizer, settings.generation_batch)
+    if other is not None and settings.generate:
+        del lm, reference  # before the reference is loaded again
+        answers = {name: generated[name] for name in (FORGET, RETAIN) if generated.get(name)}
+        other_lm = other_source.load()
+        for name, generations in answers.items():
+            logs[name] |= generated_columns(
+                other_lm, generations, examples_in(logs[name]), settings.micro_batch_tokens
+            )
+    return logs, results
 
 
 def _check_tokens(
