@@ -58,7 +58,10 @@ def test_a_task_of_ones_own_is_measured_as_by_the_models_own_logits(
         prompt = f"Question: Who lives in house {i}?\nAnswer:"
         scores = []
         for choice in CHOICES:
-            ids, begun = tokenizer(f"{prompt} {choice}")["input_ids"], tokenizer(prompt)["input_ids"]
+            ids, begun = (
+                tokenizer(f"{prompt} {choice}")["input_ids"],
+                tokenizer(prompt)["input_ids"],
+            )
             with torch.no_grad():
                 log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(len(begun), len(ids))))
