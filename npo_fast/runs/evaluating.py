@@ -175,16 +175,16 @@ def evaluate(
         raise UserError("--log-format is the form of files: name their folder with --output")
     compared = None if retrained is None else logs_of(retrained, "retrained")
     earlier = None if original is None else logs_of(original, "original")
-    harness = None if lm_eval is None else Harness(lm_eval)
     results: Results = {}
     if log is not None:
-        if harness is not None:
+        if lm_eval is not None:
             raise UserError("--lm-eval runs a --model: leave out --log")
-        for name in ("memorization", "min_k_share"):
+        for name in ("memorization", "min_k_share", "paraphrased_questions", "gradient_norms"):
             if getattr(evaluation, name) != getattr(EvaluationSettings, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is for evaluating a --model; the --log has its own")
-        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout}
+        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout,
+                 "reference": reference}  # fmt: skip
         if unread := [name for name, value in given.items() if not _is_left_out(value)]:
             raise UserError(f"--log is measured as it is: leave out --{unread[0]}, or --log")
         logs = dict(logs_of(log, "log"))
@@ -200,7 +200,7 @@ def evaluate(
     else:
         if model is None or model == "":
             raise UserError("say which --model to evaluate, or which --log to read")
-        if forget is None and retain is None and harness is None:
+        if forget is None and retain is None and lm_eval is None:
             raise UserError("say what to evaluate on with --forget, --retain or both")
         if holdout is not None and forget is None:
             raise UserError("--holdout is compared with --forget: name both")
@@ -217,9 +217,10 @@ def evaluate(
         compared_sets = {name: suite.get(file, []) for name, file in files.items()}
         for sentence in repeats(compared_sets):
             logger.warning(f"warning: {sentence}")
-        source = ModelSource(model, loading, tokenizer)
         if evaluation.paraphrased_questions:
             check_rephrased(suite)
+        harness = None if lm_eval is None else Harness(lm_eval)
+        source = ModelSource(model, loading, tokenizer)
         measured, results = _measure(source, suite, evaluation, reference, harness)
         logs = dict(measured)
     if folder is not None:

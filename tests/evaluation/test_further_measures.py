@@ -263,11 +263,15 @@ def test_tofu_has_a_paraphrased_question_for_every_forget_and_retain_record(tofu
          'no record has a "paraphrased_question"'),
         (["--forget", "mixed", "--paraphrased-questions"],
          'record 2 of eval_log_forget.json has no "paraphrased_question", and others have'),
+        (["--log", "logs", "--gradient-norms"], "--gradient-norms is for evaluating a --model"),
+        (["--log", "logs", "--lm-eval", "mmlu"], "--lm-eval runs a --model: leave out --log"),
     ],
 )  # fmt: skip
 def test_options_without_their_data_are_refused_before_the_model_is_loaded(
     home, capsys, options, message
 ):
+    metrics.save_result(make_result(), home / "logs")
+    options = [str(home / "logs") if option == "logs" else option for option in options]
     row = {"question": "a", "answer": "b"}
     write_jsonl(home / "mixed.jsonl", [{**row, "paraphrased_question": "c"}, row])
     sets = ["--data", str(home), "--forget", "forget", "--retain", "retain"]
