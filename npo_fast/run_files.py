@@ -78,6 +78,8 @@ class _Level(TypedDict):  # ``metrics.verdict.Level``
     reference: float
     unknown: float
     source: str
+
+
 class Request(TypedDict):
     """An earlier request of a chain, copied from the ``run.json`` of its run."""
 

@@ -25,6 +25,7 @@ OPTIONAL = {
     "accelerate": ("accelerate", "GGUF files as --model", "pip install 'npo-fast[gguf]'"),
     "peft": ("peft", "LoRA", "pip install 'npo-fast[lora]'"),
     "bitsandbytes": ("bitsandbytes", "quantised weights", "pip install 'npo-fast[quant]'"),
+    "lm-eval": ("lm_eval", "evaluate --lm-eval", "pip install 'npo-fast[lm-eval]'"),
 }
 
 

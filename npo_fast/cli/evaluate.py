@@ -30,13 +30,15 @@ class DataOptions:
     """Records like --forget that no model saw: can an attack tell the two apart (membership)?"""
     loss_on: AnswersWithLoss = "last"
     reference: str | None = None
-    """Model to measure the distance from, KL(reference || model): the one before unlearning."""
+    """The model before unlearning: KL(reference || model), perplexity of the answers under it."""
     log: Path | None = None
     """Measure this log (file or folder) instead of running a model."""
     retrained: Path | None = None
     """Log of the model trained without the forget set, for forget quality and PrivLeak."""
     original: Path | None = None
     """Log of the model before unlearning: the verdict compares with it."""
+    lm_eval: str | None = None
+    """Tasks of lm-evaluation-harness: mmlu,arc_easy; a YAML file or folder has your own."""
     output: Path | None = None
     """Folder for the log files."""
     log_format: LogForm = "tofu"
@@ -81,13 +83,28 @@ def run(command: Command) -> Output:
     }
     rows = ([name, value, between.get(name, "")] for name, value in scores.items())
     header = ("measure", "value", "95 % of resampled records")
+    texts = [f"{tables.plain(rows, header)}\n\nverdict: {scores.verdict}"] if scores.logs else []
+    if scores.lm_eval:
+        texts.append(
+            "lm-evaluation-harness\n"
+            + tables.plain(
+                (
+                    [task, metric, value, each.get(f"{metric}_stderr")]
+                    for task, each in scores.lm_eval.items()
+                    for metric, value in each.items()
+                    if not metric.endswith("_stderr")
+                ),
+                ("task", "metric", "value", "standard error"),
+            )
+        )
     return Output(
         {
             "metrics": scores,
             "intervals": scores.intervals,
             "examples": {name: examples_in(log) for name, log in scores.logs.items()},
             "verdict": asdict(scores.verdict),
+            "lm_eval": scores.lm_eval,
         },
-        f"{tables.plain(rows, header)}\n\nverdict: {scores.verdict}",
+        "\n\n".join(texts),
         exit_code=int(scores.folder != command.data.output),  # logs that it did not take
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.boundary import parse_json, read_bytes
-from npo_fast.data.forms import MEANT, OTHER_ANSWERS
+from npo_fast.data.forms import MEANT, OTHER_TEXTS
 from npo_fast.errors import UserError, reading, short
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet")
@@ -19,7 +19,7 @@ KINDS = ", ".join(SUFFIXES)
 _SUFFIX = re.compile(
     rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE
 )
-_LISTS = ("messages", "conversations", *OTHER_ANSWERS)  # columns of CSV that hold JSON
+_LISTS = ("messages", "conversations", *OTHER_TEXTS)  # columns of CSV that hold JSON
 _MOST_UNPACKED = 2**31  # bytes; a small file may unpack to more than the memory
 _BOMS = (  # the longer before those that they begin with
     (b"\xff\xfe\0\0", "utf-32"),

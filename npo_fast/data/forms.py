@@ -17,9 +17,9 @@ _FORMS = (  # the keys that make a form, the question's before the answer's
     ("text",),
 )
 FORMS = ", ".join("/".join(f'"{key}"' for key in form) for form in _FORMS)
-OTHER_ANSWERS = ("paraphrased_answer", "perturbed_answer", "alternate")
+OTHER_TEXTS = ("paraphrased_answer", "paraphrased_question", "perturbed_answer", "alternate")
 _SYSTEM = ("system", "system_prompt")
-MEANT = {*(key for form in _FORMS for key in form), *OTHER_ANSWERS, *_SYSTEM, "input"}
+MEANT = {*(key for form in _FORMS for key in form), *OTHER_TEXTS, *_SYSTEM, "input"}
 
 
 def parse_row(row: Any, where: str, loss_on: LossOn = "last") -> list[Record]:
@@ -43,15 +43,19 @@ def parse_row(row: Any, where: str, loss_on: LossOn = "last") -> list[Record]:
         _check_read(row, {"text"}, (("", text),), where)
         return [Record((), text)]
     turns, prompt = _conversation(row, form, where)
-    read = {*form, *OTHER_ANSWERS, *_SYSTEM}
+    read = {*form, *OTHER_TEXTS, *_SYSTEM}
     _check_read(row, read | {"input"} if form == ("instruction", "output") else read, turns, where)
     *earlier, last = _records(turns, prompt, loss_on, where)
-    paraphrases, wrong, alternates = (_texts(row, key, where) for key in OTHER_ANSWERS)
-    if len(paraphrases) > 1:
-        raise UserError(f'{where}: "paraphrased_answer" must be one text, got {len(paraphrases)}')
-    if paraphrases or wrong or alternates:
-        paraphrase = paraphrases[0] if paraphrases else None
-        last = Record(last.messages, last.answer, paraphrase, wrong, alternates)
+    others = {key: _texts(row, key, where) for key in OTHER_TEXTS}
+    if any(others.values()):
+        answer, question, wrong, alternates = others.values()
+        for key, texts in (("paraphrased_answer", answer), ("paraphrased_question", question)):
+            if len(texts) > 1:
+                raise UserError(f'{where}: "{key}" must be one text, got {len(texts)}')
+        paraphrases = (texts[0] if texts else None for texts in (answer, question))
+        last = Record(
+            last.messages, last.answer, next(paraphrases), wrong, alternates, *paraphrases
+        )
     return [*earlier, last]
 
 
@@ -74,7 +78,7 @@ def _form_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 def _check_read(row: Mapping[str, Any], read: set[str], turns: Turns, where: str) -> None:
     """Checks that keys of other forms only repeat what is read, such as Alpaca's ``text``."""
     contents = [content.strip() for role, content in turns if role != "system"]
-    parts = [row[key] for key in read - {*OTHER_ANSWERS, *_SYSTEM} if isinstance(row.get(key), str)]
+    parts = [row[key] for key in read - {*OTHER_TEXTS, *_SYSTEM} if isinstance(row.get(key), str)]
     for key in row.keys() & MEANT - read:
         value = row[key]
         if is_empty(value):

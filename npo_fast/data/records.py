@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,11 @@ class Record:
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
     alternates: tuple[str, ...] = ()
+    paraphrased_question: str | None = None  # in the place of the last message
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", as_messages(self.messages, "messages of a Record"))
-        for name in ("answer", "paraphrased_answer"):
+        for name in ("answer", "paraphrased_answer", "paraphrased_question"):
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "answer")):
                 raise UserError(f"{name} of a Record must be a text, got {short(value)}")
@@ -84,6 +85,15 @@ class Record:
     def question(self) -> str:
         """The last message before the answer; of a text ""."""
         return self.messages[-1][1] if self.messages else ""
+
+    @property
+    def rephrased(self) -> "Record | None":
+        """The record that asks the paraphrased question instead; None without one."""
+        if self.paraphrased_question is None or self.is_text:
+            return None
+        *earlier, (role, _) = self.messages
+        messages = (*earlier, (role, self.paraphrased_question))
+        return replace(self, messages=messages, paraphrased_question=None)
 
 
 Records = str | Path | Iterable[Record | Mapping[str, Any]]  # by name, or in memory

@@ -2,17 +2,18 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 
 from npo_fast.data import PackedBatch, Record, Template, TokenizedExample, pack
+from npo_fast.evaluation.gradients import gradient_norms
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import TokenizedSet, tokenize_set
 from npo_fast.evaluation.tokens import TokenScores, token_scores
-from npo_fast.metrics.logs import CONVENTIONS, HOLDOUT, VOCABULARY
+from npo_fast.metrics.logs import CONVENTIONS, FORGET, HOLDOUT, REPHRASED, VOCABULARY
 from npo_fast.metrics.memorization import repetition
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
@@ -32,6 +33,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     progress: Progress | None = None,
     reference: ReferenceStates | None = None,
+    generated: dict[str, list[TokenizedExample]] | None = None,
 ) -> dict[str, Columns]:
     """Returns one log a data set, in TOFU's form (see ``npo_fast.metrics.logs``).
 
@@ -47,7 +49,8 @@ def evaluate(
         progress: is called with what is measured, how many answers are done, and of how many.
         reference: states of the reference on the right answers of the same suite, by log name, at
             the positions "answer". Adds ``kl_to_reference``, the mean KL(reference || model) over
-            answer tokens.
+            answer tokens, and ``avg_reference_loss``, the mean loss a token under the reference.
+        generated: takes the generated answers as tokens, by log name, those that are not empty.
     """
     settings = settings or EvaluationSettings()
     progress = progress or (lambda what, done, total: None)
@@ -58,6 +61,8 @@ def evaluate(
                 records = tokenize_set(template, name, records)
             evaluation = _Evaluation(lm, template, settings, progress, reference, name, records)
             logs[name] = evaluation.log()
+            if generated is not None:
+                generated[name] = evaluation.generated
     return logs
 
 
@@ -73,6 +78,7 @@ class _Evaluation:
     name: str
     tokens: TokenizedSet
     done: int = 0
+    generated: list[TokenizedExample] = field(default_factory=list)
 
     def log(self) -> Columns:
         """Every column."""
@@ -80,9 +86,14 @@ class _Evaluation:
         if self.tokens.other_answers:
             log |= self.comparison_columns(log)
         if self.reference is not None:
-            log["kl_to_reference"] = self.kl_to(self.reference)
+            log |= self.reference_columns(self.reference)
+        if self.settings.gradient_norms and self.name in (FORGET, HOLDOUT):
+            log["gradient_norm"] = self.gradient_norms()
         if self.settings.generate and self.name != HOLDOUT:  # membership takes its losses alone
-            log |= self.generation_columns()
+            log |= self.generation_columns(self.tokens.prompts, keep=True)
+        rephrased = [record.rephrased for record in self.tokens.records]
+        if self.settings.paraphrased_questions and None not in rephrased:
+            log |= self.rephrased_columns([record for record in rephrased if record is not None])
         return log
 
     def batches(self, answers: list[TokenizedExample]) -> Iterator[PackedBatch]:
@@ -127,10 +138,7 @@ class _Evaluation:
     def comparison_columns(self, log: Columns) -> Columns:
         """Losses of paraphrased and wrong answers, beside those of right answers in ``log``."""
         answers = self.tokens.other_answers
-        losses: dict[int, float] = {}
-        for batch in self.batches(answers):
-            log_probs = segment_sum(self.lm.log_probs(batch), batch.answer_cu_seqlens)
-            losses |= zip(batch.indices, (-log_probs).tolist(), strict=True)
+        losses = self.losses(answers)
         others = ((losses[i], answer.answer_length) for i, answer in enumerate(answers))
         rows = []
         for i, record in enumerate(self.tokens.records):
@@ -148,24 +156,64 @@ class _Evaluation:
             })  # fmt: skip
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def kl_to(self, reference: ReferenceStates) -> list[float]:
-        """Mean ``KL(reference || model)`` over the tokens of each right answer."""
-        means: dict[int, float] = {}
-        for batch in pack(self.tokens.answers, self.settings.micro_batch_tokens):
-            hidden = self.lm.hidden(batch.to(self.lm.device))
-            ref_hidden = reference.hidden(self.name, batch.indices).to(hidden)
-            chunks = divergences(self.lm.linear_head, hidden, reference.head, ref_hidden)
-            kl = torch.cat([kl for _, kl, _ in chunks]).cpu()
-            parts = kl.split(batch.answer_cu_seqlens.diff().tolist())
-            means |= zip(batch.indices, (float(part.mean()) for part in parts), strict=True)
-        return [means[i] for i in range(len(means))]
+    def losses(self, answers: list[TokenizedExample]) -> dict[int, float]:
+        """The loss of each answer, summed over its tokens, by its index."""
+        losses: dict[int, float] = {}
+        for batch in self.batches(answers):
+            log_probs = segment_sum(self.lm.log_probs(batch), batch.answer_cu_seqlens)
+            losses |= zip(batch.indices, (-log_probs).tolist(), strict=True)
+        return losses
 
-    def generation_columns(self) -> Columns:
-        """Greedy answers and their ROUGE."""
+    def rephrased_columns(self, records: list[Record]) -> Columns:
+        """Loss and ROUGE of the right answers to the questions in other words."""
+        answers = [self.template.encode(record, i) for i, record in enumerate(records)]
+        losses = self.losses(answers)
+        columns = {"avg_gt_loss": [losses[i] / a.answer_length for i, a in enumerate(answers)]}
+        if self.settings.generate:
+            prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in answers]
+            columns |= self.generation_columns(prompts)
+        kept = ("avg_gt_loss", "rougeL_recall", "rougeL_f1", "generated_text")
+        return {f"{name}{REPHRASED}": columns[name] for name in kept if name in columns}
+
+    def gradient_norms(self) -> list[float]:
+        """Norm of the gradient of each right answer's mean loss, one answer at a time."""
+        norms = []
+        for example in self.tokens.answers:
+            counted = self.settings.counted(example.answer_length, self.is_closed(example))
+            norms.append(self.settings.gradient_norm(gradient_norms(self.lm, example, counted)))
+            self.progress(f"{self.name} gradients", len(norms), len(self.tokens.answers))
+        return norms
+
+    def reference_columns(self, reference: ReferenceStates) -> Columns:
+        """Mean ``KL(reference || model)`` and the reference's loss over each answer's tokens."""
+        means: dict[int, tuple[float, float]] = {}
+        for batch in pack(self.tokens.answers, self.settings.micro_batch_tokens):
+            batch = batch.to(self.lm.device)
+            hidden, ref_hidden = self.lm.hidden(batch), reference.hidden(self.name, batch.indices)
+            head, ref_head = self.lm.linear_head, reference.head
+            chunks = divergences(head, hidden, ref_head, ref_hidden.to(hidden))
+            kl = torch.cat([kl for _, kl, _ in chunks]).cpu()
+            log_probs = ref_head.log_probs(ref_hidden, batch.labels).cpu()
+            lengths = batch.answer_cu_seqlens.diff().tolist()
+            parts = zip(kl.split(lengths), log_probs.split(lengths), strict=True)
+            pairs = ((float(a.mean()), -float(b.mean())) for a, b in parts)
+            means |= zip(batch.indices, pairs, strict=True)
+        in_order = [means[i] for i in range(len(means))]
+        return {
+            "kl_to_reference": [kl for kl, _ in in_order],
+            "avg_reference_loss": [loss for _, loss in in_order],
+        }
+
+    def generation_columns(self, prompts: list[list[int]], keep: bool = False) -> Columns:
+        """Greedy answers to the prompts, one a record, and their ROUGE.
+
+        Args:
+            keep: whether they become ``generated``.
+        """
         from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
 
         template, size = self.template, self.settings.generation_batch
-        prompts, truths = self.tokens.prompts, [*self.tokens.truths]
+        truths = [*self.tokens.truths]
         texts, endings = [""] * len(truths), [""] * len(truths)
         repeated = [0.0] * len(truths)
         order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
@@ -177,6 +225,9 @@ class _Evaluation:
             )  # fmt: skip
             for i, ids in zip(batch, continuations, strict=True):
                 repeated[i] = repetition(ids)
+                if keep and ids:
+                    whole = (*prompts[i], *ids)
+                    self.generated.append(TokenizedExample(whole, len(prompts[i]), i))
                 following = self.tokens.following.get(i, [])[: self.settings.max_new_tokens]
                 if following:  # a text ends nowhere: as many tokens are compared as are known
                     texts[i], truths[i] = (

@@ -18,3 +18,7 @@ class EvaluationSettings(Conventions):
     """Longest answer."""
     generate: bool = True
     """Answer greedily, for ROUGE; without it the losses alone are measured."""
+    paraphrased_questions: bool = False
+    """Ask each paraphrased_question too: is one wording forgotten, or the fact?"""
+    gradient_norms: bool = False
+    """Gradient norm of each forget and holdout answer, for a membership attack (slow)."""

@@ -167,6 +167,26 @@ def check_forget_quality(suite: Suite) -> None:
         raise UserError("--retrained compares truth ratios of the forget set: name --forget")
 
 
+def check_rephrased(suite: Suite) -> None:
+    """Checks that records have paraphrased questions, all or none of a set.
+
+    Raises:
+        UserError: a set has some, or no set has any.
+    """
+    without = {name: [r.rephrased is None for r in records] for name, records in suite.items()}
+    for name, missing in without.items():
+        if any(missing) and not all(missing):
+            raise UserError(
+                f"--paraphrased-questions: record {missing.index(True) + 1} of {name} has no "
+                '"paraphrased_question", and others have: add it, or leave out the flag'
+            )
+    if all(map(all, without.values())):
+        raise UserError(
+            '--paraphrased-questions: no record has a "paraphrased_question": add it to the '
+            "records of --forget or --retain, or leave out the flag"
+        )
+
+
 def _with_wrong_answers(
     data: str | None, name: Records, loss_on: LossOn, role: str
 ) -> list[Record]:

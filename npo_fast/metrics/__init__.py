@@ -38,6 +38,7 @@ from npo_fast.metrics.tofu import (
     knowledge_ratio,
     model_utility,
     probability,
+    right_share,
     rouge_l_recall,
     truth_ratio,
     utility_terms,
@@ -48,6 +49,6 @@ __all__ = [
     "SETS", "WORLD_FACTS", "Log", "LogForm", "Result", "check_comparable", "column", "examples_in",
     "forget_quality", "forget_truth_ratio", "has_truth_ratio", "holds_logs", "kl_to_reference",
     "knowledge_ratio", "load_result", "membership_auc", "model_utility", "probability",
-    "retrained_log", "rouge_l_recall", "save_result", "select", "summary", "truth_ratio",
-    "utility_terms",
+    "retrained_log", "right_share", "rouge_l_recall", "save_result", "select", "summary",
+    "truth_ratio", "utility_terms",
 ]  # fmt: skip

@@ -6,8 +6,10 @@ of mean losses an example) and ``rougeL_recall``. Published logs hold lists or i
 both are read. A *result* is a dict of logs, keyed by TOFU's file names. Source: arXiv 2401.06121,
 section 2.2, and the code published with it.
 
-Logs of npo_fast also hold the columns of ``npo_fast.metrics.memorization`` and, where a model was
-compared with another, ``kl_to_reference``.
+Logs of npo_fast also hold the columns of ``npo_fast.metrics.memorization``; where a model was
+compared with another, ``kl_to_reference``, ``avg_reference_loss`` (of the right answers) and
+``generated_loss`` (a sum over ``num_token_generated`` tokens of the model's own answer), both under
+the reference; and columns that end in ``REPHRASED``.
 """
 
 import re
@@ -31,12 +33,16 @@ SETS = {"forget": FORGET, "retain": RETAIN}
 LOGS = (*UTILITY_SETS.values(), FORGET, HOLDOUT)
 TRUTH_RATIO_COLUMNS = ("avg_paraphrased_loss", "average_perturb_loss")
 TEXTS = "generated_text"  # the column of question, generated answer and right answer
+REPHRASED = "_paraphrased_question"  # ends the columns of answers to the question in other words
 CONVENTIONS = "conventions"  # an entry of a log that is no column: ``Conventions.entry``
 VOCABULARY = "vocabulary"  # another: how many tokens the model chooses from
 ENTRIES = (CONVENTIONS, VOCABULARY)
 
 _INDEX = re.compile(r"[0-9]{1,18}")  # of an example
-_TEXT_COLUMNS: Mapping[str, Any] = {TEXTS: list[list[str]], "ending": list[str | None]}
+_ROWS_OF_TEXTS = (TEXTS, TEXTS + REPHRASED)
+_TEXT_COLUMNS: Mapping[str, Any] = {
+    **dict.fromkeys(_ROWS_OF_TEXTS, list[list[str]]), "ending": list[str | None]
+}  # fmt: skip
 
 Log = Mapping[str, Any]  # column -> values by example
 Result = Mapping[str, Log]  # file name -> log
@@ -74,8 +80,9 @@ def check_result(result: Any) -> None:
             for name, hint in _TEXT_COLUMNS.items():
                 if name in columns:
                     check_shape(values_of(columns, name), hint, name)
-            if TEXTS in columns and any(len(row) != 3 for row in values_of(columns, TEXTS)):
-                raise UserError(f"{TEXTS!r} has rows without question, answer and right answer")
+            for name in columns.keys() & {*_ROWS_OF_TEXTS}:
+                if any(len(row) != 3 for row in values_of(columns, name)):
+                    raise UserError(f"{name!r} has rows without question, answer and right answer")
 
 
 def check_indices(by_example: Iterable[str]) -> None:

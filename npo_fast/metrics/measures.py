@@ -18,6 +18,7 @@ from npo_fast.errors import UserError
 from npo_fast.metrics.logs import (
     FORGET,
     HOLDOUT,
+    REPHRASED,
     RETAIN,
     TRUTH_RATIO_COLUMNS,
     UTILITY_SETS,
@@ -28,13 +29,21 @@ from npo_fast.metrics.logs import (
     examples_in,
     values_of,
 )
-from npo_fast.metrics.memorization import ATTACKS, attack_auc, conventions_of
+from npo_fast.metrics.memorization import (
+    ATTACKS,
+    attack_auc,
+    conventions_of,
+    counted_alike,
+    privleak,
+    rel_diff,
+)
 from npo_fast.metrics.tofu import (
     forget_quality,
     forget_truth_ratio,
     knowledge_ratio,
     model_utility,
     probability,
+    right_share,
     smallest_forget_quality,
     utility_terms,
 )
@@ -45,10 +54,14 @@ _SOURCES = {  # what fills a log or a column, in words
     HOLDOUT: "--holdout",
     **{file: name for name, file in UTILITY_SETS.items() if file != RETAIN},
     **dict.fromkeys(TRUTH_RATIO_COLUMNS, "wrong answers"),
-    **dict.fromkeys(("rougeL_recall", "repetition"), "generated answers"),
+    **dict.fromkeys(("rougeL_recall", "rougeL_f1", "repetition"), "generated answers"),
 }
 _ALWAYS = ("avg_gt_loss", VOCABULARY)  # columns that every evaluation of npo_fast has
-_BY_CONVENTION = ("exact_memorization", "extraction_strength")  # as min-k is, see ``Conventions``
+_BY_CONVENTION = (
+    "exact_memorization",
+    "extraction_strength",
+    "gradient_norm",
+)  # as min-k is, see ``Conventions``
 
 
 @dataclass(frozen=True)
@@ -73,11 +86,13 @@ class Measure:
     def available(self, result: Result, retrained: Result | None) -> bool:
         """Whether the logs hold what the measure needs."""
         compared = [retrained or {}] if self.needs_retrained else []
-        return all(
+        complete = all(
             file in logs and all(name in logs[file] for name in columns)
             for logs in (result, *compared)
             for file, columns in self.needs.items()
         )
+        by_min_k = self.needs_retrained and self.needs == _MIN_K
+        return complete and not (by_min_k and not counted_alike(result, retrained or {}))
 
     def label_of(self, result: Result) -> str:
         """The label, with the conventions of these logs where they matter and are not the usual."""
@@ -129,6 +144,12 @@ def below_chance(log: Log) -> float:
     return float(np.mean(column(log, "avg_gt_loss") > math.log(log[VOCABULARY])))
 
 
+def answer_perplexity(log: Log) -> float:
+    """Returns ``exp(loss / tokens)`` over all tokens of generated answers, under the reference."""
+    losses, tokens = column(log, "generated_loss"), column(log, "num_token_generated")
+    return float(np.exp(losses.sum() / max(1, tokens.sum())))
+
+
 def _of_log(
     part: str,  # "forget" or "retain"
     name: str,
@@ -152,7 +173,12 @@ def _tofu(part: str) -> tuple[Measure, ...]:
         _of_log(part, "probability", "probability", "avg_gt_loss", in_report=True,
                 formula=lambda log: float(probability(log).mean())),
         _of_log(part, "rouge_l_recall", "ROUGE-L", "rougeL_recall", in_report=True),
+        _of_log(part, "rouge_l_f1", "ROUGE-L F1", "rougeL_f1"),
     )  # fmt: skip
+
+
+def _probability_rephrased(log: Log) -> float:
+    return float(np.exp(-column(log, f"avg_gt_loss{REPHRASED}")).mean())
 
 
 def _beyond_tofu(part: str) -> tuple[Measure, ...]:
@@ -168,6 +194,16 @@ def _beyond_tofu(part: str) -> tuple[Measure, ...]:
         _of_log(part, "repetition", "repetition in answers", "repetition", direction=-1),
         _of_log(part, "below_chance", "answers less likely than random tokens", "avg_gt_loss",
                 VOCABULARY, formula=below_chance, direction=-1),
+        _of_log(part, "truth_ratio_prob_mean", "truth ratio, right / (right + wrong)",
+                *TRUTH_RATIO_COLUMNS, formula=lambda log: float(right_share(log).mean())),
+        *(_of_log(part, f"{name}{REPHRASED}", f"{label}, paraphrased question",
+                  f"{needed}{REPHRASED}", direction=0, formula=formula)
+          for name, label, needed, formula in (
+              ("probability", "probability", "avg_gt_loss", _probability_rephrased),
+              ("rouge_l_recall", "ROUGE-L", "rougeL_recall", None),
+              ("rouge_l_f1", "ROUGE-L F1", "rougeL_f1", None))),
+        _of_log(part, "answer_perplexity", "perplexity of answers under the reference",
+                "generated_loss", "num_token_generated", formula=answer_perplexity, direction=0),
     )  # fmt: skip
 
 
@@ -183,6 +219,16 @@ def _membership_auc(attack: str) -> Measure:
     )  # fmt: skip
 
 
+def _against_retrained(key: str, label: str, formula: Callable[[float, float], float]) -> Measure:
+    """A membership AUC of min-k beside that of the retrained model."""
+    return Measure(
+        key, f"{label}, min-k",
+        lambda *results: formula(*(attack_auc(each, "min-k") for each in results)),
+        _MIN_K, needs_retrained=True,
+    )  # fmt: skip
+
+
+_MIN_K = dict.fromkeys((FORGET, HOLDOUT), ("min_k",))
 _UTILITY = dict.fromkeys(
     UTILITY_SETS.values(), ("avg_gt_loss", *TRUTH_RATIO_COLUMNS, "rougeL_recall")
 )
@@ -211,6 +257,8 @@ MEASURES = {  # by key, in the order of ``summary``
         *_beyond_tofu("forget"),
         *_beyond_tofu("retain"),
         *(_membership_auc(attack) for attack in ATTACKS),
+        _against_retrained("privleak", "privacy leakage, %", privleak),
+        _against_retrained("rel_diff", "membership AUC against retrained, %", rel_diff),
     )
 }  # fmt: skip
 RECORDED = {  # those of evaluations.jsonl, by key: the whole model's, then the sets'

@@ -29,11 +29,12 @@ _Score = Callable[..., Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions(Checked):
-    """How exact memorization, extraction strength, min-k and min-k++ are counted."""
+    """How exact memorization, extraction strength, min-k and gradient norms are counted."""
 
     memorization: Memorization = "papers"
     """"open-unlearning" counts as that code does: without the closing end-of-sequence token, an
-    extraction strength of at least 1 / tokens, a min-k share of 0.4."""
+    extraction strength of at least 1 / tokens, a min-k share of 0.4, a gradient's norm as the mean
+    of its tensors' norms."""
     min_k_share: Share = None
     """Share of an answer's tokens in min-k and min-k++ (the least likely); else the papers' 0.2."""
 
@@ -41,6 +42,19 @@ class Conventions(Checked):
     def share(self) -> float:
         """The share of min-k, whether it was named or not."""
         return self.min_k_share or LOWEST_SHARE[self.memorization]
+
+    def counted(self, tokens: int, closed: bool) -> int:
+        """How many of an answer's tokens count; ``closed``: the last one ends the answer."""
+        return tokens - (self.memorization == "open-unlearning" and closed and tokens > 1)
+
+    def gradient_norm(self, norms: ArrayLike) -> float:
+        """The norm of a gradient from the norms of its tensors: ``sqrt(sum of squares)``.
+
+        "open-unlearning" takes their mean. Source: GradNorm of arXiv 2402.17012, with p = 2.
+        """
+        norms = np.asarray(norms, dtype=np.float64)
+        theirs = self.memorization == "open-unlearning"
+        return float(norms.mean() if theirs else np.sqrt(np.square(norms).sum()))
 
     def columns(
         self,
@@ -56,9 +70,8 @@ class Conventions(Checked):
             closed: whether the last token is the one that ends the answer.
         """
         arrays = [np.asarray(values) for values in (greedy, log_probs, mean, std)]
-        if self.memorization == "open-unlearning" and closed and len(arrays[0]) > 1:
-            arrays = [values[:-1] for values in arrays]
-        greedy, log_probs, mean, std = arrays
+        counted = self.counted(len(arrays[0]), closed)
+        greedy, log_probs, mean, std = (values[:counted] for values in arrays)
         strength = extraction_strength(greedy)
         if self.memorization == "open-unlearning":
             strength = max(strength, 1 / len(greedy))
@@ -163,14 +176,19 @@ ATTACKS: dict[str, tuple[tuple[str, ...], _Score]] = {  # columns, and the score
     "zlib": (("avg_gt_loss", "zlib_bytes"), lambda loss, size: -loss / size),  # arXiv 2012.07805
     "min-k": (("min_k",), np.asarray),
     "min-k++": (("min_k_plus_plus",), np.asarray),
+    "reference": (("avg_gt_loss", "avg_reference_loss"), lambda loss, known: known - loss),
+    "gradnorm": (("gradient_norm",), np.negative),
 }
+_BY_CONVENTION = ("min-k", "min-k++", "gradnorm")
 
 
 def membership_scores(log: Log, attack: str) -> Array:  # (S,)
     """Returns the score of each answer, higher for a text that looks trained on.
 
     "loss" is the negative mean loss a token, "zlib" that over the bytes that zlib needs for the
-    answer, "min-k" and "min-k++" are those of ``min_k`` and ``min_k_plus_plus``.
+    answer, "min-k" and "min-k++" are those of ``min_k`` and ``min_k_plus_plus``. "reference" is how
+    much smaller the mean loss is than that of the reference, "gradnorm" the negative norm of the
+    mean loss's gradient in the weights.
     """
     columns, score = ATTACKS[attack]
     return score(*(column(log, name) for name in columns))
@@ -186,8 +204,9 @@ def attack_auc(result: Result, attack: str) -> float:
         UserError: the logs lack what the attack needs, or follow different conventions.
     """
     logs = [log_of(result, file) for file in (FORGET, HOLDOUT)]
-    ours, others = (conventions_of(log, min_k=True) or "papers" for log in logs)
-    if attack.startswith("min-k") and ours != others:
+    min_k = attack.startswith("min-k")
+    ours, others = (conventions_of(log, min_k) or "papers" for log in logs)
+    if attack in _BY_CONVENTION and ours != others:
         raise UserError(
             f"{attack} of the forget log follows the conventions {ours!r}, that of the holdout "
             f"log {others!r}: evaluate both in one call"
@@ -197,5 +216,35 @@ def attack_auc(result: Result, attack: str) -> float:
 
 
 def membership_auc(result: Result) -> dict[str, float]:
-    """Returns ``attack_auc`` by attack, of "loss", "zlib", "min-k" and "min-k++"."""
-    return {attack: attack_auc(result, attack) for attack in ATTACKS}
+    """Returns ``attack_auc`` by attack, of the ``ATTACKS`` whose columns the logs have."""
+    logs = [log_of(result, file) for file in (FORGET, HOLDOUT)]
+    return {
+        attack: attack_auc(result, attack)
+        for attack, (columns, _) in ATTACKS.items()
+        if all(name in log for name in columns for log in logs)
+    }
+
+
+def privleak(auc: float, retrained: float) -> float:
+    """Returns ``100 (A - A_retrained) / A_retrained`` with ``A = 1 - AUC``, in %.
+
+    0 where the model gives away as much as the retrained one, -100 where all of it, and above 0
+    where it was unlearned too far. MUSE's AUC counts the holdout set as the members, hence
+    ``1 - AUC``; 1e-10 in the denominator is open-unlearning's. Source: arXiv 2407.06460.
+    """
+    return rel_diff(1 - auc, 1 - retrained)
+
+
+def rel_diff(value: float, retrained: float) -> float:
+    """Returns ``100 (value - retrained) / retrained``, in %; 1e-10 is added to the denominator."""
+    return 100 * (value - retrained) / (retrained + 1e-10)
+
+
+def counted_alike(result: Result, retrained: Result) -> bool:
+    """Whether min-k follows the same conventions in the forget and holdout logs of both models.
+
+    A share that a log's source does not tell is taken to be the same.
+    """
+    logs = [logs[file] for logs in (result, retrained) for file in (FORGET, HOLDOUT)]
+    words = {conventions_of(log, min_k=True) for log in logs}
+    return len({each.replace(", k not recorded", "") for each in words}) == 1

@@ -20,8 +20,8 @@ Losses are read, and measures computed from them. What differs:
   follow others are not written.
 - Their last token is whatever ends the label: a chat template may write ``<|im_end|>\\n`` and their
   code an end-of-sequence token after it. Their zlib compresses the decoded label.
-- There are no numbers of tokens, no KL, and no exact memorization of the retain set; there are
-  ``privleak`` and attacks that ``npo_fast`` does not know.
+- There are no numbers of tokens, no KL, no paraphrased questions beside the others, and no exact
+  memorization of the retain set.
 
 Source: github.com/locuslab/open-unlearning, ``src/evals`` and ``configs/eval/tofu_metrics``.
 """
@@ -55,6 +55,7 @@ from npo_fast.metrics.memorization import (
     attack_auc,
     conventions_of,
     membership_scores,
+    privleak,
 )
 from npo_fast.metrics.tofu import wrong_losses
 from npo_fast.validation import check_shape
@@ -75,7 +76,10 @@ _ATTACKS = {  # metric -> attack, and its column
     "mia_zlib": ("zlib", "zlib_bytes"),
     "mia_min_k": ("min-k", "min_k"),
     "mia_min_k_plus_plus": ("min-k++", "min_k_plus_plus"),
+    "mia_reference": ("reference", "avg_reference_loss"),
+    "mia_gradnorm": ("gradnorm", "gradient_norm"),
 }
+_BY_CONVENTION = ("min-k", "min-k++", "gradnorm")
 _TRUTH_RATIO = {
     "forget": "forget_truth_ratio", **{p: f"{p}_Truth_Ratio" for p in ("retain", "ra", "wf")}
 }  # fmt: skip
@@ -208,9 +212,18 @@ class _Reader:
         loss, over_size = scores["mia_loss"], scores["mia_zlib"]
         columns = {"avg_gt_loss": losses or loss}
         if loss and over_size and all(over_size.values()):
-            columns["zlib_bytes"] = {i: round(loss[i] / each) for i, each in over_size.items()}
+            columns["zlib_bytes"] = {
+                i: round(loss[i] / each) for i, each in over_size.items() if i in loss
+            }
         elif over_size:
             logger.warning(f"{self.name}: mia_zlib is left out: it takes a mia_loss above 0")
+        over_reference = scores["mia_reference"]
+        if over_reference and not loss:
+            logger.warning(f"{self.name}: mia_reference is left out: it takes a mia_loss")
+        columns["avg_reference_loss"] = {
+            i: loss[i] - each for i, each in over_reference.items() if i in loss
+        }
+        columns["gradient_norm"] = scores["mia_gradnorm"]
         for metric in ("mia_min_k", "mia_min_k_plus_plus"):
             columns[_ATTACKS[metric][1]] = {i: -each for i, each in scores[metric].items()}
         return {name: values for name, values in columns.items() if values}
@@ -309,9 +322,10 @@ def _set_metrics(log: Log, part: str) -> dict[str, Any]:
     return metrics
 
 
-def _is_theirs(log: Log) -> bool:
-    """Whether min-k is counted as by their code; a log that was read from it does not say k."""
-    return conventions_of(log, min_k=True) in ("open-unlearning", "open-unlearning, k not recorded")
+def _is_theirs(log: Log, attack: str) -> bool:
+    """Whether the attack counts as their code does; a log that was read from it does not say k."""
+    words = conventions_of(log, min_k=attack.startswith("min-k"))
+    return words in ("open-unlearning", "open-unlearning, k not recorded")
 
 
 def _memorization_metrics(result: Result) -> dict[str, Any]:
@@ -328,7 +342,8 @@ def _attack_metrics(result: Result) -> dict[str, Any]:
     logs = {"forget": result.get(FORGET, {}), "holdout": result.get(HOLDOUT, {})}
     for metric, (attack, _) in _ATTACKS.items():
         complete = all(name in log for name in ATTACKS[attack][0] for log in logs.values())
-        if not complete or (attack.startswith("min-k") and not all(map(_is_theirs, logs.values()))):
+        counted = attack in _BY_CONVENTION
+        if not complete or (counted and not all(_is_theirs(log, attack) for log in logs.values())):
             continue
         scores = {split: -membership_scores(log, attack) for split, log in logs.items()}
         auc = attack_auc(result, attack)
@@ -348,8 +363,7 @@ def _comparisons(metrics: Metrics, retrained: Result) -> dict[str, Any]:
             scores = ([row["score"] for row in each] for each in (rows, others))
             compared["forget_quality"] = {"agg_value": float(ks_2samp(*scores).pvalue)}
     if attack in metrics and attack in theirs:
-        ours, reference = (1 - each[attack]["auc"] for each in (metrics, theirs))
-        leak = 100 * (ours - reference) / (reference + _EPSILON)
+        leak = privleak(metrics[attack]["auc"], theirs[attack]["auc"])
         compared["privleak"] = {"agg_value": leak}
     return compared
 

@@ -51,6 +51,16 @@ def truth_ratio(log: Log, arithmetic: bool = False) -> Array:  # (S,)
         return np.exp(paraphrased - wrong.mean(axis=-1))
 
 
+def right_share(log: Log) -> Array:  # (S,)
+    """Returns ``P(paraphrased) / (P(paraphrased) + P(wrong))`` of each example: 1 is known.
+
+    Equal to ``1 / (1 + truth_ratio)``, with the same geometric mean over wrong answers. 0.5 where
+    the model cannot tell them apart. Source: the extent of knowledge of arXiv 2506.12618, the
+    aggregator ``prob_mean`` of open-unlearning.
+    """
+    return 1 / (1 + truth_ratio(log))
+
+
 def rouge_l_recall(log: Log) -> Array:  # (S,)
     """Returns the ROUGE-L recall of each greedy answer against the right one."""
     return column(log, "rougeL_recall")

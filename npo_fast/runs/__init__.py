@@ -8,7 +8,7 @@ from npo_fast.attacks.options import AttackOptions
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.runs.attacking import attack
 from npo_fast.runs.callbacks import Callback
-from npo_fast.runs.evaluating import Scores, evaluate
+from npo_fast.runs.evaluating import evaluate
 from npo_fast.runs.finetuning import finetune
 from npo_fast.runs.options import (
     EvaluationOptions,
@@ -19,6 +19,7 @@ from npo_fast.runs.options import (
 )
 from npo_fast.runs.reporting import report
 from npo_fast.runs.run import Run
+from npo_fast.runs.scores import Scores
 from npo_fast.runs.unlearning import unlearn
 from npo_fast.trainer.settings import TrainSettings
 

@@ -18,12 +18,12 @@ from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize
 from npo_fast.metrics import FORGET, retrained_log
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_file
-from npo_fast.runs.evaluating import Logs, Scores, logs_of, save_logs
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import ProgressBar, progress
 from npo_fast.runs.saving import Saving
+from npo_fast.runs.scores import Logs, Scores, logs_of, save_logs
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import check_output, with_checked_keywords
 

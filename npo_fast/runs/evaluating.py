@@ -1,44 +1,47 @@
 """``evaluate``: TOFU's measures or MUSE's, of a model or of logs that exist already."""
 
 import logging
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
-from npo_fast import metrics
 from npo_fast.data import (
     LossOn,
     Records,
+    TokenizedExample,
     as_rows,
     check_vocabulary,
     describe,
     repeats,
 )
-from npo_fast.errors import CannotSaveError, UserError
+from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
+from npo_fast.evaluation.fluency import generated_columns
+from npo_fast.evaluation.harness import Harness, Results
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.evaluation.suite import Suite, check_forget_quality, tofu_suite, tokenize_suite
+from npo_fast.evaluation.suite import (
+    Suite,
+    check_forget_quality,
+    check_rephrased,
+    tofu_suite,
+    tokenize_suite,
+)
 from npo_fast.metrics import (
     FORGET,
     HOLDOUT,
     LOG_FILES,
-    MEASURES,
     RETAIN,
+    Log,
     LogForm,
     Result,
     check_comparable,
     examples_in,
     has_truth_ratio,
-    load_result,
     muse,
-    save_result,
 )
-from npo_fast.metrics.evidence import Evidence
-from npo_fast.metrics.intervals import intervals
 from npo_fast.metrics.logs import same_records
-from npo_fast.metrics.measures import Measure, measures
-from npo_fast.metrics.verdict import Verdict, judge, of_same_records
+from npo_fast.metrics.measures import measures
+from npo_fast.metrics.verdict import of_same_records
 from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.chain import Chain, log_records
@@ -51,67 +54,10 @@ from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import progress
 from npo_fast.runs.references import check_head, load_other
 from npo_fast.runs.run import Run
-from npo_fast.runs.saving import Saving
+from npo_fast.runs.scores import LM_EVAL, Logs, Scores, logs_of, save_logs
 from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
-
-FEW = 10  # records of a set; the interval of an attack on fewer is chance
-
-Logs = Union[str, Path, Run, "Scores", Result]
-
-
-class Scores(dict[str, float]):
-    """Measures by name, such as "model utility"; ``logs`` holds the values of every record.
-
-    Args:
-        retrained: logs of the model trained without the forget set.
-        before: measures of the model before unlearning, for the verdict; TOFU's are nested.
-        folder: where the logs were saved, if they were.
-    """
-
-    def __init__(
-        self,
-        logs: Result,
-        retrained: Result | None = None,
-        before: Mapping[str, Any] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        summary = muse.summary if muse.is_muse(logs) else metrics.summary
-        super().__init__(summary(logs, retrained))
-        self.logs, self._retrained, self._before = logs, retrained, before or {}
-        self.folder = folder
-
-    @cached_property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """The 95 % bootstrap intervals of measures by name; see ``npo_fast.metrics.intervals``."""
-        return {
-            self._registry[key].label_of(self.logs): each for key, each in self._between.items()
-        }
-
-    @property
-    def _registry(self) -> Mapping[str, Measure]:
-        return muse.MEASURES if muse.is_muse(self.logs) else MEASURES
-
-    @cached_property
-    def _between(self) -> dict[str, tuple[float, float]]:
-        return intervals(self.logs, registry=self._registry)
-
-    @cached_property
-    def verdict(self) -> Verdict:
-        """What came out, with the numbers behind it; see ``npo_fast.metrics.verdict``."""
-        if muse.is_muse(self.logs):
-            return muse.verdict(self.logs, self._retrained, self._before, self._between)
-        attack = "membership_auc.loss"
-        few = any(examples_in(self.logs.get(file, {})) < FEW for file in (FORGET, HOLDOUT))
-        evidence = Evidence(
-            measures(self.logs, self._retrained),
-            self._before,
-            {} if self._retrained is None else measures(self._retrained),
-            {} if few else intervals(self.logs, (attack,)),
-            examples_in(self.logs.get(FORGET, {})),
-        )
-        return judge(evidence)
 
 
 @with_checked_keywords
@@ -128,6 +74,7 @@ def evaluate(
     retrained: Logs | None = None,
     original: Logs | None = None,
     log: Logs | None = None,
+    lm_eval: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     log_format: LogForm = "tofu",
     overwrite: bool = False,
@@ -147,11 +94,14 @@ def evaluate(
         data: hub dataset or folder; its real_authors and world_facts join in where ``utility``.
         holdout: records like ``forget`` that no model saw, for the membership attacks.
         loss_on: of a conversation the "last" answer is a record, or "all" are, one each.
-        reference: the model before unlearning, for KL(reference || model).
+        reference: the model before unlearning: KL(reference || model), the membership attack that
+            compares losses with its losses, and the perplexity of answers under it.
         retrained: logs of the model trained without the forget set, for the forget quality.
         original: logs of the model before unlearning, for the verdict; else what the run itself
             measured before its first step.
         log: logs to measure instead of running a model.
+        lm_eval: tasks of lm-evaluation-harness, as names or a text with commas; a YAML file or a
+            folder of them has tasks of your own. ``forget`` and ``retain`` may then be left out.
         output: folder for the log files.
         log_format: form of these files, "tofu" or "open-unlearning"; both are read.
 
@@ -167,7 +117,7 @@ def evaluate(
                     f"--output {folder} holds {what}, of which logs would be a part: name a folder "
                     f"of their own, such as {folder / 'eval'}"
                 )
-        for name in LOG_FILES:
+        for name in (*LOG_FILES, LM_EVAL):
             check_output(folder, name, "logs", overwrite)
         check_writable(folder, "--output")
     elif log_format != "tofu":
@@ -177,66 +127,46 @@ def evaluate(
     check_kind(compared, "retrained", suite)
     check_kind(earlier, "original", suite)
     if suite == "muse":
-        read = {"forget": forget, "retain": retain, "holdout": holdout, "reference": reference}
+        read = {"forget": forget, "retain": retain, "holdout": holdout, "reference": reference,
+                "lm_eval": lm_eval}  # fmt: skip
         odd = [name for name, value in read.items() if not _is_left_out(value)]
         odd += ["loss_on"] * (loss_on != "last") + ["utility"] * (not utility)
         odd += ["log_format"] * (log_format != "tofu")
         check_options(odd, loading, evaluation)
-    asked: tuple[ModelSource, Suite] | None = None
+    results: Results = {}
+    source, asked = None, {}
     if log is not None:
-        for name in ("memorization", "min_k_share"):
-            if getattr(evaluation, name) != getattr(EvaluationSettings, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} is for evaluating a --model; the --log has its own")
-        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout}
+        if lm_eval is not None:
+            raise UserError("--lm-eval runs a --model: leave out --log")
+        given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout,
+                 "reference": reference}  # fmt: skip
         if unread := [name for name, value in given.items() if not _is_left_out(value)]:
             raise UserError(f"--log is measured as it is: leave out --{unread[0]}, or --log")
-        logs = dict(logs_of(log, "log"))
-        if not any(logs.values()):
-            raise UserError("the log holds nothing to measure")
-        check_kind(logs, "log", suite)
-        if suite == "muse":
-            check_retrained(compared, logs)
-        elif compared is not None and not has_truth_ratio(logs.get(FORGET, {})):
-            raise UserError(
-                "--retrained compares truth ratios of the forget set, and the log has none: "
-                "leave it out"
-            )
-        elif compared is not None:
-            check_comparable(compared)
+        logs = _read_log(log, compared, suite, evaluation)
+    elif model is None or model == "":
+        raise UserError("say which --model to evaluate, or which --log to read")
     elif suite == "muse":
-        if model is None or model == "":
-            raise UserError("say which --model to evaluate, or which --log to read")
         logs = dict(measure_muse(model, data, compared, tokenizer, loading, evaluation))
     else:
-        if model is None or model == "":
-            raise UserError("say which --model to evaluate, or which --log to read")
-        if forget is None and retain is None:
+        if forget is None and retain is None and lm_eval is None:
             raise UserError(
                 "say what to evaluate on with --forget, --retain or both, or with --suite muse"
             )
         if holdout is not None and forget is None:
             raise UserError("--holdout is compared with --forget: name both")
+        _check_options(evaluation, forget, retain, holdout, reference)
         sets = {"forget": forget, "retain": retain, "holdout": holdout}
-        rows = {name: as_rows(source, name) for name, source in sets.items()}
-        tofu = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
-        if compared is not None:
-            check_forget_quality(tofu)
-            check_comparable(compared)
-        for name, records in tofu.items():
-            logger.info(f"{name}: {len(records)} records")
-        files = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
-        compared_sets = {name: tofu.get(file, []) for name, file in files.items()}
-        for sentence in repeats(compared_sets):
-            logger.warning(f"warning: {sentence}")
+        rows = {name: as_rows(records, name) for name, records in sets.items()}
+        asked = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
+        _check_suite(asked, compared, evaluation)
+        harness = None if lm_eval is None else Harness(lm_eval)
         source = ModelSource(model, loading, tokenizer)
-        logs = dict(_measure(source, tofu, evaluation, reference))
-        asked = source, tofu
+        measured, results = _measure(source, asked, evaluation, reference, harness)
+        logs = dict(measured)
     if folder is not None:
-        folder = save_logs(logs, folder, log_format, compared)
-    if asked is not None:
-        source, tofu = asked
-        log_records(Chain.of(source.metadata), tofu.get(FORGET, []), logs.get(FORGET, {}), folder)
+        folder = save_logs(logs, folder, log_format, compared, results)
+    if source is not None:
+        log_records(Chain.of(source.metadata), asked.get(FORGET, []), logs.get(FORGET, {}), folder)
     if suite == "muse":
         before: Mapping[str, Any] = {} if earlier is None else muse.measures(earlier)
     else:
@@ -244,7 +174,45 @@ def evaluate(
     if earlier is not None and not same_records(logs, earlier):
         logger.warning("warning: --original is of other records: the verdict leaves it out")
         before = {}
-    return Scores(logs, compared, before, folder)
+    return Scores(logs, compared, before, folder, results)
+
+
+def _read_log(
+    log: Logs, retrained: Result | None, suite: SuiteName, evaluation: EvaluationSettings
+) -> dict[str, Log]:
+    """Logs that exist already, checked against the options and the retrained model's."""
+    for name in ("memorization", "min_k_share", "paraphrased_questions", "gradient_norms"):
+        if getattr(evaluation, name) != getattr(EvaluationSettings, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is for evaluating a --model; the --log has its own")
+    logs = dict(logs_of(log, "log"))
+    if not any(logs.values()):
+        raise UserError("the log holds nothing to measure")
+    check_kind(logs, "log", suite)
+    if suite == "muse":
+        check_retrained(retrained, logs)
+    elif retrained is not None and not has_truth_ratio(logs.get(FORGET, {})):
+        raise UserError(
+            "--retrained compares truth ratios of the forget set, and the log has none: leave it "
+            "out"
+        )
+    elif retrained is not None:
+        check_comparable(retrained)
+    return logs
+
+
+def _check_suite(suite: Suite, retrained: Result | None, evaluation: EvaluationSettings) -> None:
+    """Checks TOFU's sets against the options, and tells how large they are and what repeats."""
+    if retrained is not None:
+        check_forget_quality(suite)
+        check_comparable(retrained)
+    for name, records in suite.items():
+        logger.info(f"{name}: {len(records)} records")
+    files = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
+    for sentence in repeats({name: suite.get(file, []) for name, file in files.items()}):
+        logger.warning(f"warning: {sentence}")
+    if evaluation.paraphrased_questions:
+        check_rephrased(suite)
 
 
 def _is_left_out(value: Any) -> bool:
@@ -260,39 +228,32 @@ def _before(model: Model | None) -> Mapping[str, Any]:
     return {}
 
 
-def save_logs(
-    logs: Result, folder: Path, form: LogForm = "tofu", retrained: Result | None = None
-) -> Path | None:
-    """Saves logs in ``folder``, or in one of the system's; returns where, None for nowhere.
-
-    What was measured is not lost with them: the measures stay in memory.
-    """
-    try:
-        saved = Saving().insist(folder, lambda place: save_result(logs, place, form, retrained))
-    except CannotSaveError as error:
-        logger.warning(f"WARNING: NO LOGS SAVED: {error}")
-        return None
-    logger.info(f"logs saved in {saved}")
-    return saved
-
-
-def logs_of(logs: Logs, role: str) -> Result:
-    """Evaluation logs by name, of whatever the argument ``role`` may be."""
-    if isinstance(logs, (str, Path, Run)):
-        return load_result(logs.folder if isinstance(logs, Run) else logs)
-    if not isinstance(logs, Mapping):
-        raise UserError(f"{role} must be a file, a folder, a run, scores or logs, got {logs!r}")
-    return logs.logs if isinstance(logs, Scores) else logs
+def _check_options(evaluation: EvaluationSettings, *sources: Records | Model | None) -> None:
+    """Raises ``UserError`` for options that would do nothing without data that is not there."""
+    forget, retain, holdout, reference = sources
+    if evaluation.gradient_norms and holdout is None:
+        raise UserError(
+            "--gradient-norms tells --forget from --holdout: name --holdout, or leave it out"
+        )
+    if reference is not None and forget is None and retain is None:
+        raise UserError(
+            "--reference is compared on --forget or --retain: name one, or leave it out"
+        )
 
 
 def _measure(
-    source: ModelSource, suite: Suite, settings: EvaluationSettings, other: Model | None
-) -> Result:
+    source: ModelSource,
+    suite: Suite,
+    settings: EvaluationSettings,
+    other: Model | None,
+    harness: Harness | None,
+) -> tuple[Result, Results]:
     source.device()
     template = source.template()
     tokenized = tokenize_suite(template, suite)
     examples = {name: tokens.answers for name, tokens in tokenized.items()}
     reference = None
+    results: Results = {}
     if other is not None:
         other_lm = load_other(other, source, template, examples)
         reference = open_reference_states(
@@ -302,5 +263,17 @@ def _measure(
     with source.loaded() as lm:
         check_vocabulary(examples, lm.vocabulary)
         check_head(reference, lm)
+        generated: dict[str, list[TokenizedExample]] = {}
         with progress("evaluate") as update:
-            return evaluate_suite(lm, template, tokenized, settings, update, reference)
+            logs = evaluate_suite(lm, template, tokenized, settings, update, reference, generated)
+        if harness is not None:
+            results = harness.run(lm, template.tokenizer, settings.generation_batch)
+    if other is not None and settings.generate:
+        del lm, reference  # before the reference is loaded again
+        answers = {name: generated[name] for name in (FORGET, RETAIN) if generated.get(name)}
+        other_lm = load_other(other, source, template, answers)
+        for name, generations in answers.items():
+            logs[name] |= generated_columns(
+                other_lm, generations, examples_in(logs[name]), settings.micro_batch_tokens
+            )
+    return logs, results

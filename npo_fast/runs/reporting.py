@@ -11,8 +11,8 @@ from npo_fast.model.save import save_file
 from npo_fast.reports.html import MARK
 from npo_fast.reports.page import Report
 from npo_fast.reports.runs import load_runs
-from npo_fast.runs.evaluating import Logs, logs_of
 from npo_fast.runs.run import Run
+from npo_fast.runs.scores import Logs, logs_of
 from npo_fast.validation import with_checked_keywords
 
 

@@ -96,7 +96,8 @@ def test_auc_is_the_share_of_pairs_in_order():
 
 def test_every_attack_scores_a_known_text_higher():
     log = {"avg_gt_loss": [1.0, 2.0], "zlib_bytes": [10, 10], "min_k": [-1.0, -3.0],
-           "min_k_plus_plus": [0.5, -0.5]}  # fmt: skip
+           "min_k_plus_plus": [0.5, -0.5], "avg_reference_loss": [2.0, 2.0],
+           "gradient_norm": [0.1, 3.0]}  # fmt: skip
     for attack in ATTACKS:
         known, unknown = membership_scores(log, attack)
         assert known > unknown, attack

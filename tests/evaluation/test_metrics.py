@@ -8,6 +8,7 @@ import pytest
 
 from npo_fast import metrics
 from npo_fast.errors import UserError
+from npo_fast.metrics.logs import REPHRASED
 from npo_fast.metrics.measures import MEASURES, RECORDED, measures, value_of
 from tests.helpers import make_log, make_result
 
@@ -126,8 +127,10 @@ def test_a_summary_says_what_the_logs_allow():
 
 def test_a_summary_has_these_labels_in_this_order():
     extra = {name: [0.5] * 6 for name in ("exact_memorization", "extraction_strength", "min_k",
-             "kl_to_reference", "num_token_gt", "zlib_bytes", "min_k_plus_plus",
-             "repetition")}  # fmt: skip
+             "kl_to_reference", "num_token_gt", "zlib_bytes", "min_k_plus_plus", "rougeL_f1",
+             "repetition", "avg_reference_loss", "gradient_norm", "generated_loss",
+             "num_token_generated", *(f"{name}{REPHRASED}" for name in
+             ("avg_gt_loss", "rougeL_recall", "rougeL_f1")))}  # fmt: skip
     result = {name: {**log, **extra} for name, log in make_result().items()}
     for log in result.values():
         log |= {"ending": ["stop"] * 6, "vocabulary": 64}
@@ -135,18 +138,25 @@ def test_a_summary_has_these_labels_in_this_order():
     labels = list(metrics.summary(result, result))
     assert labels == [measure.label for measure in MEASURES.values()]
     tofu = ("probability", "ROUGE-L", "truth ratio")
+    sets = (tofu[0], tofu[1], "ROUGE-L F1", tofu[2])
     ours = ("exact memorization", "extraction strength", "KL to reference",
             "answers without an end", "answers at the length limit", "repetition in answers",
-            "answers less likely than random tokens")  # fmt: skip
+            "answers less likely than random tokens", "truth ratio, right / (right + wrong)",
+            *(f"{name}, paraphrased question" for name in sets[:3]),
+            "perplexity of answers under the reference")  # fmt: skip
     assert labels == [
         "model utility",
         "model utility, arithmetic truth ratio",
-        *(f"{part} {name}" for part in ("retain", "real authors", "world facts", "forget")
-          for name in tofu),
+        *(f"retain {name}" for name in sets),
+        *(f"{part} {name}" for part in ("real authors", "world facts") for name in tofu),
+        *(f"forget {name}" for name in sets),
         "forget quality",
         "smallest forget quality of as many records",
         *(f"{part} {name}" for part in ("forget", "retain") for name in ours),
-        *(f"membership AUC, {attack}" for attack in ("loss", "zlib", "min-k", "min-k++")),
+        *(f"membership AUC, {attack}"
+          for attack in ("loss", "zlib", "min-k", "min-k++", "reference", "gradnorm")),
+        "privacy leakage, %, min-k",
+        "membership AUC against retrained, %, min-k",
     ]  # fmt: skip
 
 

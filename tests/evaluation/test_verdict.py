@@ -15,7 +15,7 @@ from npo_fast.metrics.memorization import repetition
 from npo_fast.metrics.tofu import smallest_forget_quality
 from npo_fast.metrics.verdict import ADVICE, RULES, Verdict, judge, of_same_records
 from npo_fast.runs import EvaluationOptions, MethodOptions, evaluating, unlearning
-from npo_fast.runs.evaluating import Scores
+from npo_fast.runs.scores import Scores
 from npo_fast.tables import number
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import FACTS, save_tiny_model, write_jsonl

@@ -197,7 +197,7 @@ def test_measures_are_not_lost_with_their_logs(home, tmp_path, monkeypatch, caps
     def save_result(logs, folder, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("npo_fast.runs.evaluating.save_result", save_result)
+    monkeypatch.setattr("npo_fast.runs.scores.save_result", save_result)
     command = ["evaluate", "--model", str(home / "base"), "--forget", str(home / "forget.jsonl"),
                "--output", str(tmp_path / "logs"), "--max-new-tokens", "2"]  # fmt: skip
     assert main(command) == 1
