@@ -189,8 +189,10 @@ def summary_of(seeds: list[dict], variant: str) -> dict[str, Any]:
                 "P(request 1)": after["probability"][0],
                 "P(newest request)": after["probability"][number - 1],
                 "P(all so far)": statistics.mean(after["probability"][:number]),
-                "P(not yet asked for)": statistics.mean(after["probability"][number:] or [0.0]),
+                "P(request 1), retrained": seed["retrained"]["probability"][0],
             }
+            if later := after["probability"][number:]:
+                values["P(not yet asked for)"] = statistics.mean(later)
             for name, value in values.items():
                 found.setdefault(name, []).append(value)
         rows[f"after {number}"] = {
