@@ -213,7 +213,7 @@ def test_answers_below_chance_lose_more_than_a_token_drawn_evenly():
     assert found["forget"]["below_chance"] == found["retain"]["below_chance"] == 0.5
 
 
-def test_an_interval_holds_the_mean_of_most_samples_and_shrinks():
+def test_an_interval_holds_the_mean_of_most_samples_and_shrinks(all_resamples):
     rng = np.random.default_rng(0)
     widths, held = [], 0
     for n in (50, 800):
