@@ -27,7 +27,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_resamples() -> Iterator[None]:
-    """Intervals of 50 resamples instead of 1000, which take seconds a log; see ``all_resamples``."""
+    """Intervals of 50 resamples, not of 1000, which take seconds a log (``all_resamples``)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("npo_fast.metrics.intervals.RESAMPLES", 50)
         yield

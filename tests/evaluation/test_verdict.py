@@ -139,7 +139,7 @@ def test_advice_names_flags_to_who_typed_them_and_keywords_to_callers():
         assert "more --epochs, a higher --lr" in str(verdict)
 
 
-def test_an_attack_that_stays_below_one_half_is_over_forgetting():
+def test_an_attack_that_stays_below_one_half_is_over_forgetting(all_resamples):
     after = scores(GONE, KEPT)
     for interval, outcome in (((0.1, 0.3), "over-forgotten"), ((0.4, 0.6), "forgotten")):
         found = judge(Evidence(after, KNOWN, intervals={"membership_auc.loss": interval}))
