@@ -1,7 +1,7 @@
 """Fixtures: a fixed seed, memory that shows what no kernel wrote, data beside the checkout."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,20 @@ def _seeded() -> None:
         torch.manual_seed(0)
     else:  # the same, without the queues of devices that are not there: 3 ms a test
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_resamples() -> Iterator[None]:
+    """Intervals of 50 resamples, not of 1000, which take seconds a log (``all_resamples``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npo_fast.metrics.intervals.RESAMPLES", 50)
+        yield
+
+
+@pytest.fixture
+def all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the intervals themselves."""
+    monkeypatch.setattr("npo_fast.metrics.intervals.RESAMPLES", 1000)
 
 
 @pytest.fixture

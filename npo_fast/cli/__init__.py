@@ -87,6 +87,11 @@ SUBCOMMANDS = {
         "The NPO paper's synthetic experiment and theorem beside its claims, a few minutes",
         "npo-fast synthetic",
     ),
+    "reproduce": Subcommand(
+        "Measure",
+        "Numbers that others published, measured again: expected, measured, within tolerance",
+        "npo-fast reproduce --list",
+    ),
     "report": Subcommand(
         "Measure",
         "One HTML page about runs: forgetting against utility, curves, answers side by side",
@@ -101,7 +106,7 @@ SUBCOMMANDS = {
 
 
 # subcommands that run a model, and measure no time
-FIT_THREADS = ("demo", "unlearn", "finetune", "evaluate", "attack", "synthetic")
+FIT_THREADS = ("demo", "unlearn", "finetune", "evaluate", "attack", "synthetic", "reproduce")
 
 # they tell every user of a CPU which GPU libraries cannot be loaded, and developers what is old
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")

@@ -68,6 +68,7 @@ def run(command: Command) -> Output:
         "theorem": [{k: v for k, v in asdict(x).items() if k not in _CURVE} for x in laws.laws],
         "exponents": [asdict(law) for law in laws.exponents],
         "limit": [asdict(law) for law in laws.limits],
+        "limit_order": laws.limit_order,
     }
     folder.mkdir(parents=True, exist_ok=True)
     text = claims.markdown(checked)

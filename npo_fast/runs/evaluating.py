@@ -138,11 +138,11 @@ def evaluate(
     if log is not None:
         if lm_eval is not None:
             raise UserError("--lm-eval runs a --model: leave out --log")
+        logs = _read_log(log, compared, suite, evaluation)
         given = {"model": model, "forget": forget, "retain": retain, "holdout": holdout,
                  "reference": reference}  # fmt: skip
         if unread := [name for name, value in given.items() if not _is_left_out(value)]:
             raise UserError(f"--log is measured as it is: leave out --{unread[0]}, or --log")
-        logs = _read_log(log, compared, suite, evaluation)
     elif model is None or model == "":
         raise UserError("say which --model to evaluate, or which --log to read")
     elif suite == "muse":

@@ -168,7 +168,7 @@ def test_advice_names_flags_to_who_typed_them_and_keywords_to_callers():
         assert "more --epochs, a higher --lr" in str(verdict)
 
 
-def test_an_attack_that_stays_below_one_half_is_over_forgetting():
+def test_an_attack_that_stays_below_one_half_is_over_forgetting(all_resamples):
     after = scores(GONE, KEPT)
     for interval, outcome in (((0.1, 0.3), "over-forgotten"), ((0.4, 0.6), "forgotten")):
         found = judge(Evidence(after, KNOWN, intervals={"membership_auc.loss": interval}))
@@ -242,7 +242,7 @@ def test_answers_below_chance_lose_more_than_a_token_drawn_evenly():
     assert found["forget"]["below_chance"] == found["retain"]["below_chance"] == 0.5
 
 
-def test_an_interval_holds_the_mean_of_most_samples_and_shrinks():
+def test_an_interval_holds_the_mean_of_most_samples_and_shrinks(all_resamples):
     rng = np.random.default_rng(0)
     widths, held = [], 0
     for n in (50, 800):

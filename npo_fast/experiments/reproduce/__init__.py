@@ -1,0 +1,1 @@
+"""Numbers that others published, each with the commands that measure it again."""
