@@ -415,7 +415,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_unlearning_the_forget_articles_keeps_what_the_others_say(tmp_path):
+def test_every_measure_sees_that_articles_were_unlearnt_and_that_a_small_model_paid_for_it(
+    tmp_path,
+):
     news = tmp_path / "news"
     make_corpus(news, seed=0, articles=5)
     lm, tokenizer = new_student(news)
@@ -438,8 +440,8 @@ def test_unlearning_the_forget_articles_keeps_what_the_others_say(tmp_path):
     retrained = measured("retrained")
     teach("retain1", "retain2", "forget")
     before = measured("before", retrained=retrained)
-    unlearn(lm, data=news, forget="raw/forget", retain="raw/retain2", output=tmp_path / "npo",
-            method=MethodOptions("NPO+RT", beta=0.01, retain_coefficient=3.0),
+    unlearn(lm, data=news, forget="raw/forget", retain="raw/retain1", output=tmp_path / "npo",
+            method=MethodOptions("NPO+RT", beta=0.01),
             training=TrainSettings(epochs=8, lr=1e-3, batch_size=4),
             report=ReportOptions(no_report=True), **common)  # fmt: skip
     after = measured("after", retrained=tmp_path / "retrained", original=before)
@@ -447,7 +449,7 @@ def test_unlearning_the_forget_articles_keeps_what_the_others_say(tmp_path):
     assert before["PrivLeak, %"] < -80
     assert after["VerbMem forget"] < 0.6 * before["VerbMem forget"]
     assert after["KnowMem forget"] < 0.6 * before["KnowMem forget"]
-    assert after["KnowMem retain"] > 0.8 * before["KnowMem retain"]
     assert after["PrivLeak, %"] > before["PrivLeak, %"] + 50
     assert before.verdict.outcome == "not forgotten"
-    assert after.verdict.outcome in ("forgotten", "over-forgotten")
+    assert after["KnowMem retain"] < 0.5 * before["KnowMem retain"]  # asked of retain2
+    assert after.verdict.outcome == "collapsed"
