@@ -45,7 +45,7 @@ from npo_fast.trainer.loop import reference_log_probs, train
 RESULTS = Path(__file__).parent / "results"
 TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"
 NEVER_SEEN = "forget10[:40]"  # other authors: held out
-NATS = math.log(39)  # where 5 % of NPO's weight is left, times beta
+NATS = math.log(19)  # where 10 % of NPO's weight is left, times beta
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from npo_fast.errors import UserError
 
-SPENT = 0.05
+SPENT = 0.1
 
 
 def suggest_beta(

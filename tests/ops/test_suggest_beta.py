@@ -19,7 +19,7 @@ def test_the_weight_there_is_what_is_asked_for():
 
 def test_it_is_the_formula_of_the_medians():
     known, unknown = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-10.0, -20.0])
-    assert suggest_beta(known, unknown) == pytest.approx(math.log(39) / (15.0 - 2.5))
+    assert suggest_beta(known, unknown) == pytest.approx(math.log(19) / (15.0 - 2.5))
     assert suggest_beta(known, -15.0) == suggest_beta(known, unknown)
 
 

@@ -57,7 +57,7 @@ def log_probs(folder, rows):
 
 
 def expected(known, unknown):
-    return math.log(39) / float(known.quantile(0.5) - unknown.quantile(0.5))
+    return math.log(19) / float(known.quantile(0.5) - unknown.quantile(0.5))
 
 
 def test_each_source_of_the_level_gives_the_beta_of_the_rule(models, tmp_path):
