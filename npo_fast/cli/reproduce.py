@@ -97,6 +97,10 @@ def _measure(row: Row, options: Command) -> Mapping[str, float]:
             if argument.startswith("{data}/"):
                 argument = _log(argument.removeprefix("{data}/"), row, options.data)
             arguments[i] = filled(argument, places)
+        if options.model and "--template-kwargs" in arguments:  # of the row's checkpoints
+            i = arguments.index("--template-kwargs")
+            logger.info(f"{options.model} goes without {' '.join(arguments[i : i + 2])}")
+            del arguments[i : i + 2]
         if options.overwrite and "--output" in arguments:
             arguments.append("--overwrite")
         logger.info(f"$ npo-fast {shlex.join(arguments)}")
