@@ -162,7 +162,10 @@ def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
     choices = [
         repr(c) for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)
     ]
-    names = choices or ["None" if kind is type(None) else kind.__name__ for kind in kinds]
+    classes = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
+    if choices:
+        classes = [kind for kind in classes if kind is not type(None)]
+    names = [*choices, *("None" if kind is type(None) else kind.__name__ for kind in classes)]
     raise UserError(f"{name} must be {' or '.join(names)}, got {short(value)}")
 
 

@@ -171,7 +171,7 @@ def test_rows_may_come_from_a_generator(base, tmp_path):
         (lambda: TrainSettings(epochs=1.5), "epochs must be int, got 1.5"),
         (lambda: TrainSettings(lr="1e-5"), "lr must be float, got '1e-5'"),
         (lambda: npo_fast.ModelOptions(quantize="8bit"), "quantize must be 'none' or '4bit'"),
-        (lambda: MethodOptions(beta="x"), "beta must be float or None, got 'x'"),
+        (lambda: MethodOptions(beta="x"), "beta must be 'auto' or float, got 'x'"),
     ],
 )
 def test_an_option_of_another_type_is_refused(options, message):

@@ -47,13 +47,13 @@ class DemoSettings:
     authors: int = 40
     forget_share: float = 0.5
     pretraining: TrainSettings = TrainSettings(
-        epochs=15, lr=4e-3, warmup_steps=20, micro_batch_tokens=4096
+        epochs=9, lr=4e-3, warmup_steps=20, micro_batch_tokens=4096
     )
     teaching: TrainSettings = TrainSettings(
         epochs=12, lr=1e-3, warmup_steps=10, micro_batch_tokens=4096
     )
     unlearning: TrainSettings = TrainSettings(epochs=20, lr=1e-3, micro_batch_tokens=4096)
-    looks: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)  # epochs, beside the last
+    looks: tuple[int, ...] = (1, 2, 4, 6, 10, 15)  # epochs, beside the last
 
     def dataset(self, seed: int, overlap: float | None = None) -> AuthorDataset:
         """The data set of these sizes; ``make_dataset`` says what the overlap is."""
@@ -185,7 +185,7 @@ class Demo:
         return self._outcome(logs, path, known.get("beta"), time.perf_counter() - started)
 
     def _evaluate(self, name: str) -> metrics.Result:
-        logs = self.student.evaluate(self.suite, generation_batch=256, max_new_tokens=24)
+        logs = self.student.evaluate(self.suite, generation_batch=256, max_new_tokens=16)
         metrics.save_result(logs, self.folder / name / "eval")
         return logs
 
