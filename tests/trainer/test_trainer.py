@@ -333,5 +333,5 @@ def test_every_coefficient_is_declared_once_and_its_help_names_the_defaults():
     )
     assert (beta.flag, retain.flag) == ("beta", "retain_coefficient")
     assert (beta.label, retain.label) == ("beta", "retain coefficient")
-    assert retain.defaults == {"retain NLL": 1.0}
+    assert retain.defaults == {"held states": 1.0, "retain NLL": 1.0}
     assert beta.defaults["SimNPO"] == coefficients_of("SimNPO+RT")["beta"]
