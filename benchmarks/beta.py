@@ -103,6 +103,7 @@ class World:
             "NPO+RT, beta 0.1": method("NPO+RT", 0.1),
             "NPO+RT, a beta a length": with_loss(PerLength(-NATS / rate)),
             "DPO+RT, beta by holdout": method("DPO+RT", betas["holdout"]),
+            "DPO+RT, beta by holdout and refusals": method("DPO+RT", self._with_refusals()),
             "KTO+RT, beta by holdout": method("KTO+RT", betas["holdout"]),
             "SimNPO+RT": method("SimNPO+RT"),
             "GA+RT": method("GA+RT"),
@@ -111,6 +112,11 @@ class World:
         # the pull fades around the level itself, whatever the model before said
         made["NPO+RT to the level"] = (method("NPO+RT", 1.0), self.holdout + NATS)
         return made
+
+    def _with_refusals(self) -> float:
+        """Of DPO: its margin grows by what the refusal gains, too, at most to certainty."""
+        gained = -float(self._log_probs("original", "idk").median())
+        return NATS / (float(self.known.median() - self.holdout.median()) + gained)
 
     def run(self, terms: tuple[Term, ...], compared: Tensor) -> dict[str, Any]:
         """Trains, and measures at the looks and at the end."""

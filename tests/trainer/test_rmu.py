@@ -83,7 +83,7 @@ def gradients(lm, terms, cache, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 2048])
-@pytest.mark.parametrize("family", slow_but(["Llama"], ["Llama", "Gemma2", "GPT2", "Mixtral"]))
+@pytest.mark.parametrize("family", slow_but(["Llama"], ["Llama", "Gemma2", "GPT2", "GPTNeoX"]))
 @pytest.mark.parametrize("positions", ["answer", "all"])
 def test_values_and_gradients_are_those_of_plain_pytorch(family, positions, tokens):
     lm = deep_lm(family, torch.float64)
@@ -101,7 +101,7 @@ def test_values_and_gradients_are_those_of_plain_pytorch(family, positions, toke
         if parameter.grad is None or not parameter.grad.any():
             assert ours[name] is None or not ours[name].any(), name
         else:
-            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
