@@ -36,6 +36,8 @@ def run(command: Command) -> Output:
     check_output(folder, "result.json", "a demo", command.overwrite, alone=True)
     if folder.exists():
         shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}", encoding="utf-8")  # of one that breaks off, too
     started = time.perf_counter()
     logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings
