@@ -48,6 +48,8 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
     ]
     options = {**settings.get("method", {}), **settings["training"]}
     options |= {key: shown(place) for key, value in options.items() for place in places(value)}
+    if "beta" in metadata:
+        options["beta"] = f"auto: {tables.number(metadata['beta'])}"
     measures = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
     card = ModelCard.from_template(
         ModelCardData(

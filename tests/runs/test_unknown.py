@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from npo_fast import EvaluationOptions, MethodOptions, RunOptions, TrainSettings, unlearn
+from npo_fast import EvaluationOptions, MethodOptions, RunOptions, TrainSettings, report, unlearn
 from npo_fast.errors import Interrupted, UserError
 from npo_fast.metrics import FORGET
 from npo_fast.runs import Callback
@@ -138,6 +138,14 @@ def test_a_log_of_other_records_is_refused(models, tmp_path):
     (tmp_path / FORGET).write_text(json.dumps({"avg_gt_loss": [1.0, 2.0]}))
     with pytest.raises(UserError, match="is of 2 forget answers and forget has"):
         run(models, tmp_path / "run", evaluation=EvaluationOptions(retrained=tmp_path / FORGET))
+
+
+def test_the_card_and_the_report_say_what_beta_was(models, tmp_path):
+    made = run(models, tmp_path / "run", unknown_log_prob=-60.0)
+    found = f"{made.metadata['beta']:.4g}"
+    assert f"| beta | auto: {found} |" in (tmp_path / "run/model/README.md").read_text()
+    (row,) = report(made, output=tmp_path / "page.html").rows
+    assert f"beta {made.metadata['beta']:g}" in row["settings"]
 
 
 def test_the_level_is_in_the_verdict_of_any_method(models, tmp_path):
