@@ -73,11 +73,6 @@ class Term:
         """Tokens at the start of each answer that carry no loss, and do not count in its mean."""
         return self.loss.skip_first if isinstance(self.loss, CEU) else 0
 
-    def with_beta(self, beta: float) -> "Term":
-        """The same term with another beta of its loss."""
-        assert isinstance(self.loss, (NPO, DPO, KTO))
-        return replace(self, loss=replace(self.loss, beta=beta))
-
     def at_baseline(self, z: float) -> "Term":
         """The same term with ``z`` as the baseline of its loss."""
         assert isinstance(self.loss, KTO)
@@ -104,8 +99,8 @@ class Coefficients:
 
     beta: float | None = _coefficient(
         "Inverse temperature (WGA: exponent)",
-        note=' "auto" (NPO, DPO, AltPO, KTO): from what there is to forget; add --retrained, '
-        "--holdout or --base-model.",
+        note=' "auto" (NPO): from what there is to forget; add --retrained, --holdout or '
+        "--base-model.",
     )
     delta: float | None = _coefficient("SimNPO's margin")
     beta1: float | None = _coefficient("SatImp's exponent of p")

@@ -32,7 +32,7 @@ def suggest_beta(
         spent: what is left of the weight there, above 0 and below 1.
 
     Returns:
-        beta, for ``NPO``, ``DPO`` and ``KTO``.
+        beta, for ``NPO``. In ``DPO`` and ``KTO`` the weight also moves with the other answers.
 
     Raises:
         UserError: values that are not finite, or a reference that does not know the answers better.

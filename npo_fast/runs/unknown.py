@@ -17,7 +17,7 @@ from torch import Tensor
 from npo_fast.data import Records
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
-from npo_fast.losses import suggest_beta
+from npo_fast.losses import NPO, suggest_beta
 from npo_fast.methods import Term
 from npo_fast.metrics import FORGET, load_result
 from npo_fast.metrics.evidence import Level
@@ -31,8 +31,6 @@ from npo_fast.runs.references import log_probs_under
 from npo_fast.trainer.step import References
 
 logger = logging.getLogger(__name__)
-
-WITH_BETA = ("NPO", "DPO", "AltPO", "KTO")  # terms whose weight fades with the log-ratio
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,10 @@ class UnknownSources:
             )
         if not method.auto_beta:
             return
-        if not any(term.name in WITH_BETA for term in terms):
+        if not any(isinstance(term.loss, NPO) for term in terms):
             raise UserError(
-                f"--beta auto is for the beta of {', '.join(WITH_BETA)}, whose weight fades as the "
-                f"log-ratio to the reference falls; {method.method} has none: give a number"
+                "--beta auto is for NPO, whose weight fades with the log-ratio of the forget "
+                f"answer alone; {method.method} is not: give a number (docs/beta.md)"
             )
         if not self.given:
             raise UserError(
@@ -154,7 +152,8 @@ def with_level(prepared: PreparedRun, level: Level, auto: bool) -> PreparedRun:
     metadata["beta"] = beta
     logger.info(f"--beta auto: {beta:.3g}, for {text}")
     terms = tuple(
-        term.with_beta(beta) if term.name in WITH_BETA else term for term in prepared.terms
+        replace(term, loss=NPO(beta)) if isinstance(term.loss, NPO) else term
+        for term in prepared.terms
     )
     return replace(prepared, terms=terms, metadata=metadata)
 
