@@ -30,11 +30,10 @@ def check(result: dict) -> list[str]:
         wrong.append(f"GA keeps {share('GA'):.0%} of the utility")
     if quality("GA+RT")[-1] > FORGOTTEN and share("GA+RT") > KEPT:
         wrong.append(f"GA+RT stays: p = {quality('GA+RT')[-1]:.3g} at {share('GA+RT'):.0%}")
-    for name in ("NPO+RT", "SimNPO+RT"):
-        if quality(name)[-1] <= FORGOTTEN:
-            wrong.append(f"{name} ends at p = {quality(name)[-1]:.3g}")
-        if share(name) < KEPT:
-            wrong.append(f"{name} keeps {share(name):.0%} of the utility")
+    if quality("NPO+RT")[-1] <= FORGOTTEN:
+        wrong.append(f"NPO+RT ends at p = {quality('NPO+RT')[-1]:.3g}")
+    if share("NPO+RT") < KEPT:
+        wrong.append(f"NPO+RT keeps {share('NPO+RT'):.0%} of the utility")
     for name, expected in (("GA", "collapsed"), ("NPO+RT", "forgotten")):
         if (outcome := models[name]["verdict"]["outcome"]) != expected:
             wrong.append(f"the verdict on {name} is {outcome!r}, not {expected!r}")
@@ -45,7 +44,7 @@ if __name__ == "__main__":
     failed = False
     for name in sys.argv[1:]:
         wrong = check(json.loads(Path(name).read_text()))
-        right = "NPO+RT and SimNPO+RT forget and stay, GA and GA+RT do not"
+        right = "NPO+RT forgets and stays, GA and GA+RT do not"
         print(f"{name}: {'; '.join(wrong) or right}")
         failed |= bool(wrong)
     sys.exit(failed)
