@@ -4,7 +4,7 @@
     python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
 
 On the world of ``npo-fast demo`` (20 epochs at 1e-3), and with ``--smollm2`` on six authors of TOFU
-that SmolLM2-135M was taught, of whom three are forgotten (15 epochs, batch 10). The retain
+that SmolLM2-135M was taught, of whom three are forgotten (8 epochs, batch 10). The retain
 coefficient is 1. Each form is measured as it goes, and stands in
 ``benchmarks/results/beta.json`` or ``beta_smollm2.json``. A seed that is there is not repeated.
 """
@@ -240,8 +240,8 @@ class SmolLM2World(World):
         }
         names = {"forget": FORGOTTEN, "retain": KEPT, "holdout": NEVER_SEEN}
         records = {name: load_records(split, tofu) for name, split in names.items()}
-        how = TrainSettings(epochs=15, lr=lr, batch_size=10, seed=seed)
-        super().__init__(weights, suite, records, how, (3, 8, 15), 48)
+        how = TrainSettings(epochs=8, lr=lr, batch_size=10, seed=seed)
+        super().__init__(weights, suite, records, how, (2, 5, 8), 48)
 
 
 def table(seeds: dict[str, Any]) -> str:
