@@ -47,6 +47,8 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         for source, each in metadata["data"].items()
     ]
     options = {**settings.get("method", {}), **settings["training"]}
+    if "beta" in metadata:
+        options["beta"] = f"{options['beta']}: {metadata['beta']:.4g}"
     options |= {key: shown(place) for key, value in options.items() for place in places(value)}
     measures = [(measure.label, score(scores, key)) for key, measure in RECORDED.items()]
     card = ModelCard.from_template(
