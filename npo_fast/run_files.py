@@ -48,7 +48,11 @@ class _Step(TypedDict):
     step: int
 
 
-class StepLine(_Step):
+class _Found(TypedDict, total=False):
+    retain_coefficient: float  # with --keep-utility
+
+
+class StepLine(_Step, _Found):
     """A line of ``steps.jsonl``: what is read of a ``StepRecord``."""
 
     terms: dict[str, float]

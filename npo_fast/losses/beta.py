@@ -8,6 +8,7 @@ from torch import Tensor
 from npo_fast.errors import UserError
 
 SPENT = 0.1
+LEAST = 0.1  # nats; what is known by less is noise
 
 
 def suggest_beta(
@@ -35,7 +36,8 @@ def suggest_beta(
         beta, for ``NPO``. In ``DPO`` and ``KTO`` the weight also moves with the other answers.
 
     Raises:
-        UserError: values that are not finite, or a reference that does not know the answers better.
+        UserError: values that are not finite, or a reference that knows the answers better by
+            less than 0.1 nats.
 
     Source: this package; the weight is that of arXiv 2404.05868, section 3.
     """
@@ -43,7 +45,7 @@ def suggest_beta(
         raise UserError(f"suggest_beta: spent must be between 0 and 1, got {spent}")
     known = _median("ref_log_probs", ref_log_probs)
     unknown = _median("unknown_log_probs", torch.as_tensor(unknown_log_probs))
-    if known <= unknown:
+    if known - unknown < LEAST:
         raise UserError(
             f"a forget answer has the median log-prob {known:.4g} under the reference and "
             f"{unknown:.4g} under a model that never knew it: there is nothing to forget, and no "

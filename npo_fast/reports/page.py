@@ -26,6 +26,7 @@ _SETTINGS = {  # label in the table -> path in the settings
     "epochs": ("training", "epochs"),
     "batch": ("training", "batch_size"),
     **{coefficient.label: ("method", coefficient.flag) for coefficient in COEFFICIENTS.values()},
+    "keep utility": ("training", "keep_utility"),
     "seed": ("training", "seed"),
 }
 
@@ -289,6 +290,10 @@ def _row(
     """The cells of a run by column."""
     settings = {label: run.number(*path) for label, path in _SETTINGS.items()}
     named = [f"{label} {value:g}" for label, value in settings.items() if value is not None]
+    if rho := run.number("training", "sharpness_rho"):  # 0 takes ordinary steps
+        named.append(f"sharpness rho {rho:g}")
+    if run.steps and (found := run.steps[-1].get("retain_coefficient")) is not None:
+        named.append(f"found retain coefficient {found:.3g}")
     if preset := run.setting("method", "preset"):
         named.append(f"preset {preset}")
     return {

@@ -47,6 +47,8 @@ def write_card(folder: Path, metadata: Mapping[str, Any], scores: Mapping[str, A
         for source, each in metadata["data"].items()
     ]
     options = {**settings.get("method", {}), **settings["training"]}
+    if "beta" in metadata:
+        options["beta"] = f"{options['beta']}: {metadata['beta']:.4g}"
     options |= {key: shown(place) for key, value in options.items() for place in places(value)}
     if "beta" in metadata:
         options["beta"] = f"auto: {tables.number(metadata['beta'])}"

@@ -5,22 +5,23 @@ memory together.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from npo_fast.data import Template, TokenizedExample, check_vocabulary
 from npo_fast.distributed import world_size
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, named
+from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.load import files_fingerprint
+from npo_fast.model.load import check_weights, files_fingerprint, load_config
 from npo_fast.model.reference_log_probs import ReferenceLogProbs, reference_log_probs_of
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import MethodOptions
 from npo_fast.runs.preparing import PreparedRun
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs
-from npo_fast.trainer.step import References
+from npo_fast.trainer.step import References, layer_of
 
 FIRST = "first"
 _CURE = "Name where it is now, or another model, with --reference MODEL"
@@ -56,7 +57,8 @@ def reference_model(reference: str | None, prepared: PreparedRun) -> str | None:
     None too where a resumed run kept all that the model would tell.
 
     Raises:
-        UserError: the model before the first request is not where it was.
+        UserError: the model before the first request is not where it was, or another one cannot
+            be the reference.
     """
     first = prepared.chain.first
     if reference is None or (reference == FIRST and first is None):
@@ -67,6 +69,7 @@ def reference_model(reference: str | None, prepared: PreparedRun) -> str | None:
     if world_size() > 1:
         raise UserError(f"--reference runs on one process, not on {world_size()}")
     if first is None or reference != FIRST:
+        other_model(reference, prepared.model, prepared.template, _compared(prepared))
         return reference
     name: str = first["model"]
     is_path = name.startswith(".") or Path(name).is_absolute()
@@ -86,8 +89,7 @@ def references_under(
     Raises:
         UserError: ``--reference first`` is another model than the chain began with.
     """
-    needed: set[str] = {source for term in prepared.terms for source in term.reads}
-    compared = {source: prepared.sources[source] for source in needed}
+    compared = _compared(prepared)
     lm = load_other(name, prepared.model, prepared.template, compared)
     first = prepared.chain.first
     is_first = first is not None and files_fingerprint(name) == first["sha256"]
@@ -101,14 +103,20 @@ def references_under(
     return run_references(lm, prepared, method.reference_cache)
 
 
-def load_other(
+def _compared(prepared: PreparedRun) -> dict[str, list[TokenizedExample]]:
+    """The data of every term."""
+    needed: set[str] = {source for term in prepared.terms for source in term.reads}
+    return {source: prepared.sources[source] for source in needed}
+
+
+def other_model(
     model: Model,
     like: ModelSource,
     template: Template,
     sources: Mapping[str, list[TokenizedExample]],
     role: str = "reference",
-) -> CausalLM:
-    """Another model, to which the tokens of ``sources`` mean the same.
+) -> ModelSource:
+    """Another model, to which the tokens of ``sources`` mean the same; no weight is loaded.
 
     Args:
         like: the run's model, whose dtype, device and attention it takes.
@@ -116,12 +124,27 @@ def load_other(
         role: the flag that named it, without dashes.
 
     Raises:
-        UserError: it has another vocabulary, or cannot be loaded.
+        UserError: there is no such model, its files are not whole, or its vocabulary is another.
     """
     options = replace(like.options, model="", lora_rank=0, lora_alpha=None)
     other = ModelSource(model, options, role=role)
+    if other.in_memory is None:
+        with named(f"--{role}"):
+            load_config(other.name)
+            check_weights(other.name)
     _check_tokens(other, template, sources, role)
-    lm = other.load()
+    return other
+
+
+def load_other(
+    model: Model,
+    like: ModelSource,
+    template: Template,
+    sources: Mapping[str, list[TokenizedExample]],
+    role: str = "reference",
+) -> CausalLM:
+    """``other_model`` with its weights."""
+    lm = other_model(model, like, template, sources, role).load()
     check_vocabulary(sources, lm.vocabulary)
     return lm
 
@@ -138,16 +161,28 @@ def log_probs_under(
     """Log-probs of the answers of each source under another model, which is freed again.
 
     Call it before the run's model is loaded. ``[source].sequences`` are the S log-probs of whole
-    answers, on the CPU. The arguments are those of ``load_other``; ``cache`` as a
+    answers, on the CPU. The arguments are those of ``other_model``; ``cache`` as a
     ``--reference-cache``.
     """
-    lm = load_other(model, like, template, sources, role)
-    return reference_log_probs_of(lm, sources, micro_batch_tokens, cache)
+    with other_model(model, like, template, sources, role).loaded() as lm:
+        check_vocabulary(sources, lm.vocabulary)
+        return reference_log_probs_of(lm, sources, micro_batch_tokens, cache)
 
 
-def check_head(states: ReferenceStates | None, lm: CausalLM) -> None:
-    """Raises ``UserError`` where the reference predicts other tokens than the model."""
-    if states is None or "layer" in states.made_from:
+def check_head(states: ReferenceStates | None, lm: CausalLM, terms: Sequence[Term] = ()) -> None:
+    """Raises ``UserError`` where the model has other tokens, or another layer, than the states."""
+    if states is None:
+        return
+    if "layer" in states.made_from:
+        compared = [term for term in terms if term.loss.reference == "hidden"]
+        width = lm.model.config.get_text_config().hidden_size
+        here = (layer_of(lm, compared), width)
+        there = (states.made_from["layer"], states.hidden(compared[0].source, [0]).shape[-1])
+        if here != there:
+            raise UserError(
+                "--reference hands on states of layer {}, {} wide, and the model of layer {}, {} "
+                "wide: name a model of the same form".format(*there, *here)
+            )
         return
     if len(states.head.weight) != len(lm.head.weight):
         raise UserError(

@@ -6,7 +6,7 @@ under the model as it is, the model before it was taught, a number.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npo_fast.data import Records
+from npo_fast.data import Record, Records, TokenizedExample
+from npo_fast.data.repeats import shared
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
 from npo_fast.losses import NPO, suggest_beta
@@ -27,7 +28,7 @@ from npo_fast.model.reference_log_probs import reference_log_probs_of
 from npo_fast.runs.models import Model
 from npo_fast.runs.options import MethodOptions
 from npo_fast.runs.preparing import PreparedRun
-from npo_fast.runs.references import log_probs_under
+from npo_fast.runs.references import log_probs_under, other_model
 from npo_fast.trainer.step import References
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,17 @@ class UnknownSources:
                 "--unknown-log-prob NATS"
             )
 
+    def check_sources(self, prepared: PreparedRun) -> None:
+        """Raises ``UserError`` for a log or a base model that cannot tell the level."""
+        if _recorded(prepared) is not None:
+            return
+        forget = prepared.sources["forget"]
+        if self.retrained is not None:
+            self._of_log(_lengths(forget))
+        elif self.base_model is not None and self.holdout is None:
+            source, template = prepared.model, prepared.template
+            other_model(self.base_model, source, template, {"forget": forget}, role="base-model")
+
     def under_base(self, prepared: PreparedRun) -> Tensor | None:
         """Log-probs of the forget answers under ``base_model``, where it decides; (S,).
 
@@ -98,15 +110,14 @@ class UnknownSources:
         reference = references.get("forget")
         if not isinstance(reference, Tensor):
             reference = reference_log_probs_of(lm, {"forget": examples}, tokens)["forget"].sequences
-        lengths = torch.tensor([float(example.answer_length) for example in examples])
+        lengths = _lengths(examples)
         if self.retrained is not None:
             unknown = self._of_log(lengths)
             source = f"the retrained model's log {self.retrained.name}"
         elif self.holdout is not None:
             held_out = prepared.sources["holdout"]
             found = reference_log_probs_of(lm, {"holdout": held_out}, tokens)["holdout"]
-            of_held_out = torch.tensor([float(example.answer_length) for example in held_out])
-            unknown = lengths * (found.sequences.cpu() / of_held_out).quantile(0.5)
+            unknown = lengths * (found.sequences.cpu() / _lengths(held_out)).quantile(0.5)
             source = f"{len(held_out)} held-out answers"
         elif under_base is not None:
             unknown, source = under_base, "the base model"
@@ -132,6 +143,24 @@ class UnknownSources:
             )
         with named(f"--retrained {self.retrained}"):
             return -torch.from_numpy(column(log, "avg_gt_loss")) * lengths
+
+
+def check_holdout(records: Mapping[str, Sequence[Record]]) -> None:
+    """Raises ``UserError`` where --holdout has what the model was taught, or another kind."""
+    held_out, forget = records["holdout"], records["forget"]
+    for name in ("forget", "retain"):
+        if found := shared(held_out, records.get(name, ())):
+            raise UserError(
+                f"{len(found)} of {len(held_out)} --holdout records are --{name} records too, such "
+                f"as record {found[0]}: take them out, a holdout is what the model never saw"
+            )
+    of_text, forgets_text = ({record.is_text for record in each} for each in (held_out, forget))
+    if of_text.isdisjoint(forgets_text):
+        kinds = {True: "texts", False: "questions"}
+        raise UserError(
+            f"--holdout holds {kinds[of_text.pop()]} and --forget {kinds[forgets_text.pop()]}: "
+            "hold out records of the same kind"
+        )
 
 
 def with_level(prepared: PreparedRun, level: Level, auto: bool) -> PreparedRun:
@@ -163,6 +192,10 @@ def median_log_prob(lm: CausalLM, prepared: PreparedRun) -> float:
     forget, tokens = {"forget": prepared.sources["forget"]}, prepared.training.micro_batch_tokens
     found = reference_log_probs_of(lm, forget, tokens)["forget"]
     return _median(found.sequences)
+
+
+def _lengths(examples: Sequence[TokenizedExample]) -> Tensor:
+    return torch.tensor([float(example.answer_length) for example in examples])
 
 
 def _median(log_probs: Tensor) -> float:

@@ -59,7 +59,7 @@ from npo_fast.runs.references import (
 )
 from npo_fast.runs.run import Run
 from npo_fast.runs.training import ReferenceData, run_training
-from npo_fast.runs.unknown import UnknownSources, median_log_prob, with_level
+from npo_fast.runs.unknown import UnknownSources, check_holdout, median_log_prob, with_level
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
 
@@ -162,6 +162,7 @@ def unlearn(
     sampled = dict(records)
     if holdout is not None:
         records["holdout"] = load_records(holdout, inputs.data, "holdout", loss_on)
+        check_holdout(records)
     if "idk" in needed:
         refusals = load_refusals(inputs.idk, inputs.data)
         records["idk"] = refused(records["forget"], refusals, training.seed)
@@ -183,6 +184,7 @@ def unlearn(
         suite = tofu_suite(inputs.data, forget, retain, loss_on=loss_on)
     watch = _evaluation_callback(prepared, evaluation, report, suite)
     other = reference_model(method.reference, prepared)
+    level_from.check_sources(prepared)
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)
 
@@ -204,7 +206,7 @@ def unlearn(
         if unknown := unknown_before(before):
             logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
         log_probs, hidden = references or run_references(lm, prepared, method.reference_cache)
-        check_head(hidden, lm)
+        check_head(hidden, lm, prepared.terms)
         if level_from.given:
             level = level_from.level(lm, prepared, log_probs, under_base)
             prepared = with_level(prepared, level, method.auto_beta)

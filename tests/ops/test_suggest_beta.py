@@ -35,6 +35,7 @@ def test_a_few_answers_beyond_measure_change_little():
     ("known", "unknown", "spent", "message"),
     [
         ([-5.0], [-5.0], 0.05, "nothing to forget"),
+        ([-5.0], [-5.0001], 0.05, "nothing to forget"),
         ([-9.0], [-5.0], 0.05, "-9 under the reference and -5"),
         ([-1.0], [math.nan], 0.05, "unknown_log_probs must be finite"),
         ([-math.inf], [-5.0], 0.05, "ref_log_probs must be finite"),

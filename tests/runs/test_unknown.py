@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,39 @@ def test_what_gives_no_beta_is_refused(models, tmp_path, given, message):
     with pytest.raises(UserError, match=message):
         run(models, tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+TEXTS = [{"text": f"A long time ago {row['answer']}"} for row in FACTS]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"holdout": [*HELD_OUT, FORGET_ROWS[0]]}, "1 of 3 holdout records are forget records too"),
+        ({"holdout": RETAIN_ROWS[:2]}, "2 of 2 holdout records are retain records too"),
+        ({"holdout": TEXTS}, "holdout holds texts and forget questions"),
+        ({"base_model": "./nowhere"}, "base_model.*no model folder"),
+        ({"evaluation": EvaluationOptions(retrained=Path("no-log"))}, "no evaluation log 'no-log'"),
+    ],
+)
+def test_what_cannot_tell_the_level_is_refused_in_a_dry_run(models, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        run(models, None, run=RunOptions(output=tmp_path / "run", dry_run=True), **given)
+
+
+def test_a_base_model_in_memory_keeps_its_attention(models, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(models / "base")
+    attention = base.config._attn_implementation
+    run(models, tmp_path / "run", base_model=base)
+    assert base.config._attn_implementation == attention
+
+
+def test_the_card_says_what_beta_was_found(models, tmp_path):
+    made = run(models, tmp_path / "run", holdout=HELD_OUT)
+    card = (made.folder / "model/README.md").read_text()
+    assert f"| beta | auto: {made.metadata['beta']:.4g} |" in card
 
 
 def test_a_log_of_other_records_is_refused(models, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import npo_fast
 from npo_fast import Callback, ModelOptions, ReportOptions
@@ -248,6 +249,14 @@ def test_a_run_records_its_layer_keeps_a_cache_and_is_read_by_evaluate_and_repor
     assert "no decoder layer 2 (its last is 1): name another --layer" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "one"), "--output", str(tmp_path / "page.html")]) == 0
     assert "RMU" in (tmp_path / "page.html").read_text()
+
+
+def test_a_reference_of_another_form_is_refused(home, tmp_path, capsys):
+    config = AutoConfig.from_pretrained(home / "model")
+    config.hidden_size *= 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    assert unlearn(home, tmp_path / "run", "--reference", str(tmp_path / "wide")) == 2
+    assert "name a model of the same form" in capsys.readouterr().err
 
 
 class _Stumble(Callback):
