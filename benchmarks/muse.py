@@ -84,7 +84,9 @@ def folds(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             npo_fast.unlearn(
                 model, data=options.data, forget=f"{criterion}/forget_{fold}",
                 retain=options.retain, output=output,
-                method=MethodOptions(options.method, beta=options.beta),
+                method=MethodOptions(
+                    options.method, beta=options.beta, retain_coefficient=options.retain_coefficient
+                ),
                 training=training, report=ReportOptions(no_report=True), run=OVERWRITE,
             )  # fmt: skip
             rows[criterion].append(
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--beta", type=float, help="of NPO; else its default")
+    parser.add_argument("--retain-coefficient", type=float, help="of the method; else its default")
     parser.add_argument("--retain", default="raw/retain1", help="what each run keeps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -66,13 +66,17 @@ def parse(command: type[T], arguments: list[str], name: str, description: str) -
         if not end.code:
             raise
         source = f"; {path} says {' '.join(from_file)}" if from_file else ""
-        text = re.sub(r"^Error parsing \w+: ", "", _in_box(said.getvalue()))
+        text = re.sub(r"^Error parsing \w+: |\.$", "", _in_box(said.getvalue()))
         raise UserError(f"{text}{_nearest(text, _settings(whole))}{source}") from end
     return parsed, parsed.common
 
 
 def _nearest(text: str, known: Iterable[str]) -> str:
-    """The flag that may be meant where tyro knows no such option and names none itself."""
+    """The flag or the choice that may be meant where tyro names none itself."""
+    wrong = re.match(r"invalid choice '(.*?)' for argument .* Expected one of \((.*)\)", text)
+    if wrong is not None:
+        near = difflib.get_close_matches(wrong[1], re.findall(r"'([^']*)'", wrong[2]), n=1)
+        return f"; did you mean {near[0]!r}?" if near else ""
     unknown = re.match(r"Unrecognized options: --([\w-]+)", text)
     if unknown is None or "--" in text[unknown.end() :]:
         return ""

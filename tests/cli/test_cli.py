@@ -182,6 +182,7 @@ def test_flags_override_the_settings_file(home, tmp_path):
 
 
 MISTAKES = {
+    "unknown choice": (["--dtype", "bf61"], "did you mean 'bf16'"),
     "unknown verb": (["unlern"], "did you mean 'unlearn'"),
     "unknown method": (["--method", "NPO+RR"], "did you mean NPO+RT"),
     "unknown split": (["--forget", "nowhere"], "no file 'nowhere'"),
