@@ -80,7 +80,7 @@ def _text(demo: "Demo", outcomes: Mapping[str, "Outcome"], time_s: float) -> str
         lines += ["", f"{which}: {record.question}", f"  {'truth':<10}{record.answer}"]
         lines += [f"  {name:<10}{outcome.answers[which]}" for name, outcome in outcomes.items()]
     conclusion = demo.describe(outcomes, time_s)["conclusion"]
-    lines.append(f"\n{conclusion[0].upper()}{conclusion[1:]}")
+    lines.append(f"\n{conclusion[0].upper()}{conclusion[1:]}".replace("; ", ";\n"))
     lines.append(
         f"\n{time_s:.0f} s; the page is {demo.folder / 'report.html'}, the plot unlearning.png "
         "beside it,\nand every model goes on as it is: "

@@ -249,7 +249,7 @@ def conclusion(outcomes: Mapping[str, Outcome]) -> str:
         share, last, best = outcome.model_utility / original, outcome.last, outcome.best
         kept = f"{share:.0%} of the utility"
         if last.forget_quality >= MEANINGFUL and share >= KEPT:
-            beta = "" if outcome.beta is None else f", beta {number(outcome.beta)} by the rule"
+            beta = "" if outcome.beta is None else f", beta {number(outcome.beta)} from the data"
             stayed.append(f"{name} (p {number(last.forget_quality)}, {kept}{beta})")
         elif best.forget_quality >= MEANINGFUL and last.forget_quality < MEANINGFUL:
             left.append(
