@@ -112,6 +112,8 @@ def test_the_conclusion_says_who_passed_the_test_and_who_stayed():
     assert said.startswith("NPO+RT (p 0.4, 100% of the utility) and SimNPO+RT (p 0.2, 96% of")
     assert "GA was there at epoch 1 (p 0.3) and left (p 1.00e-05, 0% of the utility)" in said
     assert "GA+RT did not (p 0.02, 60% of the utility)" in said
+    lost = models | {"GA+RT": outcome([0.01, 0.2], 0.3)}
+    assert "GA+RT passed at the cost of the rest (p 0.2, 60% of the utility)" in conclusion(lost)
     none = models | {name: outcome([0.3, 0.01]) for name in ("NPO+RT", "SimNPO+RT")}
     assert conclusion(none).startswith("no method forgot like a model that never knew")
 

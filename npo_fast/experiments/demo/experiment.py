@@ -248,16 +248,19 @@ def conclusion(outcomes: Mapping[str, Outcome]) -> str:
         outcome = outcomes[name]
         share, last, best = outcome.model_utility / original, outcome.last, outcome.best
         kept = f"{share:.0%} of the utility"
+        ended = f"(p {number(last.forget_quality)}, {kept})"
         if last.forget_quality >= MEANINGFUL and share >= KEPT:
             beta = "" if outcome.beta is None else f", beta {number(outcome.beta)} from the data"
             stayed.append(f"{name} (p {number(last.forget_quality)}, {kept}{beta})")
         elif best.forget_quality >= MEANINGFUL and last.forget_quality < MEANINGFUL:
             left.append(
                 f"{name} was there at epoch {best.epoch} (p {number(best.forget_quality)}) and "
-                f"left (p {number(last.forget_quality)}, {kept})"
+                f"left {ended}"
             )
+        elif last.forget_quality >= MEANINGFUL:
+            left.append(f"{name} passed at the cost of the rest {ended}")
         else:
-            left.append(f"{name} did not (p {number(last.forget_quality)}, {kept})")
+            left.append(f"{name} did not {ended}")
     text = f"{_joined(stayed) or 'no method'} forgot like a model that never knew, and stayed there"
     return f"{text}; {'; '.join(left)}." if left else f"{text}."
 
