@@ -61,9 +61,13 @@ class World:
     def unlearn(self, training, **more) -> dict:
         """Unlearns the original model in the student; the last step's record."""
         self.student.lm.model.load_state_dict(self.original)
+        dataset = self.dataset
         with tempfile.TemporaryDirectory() as runs:
-            self.student.unlearn(self.dataset, training, output=Path(runs) / "run", **more)
-            return json.loads((Path(runs) / "run" / "run.json").read_text())["final"]
+            metadata = self.student.unlearn(
+                training, forget=dataset.forget, retain=dataset.retain, output=Path(runs) / "run",
+                **more,
+            )  # fmt: skip
+        return metadata["final"]
 
     def scores(self) -> dict[str, float]:
         """Of the student as it is: forgetting, and the share of retain probability that is left."""
