@@ -32,7 +32,7 @@ from npo_fast.data import Record, Template, load_records, load_refusals, refused
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
-from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING, DemoSettings, Student
+from npo_fast.experiments.demo.experiment import LOADING, DemoSettings, Student
 from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
 from npo_fast.methods import Coefficients, Term, build_method
 from npo_fast.metrics.measures import measures
@@ -194,19 +194,9 @@ class DemoWorld(World):
         student = Student(data.texts(), seed)
         self.lm = student.lm
         self.template = Template(student.tokenizer, LOADING.template, LOADING.max_length)
-        weights = {}
-
-        def learnt(name: str, records: list[Record], how: TrainSettings) -> None:
-            with TemporaryDirectory() as folder:
-                student.learn(records, how, Path(folder) / name)
-            values = self.lm.model.state_dict().items()
-            weights[name] = {key: value.clone() for key, value in values}
-
-        common = data.background + data.common * COMMON_REPEATS
-        learnt("base", common, settings.pretraining)
-        learnt("retrained", data.retain, settings.teaching)
-        self.lm.model.load_state_dict(weights["base"])
-        learnt("original", data.retain + data.forget, settings.teaching)
+        with TemporaryDirectory() as folder:
+            weights = student.teach(data, settings, Path(folder))
+        weights["base"] = weights.pop("pretrained")
         suite = data.kept() | {metrics.FORGET: data.forget}
         records = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
         how = replace(settings.unlearning, seed=seed)

@@ -9,7 +9,7 @@ import torch
 
 from npo_fast import metrics
 from npo_fast.data import Template
-from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING, DemoSettings, Student
+from npo_fast.experiments.demo.experiment import LOADING, DemoSettings, Student
 from npo_fast.experiments.demo.tiny_model import weights
 from npo_fast.metrics.measures import measures
 from npo_fast.model.reference_log_probs import reference_log_probs_of
@@ -36,16 +36,10 @@ class World:
         self.before = self._retain_log_prob()
 
     def _teach(self) -> None:
-        dataset, student = self.dataset, self.student
-        common = dataset.background + dataset.common * COMMON_REPEATS
         with tempfile.TemporaryDirectory() as runs:
-            student.learn(common, SETTINGS.pretraining, Path(runs) / "pretraining")
-            pretrained = weights(student.lm)
-            taught = {"retrained": dataset.retain, "original": dataset.retain + dataset.forget}
-            for name, records in taught.items():
-                student.lm.model.load_state_dict(pretrained)
-                student.learn(records, SETTINGS.teaching, Path(runs) / name)
-                torch.save(weights(student.lm), self.folder / f"{name}.pt")
+            taught = self.student.teach(self.dataset, SETTINGS, Path(runs))
+        for name in ("retrained", "original"):
+            torch.save(taught[name], self.folder / f"{name}.pt")
 
     def _load(self, name: str) -> None:
         self.student.lm.model.load_state_dict(torch.load(self.folder / f"{name}.pt"))

@@ -15,8 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from npo_fast import metrics
-from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING, Demo, DemoSettings
-from npo_fast.experiments.demo.tiny_model import weights
+from npo_fast.experiments.demo.experiment import LOADING, Demo, DemoSettings
 from npo_fast.methods import Coefficients
 from npo_fast.runs import MethodOptions, ReportOptions, unlearn
 from npo_fast.versions import versions
@@ -30,15 +29,11 @@ ARMS = {"NPO+RT, retain": ("NPO+RT", True), "NPO+RT, auto": ("NPO+RT", "auto"),
 def world(folder: Path, seed: int) -> tuple[Demo, dict[str, Any]]:
     """The demo with its retrained logs, and the weights of the model that is to forget."""
     demo = Demo(folder, seed, DemoSettings())
-    dataset, settings, student = demo.dataset, demo.settings, demo.student
-    common = dataset.background + dataset.common * COMMON_REPEATS
-    student.learn(common, settings.pretraining, folder / "pretraining")
-    pretrained = weights(student.lm)
-    student.learn(dataset.retain, settings.teaching, folder / "retrained")
+    taught = demo.student.teach(demo.dataset, demo.settings, folder)
+    demo.student.lm.model.load_state_dict(taught["retrained"])
     demo.retrained = demo._evaluate("retrained")
-    student.lm.model.load_state_dict(pretrained)
-    student.learn(dataset.retain + dataset.forget, settings.teaching, folder / "original")
-    return demo, weights(student.lm)
+    demo.student.lm.model.load_state_dict(taught["original"])
+    return demo, taught["original"]
 
 
 def measure(demo: Demo, name: str) -> dict[str, float]:

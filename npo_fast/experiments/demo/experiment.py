@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from npo_fast import metrics
 from npo_fast.data import Record, Template
 from npo_fast.evaluation.evaluate import evaluate
@@ -100,6 +102,20 @@ class Student:
             training=replace(settings, seed=self.seed),
         )  # fmt: skip
 
+    def teach(
+        self, dataset: AuthorDataset, settings: DemoSettings, folder: Path
+    ) -> dict[str, dict[str, Tensor]]:
+        """Weights by name: "pretrained", "retrained" without the forget set, "original"."""
+        common = dataset.background + dataset.common * COMMON_REPEATS
+        self.learn(common, settings.pretraining, folder / "pretraining")
+        made = {"pretrained": weights(self.lm)}
+        taught = {"retrained": dataset.retain, "original": dataset.retain + dataset.forget}
+        for name, records in taught.items():
+            self.lm.model.load_state_dict(made["pretrained"])
+            self.learn(records, settings.teaching, folder / name)
+            made[name] = weights(self.lm)
+        return made
+
     def unlearn(self, settings: TrainSettings, **more: Any) -> Mapping[str, Any]:
         """What ``run.json`` says; ``more`` is the data, the method, the output and so on."""
         run = unlearn(
@@ -143,25 +159,20 @@ class Demo:
 
     def run(self) -> dict[str, Outcome]:
         """Every model by name, the original and the retrained one first."""
-        dataset, settings, student = self.dataset, self.settings, self.student
-        dataset.save(self.folder / "data")
-        common = dataset.background + dataset.common * COMMON_REPEATS
-        student.learn(common, settings.pretraining, self.folder / "pretraining")
-        pretrained = weights(student.lm)
+        student = self.student
+        self.dataset.save(self.folder / "data")
+        taught = student.teach(self.dataset, self.settings, self.folder)
         outcomes = {}
         # the retrained model comes first: forget quality compares every other one with it
-        taught = {"retrained": dataset.retain, "original": dataset.retain + dataset.forget}
-        for name, records in taught.items():
-            student.lm.model.load_state_dict(pretrained)
-            student.learn(records, settings.teaching, self.folder / name)
+        for name in ("retrained", "original"):
+            student.lm.model.load_state_dict(taught[name])
             logs = self._evaluate(name)
             if name == "original":
                 self.original = logs
             self.retrained = self.retrained or logs
             outcomes[name] = self._outcome(logs, [self._point(0, logs)])
-        original = weights(student.lm)
         for method in METHODS:
-            student.lm.model.load_state_dict(original)
+            student.lm.model.load_state_dict(taught["original"])
             outcomes[method] = self._unlearn(method)
         return outcomes
 
