@@ -33,6 +33,7 @@ from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.experiments.demo.experiment import LOADING, DemoSettings, Student
+from npo_fast.experiments.demo.tiny_model import weights as weights_of
 from npo_fast.losses.base import OfSequence, log_sigmoid_penalty
 from npo_fast.methods import Coefficients, Term, build_method
 from npo_fast.metrics.measures import measures
@@ -208,7 +209,7 @@ class SmolLM2World(World):
 
     def __init__(self, seed: int, tofu: str, runs: Path, lr: float) -> None:
         base = find_smollm2()
-        options = ModelOptions(template="plain")
+        options = ModelOptions(template="plain", dtype="fp32")
         for name, split in (("original", TAUGHT), ("retrained", KEPT)):
             if not (runs / str(seed) / name / "model").exists():
                 npo_fast.finetune(
@@ -221,8 +222,9 @@ class SmolLM2World(World):
             "retrained": str(runs / str(seed) / "retrained"),
             "original": str(runs / str(seed) / "original"),
         }
-        weights = {name: load_model(place).model.state_dict() for name, place in places.items()}
-        self.lm = load_model(places["original"])
+        models = {name: load_model(place, dtype="fp32") for name, place in places.items()}
+        weights = {name: weights_of(lm) for name, lm in models.items()}
+        self.lm = models["original"]
         self.template = Template(load_tokenizer(places["original"]), "plain", 512)
         suite = tofu_suite(tofu, FORGOTTEN, KEPT)
         suite = {

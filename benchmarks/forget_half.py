@@ -66,7 +66,7 @@ TUNED = "0"  # the seed that the rates are chosen on
 EPOCHS = {"teach": 8, "unlearn": 5}
 KEEPING = {"RT": "retain_coefficient", "KL": "kl_coefficient"}
 COEFFICIENT = 5.0
-LOADING = ModelOptions(template="plain")
+LOADING = ModelOptions(template="plain", dtype="fp32")
 OVERWRITE = RunOptions(overwrite=True)
 UTILITY_RECORDS = 20  # of the kept authors, the real authors and the world facts each
 MAX_NEW_TOKENS = 48
@@ -149,7 +149,7 @@ class Experiment:
         for name in (metrics.REAL_AUTHORS, metrics.WORLD_FACTS):
             suite[name] = suite[name][:UTILITY_RECORDS]
         settings = EvaluationSettings(max_new_tokens=MAX_NEW_TOKENS, generation_batch=60)
-        lm = load_model(str(folder))
+        lm = load_model(str(folder), dtype=LOADING.dtype)
         return evaluate(lm, Template(load_tokenizer(str(folder)), "plain", 512), suite, settings)
 
 

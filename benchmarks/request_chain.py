@@ -63,7 +63,7 @@ class World:
 
     def measure(self, model: Path, forgotten: int, retrained: metrics.Result | None) -> dict:
         """What the model knows after the first ``forgotten`` requests."""
-        lm = load_model(str(model))
+        lm = load_model(str(model), dtype=self.loading.dtype)
         template = Template(
             load_tokenizer(str(model)), self.loading.template, self.loading.max_length
         )
@@ -127,7 +127,7 @@ def smollm2_world(folder: Path, seed: int, tofu: str) -> World:
     """Six authors of TOFU in SmolLM2-135M: three are forgotten, one a request."""
     from smollm2_tofu import find_smollm2
 
-    loading = ModelOptions(template="plain")
+    loading = ModelOptions(template="plain", dtype="fp32")
     for name, split in (("retrained", "forget05[80:140]"), ("original", "forget05[80:]")):
         if not (folder / name / "model").exists():
             npo_fast.finetune(

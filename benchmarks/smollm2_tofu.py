@@ -19,7 +19,7 @@ from npo_fast import EvaluationSettings, ModelOptions, TrainSettings, metrics
 from npo_fast.bench.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "smollm2_tofu.json"
-LOADING = ModelOptions(template="plain")
+LOADING = ModelOptions(template="plain", dtype="fp32")
 SETS = {"forget": "forget01", "retain": "forget05[:160]"}
 SHOWN = (3, 5)  # forget questions whose answers are told in the README
 
