@@ -264,7 +264,9 @@ def main() -> None:
     parser.add_argument("--tofu", default="locuslab/TOFU")
     parser.add_argument("--lr", type=float, default=6e-5, help="of SmolLM2")
     parser.add_argument("--runs", type=Path, default=Path("runs/beta"))
-    parser.add_argument("--forms", nargs="+", help="parts of the names of the forms to run")
+    parser.add_argument(
+        "--forms", nargs="*", help="parts of the names of the forms to run; none: models are made"
+    )
     parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -275,14 +277,14 @@ def main() -> None:
     if options.smollm2:
         make = lambda seed: SmolLM2World(seed, options.tofu, options.runs, options.lr)  # noqa: E731
     for seed in options.seeds:
-        if str(seed) in content["seeds"] and not options.forms:
+        if str(seed) in content["seeds"] and options.forms is None:
             continue
         world = make(seed)
         known = content["seeds"].setdefault(
             str(seed), {"levels": world.levels(), "utility": world.utility(), "forms": {}}
         )
         for form, (terms, compared) in world.forms().items():
-            if options.forms and not any(part in form for part in options.forms):
+            if options.forms is not None and not any(part in form for part in options.forms):
                 continue
             known["forms"][form] = world.run(terms, compared)
             end = known["forms"][form]["path"][-1]

@@ -289,13 +289,16 @@ def main() -> None:
     parser.add_argument("--authors", type=int, default=3, choices=SPLITS, help="to forget")
     parser.add_argument("--result", type=Path)
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="METHOD",
-        help="some of " + ", ".join(METHODS),
+        "--methods", nargs="*", metavar="METHOD",
+        help="some of " + ", ".join(METHODS) + "; none: the models are taught",
     )  # fmt: skip
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    options.methods = options.methods or USUAL[options.authors]
+    if options.methods is None:
+        options.methods = USUAL[options.authors]
+    if unknown := {*options.methods} - {*METHODS}:
+        parser.error(f"--methods: {', '.join(unknown)}; use {', '.join(METHODS)}")
     names = {3: "forget_half.json", 8: "forget_eight.json"}
     options.result = options.result or RESULTS / names[options.authors]
     content: dict[str, Any] = {"seeds": {}}

@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -247,7 +246,10 @@ def plot(seeds: list[dict], variants: list[str], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2],
+        help="none: the summary and the figure of what is there",
+    )  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=list(VARIANTS))
     parser.add_argument("--smollm2", action="store_true")
     parser.add_argument("--tofu", default="locuslab/TOFU")
@@ -255,14 +257,12 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    variants = [v for v in options.methods if v.partition("@")[0] in METHODS]
-    for variant in {*options.methods} - {*variants}:
-        print(f"{variant} is skipped: this version has no such method")
-    if not variants:
-        sys.exit("no method is left")
+    if unknown := [v for v in options.methods if v.partition("@")[0] not in METHODS]:
+        parser.error(f"--methods: no such method: {', '.join(unknown)}")
     name = "request_chain_smollm2" if options.smollm2 else "request_chain"
     file = options.result or RESULTS / f"{name}.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else {}
+    content = json.loads(file.read_text()) if file.exists() else {}
+    results = content.get("results", {})
     with tempfile.TemporaryDirectory() as temporary:
         for seed in options.seeds:
             started = time.perf_counter()
@@ -270,16 +270,15 @@ def main() -> None:
             make = smollm2_world if options.smollm2 else demo_world
             world = make(folder, seed, *([options.tofu] if options.smollm2 else []))
             earlier = results.get(str(seed), {}).get("after", {})
-            found = run_seed(world, variants, folder)
+            found = run_seed(world, options.methods, folder)
             results[str(seed)] = {**found, "after": {**earlier, **found["after"]}}
+            content |= {"training": vars(world.training), **provenance()}
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s")
     seeds = list(results.values())
     complete = [v for v in seeds[0]["after"] if all(v in seed["after"] for seed in seeds)]
-    content = {
+    content |= {
         "summary (mean, standard deviation)": {v: summary_of(seeds, v) for v in complete},
         "options": OPTIONS,
-        "training": vars(world.training),
-        **provenance(),
         "results": results,  # by seed
     }
     file.parent.mkdir(parents=True, exist_ok=True)

