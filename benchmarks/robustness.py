@@ -3,7 +3,7 @@
     python benchmarks/robustness.py --seeds 11 4 22 --worlds runs/worlds
     python benchmarks/robustness.py --smollm2 --tofu FOLDER_OR_HUB_NAME --worlds runs/smollm2
 
-NPO+RT with several rho (0: ordinary steps) on the demo's world, then ``npo_fast.attack``:
+NPO+RT as in the demo with several rho (0: ordinary steps) on its world, then ``npo_fast.attack``:
 relearning a fifth of the forget set, and weights rounded to 8 and 4 bits. Forget probability and
 forget quality are those of the rest of the forget set. Rows go to WORLDS/robustness-SEED.jsonl as
 they come, and all to benchmarks/results/robustness.json (--smollm2: robustness_smollm2.json).
@@ -30,7 +30,7 @@ from npo_fast.versions import versions
 RESULTS = Path(__file__).parent / "results"
 RHOS = (0.0, 0.01, 0.03, 0.1, 0.3)
 RELEARNING = TrainSettings(epochs=5, batch_size=8, lr=1e-3, micro_batch_tokens=4096)
-METHOD = MethodOptions("NPO+RT", retain_coefficient=5.0)
+METHOD = MethodOptions("NPO+RT", beta="auto")
 
 
 def short(scores: npo_fast.Scores) -> dict[str, float]:
@@ -55,7 +55,10 @@ def run_demo(seed: int, worlds: Path, rhos: list[float]) -> list[dict]:
     for rho in rhos:
         if rows.has(seed=seed, rho=rho):
             continue
-        world.unlearn(replace(SETTINGS.unlearning, sharpness_rho=rho), method=METHOD)
+        world.unlearn(
+            replace(SETTINGS.unlearning, sharpness_rho=rho), method=METHOD,
+            holdout=world.dataset.holdout,
+        )  # fmt: skip
         scores = world.scores()
         with tempfile.TemporaryDirectory() as folder:
             attacks = attack(
