@@ -2,7 +2,7 @@
 
     python benchmarks/keep_utility.py --seeds 11 4 22 --worlds runs/worlds
 
-In the demo's world (rate 1e-3, ten epochs, 50 steps) NPO+RT, GA+RT and SimNPO+RT unlearn with fixed
+In the demo's world (rate 1e-3, 20 epochs, 100 steps) NPO+RT, GA+RT and SimNPO+RT unlearn with fixed
 coefficients 0.2, 1 and 5, with --keep-utility 0.9, 0.95 and 0.99 (from coefficient 1 on), and with
 the dual step of arXiv 2506.05314 on the same constraint. Rows go to WORLDS/keep_utility-SEED.jsonl
 as they come, and all to benchmarks/results/keep_utility.json.
