@@ -280,9 +280,10 @@ def main() -> None:
         if str(seed) in content["seeds"] and options.forms is None:
             continue
         world = make(seed)
-        known = content["seeds"].setdefault(
-            str(seed), {"levels": world.levels(), "utility": world.utility(), "forms": {}}
-        )
+        if str(seed) not in content["seeds"]:
+            known = {"levels": world.levels(), "utility": world.utility(), "forms": {}}
+            content["seeds"][str(seed)] = known
+        known = content["seeds"][str(seed)]
         for form, (terms, compared) in world.forms().items():
             if options.forms is not None and not any(part in form for part in options.forms):
                 continue
