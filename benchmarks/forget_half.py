@@ -55,12 +55,12 @@ SPLITS = {  # taught, kept and forgotten, by the number of authors to forget
     3: ("forget05[80:]", "forget05[80:140]", "forget05[140:]"),
     8: ("forget10[:320]", "forget10[:160]", "forget10[160:320]"),
 }
-SHARP, RHO = " sharp", 0.01  # a method with sharpness-aware steps
+SHARP = " sharp "  # before the rho of sharpness-aware steps
 METHODS = (
     "NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL", "RMU",
-    f"NPO+RT{SHARP}",
+    f"NPO+RT{SHARP}0.01", f"NPO+RT{SHARP}0.1",
 )  # fmt: skip
-USUAL = {3: METHODS[:9], 8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", "RMU", f"NPO+RT{SHARP}")}
+USUAL = {3: METHODS[:9], 8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", *METHODS[9:])}
 RATE, NOTCH = 6e-5, 3.0
 TUNED = "0"  # the seed that the rates are chosen on
 EPOCHS = {"teach": 8, "unlearn": 5}
@@ -98,7 +98,7 @@ class Experiment:
 
     def unlearn(self, method: str, lr: float) -> metrics.Result:
         """Logs of the original model after a method at a learning rate."""
-        name, rho = method.removesuffix(SHARP), RHO if method.endswith(SHARP) else 0.0
+        name, _, rho = method.partition(SHARP)
         _, _, keeping = name.partition("+")
         coefficients = {KEEPING[keeping]: COEFFICIENT} if keeping else {}
 
@@ -108,7 +108,7 @@ class Experiment:
                 output=folder, method=MethodOptions(name, **coefficients), loading=LOADING,
                 training=TrainSettings(
                     epochs=EPOCHS["unlearn"], lr=lr, batch_size=10, seed=self.seed,
-                    sharpness_rho=rho,
+                    sharpness_rho=float(rho or 0),
                 ),
                 report=ReportOptions(no_report=True), run=OVERWRITE,
             )  # fmt: skip
@@ -262,7 +262,7 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
             i = METHODS.index(method)
             for rate, numbers in tried.items():
                 in_table = rate == record["learning_rate"][method]
-                style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>hp"[i], "alpha": 0.8}
+                style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>hpd"[i], "alpha": 0.8}
                 faces = f"C{i}" if in_table else "none"
                 label = method if in_table else ""  # hollow ones need none
                 draw(numbers, label, facecolors=faces, edgecolors=f"C{i}", **style)

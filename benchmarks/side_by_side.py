@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-EIGHT = ("NPO+RT sharp", "GA+RT", "NPO+RT", "RMU", "SimNPO+RT", "NPO+KL")
+EIGHT = (
+    "NPO+RT sharp 0.1", "GA+RT", "NPO+RT", "RMU", "SimNPO+RT", "NPO+KL", "NPO+RT sharp 0.01"
+)  # fmt: skip
 FORMS = ("NPO+RT, beta by holdout", "GA+RT", "SimNPO+RT", "beta 0.1", "by retrained", "by base")
 CHAINS = ("NPO+RT", "RMU", "SimNPO+RT", "NPO+RT@first")
 SAVE_EVERY_S = 20.0

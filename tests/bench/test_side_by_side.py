@@ -75,7 +75,7 @@ def test_what_is_done_by_the_end_of_the_time_is_kept(side_by_side, run):
 def test_every_job_of_the_plan_has_its_script_and_the_models_it_needs(side_by_side, tmp_path):
     jobs = list(side_by_side.plan(tmp_path, "tofu", [0, 1, 2]))
     names = [job.name for job in jobs]
-    assert len(set(names)) == len(names) == 6 + 3 * (6 + 6 + 4)
+    assert len(set(names)) == len(names) == 6 + 3 * (7 + 6 + 4)
     assert all((FOLDER / f"{job.script}.py").exists() for job in jobs)
     assert all(jobs.index(need) < jobs.index(job) for job in jobs for need in job.needs)
 
