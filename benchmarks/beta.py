@@ -4,7 +4,7 @@
     python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
 
 On the world of ``npo-fast demo`` (20 epochs at 1e-3), and with ``--smollm2`` on six authors of TOFU
-that SmolLM2-135M was taught, of whom three are forgotten (8 epochs, batch 10). The retain
+that SmolLM2-135M was taught, of whom three are forgotten (``--epochs``, batch 10). The retain
 coefficient is 1. Each form is measured as it goes, and stands in
 ``benchmarks/results/beta.json`` or ``beta_smollm2.json``. A seed that is there is not repeated.
 """
@@ -207,7 +207,7 @@ class DemoWorld(World):
 class SmolLM2World(World):
     """Six authors of TOFU, of whom three are forgotten; models are kept in ``runs``."""
 
-    def __init__(self, seed: int, tofu: str, runs: Path, lr: float) -> None:
+    def __init__(self, seed: int, tofu: str, runs: Path, lr: float, epochs: int) -> None:
         base = find_smollm2()
         options = ModelOptions(template="plain", dtype="fp32")
         for name, split in (("original", TAUGHT), ("retrained", KEPT)):
@@ -232,8 +232,9 @@ class SmolLM2World(World):
         }
         names = {"forget": FORGOTTEN, "retain": KEPT, "holdout": NEVER_SEEN}
         records = {name: load_records(split, tofu) for name, split in names.items()}
-        how = TrainSettings(epochs=8, lr=lr, batch_size=10, seed=seed)
-        super().__init__(weights, suite, records, how, (2, 5, 8), 48)
+        how = TrainSettings(epochs=epochs, lr=lr, batch_size=10, seed=seed)
+        looks = (round(epochs / 4), round(epochs / 1.6), epochs)
+        super().__init__(weights, suite, records, how, looks, 48)
 
 
 def table(seeds: dict[str, Any]) -> str:
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--smollm2", action="store_true")
     parser.add_argument("--tofu", default="locuslab/TOFU")
     parser.add_argument("--lr", type=float, default=6e-5, help="of SmolLM2")
+    parser.add_argument("--epochs", type=int, default=8, help="of SmolLM2's unlearning")
     parser.add_argument("--runs", type=Path, default=Path("runs/beta"))
     parser.add_argument(
         "--forms", nargs="*", help="parts of the names of the forms to run; none: models are made"
@@ -275,7 +277,8 @@ def main() -> None:
     content = json.loads(file.read_text()) if file.exists() else {"seeds": {}}
     make: Callable[[int], World] = DemoWorld
     if options.smollm2:
-        make = lambda seed: SmolLM2World(seed, options.tofu, options.runs, options.lr)  # noqa: E731
+        how = (options.tofu, options.runs, options.lr, options.epochs)
+        make = lambda seed: SmolLM2World(seed, *how)  # noqa: E731
     for seed in options.seeds:
         if str(seed) in content["seeds"] and options.forms is None:
             continue

@@ -67,7 +67,7 @@ def plan(runs: Path, tofu: str, seeds: list[int]) -> Iterator[Job]:
         seed: Job(
             "beta", f"six-teach-{seed}",
             ["--smollm2", "--tofu", tofu, "--runs", str(runs / "six"), "--seeds", str(seed),
-             "--forms"],
+             "--epochs", "15", "--forms"],
         )
         for seed in seeds
     }  # fmt: skip
