@@ -1,6 +1,6 @@
 """Where forgetting stops: ``--beta auto`` against a fixed beta, other forms, GA+RT and SimNPO+RT.
 
-    python benchmarks/beta.py --seeds 0 1 2 3 4 5 6 7 8 9
+    python benchmarks/beta.py --seeds 0 1 2 3 4 5 6 7 11 22
     python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
 
 On the world of ``npo-fast demo`` (20 epochs at 1e-3), and with ``--smollm2`` on six authors of TOFU

@@ -31,7 +31,7 @@ from npo_fast.bench.provenance import provenance
 from npo_fast.data import Record, Template, load_records
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.suite import tofu_suite
-from npo_fast.experiments.demo.experiment import COMMON_REPEATS, LOADING, DemoSettings, Student
+from npo_fast.experiments.demo.experiment import LOADING, DemoSettings, Student
 from npo_fast.methods import METHODS
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.runs.options import ReportOptions, RunOptions
@@ -101,17 +101,8 @@ def first_records(log: dict[str, Any], count: int) -> dict[str, Any]:
 def demo_world(folder: Path, seed: int) -> World:
     """Fifty made-up authors in a model of 0.7 million parameters."""
     dataset = DEMO.dataset(seed)
-    student = Student(dataset.texts(), seed)
-    common = dataset.background + dataset.common * COMMON_REPEATS
-    if not (folder / "pretraining/model").exists():
-        student.learn(common, DEMO.pretraining, folder / "pretraining")
-    for name, forget in (("retrained", []), ("original", dataset.forget)):
-        if (folder / name / "model").exists():
-            continue
-        taught = Student.__new__(Student)
-        taught.seed, taught.tokenizer = seed, student.tokenizer
-        taught.lm = load_model(str(folder / "pretraining"))
-        taught.learn(dataset.retain + forget, DEMO.teaching, folder / name)
+    if not (folder / "original/model").exists():  # the last one to be taught
+        Student(dataset.texts(), seed).teach(dataset, DEMO, folder)
     size = len(dataset.forget) // REQUESTS
     return World(
         folder / "original", folder / "retrained",

@@ -1,6 +1,6 @@
 """What sharpness-aware steps buy: attacks on models that forgot with and without them.
 
-    python benchmarks/robustness.py --seeds 11 4 22 --worlds runs/worlds
+    python benchmarks/robustness.py --seeds 0 1 2 4 11 --worlds runs/worlds
     python benchmarks/robustness.py --smollm2 --tofu FOLDER_OR_HUB_NAME --worlds runs/smollm2
 
 NPO+RT as in the demo with several rho (0: ordinary steps) on its world, then ``npo_fast.attack``:

@@ -37,14 +37,13 @@ SAVE_EVERY_S = 20.0
 
 @dataclass
 class Job:
-    """One command, and the jobs whose files it needs."""
+    """One command, and the jobs whose files it needs; it begins with what they found."""
 
     script: str
     name: str
     arguments: list[str]
     needs: list["Job"] = field(default_factory=list)
     result: str = ""  # the file that its own is merged into
-    begin_with: list["Job"] = field(default_factory=list)  # their results
     links: dict[Path, Path] = field(default_factory=dict)  # folders of others
     process: subprocess.Popen | None = None
 
@@ -83,7 +82,6 @@ def plan(runs: Path, tofu: str, seeds: list[int]) -> Iterator[Job]:
             )  # fmt: skip
             if method in first:
                 job.needs.append(first[method])
-                job.begin_with.append(first[method])
             first.setdefault(method, job)
             yield job
     for form in FORMS:
@@ -142,8 +140,9 @@ class Pool:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(folder)
         content: dict[str, Any] = {}
-        for other in job.begin_with:
-            merge(content, json.loads(self._file(other).read_text()))
+        for need in job.needs:
+            if need.result:
+                merge(content, json.loads(self._file(need).read_text()))
         if content:
             self._file(job).write_text(json.dumps(content))
         command = [sys.executable, str(HERE / f"{job.script}.py"), *job.arguments]
@@ -161,7 +160,8 @@ class Pool:
                     merge(content, json.loads(self._file(job).read_text()))
             if content:
                 text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-                (self.out / name).write_text(text, encoding="utf-8")
+                (self.out / f".{name}").write_text(text, encoding="utf-8")
+                (self.out / f".{name}").replace(self.out / name)
         with tarfile.open(self.out / ".logs.tar.gz", "w:gz") as archive:
             for log in sorted(self.files.glob("*.log")):
                 archive.add(log, log.name)

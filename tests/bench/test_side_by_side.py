@@ -49,9 +49,7 @@ def run(side_by_side, tmp_path, monkeypatch):
 
 def test_a_job_waits_for_what_it_needs_and_begins_with_its_results(side_by_side, run):
     first = side_by_side.Job("tool", "first", ["--seed", "0", "--sleep", "0.5"], result="all.json")
-    second = side_by_side.Job(
-        "tool", "second", ["--seed", "1"], [first], "all.json", begin_with=[first]
-    )
+    second = side_by_side.Job("tool", "second", ["--seed", "1"], [first], "all.json")
     alone = side_by_side.Job("tool", "alone", ["--seed", "2"], result="all.json")
     assert run([second, first, alone]) == {
         "0": {"began_with": []}, "1": {"began_with": ["0"]}, "2": {"began_with": []}
