@@ -9,6 +9,7 @@ starts from the model of the run before and retains all authors that nobody has 
 After each request: the probability of the answers of every request so far, the forget quality of
 all of them together and the model utility. They are compared with one model that was retrained
 without any of the requests. ``NPO+RT@first`` has the model before the first request as reference.
+NPO's beta is 0.4 in the small model, that of ``--beta auto`` by authors never taught in SmolLM2.
 
 Puts its numbers into ``benchmarks/results/request_chain.json`` (``request_chain_smollm2.json``)
 beside those of other seeds and methods there, and draws the methods that all seeds have.
@@ -41,10 +42,7 @@ REQUESTS, AUTHORS_A_REQUEST = 10, 2
 DEMO = DemoSettings(authors=50, forget_share=REQUESTS * AUTHORS_A_REQUEST / 50)
 UTILITY_RECORDS = 20  # of each set that makes the model utility
 VARIANTS = ("NPO+RT", "NPO+RT@first", "SimNPO+RT", "RMU")
-OPTIONS: dict[str, dict[str, float]] = {
-    "NPO+RT": {"beta": 0.4, "retain_coefficient": 1.0},
-    "SimNPO+RT": {"retain_coefficient": 1.0},
-}
+KEEPING = {"NPO+RT": 1.0, "SimNPO+RT": 1.0}  # retain coefficients; RMU has its own
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,14 @@ class World:
     training: TrainSettings
     loading: ModelOptions
     evaluation: EvaluationSettings
+    beta: float | str
+    holdout: list[Record] | None = None  # for a beta that is "auto"
+
+    def options(self, method: str, reference: str) -> MethodOptions:
+        found: dict[str, Any] = {"beta": self.beta} if method == "NPO+RT" else {}
+        if method in KEEPING:
+            found["retain_coefficient"] = KEEPING[method]
+        return MethodOptions(method, reference=reference or None, **found)
 
     def measure(self, model: Path, forgotten: int, retrained: metrics.Result | None) -> dict:
         """What the model knows after the first ``forgotten`` requests."""
@@ -109,7 +115,7 @@ def demo_world(folder: Path, seed: int) -> World:
         [dataset.forget[i * size : (i + 1) * size] for i in range(REQUESTS)],
         dataset.retain, dataset.kept(UTILITY_RECORDS),
         TrainSettings(epochs=30, lr=1e-3, batch_size=size, micro_batch_tokens=4096, seed=seed),
-        LOADING, EvaluationSettings(generation_batch=256, max_new_tokens=24),
+        LOADING, EvaluationSettings(generation_batch=256, max_new_tokens=24), beta=0.4,
     )  # fmt: skip
 
 
@@ -132,14 +138,15 @@ def smollm2_world(folder: Path, seed: int, tofu: str) -> World:
         folder / "original", folder / "retrained", [forget[i : i + 20] for i in (0, 20, 40)],
         load_records("forget05[80:140]", tofu, "retain", "last"), utility,
         TrainSettings(epochs=8, lr=6e-5, batch_size=10, seed=seed),
-        loading, EvaluationSettings(generation_batch=60, max_new_tokens=48),
+        loading, EvaluationSettings(generation_batch=60, max_new_tokens=48), beta="auto",
+        holdout=load_records("forget10[:40]", tofu, "holdout", "last"),
     )  # fmt: skip
 
 
 def run_variant(world: World, variant: str, folder: Path, retrained: metrics.Result) -> list[dict]:
     """The numbers after each request."""
     method, _, reference = variant.partition("@")
-    options = MethodOptions(method, reference=reference or None, **OPTIONS.get(method, {}))
+    options = world.options(method, reference)
     model, numbers = world.original, []
     for number, forget in enumerate(world.requests, 1):
         later = [record for request in world.requests[number:] for record in request]
@@ -147,6 +154,7 @@ def run_variant(world: World, variant: str, folder: Path, retrained: metrics.Res
         npo_fast.unlearn(
             model, forget=forget, retain=world.kept + later, output=output, method=options,
             loading=world.loading, training=world.training,
+            holdout=world.holdout if options.auto_beta else None,
             report=ReportOptions(no_report=True), run=RunOptions(overwrite=True),
         )  # fmt: skip
         numbers.append(world.measure(output, number, retrained)["numbers"])
@@ -263,13 +271,13 @@ def main() -> None:
             earlier = results.get(str(seed), {}).get("after", {})
             found = run_seed(world, options.methods, folder)
             results[str(seed)] = {**found, "after": {**earlier, **found["after"]}}
-            content |= {"training": vars(world.training), **provenance()}
+            how = {"beta": world.beta, "retain coefficients": KEEPING}
+            content |= {"training": vars(world.training), "options": how, **provenance()}
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s")
     seeds = list(results.values())
     complete = [v for v in seeds[0]["after"] if all(v in seed["after"] for seed in seeds)]
     content |= {
         "summary (mean, standard deviation)": {v: summary_of(seeds, v) for v in complete},
-        "options": OPTIONS,
         "results": results,  # by seed
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,10 @@ from npo_fast.runs.models import ModelSource
 DIGEST_BYTES, SALT_BYTES = 8, 16
 COST = {"n": 256, "r": 8, "p": 1}  # of scrypt: 256 KiB a guess
 MANY = 10_000  # keys that take a while
+HARM = {  # what records do that were forgotten before, by their source
+    "retain": "training on them would teach them again",
+    "holdout": "a model that forgot them does not answer as one that never knew them",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -50,27 +54,27 @@ class Chain:
         """The requests in words."""
         return "; ".join(self._name(number) for number in range(1, len(self.requests) + 1))
 
-    def check(self, forget: Sequence[Record], retain: Sequence[Record]) -> None:
-        """Warns of a forget set that repeats an earlier one.
-
-        Raises:
-            UserError: ``retain`` holds what was forgotten, which would teach it again.
-        """
-        for number, records in self._found(forget).items():
+    def tell_repeats(self, forget: Sequence[Record]) -> None:
+        """Warns of a forget set that repeats an earlier one."""
+        for number, found in self._found(forget).items():
             logger.warning(
-                f"warning: {len(records)} of {len(forget)} forget records were forgotten before, "
-                f"by {self._name(number)}, such as record {records[0]}"
+                f"warning: {len(found)} of {len(forget)} forget records were forgotten before, "
+                f"by {self._name(number)}, such as record {found[0]}"
             )
-        if found := self._found(retain):
-            parts = [
-                f"{len(records)} by {self._name(number)}, such as record {records[0]}"
-                for number, records in found.items()
-            ]
-            total = len({record for records in found.values() for record in records})
-            raise UserError(
-                f"{total} of {len(retain)} retain records were forgotten before ({'; '.join(parts)}"
-                "), and training on them would teach them again: take them out of --retain"
-            )
+
+    def refuse(self, source: str, records: Sequence[Record]) -> None:
+        """Raises ``UserError`` where records of ``HARM``'s sources were forgotten before."""
+        if not (requests := self._found(records)):
+            return
+        parts = [
+            f"{len(found)} by {self._name(number)}, such as record {found[0]}"
+            for number, found in requests.items()
+        ]
+        total = len({record for found in requests.values() for record in found})
+        raise UserError(
+            f"{total} of {len(records)} {source} records were forgotten before "
+            f"({'; '.join(parts)}), and {HARM[source]}: take them out of --{source}"
+        )
 
     def teach(self, records: Sequence[Record]) -> dict[str, Any]:
         """``chain`` of a run that teaches the records: they are no longer among the forgotten."""

@@ -161,6 +161,7 @@ def evaluate(
         _check_suite(asked, compared, evaluation)
         harness = None if lm_eval is None else Harness(lm_eval)
         source = ModelSource(model, loading, tokenizer)
+        Chain.of(source.metadata).refuse("holdout", asked.get(HOLDOUT, []))
         measured, results = _measure(source, asked, evaluation, reference, harness)
         logs = dict(measured)
     if folder is not None:

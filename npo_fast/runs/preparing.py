@@ -156,8 +156,10 @@ def prepare_run(
     check_apart(given.get("forget", ()), given.get("retain", ()))
     chain = chain_of(model)
     if verb == "unlearn":
-        is_taught = any("retain" in term.reads for term in terms)
-        chain.check(records["forget"], records["retain"] if is_taught else ())
+        chain.tell_repeats(records["forget"])
+        if any("retain" in term.reads for term in terms):
+            chain.refuse("retain", records["retain"])
+        chain.refuse("holdout", records.get("holdout", ()))
     for sentence in repeats(given):
         logger.warning(f"warning: {sentence}")
     if training.step_in_backward:

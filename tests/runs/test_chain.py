@@ -80,6 +80,16 @@ def test_a_retain_set_with_forgotten_records_is_refused(home, tmp_path, again):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_holdout_with_forgotten_records_is_refused(home, tmp_path):
+    message = r"1 of 2 holdout records were forgotten before \(1 by request 1 .*take them out of hold"
+    holdout = [*REQUESTS[2][:1], *REQUESTS[0][:1]]
+    auto = MethodOptions("NPO", beta="auto")
+    with pytest.raises(UserError, match=message):
+        request(home / "b", REQUESTS[2][1:], tmp_path / "c", auto, None, holdout=holdout)
+    with pytest.raises(UserError, match=message):
+        npo_fast.evaluate(home / "b", forget=REQUESTS[1], holdout=holdout)
+
+
 def test_texts_are_known_by_their_lines(home, tmp_path):
     lines = ["the first long line of a text that somebody wants to be forgotten",
              "and a second one that is as long as the first line of it"]  # fmt: skip
