@@ -15,6 +15,7 @@ from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize_suite
+from npo_fast.methods import FINETUNE
 from npo_fast.metrics import FORGET, retrained_log
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_file
@@ -24,6 +25,7 @@ from npo_fast.runs.preflight import check_writable
 from npo_fast.runs.progress import ProgressBar, progress
 from npo_fast.runs.saving import Saving
 from npo_fast.runs.scores import Logs, Scores, logs_of, save_logs
+from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import check_output, with_checked_keywords
 
@@ -91,6 +93,9 @@ def attack(
         check_vocabulary({"forget": template.encode_all(forget_records)[0]}, lm.vocabulary)
         seen = [forget_records[i] for i in split.seen]
         rest = [forget_records[i] for i in split.rest]
+        taught = template.encode_all(seen)[0]
+        if "relearn" in attacks.names:  # before anything takes its time
+            check_settings(lm, {"train": taught}, FINETUNE, training)
         logger.info(f"{len(seen)} forget records to relearn from, {len(rest)} to measure")
         measured = tokenize_suite(template, {**suite, FORGET: rest})
         tokens = training.micro_batch_tokens
@@ -108,7 +113,7 @@ def attack(
         measure(lm, "before")
         if "relearn" in attacks.names:
             bar = ProgressBar("relearn")
-            attacked = relearn(lm, template.encode_all(seen)[0], training, bar.on_step)
+            attacked = relearn(lm, taught, training, bar.on_step)
             bar.on_end()
             measure(attacked, "relearn")
         for bits in attacks.widths if "quantize" in attacks.names else ():

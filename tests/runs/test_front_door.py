@@ -335,6 +335,13 @@ def test_evaluate_attack_and_report_take_runs(run, base, tmp_path):
     assert (tmp_path / "page.md").exists()
 
 
+def test_an_attack_refuses_how_to_relearn_before_it_measures(run, tmp_path):
+    keeping = TrainSettings(epochs=1, keep_utility=0.9)
+    with pytest.raises(UserError, match="weighs a retain term"):
+        npo_fast.attack(run, forget=FORGET, output=tmp_path / "attack", training=keeping)
+    assert not (tmp_path / "attack").exists()
+
+
 def test_a_dry_run_loads_no_weight_and_writes_nothing(base, tmp_path):
     planned = npo_fast.unlearn(
         str(base), forget=FORGET, retain=RETAIN, output=tmp_path / "run", training=TRAINING,
