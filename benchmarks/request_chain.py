@@ -9,7 +9,8 @@ starts from the model of the run before and retains all authors that nobody has 
 After each request: the probability of the answers of every request so far, the forget quality of
 all of them together and the model utility. They are compared with one model that was retrained
 without any of the requests. ``NPO+RT@first`` has the model before the first request as reference.
-NPO's beta is 0.4 in the small model, that of ``--beta auto`` by authors never taught in SmolLM2.
+NPO's beta is 0.4 in the small model, that of ``--beta auto`` by authors never taught in SmolLM2,
+whose retain coefficient and rate are those of ``forget_half.py``.
 
 Puts its numbers into ``benchmarks/results/request_chain.json`` (``request_chain_smollm2.json``)
 beside those of other seeds and methods there, and draws the methods that all seeds have.
@@ -42,7 +43,6 @@ REQUESTS, AUTHORS_A_REQUEST = 10, 2
 DEMO = DemoSettings(authors=50, forget_share=REQUESTS * AUTHORS_A_REQUEST / 50)
 UTILITY_RECORDS = 20  # of each set that makes the model utility
 VARIANTS = ("NPO+RT", "NPO+RT@first", "SimNPO+RT", "RMU")
-KEEPING = {"NPO+RT": 1.0, "SimNPO+RT": 1.0}  # retain coefficients; RMU has its own
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class World:
     training: TrainSettings
     loading: ModelOptions
     evaluation: EvaluationSettings
-    beta: float | str
+    beta: float | str  # of NPO
+    retain_coefficient: float  # of NPO and SimNPO
     holdout: list[Record] | None = None  # for a beta that is "auto"
 
     def options(self, method: str, reference: str) -> MethodOptions:
-        found: dict[str, Any] = {"beta": self.beta} if method == "NPO+RT" else {}
-        if method in KEEPING:
-            found["retain_coefficient"] = KEEPING[method]
+        found: dict[str, Any] = {"beta": self.beta} if method.startswith("NPO") else {}
+        if method.endswith("+RT"):
+            found["retain_coefficient"] = self.retain_coefficient
         return MethodOptions(method, reference=reference or None, **found)
 
     def measure(self, model: Path, forgotten: int, retrained: metrics.Result | None) -> dict:
@@ -116,6 +117,7 @@ def demo_world(folder: Path, seed: int) -> World:
         dataset.retain, dataset.kept(UTILITY_RECORDS),
         TrainSettings(epochs=30, lr=1e-3, batch_size=size, micro_batch_tokens=4096, seed=seed),
         LOADING, EvaluationSettings(generation_batch=256, max_new_tokens=24), beta=0.4,
+        retain_coefficient=1.0,
     )  # fmt: skip
 
 
@@ -137,9 +139,9 @@ def smollm2_world(folder: Path, seed: int, tofu: str) -> World:
     return World(
         folder / "original", folder / "retrained", [forget[i : i + 20] for i in (0, 20, 40)],
         load_records("forget05[80:140]", tofu, "retain", "last"), utility,
-        TrainSettings(epochs=8, lr=6e-5, batch_size=10, seed=seed),
+        TrainSettings(epochs=8, lr=1.8e-4, batch_size=10, seed=seed),
         loading, EvaluationSettings(generation_batch=60, max_new_tokens=48), beta="auto",
-        holdout=load_records("forget10[:40]", tofu, "holdout", "last"),
+        retain_coefficient=5.0, holdout=load_records("forget10[:40]", tofu, "holdout", "last"),
     )  # fmt: skip
 
 
@@ -271,7 +273,7 @@ def main() -> None:
             earlier = results.get(str(seed), {}).get("after", {})
             found = run_seed(world, options.methods, folder)
             results[str(seed)] = {**found, "after": {**earlier, **found["after"]}}
-            how = {"beta": world.beta, "retain coefficients": KEEPING}
+            how = {"beta": world.beta, "retain_coefficient": world.retain_coefficient}
             content |= {"training": vars(world.training), "options": how, **provenance()}
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s")
     seeds = list(results.values())

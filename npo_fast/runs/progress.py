@@ -51,15 +51,23 @@ def progress(title: str) -> Iterator[Any]:
         yield update
 
 
+def silence() -> None:
+    """Draws no more bars in this process: another one has the terminal."""
+    _Bar.silent = True
+
+
 def _bar(total: int, title: str, unit: str, done: int = 0) -> "tqdm[Any]":
     pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    silent: dict[str, Any] = {} if is_main_process() else {"disable": True}
+    disable = _Bar.silent or not is_main_process()
+    silent: dict[str, Any] = {"disable": True} if disable else {}  # False beats TQDM_DISABLE
     options = {"unit": unit, "dynamic_ncols": True, "mininterval": pause, **silent}
     return _Bar(total=total, initial=done, desc=printable(title), **options)
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
     """A bar that standard error need not take: it may be a file on a full disk."""
+
+    silent = False
 
     def display(self, *arguments: Any, **options: Any) -> Any:
         with suppress(OSError):

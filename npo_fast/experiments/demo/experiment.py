@@ -1,12 +1,18 @@
 """The demo: teach, retrain, unlearn half, measure over time. Small enough to watch."""
 
 import json
+import multiprocessing
+import os
+import pickle
+import signal
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from npo_fast import metrics
@@ -30,7 +36,9 @@ from npo_fast.runs import (
     unlearn,
 )
 from npo_fast.runs.options import AUTO
+from npo_fast.runs.progress import progress, silence
 from npo_fast.tables import number
+from npo_fast.trainer.order import step_count
 from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.versions import versions
 
@@ -171,16 +179,40 @@ class Demo:
                 self.original = logs
             self.retrained = self.retrained or logs
             outcomes[name] = self._outcome(logs, [self._point(0, logs)])
-        for method in METHODS:
-            student.lm.model.load_state_dict(taught["original"])
-            outcomes[method] = self._unlearn(method)
-        return outcomes
+        return outcomes | self._side_by_side()
 
     def look(self, epoch: int) -> Point:
         """The model as it is, by the losses of its forget and retain answers."""
         retain = [replace(record, perturbed_answers=()) for record in self.dataset.retain]
         sets = {metrics.FORGET: self.dataset.forget, metrics.RETAIN: retain}
         return self._point(epoch, self.student.evaluate(sets, generate=False))
+
+    def _side_by_side(self) -> dict[str, Outcome]:
+        """Every method on the model as it is, in as many processes as there are cores for."""
+        threads = torch.get_num_threads()
+        pool = ProcessPoolExecutor(
+            max(1, min(len(METHODS), (os.cpu_count() or 1) // threads)),
+            multiprocessing.get_context("spawn"), _begin, (threads,),
+        )  # fmt: skip
+        try:
+            # bytes, since tensors would go as shared memory, and all methods train the same ones
+            copy = pickle.dumps(self)
+            jobs = {method: pool.submit(_unlearned, copy, method) for method in METHODS}
+            self._watch(list(jobs.values()))
+            return {method: job.result() for method, job in jobs.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _watch(self, jobs: list[Future[Outcome]]) -> None:
+        """Draws a bar over the steps of all methods until they are through, or one has failed."""
+        steps = step_count(len(self.dataset.forget), self.settings.unlearning)
+        logs = [self.folder / folder_of(method) / "steps.jsonl" for method in METHODS]
+        left: set[Future[Outcome]] = set(jobs)
+        with progress("unlearning by") as update:
+            while left and not any(job.done() and job.exception() for job in jobs):
+                _, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
+                done = sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+                update(f"{len(METHODS)} methods", done, steps * len(METHODS))
 
     def _unlearn(self, method: str) -> Outcome:
         started = time.perf_counter()
@@ -244,6 +276,17 @@ class Demo:
             original=self.original, retrained=self.retrained, output=self.folder / "report.html",
         )  # fmt: skip
         (self.folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _begin(threads: int) -> None:
+    """Of a process that unlearns: one bar is drawn for all, and Ctrl-C goes to the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    silence()
+
+
+def _unlearned(demo: bytes, method: str) -> Outcome:
+    return pickle.loads(demo)._unlearn(method)
 
 
 def folder_of(method: str) -> str:
