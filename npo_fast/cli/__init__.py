@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from npo_fast.errors import (
     one_line,
     settings_as_flags,
 )
+from npo_fast.quiet import quieten_libraries
 from npo_fast.tables import printable
 
 
@@ -108,9 +108,6 @@ SUBCOMMANDS = {
 # subcommands that run a model, and measure no time
 FIT_THREADS = ("demo", "unlearn", "finetune", "evaluate", "attack", "synthetic", "reproduce")
 
-# they tell every user of a CPU which GPU libraries cannot be loaded, and developers what is old
-CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
-
 
 @settings_as_flags()
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 1 (the run failed), 2 (a mistake in the call), 70 (a mistake of npo_fast), or 128 + the
     signal that ended it.
     """
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quieten_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())

@@ -30,7 +30,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"run_files"},
     {"boundary"},
     {"versions", "tables", "paths", "validation", "locks"},
-    {"errors", "_version", "tracing"},
+    {"errors", "_version", "tracing", "quiet"},
 ]
 
 

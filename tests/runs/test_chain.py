@@ -81,7 +81,7 @@ def test_a_retain_set_with_forgotten_records_is_refused(home, tmp_path, again):
 
 
 def test_a_holdout_with_forgotten_records_is_refused(home, tmp_path):
-    message = r"1 of 2 holdout records were forgotten before \(1 by request 1 .*take them out of hold"
+    message = r"1 of 2 holdout records were forgotten before \(1 by request 1 .*take them out"
     holdout = [*REQUESTS[2][:1], *REQUESTS[0][:1]]
     auto = MethodOptions("NPO", beta="auto")
     with pytest.raises(UserError, match=message):

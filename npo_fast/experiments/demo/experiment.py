@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -25,6 +24,7 @@ from npo_fast.metrics import examples_in
 from npo_fast.metrics.evidence import MEANINGFUL, Evidence
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Verdict, judge
+from npo_fast.quiet import begin_helper
 from npo_fast.reports.figures import Point, plot_unlearning
 from npo_fast.runs import (
     Callback,
@@ -192,12 +192,12 @@ class Demo:
         threads = torch.get_num_threads()
         pool = ProcessPoolExecutor(
             max(1, min(len(METHODS), (os.cpu_count() or 1) // threads)),
-            multiprocessing.get_context("spawn"), _begin, (threads,),
+            multiprocessing.get_context("spawn"), begin_helper,
         )  # fmt: skip
         try:
             # bytes, since tensors would go as shared memory, and all methods train the same ones
             copy = pickle.dumps(self)
-            jobs = {method: pool.submit(_unlearned, copy, method) for method in METHODS}
+            jobs = {method: pool.submit(_unlearned, copy, method, threads) for method in METHODS}
             self._watch(list(jobs.values()))
             return {method: job.result() for method, job in jobs.items()}
         finally:
@@ -278,14 +278,10 @@ class Demo:
         (self.folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def _begin(threads: int) -> None:
-    """Of a process that unlearns: one bar is drawn for all, and Ctrl-C goes to the first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _unlearned(demo: bytes, method: str, threads: int) -> Outcome:
+    """In a process of its own; one bar is drawn for all of them."""
     torch.set_num_threads(threads)
     silence()
-
-
-def _unlearned(demo: bytes, method: str) -> Outcome:
     return pickle.loads(demo)._unlearn(method)
 
 
