@@ -6,21 +6,21 @@
 
 Six authors of TOFU (120 questions) are learnt, the last three forgotten, nine methods. What keeps
 the rest (retain NLL, KL) counts five times, as the paper has it for 50 %. One rule for the learning
-rate, on seed 0: each method starts at 6e-5 (of eight authors at what six authors led to); where its
-forget quality stays below 0.05 it runs once more, at three times the rate if the forget answers are
-still likelier than under the retrained model, else at a third of it. The run with the higher forget
-quality stands in the table, unless it kept less than half of the utility and the other did not.
-Other seeds take the rates of seed 0.
+rate, on seed 0: each method starts at 6e-5; where its forget quality stays below 0.05 it runs
+once more, at three times the rate if the forget answers are still likelier than under the retrained
+model, else at a third of it. The run with the higher forget quality stands in the table, unless it
+kept less than half of the utility and the other did not. Every other run takes the rate that stands
+in ``benchmarks/results/forget_half.json``; NPO+RT with sharpness-aware steps (rho 0.1) or with
+``--beta auto`` (by authors never taught) takes NPO+RT's.
 
 Each seed teaches its own two models. A run that is there already is not repeated, and its numbers
-go into ``benchmarks/results/forget_half.json`` beside those of other methods and seeds there, with
-a figure. The table of all is printed at the end.
+go into the result beside those of other methods and seeds there, with a figure. The table of all is
+printed at the end.
 
 With ``--authors 8`` it is sixteen authors and eight of them forgotten (160 questions, so that a
-p-value can tell methods apart), RMU, NPO+RT with sharpness-aware steps and with ``--beta auto`` (by
-four authors never taught) among the methods, and each model is attacked: a fifth of the forget set
-is taught again, and the weights are rounded to four bits (``forget_eight.json``). It takes some
-three hours a seed on two CPU cores.
+p-value can tell methods apart), and the result is ``forget_eight.json``. ``--attack`` teaches each
+model a fifth of the forget set again, and rounds its weights to eight and to four bits. A seed with
+all methods takes some four hours on two CPU cores.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,9 @@ METHODS = (
 )  # fmt: skip
 USUAL = {3: METHODS[:9], 8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", "RMU", SHARP, BY_RULE)}
 RATE, NOTCH = 6e-5, 3.0
-RATES = {  # that the rule starts with, where it is not RATE
-    3: {}, 8: dict.fromkeys(("NPO+RT", "NPO+KL", "SimNPO+RT", SHARP, BY_RULE), NOTCH * RATE),
-}  # fmt: skip
 TUNED = "0"  # the seed that the rates are chosen on
-EPOCHS = {"teach": 8, "unlearn": 5}
+TEACHING = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
+EPOCHS = 5  # of unlearning
 KEEPING = {"RT": "retain_coefficient", "KL": "kl_coefficient"}
 COEFFICIENT = 5.0
 LOADING = ModelOptions(template="plain", dtype="fp32")
@@ -82,11 +81,10 @@ ANSWERS_SHOWN = (3, 25, 47)  # one question of each forgotten author
 class Experiment:
     """Folders of runs, their logs, and what they say about each other."""
 
-    def __init__(self, tofu: str, runs: Path, seed: int, authors: int) -> None:
+    def __init__(self, tofu: str, runs: Path, seed: int, authors: int, attacks: bool) -> None:
         self.tofu, self.runs, self.seed = tofu, runs, seed
         self.taught, self.kept, self.forgotten = SPLITS[authors]
-        self.held_out, self.rates = HELD_OUT[authors], RATES[authors]
-        self.attacks = authors == 8
+        self.held_out, self.attacks = HELD_OUT[authors], attacks
         self.smollm2 = find_smollm2()
 
     def teach(self, name: str, split: str) -> metrics.Result:
@@ -95,10 +93,7 @@ class Experiment:
         def run(folder: Path) -> None:
             npo_fast.finetune(
                 self.smollm2, train=split, data=self.tofu, output=folder, loading=LOADING,
-                training=TrainSettings(
-                    epochs=EPOCHS["teach"], lr=1e-4, batch_size=8, seed=self.seed
-                ),
-                run=OVERWRITE,
+                training=replace(TEACHING, seed=self.seed), run=OVERWRITE,
             )  # fmt: skip
 
         return self._logs(name, run)
@@ -117,7 +112,7 @@ class Experiment:
                 self.runs / "original", forget=self.forgotten, retain=self.kept, data=self.tofu,
                 output=folder, method=MethodOptions(name, **coefficients), loading=LOADING,
                 training=TrainSettings(
-                    epochs=EPOCHS["unlearn"], lr=lr, batch_size=10, seed=self.seed,
+                    epochs=EPOCHS, lr=lr, batch_size=10, seed=self.seed,
                     sharpness_rho=0.1 if method == SHARP else 0.0,
                 ),
                 report=ReportOptions(no_report=True), run=OVERWRITE, **by_rule,
@@ -142,7 +137,8 @@ class Experiment:
         npo_fast.attack(
             folder, forget=self.forgotten, data=self.tofu, loading=LOADING,
             retrained=self.runs / "retrained", output=folder / "attack", overwrite=True,
-            attacks=AttackOptions(bits="4", max_new_tokens=MAX_NEW_TOKENS),
+            attacks=AttackOptions(bits="8,4", max_new_tokens=MAX_NEW_TOKENS),
+            training=replace(TEACHING, epochs=5, seed=self.seed),
         )  # fmt: skip
 
     def attacked(self, method: str, lr: float) -> dict[str, dict[str, float]]:
@@ -163,12 +159,12 @@ class Experiment:
         return evaluate(lm, Template(load_tokenizer(str(folder)), "plain", 512), suite, settings)
 
 
-def next_rate(rate: float, numbers: dict[str, float], retrained: dict[str, float]) -> float | None:
+def next_rate(numbers: dict[str, float], retrained: dict[str, float]) -> float | None:
     """The rule: one notch up where the model still knows, down where it forgot too much."""
     if numbers["forget quality"] >= MEANINGFUL:
         return None
     still_known = numbers["forget probability"] > retrained["forget probability"]
-    return rate * NOTCH if still_known else rate / NOTCH
+    return RATE * NOTCH if still_known else RATE / NOTCH
 
 
 def chosen(tried: dict[str, dict[str, float]], original: dict[str, float]) -> str:
@@ -291,12 +287,18 @@ def save(content: dict[str, Any], file: Path) -> None:
     plot(content["seeds"], file.with_suffix(".png"))
 
 
+def rates_of(content: dict[str, Any]) -> dict[str, str]:
+    """The rates that were chosen, by method."""
+    return content["seeds"].get(TUNED, {}).get("learning_rate", {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tofu", default="locuslab/TOFU")
     parser.add_argument("--runs", type=Path, default=Path("runs/half"), help="a folder a seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--authors", type=int, default=3, choices=SPLITS, help="to forget")
+    parser.add_argument("--attack", action="store_true", help="each model that forgot")
     parser.add_argument("--result", type=Path)
     parser.add_argument(
         "--methods", nargs="*", metavar="METHOD",
@@ -309,30 +311,28 @@ def main() -> None:
         options.methods = USUAL[options.authors]
     if unknown := {*options.methods} - {*METHODS}:
         parser.error(f"--methods: {', '.join(unknown)}; use {', '.join(METHODS)}")
-    names = {3: "forget_half.json", 8: "forget_eight.json"}
-    options.result = options.result or RESULTS / names[options.authors]
+    six = RESULTS / "forget_half.json"
+    options.result = options.result or {3: six, 8: RESULTS / "forget_eight.json"}[options.authors]
     content: dict[str, Any] = {"seeds": {}}
     if options.result.exists():
         content = json.loads(options.result.read_text())
+    rates = rates_of(json.loads(six.read_text())) if six.exists() else {}
     for seed in options.seeds:
-        rates = content["seeds"].get(TUNED, {}).get("learning_rate", {})
-        if str(seed) != TUNED and (missing := {*options.methods} - {*rates}):
-            sys.exit(
-                f"{options.result} has no rate for {', '.join(missing)}: run seed {TUNED} first"
-            )
-        experiment = Experiment(options.tofu, options.runs / str(seed), seed, options.authors)
+        folder = options.runs / str(seed)
+        experiment = Experiment(options.tofu, folder, seed, options.authors, options.attack)
         record = Record(experiment, content["seeds"].get(str(seed)))
         content["seeds"][str(seed)] = record.content
         for method in options.methods:
-            if str(seed) == TUNED:
-                rate = experiment.rates.get(method, RATE)
-                numbers = record.run(method, rate)
-                save(content, options.result)
-                if (other := next_rate(rate, numbers, record.anchors["retrained"])) is not None:
-                    record.run(method, other)
-            else:
-                picked = rates[method]
+            name, *_ = method.split()  # of a variant: the method whose rate it takes
+            if picked := (rates | rates_of(content)).get(name):
                 record.run(method, float(picked), picked)
+            elif str(seed) != TUNED or name != method:
+                sys.exit(f"there is no rate for {name}: run it on seed {TUNED} first")
+            else:
+                numbers = record.run(method, RATE)
+                save(content, options.result)
+                if (rate := next_rate(numbers, record.anchors["retrained"])) is not None:
+                    record.run(method, rate)
             save(content, options.result)
     print(table(content["seeds"]))
 

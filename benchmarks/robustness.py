@@ -1,12 +1,12 @@
 """What sharpness-aware steps buy: attacks on models that forgot with and without them.
 
     python benchmarks/robustness.py --seeds 0 1 2 4 11 --worlds runs/worlds
-    python benchmarks/robustness.py --smollm2 --tofu FOLDER_OR_HUB_NAME --worlds runs/smollm2
 
 NPO+RT as in the demo with several rho (0: ordinary steps) on its world, then ``npo_fast.attack``:
 relearning a fifth of the forget set, and weights rounded to 8 and 4 bits. Forget probability and
 forget quality are those of the rest of the forget set. Rows go to WORLDS/robustness-SEED.jsonl as
-they come, and all to benchmarks/results/robustness.json (--smollm2: robustness_smollm2.json).
+they come, and all to benchmarks/results/robustness.json. ``forget_half.py --attack`` does the same
+with a real model.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def attack(model, output: Path, training: TrainSettings, **more) -> dict[str, di
     return {name: short(scores) for name, scores in found.items()}
 
 
-def run_demo(seed: int, worlds: Path, rhos: list[float]) -> list[dict]:
+def run_seed(seed: int, worlds: Path, rhos: list[float]) -> list[dict]:
     world = World(seed, worlds)
     rows = Rows(worlds / f"robustness-{seed}.jsonl")
     for rho in rhos:
@@ -67,35 +67,6 @@ def run_demo(seed: int, worlds: Path, rhos: list[float]) -> list[dict]:
                 tokenizer=world.student.tokenizer, retrained=world.retrained,
             )  # fmt: skip
         rows.add(seed=seed, rho=rho, **scores, attacks=attacks)
-    return rows.rows
-
-
-def run_smollm2(seed: int, runs: Path, tofu: str, rhos: list[float]) -> list[dict]:
-    """As smollm2_tofu.py: ten authors are taught, and the last two forgotten."""
-    from smollm2_tofu import LOADING, SETS, find_smollm2
-
-    original = runs / "original"
-    taught = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
-    if not (original / "model").exists():
-        npo_fast.finetune(
-            find_smollm2(), train="forget05", data=tofu, output=original, loading=LOADING,
-            training=taught,
-        )  # fmt: skip
-    rows = Rows(runs / f"robustness-{seed}.jsonl")
-    for rho in rhos:
-        if rows.has(seed=seed, rho=rho):
-            continue
-        folder = runs / f"rho-{rho:g}-{seed}"
-        if not (folder / "model").exists():
-            npo_fast.unlearn(
-                original, **SETS, data=tofu, method="NPO+RT", output=folder, loading=LOADING,
-                training=TrainSettings(lr=3e-5, batch_size=8, seed=seed, sharpness_rho=rho),
-            )  # fmt: skip
-        attacks = attack(
-            folder, folder / "attack", TrainSettings(epochs=5, batch_size=8, lr=3e-5, seed=seed),
-            **SETS, data=tofu, loading=LOADING,
-        )  # fmt: skip
-        rows.add(seed=seed, rho=rho, attacks=attacks)
     return rows.rows
 
 
@@ -119,18 +90,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 4, 22])
     parser.add_argument("--rhos", type=float, nargs="+", default=list(RHOS))
     parser.add_argument("--worlds", type=Path, default=Path("runs/worlds"))
-    parser.add_argument("--smollm2", action="store_true")
-    parser.add_argument("--tofu", default="locuslab/TOFU")
-    parser.add_argument("--result", type=Path)
+    parser.add_argument("--result", type=Path, default=RESULTS / "robustness.json")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     rows = []
     for seed in options.seeds:
-        if options.smollm2:
-            rows += run_smollm2(seed, options.worlds, options.tofu, options.rhos)
-        else:
-            rows += run_demo(seed, options.worlds, options.rhos)
-    name = "robustness_smollm2.json" if options.smollm2 else "robustness.json"
+        rows += run_seed(seed, options.worlds, options.rhos)
     content = {
         "seeds": options.seeds,
         "summary": summarise(rows),
@@ -138,7 +103,7 @@ def main() -> None:
         "versions": versions(),
         "commit": provenance()["commit"],
     }
-    (options.result or RESULTS / name).write_text(json.dumps(content, indent=1) + "\n")
+    options.result.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

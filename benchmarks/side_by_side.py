@@ -28,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 EIGHT = (
-    "NPO+RT sharp 0.1", "GA+RT", "NPO+RT", "RMU", "SimNPO+RT", "NPO+KL", "NPO+RT sharp 0.01"
+    "NPO+RT sharp 0.1", "GA+RT", "NPO+RT", "RMU", "SimNPO+RT", "NPO+KL", "NPO+RT beta auto"
 )  # fmt: skip
 FORMS = ("NPO+RT, beta by holdout", "GA+RT", "SimNPO+RT", "beta 0.1", "by retrained", "by base")
 CHAINS = ("NPO+RT", "RMU", "SimNPO+RT", "NPO+RT@first")
@@ -57,7 +57,16 @@ class Job:
 
 def plan(runs: Path, tofu: str, seeds: list[int]) -> Iterator[Job]:
     """All jobs, the most valuable first."""
-    half = ["--tofu", tofu, "--runs", str(runs / "eight"), "--authors", "8", "--methods"]
+    half = [
+        "--tofu",
+        tofu,
+        "--runs",
+        str(runs / "eight"),
+        "--authors",
+        "8",
+        "--attack",
+        "--methods",
+    ]
     taught = {
         seed: Job("forget_half", f"eight-teach-{seed}", [*half, "--seeds", str(seed)])
         for seed in seeds
@@ -72,7 +81,7 @@ def plan(runs: Path, tofu: str, seeds: list[int]) -> Iterator[Job]:
     }  # fmt: skip
     yield from taught.values()
     yield from six.values()
-    # rates are chosen on the first seed
+    # a rate that is not known is chosen on the first seed
     first = {}
     for method in EIGHT:
         for seed in seeds:
