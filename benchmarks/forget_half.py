@@ -136,7 +136,7 @@ class Experiment:
     def _attack(self, folder: Path) -> None:
         npo_fast.attack(
             folder, forget=self.forgotten, data=self.tofu, loading=LOADING,
-            retrained=self.runs / "retrained", output=folder / "attack", overwrite=True,
+            retrained=self.runs / "retrained" / "eval", output=folder / "attack", overwrite=True,
             attacks=AttackOptions(bits="8,4", max_new_tokens=MAX_NEW_TOKENS),
             training=replace(TEACHING, epochs=5, seed=self.seed),
         )  # fmt: skip
