@@ -18,9 +18,9 @@ go into the result beside those of other methods and seeds there, with a figure.
 printed at the end.
 
 With ``--authors 8`` it is sixteen authors and eight of them forgotten (160 questions, so that a
-p-value can tell methods apart), and the result is ``forget_eight.json``. ``--attack`` teaches each
-model a fifth of the forget set again, and rounds its weights to eight and to four bits. A seed with
-all methods takes some four hours on two CPU cores.
+p-value can tell methods apart), and the result is ``forget_eight.json``. ``--attack 8,4`` teaches
+each model a fifth of the forget set again, and rounds its weights to eight and to four bits. A seed
+of eight authors takes some five hours on two CPU cores, half of it for the attacks.
 """
 
 import argparse
@@ -81,10 +81,10 @@ ANSWERS_SHOWN = (3, 25, 47)  # one question of each forgotten author
 class Experiment:
     """Folders of runs, their logs, and what they say about each other."""
 
-    def __init__(self, tofu: str, runs: Path, seed: int, authors: int, attacks: bool) -> None:
+    def __init__(self, tofu: str, runs: Path, seed: int, authors: int, bits: str) -> None:
         self.tofu, self.runs, self.seed = tofu, runs, seed
         self.taught, self.kept, self.forgotten = SPLITS[authors]
-        self.held_out, self.attacks = HELD_OUT[authors], attacks
+        self.held_out, self.bits = HELD_OUT[authors], bits
         self.smollm2 = find_smollm2()
 
     def teach(self, name: str, split: str) -> metrics.Result:
@@ -128,7 +128,7 @@ class Experiment:
         if not (folder / "eval" / metrics.AGGREGATED).exists():
             metrics.save_result(self._evaluate(folder), folder / "eval")
             if name not in ("original", "retrained"):  # half a gigabyte each
-                if self.attacks:
+                if self.bits:
                     self._attack(folder)
                 (folder / "model" / "model.safetensors").unlink()
         return metrics.load_result(folder / "eval")
@@ -137,7 +137,7 @@ class Experiment:
         npo_fast.attack(
             folder, forget=self.forgotten, data=self.tofu, loading=LOADING,
             retrained=self.runs / "retrained" / "eval", output=folder / "attack", overwrite=True,
-            attacks=AttackOptions(bits="8,4", max_new_tokens=MAX_NEW_TOKENS),
+            attacks=AttackOptions(bits=self.bits, max_new_tokens=MAX_NEW_TOKENS),
             training=replace(TEACHING, epochs=5, seed=self.seed),
         )  # fmt: skip
 
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/half"), help="a folder a seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--authors", type=int, default=3, choices=SPLITS, help="to forget")
-    parser.add_argument("--attack", action="store_true", help="each model that forgot")
+    parser.add_argument("--attack", metavar="BITS", default="", help="4 or 8,4: see above")
     parser.add_argument("--result", type=Path)
     parser.add_argument(
         "--methods", nargs="*", metavar="METHOD",

@@ -65,6 +65,7 @@ def plan(runs: Path, tofu: str, seeds: list[int]) -> Iterator[Job]:
         "--authors",
         "8",
         "--attack",
+        "4",
         "--methods",
     ]
     taught = {
