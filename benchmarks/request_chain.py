@@ -205,6 +205,7 @@ def summary_of(seeds: list[dict], variant: str) -> dict[str, Any]:
 def plot(seeds: list[dict], variants: list[str], file: Path) -> None:
     """A panel a variant: one curve a request, its probability after this and later requests."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(3.4 * len(variants), 5.6), layout="constrained")
     panels = figure.subplots(2, len(variants), sharex=True, sharey="row", squeeze=False)
@@ -239,6 +240,7 @@ def plot(seeds: list[dict], variants: list[str], file: Path) -> None:
             )  # fmt: skip
         below.set(xlabel="requests so far", ylim=(0, 1.05))
         below.grid(alpha=0.3)
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0][0].set_ylabel("P(answer) of each request\n(dashed: retrained)")
     panels[1][0].set_ylabel("share of the original's")
     panels[1][0].legend()
