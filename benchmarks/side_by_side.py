@@ -57,17 +57,8 @@ class Job:
 
 def plan(runs: Path, tofu: str, seeds: list[int]) -> Iterator[Job]:
     """All jobs, the most valuable first."""
-    half = [
-        "--tofu",
-        tofu,
-        "--runs",
-        str(runs / "eight"),
-        "--authors",
-        "8",
-        "--attack",
-        "4",
-        "--methods",
-    ]
+    half = ["--tofu", tofu, "--runs", str(runs / "eight"), "--authors", "8"]
+    half += ["--attack", "4", "--methods"]
     taught = {
         seed: Job("forget_half", f"eight-teach-{seed}", [*half, "--seeds", str(seed)])
         for seed in seeds

@@ -1,4 +1,4 @@
-"""Processes that say nothing of their own; imports nothing, so that it can come first."""
+"""Processes that say nothing of their own; imports no library, so that it can come first."""
 
 import logging
 import signal
