@@ -1,12 +1,14 @@
 """Where forgetting stops: ``--beta auto`` against a fixed beta, other forms, GA+RT and SimNPO+RT.
 
     python benchmarks/beta.py --seeds 0 1 2 3 4 5 6 7 11 22
+    python benchmarks/beta.py --seeds 36 --authors 80 --forms "by holdout" SimNPO
     python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
 
 On the world of ``npo-fast demo`` (20 epochs at 1e-3), and with ``--smollm2`` on six authors of TOFU
 that SmolLM2-135M was taught, of whom three are forgotten (``--epochs``, batch 10). The retain
 coefficient is 1. Each form is measured as it goes, and stands in
-``benchmarks/results/beta.json`` or ``beta_smollm2.json``. A seed that is there is not repeated.
+``benchmarks/results/beta.json``, ``beta_sizes.json`` (``--authors``, ``--forget-share``) or
+``beta_smollm2.json``. A seed that is there is not repeated.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,8 +190,7 @@ class World:
 class DemoWorld(World):
     """That of ``npo-fast demo``."""
 
-    def __init__(self, seed: int) -> None:
-        settings = DemoSettings()
+    def __init__(self, seed: int, settings: DemoSettings) -> None:
         data = settings.dataset(seed)
         student = Student(data.texts(), seed)
         self.lm = student.lm
@@ -261,6 +261,8 @@ def table(seeds: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--authors", type=int, default=DemoSettings.authors, help="of the demo")
+    parser.add_argument("--forget-share", type=float, default=DemoSettings.forget_share)
     parser.add_argument("--smollm2", action="store_true")
     parser.add_argument("--tofu", default="locuslab/TOFU")
     parser.add_argument("--lr", type=float, default=6e-5, help="of SmolLM2")
@@ -272,21 +274,24 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    name = "beta_smollm2.json" if options.smollm2 else "beta.json"
-    file = options.result or RESULTS / name
+    sizes = DemoSettings(authors=options.authors, forget_share=options.forget_share)
+    other = "" if sizes == DemoSettings() else f", {sizes.authors} authors, {sizes.forget_share:g}"
+    name = "beta_smollm2" if options.smollm2 else "beta_sizes" if other else "beta"
+    file = options.result or RESULTS / f"{name}.json"
     content = json.loads(file.read_text()) if file.exists() else {"seeds": {}}
-    make: Callable[[int], World] = DemoWorld
-    if options.smollm2:
-        how = (options.tofu, options.runs, options.lr, options.epochs)
-        make = lambda seed: SmolLM2World(seed, *how)  # noqa: E731
     for seed in options.seeds:
-        if str(seed) in content["seeds"] and options.forms is None:
+        key = f"{seed}{other}"
+        if key in content["seeds"] and options.forms is None:
             continue
-        world = make(seed)
-        if str(seed) not in content["seeds"]:
+        world: World
+        if options.smollm2:
+            world = SmolLM2World(seed, options.tofu, options.runs, options.lr, options.epochs)
+        else:
+            world = DemoWorld(seed, sizes)
+        if key not in content["seeds"]:
             known = {"levels": world.levels(), "utility": world.utility(), "forms": {}}
-            content["seeds"][str(seed)] = known
-        known = content["seeds"][str(seed)]
+            content["seeds"][key] = known
+        known = content["seeds"][key]
         for form, (terms, compared) in world.forms().items():
             if options.forms is not None and not any(part in form for part in options.forms):
                 continue
