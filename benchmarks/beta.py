@@ -102,6 +102,7 @@ class World:
         rate = float(self.holdout.median() / self._lengths("forget").median())
         forms = {f"NPO+RT, beta by {name}": method("NPO+RT", b) for name, b in betas.items()}
         forms |= {
+            "NPO+RT, twice the beta by holdout": method("NPO+RT", 2 * betas["holdout"]),
             "NPO+RT, beta 0.1": method("NPO+RT", 0.1),
             "NPO+RT, a beta a length": with_loss(PerLength(-NATS / rate)),
             "DPO+RT, beta by holdout": method("DPO+RT", betas["holdout"]),
