@@ -10,8 +10,9 @@ rate, on the first seed that a method runs on: it starts at 6e-5; where its forg
 below 0.05 it runs once more, at three times the rate if the forget answers are still likelier than
 under the retrained model, else at a third of it. The run with the higher forget quality stands in
 the table, unless it kept less than half of the utility and the other did not. Every other run takes
-the rate that stands in ``benchmarks/results/forget_half.json`` or in its own result; NPO+RT with
-sharpness-aware steps (rho 0.1) or with ``--beta auto`` (by authors never taught) takes NPO+RT's.
+the rate that stands in ``benchmarks/results/forget_half.json`` or in its own result. Options may
+follow a method, which keeps its rate: ``"NPO+RT sharp 0.1"`` (sharpness-aware steps),
+``"NPO+RT beta auto"`` (by authors never taught), ``"NPO+RT beta auto keep 0.95 epochs 10"``.
 
 Each seed teaches its own two models. A run that is there already is not repeated, and its numbers
 go into the result beside those of other methods and seeds there, with a figure. The table of all is
@@ -59,11 +60,11 @@ SPLITS = {  # taught, kept and forgotten, by the number of authors to forget
     8: ("forget10[:320]", "forget10[:160]", "forget10[160:320]"),
 }
 HELD_OUT = {3: "forget10[:40]", 8: "forget10[320:]"}  # never taught
-SHARP, BY_RULE = "NPO+RT sharp 0.1", "NPO+RT beta auto"  # rho of the steps
 METHODS = (
     "NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL", "RMU",
-    SHARP, BY_RULE,
 )  # fmt: skip
+OPTIONS = ("beta", "sharp", "keep", "epochs")
+BY_RULE, SHARP = "NPO+RT beta auto", "NPO+RT sharp 0.1"
 USUAL = {3: METHODS[:9], 8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", "RMU", SHARP, BY_RULE)}
 RATE, NOTCH = 6e-5, 3.0
 TEACHING = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
@@ -99,20 +100,22 @@ class Experiment:
 
     def unlearn(self, method: str, lr: float) -> metrics.Result:
         """Logs of the original model after a method at a learning rate."""
-        name, *_ = method.split()
+        name, given = options_of(method)
         _, _, keeping = name.partition("+")
         coefficients: dict[str, Any] = {KEEPING[keeping]: COEFFICIENT} if keeping else {}
         by_rule: dict[str, Any] = {}
-        if method == BY_RULE:
-            coefficients["beta"], by_rule["holdout"] = "auto", self.held_out
+        if beta := given.get("beta"):
+            coefficients["beta"] = beta if beta == "auto" else float(beta)
+            by_rule["holdout"] = self.held_out if beta == "auto" else None
 
         def run(folder: Path) -> None:
             npo_fast.unlearn(
                 self.runs / "original", forget=self.forgotten, retain=self.kept, data=self.tofu,
                 output=folder, method=MethodOptions(name, **coefficients), loading=LOADING,
                 training=TrainSettings(
-                    epochs=EPOCHS, lr=lr, batch_size=10, seed=self.seed,
-                    sharpness_rho=0.1 if method == SHARP else 0.0,
+                    epochs=int(given.get("epochs", EPOCHS)), lr=lr, batch_size=10, seed=self.seed,
+                    sharpness_rho=float(given.get("sharp", 0)),
+                    keep_utility=float(given["keep"]) if "keep" in given else None,
                 ),
                 report=ReportOptions(no_report=True), run=OVERWRITE, **by_rule,
             )  # fmt: skip
@@ -156,6 +159,12 @@ class Experiment:
         settings = EvaluationSettings(max_new_tokens=MAX_NEW_TOKENS, generation_batch=60)
         lm = load_model(str(folder), dtype=LOADING.dtype)
         return evaluate(lm, Template(load_tokenizer(str(folder)), "plain", 512), suite, settings)
+
+
+def options_of(method: str) -> tuple[str, dict[str, str]]:
+    """The method, and its options by name."""
+    name, *words = method.split()
+    return name, dict(zip(words[::2], words[1::2], strict=True))
 
 
 def next_rate(numbers: dict[str, float], retrained: dict[str, float]) -> float | None:
@@ -259,15 +268,20 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
         axes.scatter(share, numbers["forget quality"], label=shown, **style)
         labelled.add(label)
 
+    methods = list(dict.fromkeys([*METHODS, *(m for r in seeds.values() for m in r["tried"])]))
     for record in seeds.values():
         original = record["models"]["original"]
         for name, marker in (("original", "*"), ("retrained", "P")):
             draw(record["models"][name], name, s=110, marker=marker, color="black", alpha=0.7)
         for method, tried in record["tried"].items():
-            i = METHODS.index(method)
+            i = methods.index(method)
             for rate, numbers in tried.items():
                 in_table = rate == record["learning_rate"][method]
-                style = {"s": 60 if in_table else 25, "marker": "oXsDP^v<>hpd"[i], "alpha": 0.8}
+                style = {
+                    "s": 60 if in_table else 25,
+                    "marker": "oXsDP^v<>hpd"[i % 12],
+                    "alpha": 0.8,
+                }
                 faces = f"C{i}" if in_table else "none"
                 label = method if in_table else ""  # hollow ones need none
                 draw(numbers, label, facecolors=faces, edgecolors=f"C{i}", **style)
@@ -304,15 +318,20 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     parser.add_argument(
         "--methods", nargs="*", metavar="METHOD",
-        help="some of " + ", ".join(METHODS) + "; none: the models are taught",
+        help="some of " + ", ".join(METHODS) + ", with options; none: the models are taught",
     )  # fmt: skip
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     if options.methods is None:
         options.methods = USUAL[options.authors]
-    if unknown := {*options.methods} - {*METHODS}:
-        parser.error(f"--methods: {', '.join(unknown)}; use {', '.join(METHODS)}")
+    for method in options.methods:
+        name, *words = method.split()
+        if name not in METHODS or len(words) % 2 or {*words[::2]} - {*OPTIONS}:
+            parser.error(
+                f"--methods: {method!r}; use {', '.join(METHODS)}, and after it for instance "
+                "'beta auto', 'sharp 0.1', 'keep 0.95', 'epochs 10'"
+            )
     six = RESULTS / "forget_half.json"
     options.result = options.result or {3: six, 8: RESULTS / "forget_eight.json"}[options.authors]
     content: dict[str, Any] = {"seeds": {}}
