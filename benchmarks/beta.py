@@ -1,7 +1,7 @@
 """Where forgetting stops: ``--beta auto`` against a fixed beta, other forms, GA+RT and SimNPO+RT.
 
     python benchmarks/beta.py --seeds 0 1 2 3 4 5 6 7 11 22
-    python benchmarks/beta.py --seeds 36 --authors 80 --forms "by holdout" SimNPO
+    python benchmarks/beta.py --seeds 36 --authors 80 --forms "NPO+RT, beta by holdout" SimNPO
     python benchmarks/beta.py --smollm2 --tofu FOLDER_OR_HUB_NAME --seeds 3
 
 On the world of ``npo-fast demo`` (20 epochs at 1e-3), and with ``--smollm2`` on six authors of TOFU
@@ -102,7 +102,7 @@ class World:
         rate = float(self.holdout.median() / self._lengths("forget").median())
         forms = {f"NPO+RT, beta by {name}": method("NPO+RT", b) for name, b in betas.items()}
         forms |= {
-            "NPO+RT, twice the beta by holdout": method("NPO+RT", 2 * betas["holdout"]),
+            "NPO+RT, twice that beta": method("NPO+RT", 2 * betas["holdout"]),
             "NPO+RT, beta 0.1": method("NPO+RT", 0.1),
             "NPO+RT, a beta a length": with_loss(PerLength(-NATS / rate)),
             "DPO+RT, beta by holdout": method("DPO+RT", betas["holdout"]),
@@ -277,6 +277,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     sizes = DemoSettings(authors=options.authors, forget_share=options.forget_share)
     other = "" if sizes == DemoSettings() else f", {sizes.authors} authors, {sizes.forget_share:g}"
+    if options.smollm2 and other:
+        parser.error("--authors and --forget-share are of the demo's world: not with --smollm2")
     name = "beta_smollm2" if options.smollm2 else "beta_sizes" if other else "beta"
     file = options.result or RESULTS / f"{name}.json"
     content = json.loads(file.read_text()) if file.exists() else {"seeds": {}}

@@ -64,8 +64,11 @@ METHODS = (
     "NPO+RT", "GA+RT", "NPO", "GA", "IDK+RT", "DPO+RT", "SimNPO+RT", "KTO+RT", "NPO+KL", "RMU",
 )  # fmt: skip
 OPTIONS = ("beta", "sharp", "keep", "epochs")
-BY_RULE, SHARP = "NPO+RT beta auto", "NPO+RT sharp 0.1"
-USUAL = {3: METHODS[:9], 8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", "RMU", SHARP, BY_RULE)}
+USUAL = {
+    3: METHODS[:9],
+    8: ("GA+RT", "NPO+RT", "NPO+KL", "SimNPO+RT", "RMU", "NPO+RT sharp 0.1", "NPO+RT beta auto"),
+}
+MARKERS = "oXsDP^v<>hpd"
 RATE, NOTCH = 6e-5, 3.0
 TEACHING = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
 EPOCHS = 5  # of unlearning
@@ -103,10 +106,8 @@ class Experiment:
         name, given = options_of(method)
         _, _, keeping = name.partition("+")
         coefficients: dict[str, Any] = {KEEPING[keeping]: COEFFICIENT} if keeping else {}
-        by_rule: dict[str, Any] = {}
         if beta := given.get("beta"):
             coefficients["beta"] = beta if beta == "auto" else float(beta)
-            by_rule["holdout"] = self.held_out if beta == "auto" else None
 
         def run(folder: Path) -> None:
             npo_fast.unlearn(
@@ -117,7 +118,8 @@ class Experiment:
                     sharpness_rho=float(given.get("sharp", 0)),
                     keep_utility=float(given["keep"]) if "keep" in given else None,
                 ),
-                report=ReportOptions(no_report=True), run=OVERWRITE, **by_rule,
+                report=ReportOptions(no_report=True), run=OVERWRITE,
+                holdout=self.held_out if beta == "auto" else None,
             )  # fmt: skip
 
         return self._logs(f"{method}-{lr:g}".replace("+", "-").replace(" ", "-"), run)
@@ -277,11 +279,8 @@ def plot(seeds: dict[str, dict[str, Any]], file: Path) -> None:
             i = methods.index(method)
             for rate, numbers in tried.items():
                 in_table = rate == record["learning_rate"][method]
-                style = {
-                    "s": 60 if in_table else 25,
-                    "marker": "oXsDP^v<>hpd"[i % 12],
-                    "alpha": 0.8,
-                }
+                marker = MARKERS[i % len(MARKERS)]
+                style = {"s": 60 if in_table else 25, "marker": marker, "alpha": 0.8}
                 faces = f"C{i}" if in_table else "none"
                 label = method if in_table else ""  # hollow ones need none
                 draw(numbers, label, facecolors=faces, edgecolors=f"C{i}", **style)
@@ -344,7 +343,7 @@ def main() -> None:
         record = Record(experiment, content["seeds"].get(str(seed)))
         content["seeds"][str(seed)] = record.content
         for method in options.methods:
-            name, *_ = method.split()  # of a variant: the method whose rate it takes
+            name, _ = options_of(method)  # the method whose rate it takes
             if picked := (rates | rates_of(content)).get(name):
                 record.run(method, float(picked), picked)
             elif name != method:
