@@ -283,8 +283,8 @@ def forget(home, output, model="taught", method="NPO+RT", **training):
         ("collapsed", {"method": "GA", "epochs": 8, "lr": 1e-2}),
         ("collapsed", {"epochs": 4, "lr": 10.0}),
         ("not forgotten", {"epochs": 1, "lr": 1e-6}),
-        ("forgotten", {"method": MethodOptions("NPO+RT", retain_coefficient=3.0), "epochs": 10,
-                       "lr": 2e-3}),
+        ("forgotten", {"method": MethodOptions("NPO+RT", beta=0.3, retain_coefficient=5.0),
+                       "epochs": 20, "lr": 1e-3}),
         ("nothing to forget", {"model": "base", "epochs": 1, "lr": 1e-5}),
     ],
 )  # fmt: skip
