@@ -274,9 +274,10 @@ def main() -> None:
             world = make(folder, seed, *([options.tofu] if options.smollm2 else []))
             earlier = results.get(str(seed), {}).get("after", {})
             found = run_seed(world, options.methods, folder)
-            results[str(seed)] = {**found, "after": {**earlier, **found["after"]}}
+            after = {**earlier, **found["after"]}
+            results[str(seed)] = {**found, "after": after, **provenance()}
             how = {"beta": world.beta, "retain_coefficient": world.retain_coefficient}
-            content |= {"training": vars(world.training), "options": how, **provenance()}
+            content |= {"training": vars(world.training), "options": how}
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s")
     seeds = list(results.values())
     complete = [v for v in seeds[0]["after"] if all(v in seed["after"] for seed in seeds)]
