@@ -1,4 +1,4 @@
-"""bf16 on a CPU that multiplies it (AMX, AVX-512 BF16): the loss, and a training step.
+"""bf16 on a CPU that multiplies it fast (AMX): the loss, and a training step.
 
     python benchmarks/cpu_bf16.py --threads 2 --output benchmarks/results/cpu_bf16.json
 

@@ -49,8 +49,8 @@ def empty_per_row(values: Tensor) -> Tensor:  # (R, …) -> (R,)
 def product_dtype(weight: Tensor) -> torch.dtype:
     """Returns the dtype in which operands are multiplied and logits kept.
 
-    A CPU without instructions for bf16 multiplies fp32 faster, and fp32 logits cost no accuracy; no
-    CPU is known to be fast at fp16.
+    A CPU without AMX multiplies fp32 faster, and fp32 logits cost no accuracy; no CPU is known to
+    be fast at fp16.
     """
     if not runs_on_cpu(weight) or (weight.dtype == torch.bfloat16 and cpu_multiplies_bf16()):
         return weight.dtype
@@ -74,12 +74,15 @@ def power_of_two(number: Tensor) -> Tensor:  # ()
 
 @constant_result
 def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has AMX or AVX-512 BF16; NPO_FAST_CPU_BF16=0 or 1 overrides it."""
+    """Whether the CPU multiplies bf16 faster than fp32; NPO_FAST_CPU_BF16=0 or 1 overrides it.
+
+    One with AMX does. AVX-512 BF16 alone does not on an Intel Xeon, the only such CPU measured
+    (``benchmarks/results/cpu_bf16_without_amx.json``).
+    """
     override = os.environ.get("NPO_FAST_CPU_BF16", "")
     if override:
         return override != "0"
-    queries = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in queries)
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def runs_on_cpu(tensor: Tensor) -> bool:

@@ -17,19 +17,19 @@ from npo_fast.ops import head
 from tests.helpers import assert_as_exact, slow_but
 
 WIDTH, VOCABULARY = 64, 517
-INSTRUCTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+AMX, AVX512_BF16 = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
 
 
 # --- bf16 on a CPU --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("instructions", [(), *((one,) for one in INSTRUCTIONS), INSTRUCTIONS])
+@pytest.mark.parametrize("instructions", [(), (AMX,), (AVX512_BF16,), (AMX, AVX512_BF16)])
 @pytest.mark.parametrize(("wish", "granted"), [("", None), ("0", False), ("1", True)])
 def test_the_environment_decides_and_else_the_processor(monkeypatch, instructions, wish, granted):
-    for name in INSTRUCTIONS:
+    for name in (AMX, AVX512_BF16):
         monkeypatch.setattr(torch.cpu, name, lambda has=name in instructions: has)
     monkeypatch.setenv("NPO_FAST_CPU_BF16", wish)
-    expected = bool(instructions) if granted is None else granted
+    expected = AMX in instructions if granted is None else granted
     assert layout.cpu_multiplies_bf16() == expected
     products = {
         dtype: layout.product_dtype(torch.empty(1, dtype=dtype))
@@ -44,8 +44,7 @@ def test_the_environment_decides_and_else_the_processor(monkeypatch, instruction
 
 
 def test_a_pytorch_that_cannot_say_multiplies_in_fp32(monkeypatch):
-    for name in INSTRUCTIONS:
-        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.delattr(torch.cpu, AMX, raising=False)
     monkeypatch.delenv("NPO_FAST_CPU_BF16", raising=False)
     assert not layout.cpu_multiplies_bf16()
 
