@@ -131,10 +131,11 @@ class Experiment:
             run(folder)
         if not (folder / "eval" / metrics.AGGREGATED).exists():
             metrics.save_result(self._evaluate(folder), folder / "eval")
-            if name not in ("original", "retrained"):  # half a gigabyte each
-                if self.bits:
-                    self._attack(folder)
-                (folder / "model" / "model.safetensors").unlink()
+        weights = folder / "model" / "model.safetensors"  # half a gigabyte each
+        if name not in ("original", "retrained") and weights.exists():
+            if self.bits:
+                self._attack(folder)
+            weights.unlink()
         return metrics.load_result(folder / "eval")
 
     def _attack(self, folder: Path) -> None:
