@@ -204,7 +204,7 @@ class Demo:
             pool.shutdown(cancel_futures=True)
 
     def _watch(self, jobs: list[Future[Outcome]]) -> None:
-        """Draws a bar over the steps of all methods until they are through, or one has failed."""
+        """Draws a bar over the steps of all methods; raises the error of one that fails."""
         steps = step_count(len(self.dataset.forget), self.settings.unlearning)
         logs = [self.folder / folder_of(method) / "steps.jsonl" for method in METHODS]
         left: set[Future[Outcome]] = set(jobs)
@@ -213,6 +213,9 @@ class Demo:
                 _, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
                 done = sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
                 update(f"{len(METHODS)} methods", done, steps * len(METHODS))
+        for job in jobs:
+            if job.done():
+                job.result()  # raises the error of the one that failed
 
     def _unlearn(self, method: str) -> Outcome:
         started = time.perf_counter()
