@@ -48,7 +48,7 @@ from npo_fast import (
     metrics,
 )
 from npo_fast.bench.provenance import provenance
-from npo_fast.data import Template
+from npo_fast.data import Template, load_records
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.suite import tofu_suite
 from npo_fast.metrics.evidence import MEANINGFUL
@@ -139,9 +139,10 @@ class Experiment:
         return metrics.load_result(folder / "eval")
 
     def _attack(self, folder: Path) -> None:
+        """The right answers alone are asked: wrong ones would take most of the time."""
         npo_fast.attack(
-            folder, forget=self.forgotten, data=self.tofu, loading=LOADING,
-            retrained=self.runs / "retrained" / "eval", output=folder / "attack", overwrite=True,
+            folder, forget=load_records(self.forgotten, self.tofu), loading=LOADING,
+            output=folder / "attack", overwrite=True,
             attacks=AttackOptions(bits=self.bits, max_new_tokens=MAX_NEW_TOKENS),
             training=replace(TEACHING, epochs=5, seed=self.seed),
         )  # fmt: skip
