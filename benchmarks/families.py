@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from npo_fast.bench.provenance import provenance
 from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError, first_line
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "benchmarks/results/families.json", ROOT / "docs/families.md"
@@ -118,7 +118,7 @@ def main() -> None:
     counts = Counter("WRONG" if result.wrong else result.verdict for result in results)
     print(dict(counts))
     if not named:  # the page is made of the file alone
-        document = {"versions": versions(), "families": [asdict(result) for result in results]}
+        document = provenance() | {"families": [asdict(result) for result in results]}
         RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(results, document["versions"]), encoding="utf-8")
     raise SystemExit(1 if counts["WRONG"] else 0)

@@ -21,7 +21,6 @@ from npo_fast.bench.provenance import provenance
 from npo_fast.runs import MethodOptions
 from npo_fast.trainer import loop
 from npo_fast.trainer.retain_weight import SMOOTHING, RetainWeight
-from npo_fast.versions import versions
 
 RESULT = Path(__file__).parent / "results" / "keep_utility.json"
 METHODS = ("NPO+RT", "GA+RT", "SimNPO+RT")
@@ -99,8 +98,7 @@ def main() -> None:
         "seeds": options.seeds,
         "summary": summarise(rows),
         "rows": rows,
-        "versions": versions(),
-        "commit": provenance()["commit"],
+        **provenance(),
     }
     options.result.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from npo_fast import metrics
+from npo_fast.bench.provenance import provenance
 from npo_fast.experiments.demo.experiment import LOADING, Demo, DemoSettings
 from npo_fast.methods import Coefficients
 from npo_fast.runs import MethodOptions, ReportOptions, unlearn
-from npo_fast.versions import versions
 
 RESULT = Path(__file__).resolve().parent / "results/retain_auto.json"
 NPO = Coefficients(beta=0.4, retain=1.0)
@@ -74,7 +74,7 @@ def main() -> None:
     for seed in arguments.seeds:
         with TemporaryDirectory() as folder:
             seeds[seed] = run_seed(Path(folder), seed, arms, arguments.epochs)
-        content = {"versions": versions(), "epochs": arguments.epochs,
+        content = {**provenance(), "epochs": arguments.epochs,
                    "coefficients": NPO.given(), "seeds": seeds}  # fmt: skip
         arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -25,7 +25,6 @@ from npo_fast.attacks.options import AttackOptions
 from npo_fast.bench.provenance import provenance
 from npo_fast.metrics.measures import measures
 from npo_fast.runs import MethodOptions
-from npo_fast.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 RHOS = (0.0, 0.01, 0.03, 0.1, 0.3)
@@ -100,8 +99,7 @@ def main() -> None:
         "seeds": options.seeds,
         "summary": summarise(rows),
         "rows": rows,
-        "versions": versions(),
-        "commit": provenance()["commit"],
+        **provenance(),
     }
     options.result.write_text(json.dumps(content, indent=1) + "\n")
 
