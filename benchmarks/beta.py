@@ -239,19 +239,21 @@ class SmolLM2World(World):
 
 
 def table(seeds: dict[str, Any]) -> str:
-    """In Markdown: what each form ends with, over the seeds."""
+    """In Markdown: what each form ends with, over the seeds that it ran on."""
     lines = [
-        "| form | beta | forget quality at the end | utility at the end | times the way |",
-        "|---|---|---|---|---|",
+        "| form | seeds | beta | forget quality at the end | utility at the end | times the way |",
+        "|---|---|---|---|---|---|",
     ]
-    for name in next(iter(seeds.values()))["forms"]:
-        of = [(seed["forms"][name], seed["utility"]) for seed in seeds.values()]
+    for name in dict.fromkeys(name for seed in seeds.values() for name in seed["forms"]):
+        having = {key: seed for key, seed in seeds.items() if name in seed["forms"]}
+        of = [(seed["forms"][name], seed["utility"]) for seed in having.values()]
         ends = [form["path"][-1] for form, _ in of]
         betas = [form["beta"] for form, _ in of]
         between = "" if betas[0] is None else f"{min(betas):.2g} – {max(betas):.2g}"
         shares = [end["model_utility"] / u for end, (_, u) in zip(ends, of, strict=True)]
         cells = [
-            name, between, ", ".join(f"{end['forget_quality']:.2g}" for end in ends),
+            name, "; ".join(having), between,
+            ", ".join(f"{end['forget_quality']:.2g}" for end in ends),
             f"{statistics.mean(shares):.0%} ({min(shares):.0%} – {max(shares):.0%})",
             f"{min(f['gone'] for f, _ in of):.1f} – {max(f['gone'] for f, _ in of):.1f}",
         ]  # fmt: skip
