@@ -21,7 +21,7 @@ printed at the end.
 With ``--authors 8`` it is sixteen authors and eight of them forgotten (160 questions, so that a
 p-value can tell methods apart), and the result is ``forget_eight.json``. ``--attack 8,4`` teaches
 each model a fifth of the forget set again, and rounds its weights to eight and to four bits. A seed
-of eight authors takes some four hours of one thread with AVX-512, a third of it for the attacks.
+of eight authors takes some four hours of one thread with AVX-512, a sixth of it for the attacks.
 """
 
 import argparse
