@@ -1,7 +1,6 @@
 """``npo-fast demo``: the paper's effect on a model small enough to watch."""
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from npo_fast import tables
 from npo_fast.cli.console import Output
-from npo_fast.validation import check_output
+from npo_fast.validation import Checked, check_output
 
 if TYPE_CHECKING:
     from npo_fast.experiments.demo.experiment import Demo, Outcome
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Checked):
     """The options of ``npo-fast demo``."""
 
     output: Path = Path("npo-fast-demo")
@@ -34,14 +33,13 @@ def run(command: Command) -> Output:
     """Runs the demo; returns what each method forgot and kept."""
     folder = command.output
     check_output(folder, "result.json", "a demo", command.overwrite, alone=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text("{}", encoding="utf-8")  # of one that breaks off, too
     started = time.perf_counter()
     logger.info("loading PyTorch and transformers")
-    from npo_fast.experiments.demo.experiment import Demo, DemoSettings
+    from npo_fast.experiments.demo.experiment import Demo, DemoSettings, make_room
+    from npo_fast.runs.preflight import check_writable
 
+    check_writable(folder, "--output")
+    make_room(folder)
     demo = Demo(folder, command.seed, DemoSettings())
     logging.getLogger("npo_fast.runs").setLevel(logging.WARNING)  # seven runs, a line each is much
     dataset = demo.dataset

@@ -15,6 +15,7 @@ from npo_fast.experiments.demo.experiment import (
     Outcome,
     conclusion,
     folder_of,
+    make_room,
 )
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.reports.figures import Point
@@ -124,3 +125,38 @@ def test_the_demo_overwrites_nothing_by_accident(tmp_path, capsys, content):
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "name another --output" in capsys.readouterr().err
     assert (tmp_path / content).exists()
+
+
+@pytest.mark.parametrize(
+    "files", [{"result.json": '{"my": "experiment"}'}, {"result.json": "{}", "thesis.txt": "x"}]
+)
+def test_the_demo_replaces_nothing_that_no_demo_made(tmp_path, capsys, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert main(["demo", "--output", str(tmp_path), "--overwrite"]) == 2
+    assert f"{list(files)[-1]}, which no demo made" in capsys.readouterr().err
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
+
+
+def test_the_demo_makes_room_for_itself(tmp_path):
+    demo, link = tmp_path / "demo", tmp_path / "link"
+    (demo / "npo-rt" / "model").mkdir(parents=True)
+    (demo / "result.json").write_text('{"settings": {}, "models": {}}')
+    link.symlink_to(demo)
+    make_room(link)
+    assert [file.name for file in demo.iterdir()] == ["result.json"]
+    make_room(link)  # of one that broke off
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--seed", "9" * 20), "seed must be below 2**63"), (("--output", "file/sub"), "it is a file")],
+)
+def test_a_demo_that_cannot_run_says_so_before_it_makes_its_folder(
+    tmp_path, monkeypatch, capsys, options, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["demo", *options]) == 2
+    assert said in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from npo_fast import metrics
 from npo_fast.data import Record, Template
+from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.dataset import AuthorDataset, make_dataset
@@ -43,6 +45,8 @@ from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.versions import versions
 
 METHODS = ("GA", "GA+RT", "NPO+RT", "SimNPO+RT")
+RESULT, PLOT, PAGE = "result.json", "unlearning.png", "report.html"
+MADE = ("data", "pretraining", "retrained", "original", PLOT, PAGE)  # beside a folder a method
 COMMON_REPEATS = 3  # famous authors and countries are seen more often than the background
 LOADING = ModelOptions(template="plain", max_length=64)
 KEPT = 0.85  # share of the utility that counts as kept (the paper: 0.55 of 0.62)
@@ -272,13 +276,13 @@ class Demo:
         plot_unlearning(
             {name: outcomes[name].path for name in METHODS},
             outcomes["retrained"].last,
-            self.folder / "unlearning.png",
+            self.folder / PLOT,
         )
         report(
             [self.folder / folder_of(method) for method in METHODS],
-            original=self.original, retrained=self.retrained, output=self.folder / "report.html",
+            original=self.original, retrained=self.retrained, output=self.folder / PAGE,
         )  # fmt: skip
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (self.folder / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def _unlearned(demo: bytes, method: str, threads: int) -> Outcome:
@@ -286,6 +290,39 @@ def _unlearned(demo: bytes, method: str, threads: int) -> Outcome:
     torch.set_num_threads(threads)
     silence()
     return pickle.loads(demo)._unlearn(method)
+
+
+def make_room(folder: Path) -> None:
+    """Deletes the demo that is in the folder, and marks the folder as that of a new one.
+
+    Raises:
+        UserError: there is something that no demo made. Nothing is deleted then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mark, entries = folder / RESULT, sorted(folder.iterdir())
+    made = {*MADE, RESULT, *map(folder_of, METHODS)}
+    odd = [entry.name for entry in entries if entry.name not in made]
+    if entries and not _is_result(mark):
+        odd.insert(0, RESULT)
+    if odd:
+        raise UserError(
+            f"{folder} holds {odd[0]}, which no demo made: move it, or name another --output"
+        )
+    mark.write_text("{}", encoding="utf-8")  # of one that breaks off, too
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != mark:
+            entry.unlink()
+
+
+def _is_result(file: Path) -> bool:
+    """Whether it is the result of a demo, or of one that broke off."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return content == {} or (isinstance(content, dict) and {"settings", "models"} <= content.keys())
 
 
 def folder_of(method: str) -> str:
