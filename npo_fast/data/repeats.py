@@ -8,6 +8,8 @@ from npo_fast.data.records import Record
 from npo_fast.errors import UserError
 
 PASSAGE = 8  # words of a line, from which it is no heading that many texts have
+LONG_WORD = 20  # letters, from which it is no word but a sentence of a script without spaces
+WORDINGS = 4  # answers to one question; with more it is a prompt that many records begin with
 Key = tuple[str, ...]
 MARKS = " ?!.,;:…¿¡\"'“”‘’«»？！。"
 
@@ -52,40 +54,62 @@ def shared(
 ) -> list[int]:  # from 1
     """The numbers of the records that are among the others, by what they ask.
 
-    Where the same is asked for several answers, such as by a prompt that all records begin with,
-    the answer decides.
+    Where the same is asked for many answers, such as by a prompt that all records begin with, or
+    for several by both, the answer decides.
 
     Args:
         lines: of texts a whole line in common is enough.
     """
-    present = {key for record in others for key in keys_to_find(record, lines)}
+    present = {key for keys in keys_to_find(others, lines) for key in keys}
     found = (not present.isdisjoint(keys) for keys in keys_of(records, lines))
     return [i for i, is_among in enumerate(found, 1) if is_among]
 
 
 def keys_of(records: Sequence[Record], lines: bool = False) -> list[set[Key]]:
     """What ``shared`` knows each of the records by."""
-    answers = Counter(_question(key) for key in {*map(_key, records)})
+    answers = _answers(records)
 
     def keys(record: Record) -> set[Key]:
         key = _key(record)
-        several = record.is_text or answers[_question(key)] > 1
-        return {key if several else _question(key)} | _passages(record, lines)
+        question, found = _question(key), _passages(record, lines)
+        if not record.is_text and answers[question] == 1:
+            return {question} | found
+        few = not record.is_text and answers[question] <= WORDINGS
+        return {key, *(("few", *question),) * few} | found
 
     return [keys(record) for record in records]
 
 
-def keys_to_find(record: Record, lines: bool = False) -> set[Key]:
-    """The keys that ``keys_of`` may have for a record which is the same."""
-    key = _key(record)
-    return {key, *(() if record.is_text else (_question(key),))} | _passages(record, lines)
+def keys_to_find(records: Sequence[Record], lines: bool = False) -> list[set[Key]]:
+    """For each record the keys that ``keys_of`` may have for one which is the same."""
+    answers = _answers(records)
+
+    def keys(record: Record) -> set[Key]:
+        key = _key(record)
+        question, found = _question(key), _passages(record, lines)
+        if record.is_text:
+            return {key} | found
+        return {key, question, *(("few", *question),) * (answers[question] == 1)} | found
+
+    return [keys(record) for record in records]
+
+
+def _answers(records: Sequence[Record]) -> Counter[Key]:
+    """How many different answers each question has."""
+    pairs = {(_question(key), key[-1].strip(MARKS)) for key in map(_key, records)}
+    return Counter(question for question, _ in pairs)
 
 
 def _passages(record: Record, lines: bool) -> set[Key]:
     """The lines of a text that are no headings."""
     if not (record.is_text and lines):
         return set()
-    return {(_normalised(x),) for x in record.answer.split("\n") if len(x.split()) >= PASSAGE}
+    return {(_normalised(x),) for x in record.answer.splitlines() if _words(x) >= PASSAGE}
+
+
+def _words(line: str) -> int:
+    """How many words a line has; where a script sets no spaces, four letters are one."""
+    return sum(1 if len(part) < LONG_WORD else len(part) // 4 for part in line.split())
 
 
 def _question(key: Key) -> Key:

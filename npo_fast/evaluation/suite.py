@@ -85,6 +85,11 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
     return TokenizedSet(records, answers, prompts, truths, following, others)
 
 
+def rows_of(template: Template, records: list[Record]) -> list[int]:
+    """How many rows of its log each record has: a text one for each window."""
+    return [len(_with_windows(template, [record])) for record in records]
+
+
 def _with_windows(template: Template, records: list[Record]) -> list[Record]:
     """The records, with those of its windows in the place of each raw text."""
     expanded: list[Record] = []

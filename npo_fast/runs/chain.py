@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import scrypt
@@ -107,9 +107,9 @@ class Chain:
             "salt": self.salt, "first": first, "earlier": [*self.requests], "forgotten": forgotten,
         }  # fmt: skip
 
-    def digests_to_find(self, records: Iterable[Record]) -> list[list[str]]:
+    def digests_to_find(self, records: Sequence[Record]) -> list[list[str]]:
         """For each record the digests that tell it among the forgotten."""
-        return self._digests([sorted(keys_to_find(record, lines=True)) for record in records])
+        return self._digests([sorted(keys) for keys in keys_to_find(records, lines=True)])
 
     def _found(self, records: Sequence[Record]) -> dict[int, list[int]]:
         """By the number of each request the numbers of records that it forgot, from 1."""
@@ -140,10 +140,13 @@ class Chain:
         return f"request {number} ({request['method']}, {request['folder']})"
 
 
-def log_records(chain: Chain, records: Sequence[Record], log: Log, folder: Path | None) -> None:
+def log_records(
+    chain: Chain, records: Sequence[Record], rows: Sequence[int], log: Log, folder: Path | None
+) -> None:
     """Says how likely the answers of each request are by now, and keeps which record is which.
 
     Args:
+        rows: how many rows of the log each record has, one after the other.
         log: of these forget records.
         folder: of the logs; the records' digests go beside them, for ``npo-fast report``.
     """
@@ -152,15 +155,15 @@ def log_records(chain: Chain, records: Sequence[Record], log: Log, folder: Path 
     if not (chain.requests and records):
         return
     digests, values = chain.digests_to_find(records), probability(log)
+    logged = [each for each, count in zip(digests, rows, strict=True) for _ in range(count)]
     for number, request in enumerate(chain.requests, 1):
-        found = values[forgotten_by(request, digests)]
-        if len(found):
+        if found := forgotten_by(request, logged):
             logger.info(
-                f"forgotten by {chain._name(number)}: probability {found.mean():.3g} of "
-                f"{len(found)} records"
+                f"forgotten by {chain._name(number)}: probability {values[found].mean():.3g} of "
+                f"{len(forgotten_by(request, digests))} records"
             )
     if folder is not None:
-        content = json.dumps({"salt": chain.salt, "forget": digests})
+        content = json.dumps({"salt": chain.salt, "forget": logged})
         try:
             save_file(folder / LOGGED_RECORDS, lambda file: file.write_text(content))
         except OSError as error:

@@ -23,6 +23,7 @@ from npo_fast.evaluation.suite import (
     Suite,
     check_forget_quality,
     check_rephrased,
+    rows_of,
     tofu_suite,
     tokenize_suite,
 )
@@ -167,7 +168,9 @@ def evaluate(
     if folder is not None:
         folder = save_logs(logs, folder, log_format, compared, results)
     if source is not None:
-        log_records(Chain.of(source.metadata), asked.get(FORGET, []), logs.get(FORGET, {}), folder)
+        forgotten = asked.get(FORGET, [])
+        rows = rows_of(source.template(), forgotten)
+        log_records(Chain.of(source.metadata), forgotten, rows, logs.get(FORGET, {}), folder)
     if suite == "muse":
         before: Mapping[str, Any] = {} if earlier is None else muse.measures(earlier)
     else:

@@ -11,11 +11,12 @@ import torch
 
 import npo_fast
 from npo_fast.cli import main
-from npo_fast.data import Record
+from npo_fast.data import Record, Template
+from npo_fast.data.repeats import keys_of, shared
 from npo_fast.errors import Interrupted, UserError
 from npo_fast.metrics import FORGET, load_result, probability
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.load import files_fingerprint, load_model
+from npo_fast.model.load import files_fingerprint, load_model, load_tokenizer
 from npo_fast.run_files import LOGGED_RECORDS
 from npo_fast.runs import Callback, references
 from npo_fast.runs.chain import Chain
@@ -78,6 +79,50 @@ def test_a_retain_set_with_forgotten_records_is_refused(home, tmp_path, again):
     assert "such as record 5" in message
     assert "take them out of retain" in message
     assert not (tmp_path / "c").exists()
+
+
+def question(asked: str, answer: str) -> Record:
+    return Record((("user", asked),), answer)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept", "found"),
+    [
+        (["In Rome.", "Zoe was born in Rome."], ["She was born in Rome."], True),
+        (["In Rome.", "Zoe was born in Rome."], ["She was born in Rome.", "In Italy."], False),
+        (["In Rome.", "Zoe was born in Rome."], ["Nowhere.", "zoe was born in  Rome"], False),
+        (["In Rome.", "Zoe was born in Rome."], ["Nowhere.", "zoe was born in  Rome."], True),
+        ([f"Story {i}." for i in range(5)], ["Another story."], False),
+        ([f"Story {i}." for i in range(5)], ["Another story.", "Story 3."], True),
+    ],
+)
+def test_several_answers_to_one_question(answers, kept, found):
+    """A few are wordings of one answer; many, or several on both sides, those to a prompt."""
+    forget, retain = ([question("Where was Zoe born?", a) for a in x] for x in (answers, kept))
+    chain = Chain()
+    before = [d for each in chain._digests([*map(sorted, keys_of(forget, True))]) for d in each]
+    assert (not {*before}.isdisjoint(d for x in chain.digests_to_find(retain) for d in x)) == found
+    assert bool(shared(forget, retain)) == found
+
+
+def test_two_spellings_of_a_question_are_one():
+    forget = [question("Who is X?", "A poet."), question("Who is X", "A poet.")]
+    assert shared(forget, [question("who is x ?", "Nobody.")]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("阿达住在城市南边的一座小房子里" * 3, True),
+        ("第一章", False),
+        ("Chapter One", False),
+        ("She lived in a small house by the river.", True),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_a_line_in_common_is_found_in_every_script(line, found, end):
+    one, other = (Record((), f"{line}{end}{rest}") for rest in ("Der Rest.", "Le reste."))
+    assert bool(shared([one], [other], lines=True)) == found
 
 
 def test_a_holdout_with_forgotten_records_is_refused(home, tmp_path):
@@ -323,6 +368,40 @@ def test_the_report_draws_a_curve_for_each_request(tmp_path, monkeypatch):
         assert values == pytest.approx(expected, rel=0.02)
     text = (Path("moved/2/eval") / LOGGED_RECORDS).read_text()
     assert all(fact["question"] not in text for fact in FACTS)
+
+
+def test_windows_of_a_text_are_those_of_its_request(tmp_path, monkeypatch, capsys):
+    """A log has a row for each window, a chain a record for each text."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    one, two, kept = (
+        {"text": " ".join(f["question"] + " " + f["answer"] for f in facts)}
+        for facts in (FACTS[6:9], FACTS[9:], FACTS[:3])
+    )
+    write_jsonl(tmp_path / "all.jsonl", [one, two])
+    write_jsonl(tmp_path / "keep.jsonl", [kept])
+    short = ModelOptions(max_length=16)
+    request("base", [one], Path("runs/1"), retain=[kept], loading=short)
+    request("runs/1", [two], Path("runs/2"), retain=[kept], loading=short)
+    sets = ["--forget", "all.jsonl", "--retain", "keep.jsonl", "--max-new-tokens", "2"]
+    for i in (1, 2):
+        model = f"runs/{i}"
+        assert main(["evaluate", "--model", model, *sets, "--max-length", "16",
+                     "--output", f"{model}/eval"]) == 0  # fmt: skip
+    told = capsys.readouterr().err
+    assert main(["report", "runs/1", "runs/2", "--output", "page.html"]) == 0
+    values = probability(load_result(Path("runs/2/eval"))[FORGET])
+    template = load_tokenizer_template(16)
+    first = len(template.windows(one["text"]))
+    assert 1 < first < len(values) == first + len(template.windows(two["text"]))
+    (row,) = (x for x in Path("page.md").read_text().splitlines() if x.startswith("| 2: "))
+    for number, windows in ((1, values[:first]), (2, values[first:])):
+        assert f"(NPO+RT, runs/{number}): probability {windows.mean():.3g} of 1 records" in told
+        assert float(row.split("|")[number + 1]) == pytest.approx(windows.mean(), rel=0.02)
+
+
+def load_tokenizer_template(max_length: int) -> Template:
+    return Template(load_tokenizer("base"), "plain", max_length)
 
 
 def test_a_report_without_evaluations_says_which_command_makes_them(home, tmp_path):
