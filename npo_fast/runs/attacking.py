@@ -21,7 +21,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_file
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
-from npo_fast.runs.preflight import check_writable
+from npo_fast.runs.preflight import check_no_model, check_writable
 from npo_fast.runs.progress import ProgressBar, progress
 from npo_fast.runs.saving import Saving
 from npo_fast.runs.scores import Logs, Scores, logs_of, save_logs
@@ -75,6 +75,7 @@ def attack(
     )
     if forget is None or forget == "":
         raise UserError("say what was forgotten with --forget (a file, or a split of --data)")
+    check_no_model(folder)
     check_output(folder, SUMMARY, "an attack", overwrite)
     check_writable(folder, "--output")
     suite = tofu_suite(inputs.data, forget, retain, utility=False, loss_on=loss_on)

@@ -43,7 +43,6 @@ from npo_fast.metrics import (
 from npo_fast.metrics.logs import same_records
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import of_same_records
-from npo_fast.model.adapters import ADAPTER_CONFIG
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.chain import Chain, log_records
 from npo_fast.runs.models import Model, ModelSource
@@ -51,7 +50,7 @@ from npo_fast.runs.muse import SuiteName, check_kind, check_options, check_retra
 from npo_fast.runs.muse import measure as measure_muse
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
-from npo_fast.runs.preflight import check_writable
+from npo_fast.runs.preflight import check_no_model, check_writable
 from npo_fast.runs.progress import progress
 from npo_fast.runs.references import check_head, load_other
 from npo_fast.runs.run import Run
@@ -111,13 +110,7 @@ def evaluate(
     """
     folder = None if output is None else Path(output)
     if folder is not None:
-        for mark, what in (("run.json", "a run"), ("config.json", "a model"),
-                           (ADAPTER_CONFIG, "an adapter")):  # fmt: skip
-            if (folder / mark).exists():
-                raise UserError(
-                    f"--output {folder} holds {what}, of which logs would be a part: name a folder "
-                    f"of their own, such as {folder / 'eval'}"
-                )
+        check_no_model(folder)
         for name in (*LOG_FILES, LM_EVAL):
             check_output(folder, name, "logs", overwrite)
         check_writable(folder, "--output")
@@ -169,8 +162,8 @@ def evaluate(
         folder = save_logs(logs, folder, log_format, compared, results)
     if source is not None:
         forgotten = asked.get(FORGET, [])
-        rows = rows_of(source.template(), forgotten)
-        log_records(Chain.of(source.metadata), forgotten, rows, logs.get(FORGET, {}), folder)
+        counts = rows_of(source.template(), forgotten)
+        log_records(Chain.of(source.metadata), forgotten, counts, logs.get(FORGET, {}), folder)
     if suite == "muse":
         before: Mapping[str, Any] = {} if earlier is None else muse.measures(earlier)
     else:

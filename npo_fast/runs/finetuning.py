@@ -47,7 +47,7 @@ def finetune(
     inputs = FinetuneData(describe(train), describe(data), loss_on)
     if train == "" and data is None:
         raise UserError("say what to teach with --train (a file, or a split of --data)")
-    options.check(source.options)
+    options.check(source.options, train=inputs.train, data=inputs.data)
     records = {"train": load_records(train, inputs.data, "train", loss_on)}
     names = {"train": inputs.train}
     settings = {"model": source.options, "data": inputs, "training": training, "run": options}

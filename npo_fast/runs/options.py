@@ -228,8 +228,12 @@ class RunOptions(Checked):
     push_to_hub: str | None = None
     """Upload the final model with its card to this repository, such as me/my-model."""
 
-    def check(self, model: ModelOptions) -> None:
-        """Raises ``UserError`` where the model cannot train, or not into the output folder."""
+    def check(self, model: ModelOptions, **reads: str | Path | None) -> None:
+        """Raises ``UserError`` where the model cannot train, or not into the output folder.
+
+        Args:
+            reads: what else the run reads, by option.
+        """
         from huggingface_hub.utils import validate_repo_id
 
         from npo_fast.runs.output import (
@@ -239,7 +243,7 @@ class RunOptions(Checked):
             is_vacant,
             read_metadata,
         )
-        from npo_fast.runs.preflight import check_writable
+        from npo_fast.runs.preflight import check_spared, check_writable
 
         model.check_training()
         if self.merge and (not model.lora_rank or model.quantize != "none"):
@@ -254,16 +258,15 @@ class RunOptions(Checked):
                 validate_repo_id(self.push_to_hub)
         check_path(self.output, "--output")
         check_path(Path(model.model), "--model")
-        output, base = self.output.resolve(), Path(model.model)
-        if model.model and base.exists() and output in (base.resolve(), *base.resolve().parents):
-            raise UserError(f"--output {self.output} holds the --model itself: name another folder")
+        named = {name.replace("_", "-"): str(value or "") for name, value in reads.items()}
+        check_spared(self.output, self.overwrite, {"model": model.model, **named})
         check_run_folder(self.output, self.overwrite)
         check_writable(self.output, "--output")
         if self.fallback_output is not None:
             check_path(self.fallback_output, "--fallback-output")
             check_writable(self.fallback_output, "--fallback-output")
             there, run = self.fallback_output, read_metadata(self.output).get("id")
-            goes_on_there = there.resolve() == output and run is not None
+            goes_on_there = there.resolve() == self.output.resolve() and run is not None
             if not (goes_on_there or is_vacant(there) or is_of_run(there, run)):
                 raise UserError(
                     f"--fallback-output {self.fallback_output} is not empty; name a new folder (a "

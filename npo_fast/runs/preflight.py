@@ -1,7 +1,7 @@
 """What can go wrong hours later, tried before a weight is loaded: device, places, room, saving."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -14,11 +14,17 @@ from npo_fast.data import Sources
 from npo_fast.errors import UserError, first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term
-from npo_fast.model.adapters import no_progress_bars, write_weights
+from npo_fast.model.adapters import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    no_progress_bars,
+    write_weights,
+)
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import LOG_PROBS, states_name
 from npo_fast.model.save import cannot_write, save_tokenizer
 from npo_fast.planner.disk import SavedBytes
+from npo_fast.run_files import RUN
 from npo_fast.runs.folder import CONTENT
 from npo_fast.runs.saving import existing, in_words
 from npo_fast.trainer.step import layer_of
@@ -58,6 +64,51 @@ def check_writable(folder: Path, flag: str) -> None:
             f"{flag} {folder} cannot be written: {place}: {error.strerror or error}; name another "
             f"{flag}"
         ) from error
+
+
+def check_spared(output: Path, overwrite: bool, reads: Mapping[str, str]) -> None:
+    """Checks that a run into ``output`` deletes nothing that it reads.
+
+    Args:
+        reads: models, files, folders and splits by flag; "model" is what it begins with.
+
+    Raises:
+        UserError: the folder holds the model, the base of its adapter, or with ``overwrite`` any
+            of the others among what is deleted.
+    """
+    folder = output.resolve()
+    deleted = {folder / name for name in CONTENT} if overwrite else set()
+    for flag, name in reads.items():
+        for i, path in enumerate(_paths_of(name)):
+            places = {path, *path.parents}
+            if folder in places if flag == "model" else folder == path or deleted & places:
+                what = f"--{flag} itself" if i == 0 else f"base of --{flag}, {path}"
+                raise UserError(f"--output {output} holds the {what}: name another folder")
+
+
+def _paths_of(name: str) -> Iterator[Path]:
+    """What a name stands for on this machine, and the bases of a model that is an adapter."""
+    path = next((p for p in (Path(name), Path(name.partition("[")[0])) if p.exists()), None)
+    if not name or path is None:
+        return
+    yield path.resolve()
+    for folder in (path, path / "model"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            yield from _paths_of(adapter_base(folder))
+
+
+def check_no_model(folder: Path) -> None:
+    """Raises ``UserError`` where logs would lie among the files of a run or a model."""
+    marks = ((RUN, "a run"), ("config.json", "a model"), (ADAPTER_CONFIG, "an adapter"))
+    for place in (folder, folder.parent):
+        run = place.parent if (place.parent / RUN).exists() else None
+        for mark, what in marks:
+            # a run's model has a list of its files; that of others may have a folder beside them
+            if (place / mark).exists() and (place == folder or (run and mark != RUN)):
+                raise UserError(
+                    f"--output {folder} is in {what}, of which logs would be a part: name a folder "
+                    f"of their own, such as {(run or place) / 'eval'}"
+                )
 
 
 def check_room(needs: Iterable[Need]) -> list[str]:

@@ -149,7 +149,11 @@ def unlearn(
     for answers in ("idk", "alternate"):
         if getattr(inputs, answers) is not None and answers not in needed:
             raise UserError(f"{method.method} reads no such answers; leave out --{answers}")
-    options.check(source.options)
+    options.check(
+        source.options, forget=inputs.forget, retain=inputs.retain, data=inputs.data,
+        idk=inputs.idk, alternate=inputs.alternate, holdout=inputs.holdout,
+        base_model=inputs.base_model, reference=method.reference, retrained=evaluation.retrained,
+    )  # fmt: skip
 
     records = {"forget": load_records(forget, inputs.data, "forget", loss_on)}
     if retain == AUTO:

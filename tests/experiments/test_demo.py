@@ -150,7 +150,10 @@ def test_the_demo_makes_room_for_itself(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(("--seed", "9" * 20), "seed must be below 2**63"), (("--output", "file/sub"), "it is a file")],
+    [
+        (("--seed", "9" * 20), "seed must be below 2**63"),
+        (("--output", "file/sub"), "it is a file"),
+    ],
 )
 def test_a_demo_that_cannot_run_says_so_before_it_makes_its_folder(
     tmp_path, monkeypatch, capsys, options, said

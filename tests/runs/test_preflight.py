@@ -71,6 +71,55 @@ def test_a_device_that_cannot_be_used_is_refused(home, tmp_path, capsys, no_load
         usable_device("meta")
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def runs(home):
+    """A run, an adapter on its model, and what both have beside their models."""
+    for name, model, lora in (("whole", home / "base", 0), ("adapter", home / "whole", 2)):
+        npo_fast.finetune(
+            str(model), train=FACTS[:2], output=home / name, training=TRAINING,
+            loading=ModelOptions(lora_rank=lora),
+        )  # fmt: skip
+    shutil.copy(home / "facts.jsonl", home / "whole" / "retain-auto.jsonl")
+    return home
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("adapter", (), "holds the base of --model, "),
+        ("adapter/model", (), "holds the base of --model, "),
+        ("base", ("--reference", "{}/adapter"), "holds the base of --reference, "),
+        ("base", ("--reference", "{}/whole"), "holds the --reference itself"),
+        ("base", ("--retain", "{}/whole/retain-auto.jsonl[:4]"), "holds the --retain itself"),
+        ("base", ("--holdout", "{}/whole/model/config.json"), "holds the --holdout itself"),
+    ],
+)
+def test_a_run_deletes_nothing_that_it_reads(runs, capsys, no_loading, model, more, message):
+    before = files_of(runs)
+    more = [each.format(runs) for each in more]
+    if "--retain" not in more:
+        more += ["--retain", str(runs / "facts.jsonl")]
+    command = ["unlearn", "--model", str(runs / model), "--forget", str(runs / "facts.jsonl"),
+               "--output", str(runs / "whole"), "--overwrite", *more]  # fmt: skip
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert files_of(runs) == before
+
+
+@pytest.mark.parametrize("place", ["whole", "whole/model", "whole/model/logs", "base"])
+@pytest.mark.parametrize("verb", ["evaluate", "attack"])
+def test_logs_are_no_part_of_a_model(runs, capsys, no_loading, verb, place):
+    before = files_of(runs)
+    command = [verb, "--model", str(runs / "whole"), "--forget", str(runs / "facts.jsonl")]
+    assert main([*command, "--output", str(runs / place)]) == 2
+    assert "of which logs would be a part" in capsys.readouterr().err
+    assert files_of(runs) == before
+
+
 def test_too_little_room_is_refused_with_both_sizes(
     home, tmp_path, capsys, no_loading, monkeypatch
 ):
