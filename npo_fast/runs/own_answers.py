@@ -26,7 +26,10 @@ from npo_fast.runs.output import UNFINISHED, read_metadata
 
 AUTO = "auto"
 MAX_TOKENS, BATCH, LEAST = 96, 16, 8
-SENTENCE_END = re.compile(r".*[.!?]", re.DOTALL)
+SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[」』”’]*")
+NO_END = re.compile(  # the number of a list's line, an abbreviation, an initial
+    r"(?:^|\n)\s*\d+\.$|\b(?:[A-Za-z]|Dr|Mr|Mrs|Ms|Prof|St|No|vs|e\.g|i\.e)\.$"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -52,22 +55,23 @@ def own_answers(
         )
     texts = all(record.is_text for record in forget)
     prompts = _lines("neutral_openings.txt" if texts else "neutral_prompts.txt")
-    if options.dry_run:  # no weights are loaded: stand-ins of a usual length
-        logger.info(f"--retain {AUTO}: {len(prompts)} answers of the model, not made in a dry run")
-        records = [_record(prompt, f"{prompt} {prompt}", texts) for prompt in prompts]
-        return records, KeepAnswers(records)
     template = source.template()
-    with source.loaded() as lm:
-        records = _answered(lm, template, prompts, texts)
+    asked = _asked(template, prompts, texts)
+    if options.dry_run:  # no weights are loaded: stand-ins of a usual length
+        told = f"{len(asked)} answers of the model, not made in a dry run"
+        records = [_record(prompt, f"{prompt} {prompt}", texts) for prompt in asked]
+    else:
+        with source.loaded() as lm:
+            records = _answered(lm, template, asked, texts)
+        kind = "continuations" if texts else "answers"
+        told = f"{len(records)} of the model's own {kind} to {len(prompts)} neutral prompts"
     if len(records) < LEAST:
         raise UserError(
             f"--retain {AUTO}: the model has an answer to {len(records)} of {len(prompts)} neutral "
-            "prompts; name records to keep with --retain, or a method without retain data"
+            f"prompts, as far as both fit into --max-length {template.max_length}; name records to "
+            "keep with --retain, or a method without retain data"
         )
-    logger.info(
-        f"--retain {AUTO}: {len(records)} of the model's own "
-        f"{'continuations' if texts else 'answers'} to {len(prompts)} neutral prompts"
-    )
+    logger.info(f"--retain {AUTO}: {told}")
     return records, KeepAnswers(records)
 
 
@@ -84,15 +88,28 @@ class KeepAnswers(Callback):
             save_file(path, lambda partial: partial.write_text(lines, encoding="utf-8"))
 
 
-def _answered(lm: CausalLM, template: Template, prompts: list[str], texts: bool) -> list[Record]:
-    """One record a prompt with an answer, in the order of the prompts."""
-    tokenizer, records = template.tokenizer, []
-    limit = min(MAX_TOKENS, template.max_length // 2)
+def _asked(template: Template, prompts: list[str], texts: bool) -> dict[str, list[int]]:
+    """The tokens of each prompt that leaves room for its answer."""
+    tokenizer = template.tokenizer
     if texts:
         ids = [_open(tokenizer(prompt)["input_ids"], template) for prompt in prompts]
     else:
         rendered = (template.tokenize(_record(prompt, "-", False)) for prompt in prompts)
         ids = [tokens[:length] for tokens, length in rendered]
+    longest = template.max_length - _limit(template)
+    return {p: each for p, each in zip(prompts, ids, strict=True) if len(each) <= longest}
+
+
+def _limit(template: Template) -> int:
+    return min(MAX_TOKENS, template.max_length // 2)
+
+
+def _answered(
+    lm: CausalLM, template: Template, asked: dict[str, list[int]], texts: bool
+) -> list[Record]:
+    """One record a prompt with an answer, in the order of the prompts."""
+    tokenizer, records, limit = template.tokenizer, [], _limit(template)
+    prompts, ids = [*asked], [*asked.values()]
     for first in range(0, len(prompts), BATCH):
         batch = slice(first, first + BATCH)
         answers = generate(lm, ids[batch], limit, tokenizer.pad_token_id, template.stop_ids)
@@ -102,11 +119,16 @@ def _answered(lm: CausalLM, template: Template, prompts: list[str], texts: bool)
             else:
                 text, ending = template.answer_text(answer, limit)
             if ending == "limit":  # its end is not the model's: back to that of a sentence
-                whole = SENTENCE_END.match(text)
-                text = whole.group() if whole else ""
+                text = _whole_sentences(text)
             if text.strip():
                 records.append(_record(prompt, text, texts))
     return records
+
+
+def _whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; empty where it has none."""
+    ends = (match.end() for match in SENTENCE_END.finditer(text))
+    return text[: max((end for end in ends if not NO_END.search(text[:end])), default=0)]
 
 
 def _open(ids: list[int], template: Template) -> list[int]:
