@@ -13,14 +13,14 @@ from npo_fast.data.template import (
     Sources,
     Template,
     TokenizedExample,
-    check_vocabulary,
+    check_readable,
     data_fingerprint,
     text_fingerprint,
 )
 
 __all__ = [
     "LossOn", "PackedBatch", "PaddedCollator", "Record", "Records", "Rendering", "Sources",
-    "Template", "TokenizedExample", "alternated", "as_rows", "check_apart", "check_vocabulary",
+    "Template", "TokenizedExample", "alternated", "as_rows", "check_apart", "check_readable",
     "concatenate", "data_fingerprint", "describe", "load_records", "load_refusals", "load_rows",
     "micro_batches", "pack", "refused", "repeats", "split_suffix", "text_fingerprint",
 ]  # fmt: skip

@@ -372,10 +372,20 @@ def _lead(ids: list[int], plain: list[int]) -> int:
     return next((k for k in range(len(ids) - size + 1) if ids[k : k + size] == plain), 0)
 
 
-def check_vocabulary(sources: Sources, vocabulary: int) -> None:
-    """Raises ``UserError`` for token ids outside of the model's vocabulary."""
+def check_readable(sources: Sources, vocabulary: int, positions: int | None = None) -> None:
+    """Raises ``UserError`` for what the model cannot read.
+
+    Args:
+        vocabulary: of its token ids.
+        positions: tokens of the longest sequence; None where any length goes.
+    """
     for source, sequences in sources.items():
         for sequence in sequences:
+            if positions is not None and len(sequence.input_ids) > positions:
+                raise UserError(
+                    f"{source} record {sequence.index + 1} has {len(sequence.input_ids)} tokens, "
+                    f"and the model has places for {positions}: add --max-length {positions}"
+                )
             if (largest := max(sequence.input_ids)) >= vocabulary:
                 raise UserError(
                     f"{source} record {sequence.index + 1} has the token id {largest}, outside the "

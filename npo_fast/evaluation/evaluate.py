@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from npo_fast.data import PackedBatch, Record, Template, TokenizedExample, pack
+from npo_fast.data import (
+    PackedBatch,
+    Record,
+    Template,
+    TokenizedExample,
+    check_readable,
+    pack,
+)
+from npo_fast.errors import named
 from npo_fast.evaluation.gradients import gradient_norms
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import TokenizedSet, tokenize_set
@@ -16,7 +24,7 @@ from npo_fast.evaluation.tokens import TokenScores, token_scores
 from npo_fast.metrics.logs import CONVENTIONS, FORGET, HOLDOUT, REPHRASED, VOCABULARY
 from npo_fast.metrics.memorization import repetition
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.generation import generate
+from npo_fast.model.generation import check_room, generate
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import segment_sum
 from npo_fast.ops.linear_kl import divergences
@@ -55,14 +63,18 @@ def evaluate(
     settings = settings or EvaluationSettings()
     progress = progress or (lambda what, done, total: None)
     logs = {}
+    evaluations = []
+    for name, records in suite.items():
+        if not isinstance(records, TokenizedSet):
+            records = tokenize_set(template, name, records)
+        evaluations.append(_Evaluation(lm, template, settings, progress, reference, name, records))
+    for evaluation in evaluations:  # before any is measured
+        evaluation.check()
     with lm.evaluating():
-        for name, records in suite.items():
-            if not isinstance(records, TokenizedSet):
-                records = tokenize_set(template, name, records)
-            evaluation = _Evaluation(lm, template, settings, progress, reference, name, records)
-            logs[name] = evaluation.log()
+        for evaluation in evaluations:
+            logs[evaluation.name] = evaluation.log()
             if generated is not None:
-                generated[name] = evaluation.generated
+                generated[evaluation.name] = evaluation.generated
     return logs
 
 
@@ -79,6 +91,31 @@ class _Evaluation:
     tokens: TokenizedSet
     done: int = 0
     generated: list[TokenizedExample] = field(default_factory=list)
+    rephrased: list[TokenizedExample] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Tokenises the questions in other words, where every record has one."""
+        records = [record.rephrased for record in self.tokens.records]
+        if self.settings.paraphrased_questions and None not in records:
+            with named(f"{self.name}, paraphrased question"):
+                self.rephrased = self.template.encode_all(filter(None, records))[0]
+
+    @property
+    def answers_questions(self) -> bool:
+        """Whether the model answers by itself; membership takes its losses alone."""
+        return self.settings.generate and self.name != HOLDOUT
+
+    def check(self) -> None:
+        """Raises ``UserError`` for what the model cannot read, or has no room to answer."""
+        read = {
+            self.name: self.tokens.answers,
+            f"{self.name}, paraphrased and wrong answers:": self.tokens.other_answers,
+            f"{self.name}, paraphrased questions:": self.rephrased,
+        }
+        check_readable(read, self.lm.vocabulary, self.lm.positions)
+        if self.answers_questions:
+            prompts = [*self.tokens.prompts, *map(_prompt, self.rephrased)]
+            check_room(self.lm, prompts, self.settings.max_new_tokens)
 
     def log(self) -> Columns:
         """Every column."""
@@ -89,11 +126,10 @@ class _Evaluation:
             log |= self.reference_columns(self.reference)
         if self.settings.gradient_norms and self.name in (FORGET, HOLDOUT):
             log["gradient_norm"] = self.gradient_norms()
-        if self.settings.generate and self.name != HOLDOUT:  # membership takes its losses alone
+        if self.answers_questions:
             log |= self.generation_columns(self.tokens.prompts, keep=True)
-        rephrased = [record.rephrased for record in self.tokens.records]
-        if self.settings.paraphrased_questions and None not in rephrased:
-            log |= self.rephrased_columns([record for record in rephrased if record is not None])
+        if self.rephrased:
+            log |= self.rephrased_columns()
         return log
 
     def batches(self, answers: list[TokenizedExample]) -> Iterator[PackedBatch]:
@@ -164,14 +200,13 @@ class _Evaluation:
             losses |= zip(batch.indices, (-log_probs).tolist(), strict=True)
         return losses
 
-    def rephrased_columns(self, records: list[Record]) -> Columns:
+    def rephrased_columns(self) -> Columns:
         """Loss and ROUGE of the right answers to the questions in other words."""
-        answers = [self.template.encode(record, i) for i, record in enumerate(records)]
+        answers = self.rephrased
         losses = self.losses(answers)
         columns = {"avg_gt_loss": [losses[i] / a.answer_length for i, a in enumerate(answers)]}
         if self.settings.generate:
-            prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in answers]
-            columns |= self.generation_columns(prompts)
+            columns |= self.generation_columns([*map(_prompt, answers)])
         kept = ("avg_gt_loss", "rougeL_recall", "rougeL_f1", "generated_text")
         return {f"{name}{REPHRASED}": columns[name] for name in kept if name in columns}
 
@@ -248,3 +283,7 @@ class _Evaluation:
             "generated_text": [list(row) for row in zip(questions, texts, truths, strict=True)],
             **({"ending": endings} if any(endings) else {}),
         }
+
+
+def _prompt(example: TokenizedExample) -> list[int]:
+    return list(example.input_ids[: example.prompt_length])

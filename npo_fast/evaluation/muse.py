@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.data import Template, TokenizedExample, check_vocabulary, load_rows, pack
+from npo_fast.data import Template, TokenizedExample, check_readable, load_rows, pack
 from npo_fast.errors import NoSuchSplitError, UserError, named, short
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.metrics.logs import CONVENTIONS, TEXTS, VOCABULARY
@@ -139,7 +139,7 @@ class _Evaluation:
             for ids, start in pieces:
                 windows.append(TokenizedExample(ids, start, len(windows)))
                 text_of.append(i)
-        check_vocabulary({name: windows}, self.lm.vocabulary)
+        check_readable({name: windows}, self.lm.vocabulary, self.lm.positions)
         log_probs: dict[int, torch.Tensor] = {}
         by_length = sorted(windows, key=lambda window: len(window.input_ids))
         for batch in pack(by_length, self.settings.micro_batch_tokens):
@@ -169,7 +169,7 @@ class _Evaluation:
             with named(f"{name}, record {number}"):
                 prompts.append(self.prompt(prompt, length))
         examples = [TokenizedExample(tuple(ids), 1, i) for i, ids in enumerate(prompts)]
-        check_vocabulary({name: examples}, self.lm.vocabulary)
+        check_readable({name: examples}, self.lm.vocabulary, self.lm.positions)
         texts = [""] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), self.settings.generation_batch):

@@ -65,13 +65,23 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
             stacklevel=3,
         )
     others: list[TokenizedExample] = []
+    cut = 0
     if all(record.perturbed_answers for record in records):
         for i, record in enumerate(records):
             paraphrases = [] if record.paraphrased_answer is None else [record.paraphrased_answer]
-            for answer in (*paraphrases, *record.perturbed_answers):
-                with named(name):
-                    example = template.encode(record, i, answer)
-                others.append(replace(example, index=len(others)))
+            wordings = (*paraphrases, *record.perturbed_answers)
+            with named(name):
+                examples, shorter = template.encode_all(
+                    [replace(record, answer=answer) for answer in wordings], f"record {i + 1}"
+                )
+            others += [replace(each, index=len(others) + j) for j, each in enumerate(examples)]
+            cut += shorter
+    if cut:
+        warnings.warn(
+            f"{name}: {cut} of {len(others)} paraphrased and wrong answers are cut to max_length "
+            f"{template.max_length}, and so are the truth ratios with them",
+            stacklevel=3,
+        )
     prompts = [list(answer.input_ids[: answer.prompt_length]) for answer in answers]
     if any(record.is_text for record in records):
         records = _with_windows(template, records)

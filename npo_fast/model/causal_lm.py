@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
@@ -103,6 +103,17 @@ class CausalLM:
         """Token ids that the model can read and predict."""
         embedding = self.model.get_input_embeddings().weight
         return min(self.head.weight.shape[0], embedding.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence where places have embeddings, as in GPT-2; else None."""
+        config = self.model.config.get_text_config()
+        places = getattr(config, "max_position_embeddings", None)
+        words = self.model.get_input_embeddings()
+        embeddings = (m for m in self.model.modules() if isinstance(m, nn.Embedding))
+        # up to two rows are for padding
+        sizes = {m.num_embeddings - (places or 0) for m in embeddings if m is not words}
+        return int(places) if places and sizes & {0, 1, 2} else None
 
     @property
     def linear_head(self) -> Head:

@@ -6,6 +6,7 @@ from itertools import takewhile
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 
 
@@ -23,6 +24,7 @@ def generate(
         pad_id: None, of a tokenizer without one, pads with a token that stops, under the mask.
         stop_ids: token ids; those of the model's generation config stop too.
     """
+    check_room(lm, prompts, max_new_tokens)
     stops = {stop_ids} if isinstance(stop_ids, int) else {*stop_ids}
     pad_id = min(stops) if pad_id is None else pad_id
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -45,6 +47,16 @@ def generate(
         )
     continuations = out[:, ids.shape[1] :].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in continuations]
+
+
+def check_room(lm: CausalLM, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises ``UserError`` where a prompt and its answer need more places than the model has."""
+    longest = max(map(len, prompts), default=0)
+    if lm.positions is not None and longest + max_new_tokens > lm.positions:
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
+            f"{lm.positions} places of the model: lower --max-new-tokens or --max-length"
+        )
 
 
 def eos_ids(config: object) -> set[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from npo_fast.attacks.options import AttackOptions
 from npo_fast.attacks.quantize import quantize_
 from npo_fast.attacks.relearn import Split, relearn
-from npo_fast.data import LossOn, Records, as_rows, check_vocabulary, describe
+from npo_fast.data import LossOn, Records, as_rows, check_readable, describe
 from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -91,7 +91,9 @@ def attack(
     source.device()
     template = source.template()
     with source.loaded() as lm:
-        check_vocabulary({"forget": template.encode_all(forget_records)[0]}, lm.vocabulary)
+        check_readable(
+            {"forget": template.encode_all(forget_records)[0]}, lm.vocabulary, lm.positions
+        )
         seen = [forget_records[i] for i in split.seen]
         rest = [forget_records[i] for i in split.rest]
         taught = template.encode_all(seen)[0]

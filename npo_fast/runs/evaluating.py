@@ -10,7 +10,7 @@ from npo_fast.data import (
     Records,
     TokenizedExample,
     as_rows,
-    check_vocabulary,
+    check_readable,
     describe,
     repeats,
 )
@@ -258,7 +258,7 @@ def _measure(
         )
         del other_lm  # before the next model takes its memory
     with source.loaded() as lm:
-        check_vocabulary(examples, lm.vocabulary)
+        check_readable(examples, lm.vocabulary, lm.positions)
         check_head(reference, lm)
         generated: dict[str, list[TokenizedExample]] = {}
         with progress("evaluate") as update:

@@ -13,7 +13,7 @@ from npo_fast.data import (
     Template,
     TokenizedExample,
     check_apart,
-    check_vocabulary,
+    check_readable,
     data_fingerprint,
     repeats,
     text_fingerprint,
@@ -89,7 +89,7 @@ class PreparedRun:
                 be saved, or too little room for what the run writes.
         """
         options, training, sources = self.options, self.training, self.sources
-        check_vocabulary(sources, lm.vocabulary)
+        check_readable(sources, lm.vocabulary, lm.positions)
         check_settings(lm, sources, self.terms, training, self.model.device())
         beside = try_saving(lm, self.template.tokenizer)
         dtype = None if lm.adapted and not options.merge else lm.saved_dtype

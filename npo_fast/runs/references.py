@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from npo_fast.data import Template, TokenizedExample, check_vocabulary
+from npo_fast.data import Template, TokenizedExample, check_readable
 from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
 from npo_fast.methods import Term
@@ -145,7 +145,7 @@ def load_other(
 ) -> CausalLM:
     """``other_model`` with its weights."""
     lm = other_model(model, like, template, sources, role).load()
-    check_vocabulary(sources, lm.vocabulary)
+    check_readable(sources, lm.vocabulary, lm.positions)
     return lm
 
 
@@ -165,7 +165,7 @@ def log_probs_under(
     ``--reference-cache``.
     """
     with other_model(model, like, template, sources, role).loaded() as lm:
-        check_vocabulary(sources, lm.vocabulary)
+        check_readable(sources, lm.vocabulary, lm.positions)
         return reference_log_probs_of(lm, sources, micro_batch_tokens, cache)
 
 

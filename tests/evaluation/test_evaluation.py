@@ -168,7 +168,7 @@ def test_every_answer_is_tokenised_once(home, monkeypatch):
     encoded = []
 
     def tokenize(self, record, answer=None):
-        encoded.append((record.question, answer))
+        encoded.append((record.question, answer or record.answer))
         return original(self, record, answer)
 
     original = Template.tokenize
@@ -181,6 +181,25 @@ def test_every_answer_is_tokenised_once(home, monkeypatch):
 def test_cut_answers_get_a_warning(home):
     with pytest.warns(UserWarning, match="4 of 4 answers are cut to max_length 12"):
         assert evaluate(home, "--forget", str(home / "forget.jsonl"), "--max-length", "12") == 0
+
+
+def test_cut_wrong_answers_get_a_warning(home, tmp_path):
+    rows = [{**row, "perturbed_answer": ["Ben. " * 60, "Ben."]} for row in FACTS[:2]]
+    write_jsonl(tmp_path / "forget.jsonl", rows)
+    with pytest.warns(UserWarning, match="2 of 4 paraphrased and wrong answers are cut to max_len"):
+        assert evaluate(home, "--forget", str(tmp_path / "forget.jsonl"), "--max-length", "60") == 0
+
+
+def test_a_long_question_in_other_words_is_refused_before_anything_is_measured(
+    home, tmp_path, capsys, monkeypatch
+):
+    rows = [{**row, "paraphrased_question": "Who? " * 9**i} for i, row in enumerate(FACTS[:4])]
+    write_jsonl(tmp_path / "forget.jsonl", rows)
+    scores = "npo_fast.evaluation.evaluate.token_scores"
+    monkeypatch.setattr(scores, lambda *_: pytest.fail("it is measured"))
+    forget = ("--forget", str(tmp_path / "forget.jsonl"), "--paraphrased-questions")
+    assert evaluate(home, *forget, "--max-length", "60") == 2
+    assert "paraphrased question: record 3: its prompt alone has" in capsys.readouterr().err
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 import npo_fast
 from npo_fast.cli import main
@@ -20,7 +20,7 @@ from npo_fast.runs.preflight import Need, check_room
 from npo_fast.runs.saved_model import save_model
 from npo_fast.trainer.optimizers import build_optimizer
 from npo_fast.trainer.state import TrainState
-from tests.helpers import FACTS, save_tiny_model, write_jsonl
+from tests.helpers import FACTS, save_tiny_model, tiny_model, write_jsonl
 
 TRAINING = TrainSettings(epochs=1, batch_size=2, lr=1e-3, warmup_steps=1)
 
@@ -118,6 +118,51 @@ def test_logs_are_no_part_of_a_model(runs, capsys, no_loading, verb, place):
     assert main([*command, "--output", str(runs / place)]) == 2
     assert "of which logs would be a part" in capsys.readouterr().err
     assert files_of(runs) == before
+
+
+# ---- models whose places have embeddings ----
+
+
+@pytest.fixture(scope="module", params=["GPT2", "OPT"])
+def places(request, home):
+    """A model that reads 128 tokens, and answers that have more."""
+    folder, sizes = home / request.param, {"vocab_size": 400, "pad_token_id": 1}
+    if request.param == "GPT2":
+        model = tiny_model("GPT2", **sizes, bos_token_id=0, eos_token_id=0)
+    else:
+        config = OPTConfig(
+            hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, word_embed_proj_dim=32, eos_token_id=0, **sizes,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(home / "base").save_pretrained(folder)
+    long = {"question": "Who lives in house 4?", "answer": "Ada lives in house 3. " * 30}
+    write_jsonl(home / "long.jsonl", [*FACTS[:9], long])
+    return folder
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_record_that_has_more_tokens_than_the_model_has_places(
+    home, places, tmp_path, capsys, dry
+):
+    command = ["unlearn", "--model", str(places), "--forget", str(home / "long.jsonl"),
+               "--method", "NPO", "--output", str(tmp_path / "run"), "--epochs", "1"]  # fmt: skip
+    assert main([*command, *dry]) == 2
+    assert "forget record 10 has " in (error := capsys.readouterr().err)
+    assert "the model has places for 128: add --max-length 128" in error
+    assert not (tmp_path / "run").exists()
+    assert main([*command, *dry, "--max-length", "128", "--no-report"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "attack"])
+def test_an_answer_that_the_model_has_no_place_for(home, places, tmp_path, capsys, verb):
+    command = [verb, "--model", str(places), "--forget", str(home / "facts.jsonl"),
+               "--output", str(tmp_path / "logs")]  # fmt: skip
+    more = {"evaluate": (), "attack": ("--attacks", "quantize", "--bits", "8")}[verb]
+    assert main([*command, *more, "--max-new-tokens", "120"]) == 2
+    assert "120 new ones exceed the 128 places of the model" in capsys.readouterr().err
+    assert main([*command, *more, "--max-new-tokens", "2", "--overwrite"]) == 0
 
 
 def test_too_little_room_is_refused_with_both_sizes(
