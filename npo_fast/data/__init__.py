@@ -9,13 +9,12 @@ from npo_fast.data.readers import as_rows, describe, load_records, load_rows
 from npo_fast.data.records import Record, Records
 from npo_fast.data.rendering import Rendering
 from npo_fast.data.repeats import check_apart, repeats
-from npo_fast.data.template import (
+from npo_fast.data.template import Template, text_fingerprint
+from npo_fast.data.tokenized import (
     Sources,
-    Template,
     TokenizedExample,
     check_readable,
     data_fingerprint,
-    text_fingerprint,
 )
 
 __all__ = [

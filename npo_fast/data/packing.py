@@ -7,7 +7,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from npo_fast.data.template import TokenizedExample
+from npo_fast.data.tokenized import TokenizedExample
 
 _SHARED = ("labels", "answer_cu_seqlens", "indices")  # of all processes that share a batch
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from npo_fast.data.forms import parse_row
 from npo_fast.data.records import Record
-from npo_fast.data.template import Template, TokenizedExample
+from npo_fast.data.template import Template
+from npo_fast.data.tokenized import TokenizedExample
 from npo_fast.errors import UserError
 
 

@@ -3,8 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,28 +17,12 @@ from npo_fast.data.rendering import (
     chat_template_of,
     markup_of,
 )
+from npo_fast.data.tokenized import TokenizedExample
 from npo_fast.errors import UserError, named
 
 logger = logging.getLogger(__name__)
 
 Ending = Literal["stop", "ran on", "limit"]  # how a generated answer ended
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """Tokens of a prompt and its answer; only the answer carries a loss."""
-
-    input_ids: tuple[int, ...]
-    prompt_length: int  # tokens before the first answer token, at least 1
-    index: int  # of the example in its split
-
-    @property
-    def answer_length(self) -> int:
-        """Tokens of the answer."""
-        return len(self.input_ids) - self.prompt_length
-
-
-Sources = Mapping[str, list[TokenizedExample]]  # tokenised data by name: "forget", "retain", …
 
 
 class Template:
@@ -370,36 +353,6 @@ def _lead(ids: list[int], plain: list[int]) -> int:
     """How many tokens the tokenizer puts before those of the text itself."""
     size = len(plain)
     return next((k for k in range(len(ids) - size + 1) if ids[k : k + size] == plain), 0)
-
-
-def check_readable(sources: Sources, vocabulary: int, positions: int | None = None) -> None:
-    """Raises ``UserError`` for what the model cannot read.
-
-    Args:
-        vocabulary: of its token ids.
-        positions: tokens of the longest sequence; None where any length goes.
-    """
-    for source, sequences in sources.items():
-        for sequence in sequences:
-            if positions is not None and len(sequence.input_ids) > positions:
-                raise UserError(
-                    f"{source} record {sequence.index + 1} has {len(sequence.input_ids)} tokens, "
-                    f"and the model has places for {positions}: add --max-length {positions}"
-                )
-            if (largest := max(sequence.input_ids)) >= vocabulary:
-                raise UserError(
-                    f"{source} record {sequence.index + 1} has the token id {largest}, outside the "
-                    f"model's vocabulary of {vocabulary}: model and tokenizer do not belong "
-                    "together"
-                )
-
-
-def data_fingerprint(sequences: list[TokenizedExample]) -> str:
-    """SHA-256 over the token ids and where each answer begins."""
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(f"{sequence.prompt_length}:{sequence.input_ids}".encode())
-    return digest.hexdigest()
 
 
 def text_fingerprint(records: Iterable[Record]) -> str:

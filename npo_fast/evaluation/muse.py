@@ -110,11 +110,13 @@ def evaluate_muse(
     evaluation = _Evaluation(
         lm, template, settings or EvaluationSettings(), progress or (lambda *_: None)
     )
+    windows = {name: evaluation.windows(name, texts) for name, texts in suite.texts.items()}
+    pairs = suite.prompts if evaluation.settings.generate else {}
+    prompts = {name: evaluation.prompts(name, rows) for name, rows in pairs.items()}
     with lm.evaluating():
-        logs = {name: evaluation.attacked(name, texts) for name, texts in suite.texts.items()}
-        if evaluation.settings.generate:
-            for name, pairs in suite.prompts.items():
-                logs[name] = evaluation.continued(name, pairs)
+        logs = {name: evaluation.attacked(name, *each) for name, each in windows.items()}
+        for name, rows in pairs.items():
+            logs[name] = evaluation.continued(name, rows, prompts[name])
     return logs
 
 
@@ -128,9 +130,8 @@ class _Evaluation:
         self.stop_ids = template.stop_ids
         self.template = Template(template.tokenizer, "plain", self.context)
 
-    def attacked(self, name: str, texts: list[str]) -> dict[str, Any]:
-        """Min-k of each text: the mean of the least likely share of its tokens' log-probs."""
-        share = self.settings.min_k_share or MIN_K_SHARE
+    def windows(self, name: str, texts: list[str]) -> tuple[list[TokenizedExample], list[int]]:
+        """The windows of texts, and which text each is of."""
         windows: list[TokenizedExample] = []
         text_of: list[int] = []
         for i, text in enumerate(texts):
@@ -140,6 +141,13 @@ class _Evaluation:
                 windows.append(TokenizedExample(ids, start, len(windows)))
                 text_of.append(i)
         check_readable({name: windows}, self.lm.vocabulary, self.lm.positions)
+        return windows, text_of
+
+    def attacked(
+        self, name: str, windows: list[TokenizedExample], text_of: list[int]
+    ) -> dict[str, Any]:
+        """Min-k of each text: the mean of the least likely share of its tokens' log-probs."""
+        share = self.settings.min_k_share or MIN_K_SHARE
         log_probs: dict[int, torch.Tensor] = {}
         by_length = sorted(windows, key=lambda window: len(window.input_ids))
         for batch in pack(by_length, self.settings.micro_batch_tokens):
@@ -147,7 +155,7 @@ class _Evaluation:
             parts = values.split(batch.answer_cu_seqlens.diff().tolist())
             log_probs |= zip(batch.indices, parts, strict=True)
             self.progress(name, len(log_probs), len(windows))
-        by_text: list[list[torch.Tensor]] = [[] for _ in texts]
+        by_text: list[list[torch.Tensor]] = [[] for _ in range(text_of[-1] + 1)]
         for window, i in enumerate(text_of):
             by_text[i].append(log_probs[window])
         return {
@@ -157,19 +165,29 @@ class _Evaluation:
             VOCABULARY: self.lm.vocabulary,
         }
 
-    def continued(self, name: str, pairs: list[tuple[str, ...]]) -> dict[str, Any]:
-        """ROUGE-L of greedy continuations."""
-        from npo_fast.evaluation.rouge import rouge_scorer  # min-k needs no rouge_score
+    def new_tokens(self, name: str) -> int:
+        """How many tokens a continuation has at most."""
+        length = self.settings.max_new_tokens
+        return length if name == VERBMEM else min(length, LONGEST_ANSWER)
 
-        verbatim, length = name == VERBMEM, self.settings.max_new_tokens
-        length = length if verbatim else min(length, LONGEST_ANSWER)
-        tokenizer = self.template.tokenizer
-        prompts = []
+    def prompts(self, name: str, pairs: list[tuple[str, ...]]) -> list[list[int]]:
+        """The tokens of the prompts, each with room for its continuation."""
+        length, prompts = self.new_tokens(name), []
         for number, (prompt, _) in enumerate(pairs, 1):
             with named(f"{name}, record {number}"):
                 prompts.append(self.prompt(prompt, length))
         examples = [TokenizedExample(tuple(ids), 1, i) for i, ids in enumerate(prompts)]
         check_readable({name: examples}, self.lm.vocabulary, self.lm.positions)
+        return prompts
+
+    def continued(
+        self, name: str, pairs: list[tuple[str, ...]], prompts: list[list[int]]
+    ) -> dict[str, Any]:
+        """ROUGE-L of greedy continuations."""
+        from npo_fast.evaluation.rouge import rouge_scorer  # min-k needs no rouge_score
+
+        verbatim, length = name == VERBMEM, self.new_tokens(name)
+        tokenizer = self.template.tokenizer
         texts = [""] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
         for first in range(0, len(order), self.settings.generation_batch):

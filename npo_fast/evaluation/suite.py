@@ -15,7 +15,7 @@ from npo_fast.data import (
     load_records,
     split_suffix,
 )
-from npo_fast.errors import NoSuchSplitError, UserError, named
+from npo_fast.errors import NoSuchSplitError, UserError, named, short
 from npo_fast.metrics import FORGET, HOLDOUT, REAL_AUTHORS, RETAIN, WORLD_FACTS
 
 TOFU_SPLIT = re.compile(r"(forget|retain)\d\d")
@@ -223,6 +223,13 @@ def _with_wrong_answers(
             f"{_perturbed(base)} asks other questions than {name}, or in another order: give each "
             "record the wrong answers to its own question, or rename it"
         )
+    for number, (ours, theirs) in enumerate(zip(plain, perturbed, strict=True), 1):
+        if ours.answer.split() != theirs.answer.split():
+            raise UserError(
+                f"{_perturbed(base)} has another right answer to record {number} than {name}, "
+                f"{short(theirs.answer)} and not {short(ours.answer)}: give both the same, or "
+                "rename it"
+            )
     return perturbed
 
 

@@ -122,8 +122,8 @@ class UnlearningEvaluation(torch.utils.data.Dataset[Any]):
         self.retrained = None
         if retrained is not None:
             check_forget_quality(suite)
-            size = len(suite[FORGET])
-            self.retrained = retrained_log(Path(retrained), size, range(size))
+            answers = [record.answer for record in suite[FORGET]]
+            self.retrained = retrained_log(Path(retrained), answers, range(len(answers)))
         self.suite = tokenize_suite(template, suite)
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ Both are read wherever logs are read. Logs of MUSE are one file, ``muse_eval.jso
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,9 @@ from npo_fast.metrics.logs import (
     TRUTH_RATIO_COLUMNS,
     Log,
     Result,
+    check_answers,
     check_comparable,
     check_result,
-    examples_in,
     select,
 )
 from npo_fast.metrics.muse import is_muse
@@ -90,22 +90,22 @@ def _load(path: Path) -> dict[str, Log]:
     return content
 
 
-def retrained_log(retrained: Path | Result, items: int, examples: Iterable[int]) -> dict[str, Log]:
-    """Reads the forget log of a retrained model and selects ``examples`` of its ``items``.
+def retrained_log(
+    retrained: Path | Result, answers: Sequence[str | None], examples: Iterable[int]
+) -> dict[str, Log]:
+    """Reads the forget log of a retrained model and selects ``examples`` of it.
+
+    Args:
+        answers: the right answers of the forget records, None where one is not known.
 
     Raises:
-        UserError: the log was not made on ``items`` forget records, or has no truth ratios.
+        UserError: the log was made on other records, or has no truth ratios.
     """
     result = load_result(retrained) if isinstance(retrained, Path) else retrained
-    log = result.get(FORGET, {})
     name = retrained if isinstance(retrained, Path) else "the retrained log"
-    if (logged := examples_in(log)) != items:
-        raise UserError(
-            f"{name} has {logged} forget items and --forget {items}: "
-            "evaluate the retrained model on the same records"
-        )
+    check_answers(result.get(FORGET, {}), answers, name)
     check_comparable(result)
-    return {FORGET: select(log, examples)}
+    return {FORGET: select(result[FORGET], examples)}
 
 
 def save_result(

@@ -13,7 +13,7 @@ the reference; and columns that end in ``REPHRASED``.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,33 @@ def same_records(ours: Result, theirs: Result) -> bool:
         if examples_in(ours[file]) != examples_in(theirs[file]):
             return False
     return True
+
+
+def check_answers(theirs: Log, answers: Sequence[str | None], name: Any) -> None:
+    """Checks that the forget log of a retrained model is of the records with these answers.
+
+    Args:
+        answers: right answers, None where one is not known.
+        name: of the log, in messages.
+
+    Raises:
+        UserError: other answers, as far as the log has them, or another number.
+    """
+    if (logged := examples_in(theirs)) != len(answers):
+        raise UserError(
+            f"{name} has {logged} forget items and --forget {len(answers)}: "
+            "evaluate the retrained model on the same records"
+        )
+    pairs = zip(right_answers(theirs) or answers, answers, strict=True)
+    for number, (logged_answer, answer) in enumerate(pairs, 1):
+        if logged_answer is None or answer is None:
+            continue
+        if logged_answer.split() != answer.split():
+            raise UserError(
+                f"{name} is of other records: the right answer to its record {number} is "
+                f"{short(logged_answer)}, and that of --forget {short(answer)}: evaluate the "
+                "retrained model on the same records"
+            )
 
 
 def examples_in(log: Log) -> int:

@@ -86,13 +86,11 @@ class Measure:
     def available(self, result: Result, retrained: Result | None) -> bool:
         """Whether the logs hold what the measure needs."""
         compared = [retrained or {}] if self.needs_retrained else []
-        complete = all(
+        return all(
             file in logs and all(name in logs[file] for name in columns)
             for logs in (result, *compared)
             for file, columns in self.needs.items()
         )
-        by_min_k = self.needs_retrained and self.needs == _MIN_K
-        return complete and not (by_min_k and not counted_alike(result, retrained or {}))
 
     def label_of(self, result: Result) -> str:
         """The label, with the conventions of these logs where they matter and are not the usual."""
@@ -219,12 +217,26 @@ def _membership_auc(attack: str) -> Measure:
     )  # fmt: skip
 
 
-def _against_retrained(key: str, label: str, formula: Callable[[float, float], float]) -> Measure:
+@dataclass(frozen=True)
+class _AgainstRetrained(Measure):
     """A membership AUC of min-k beside that of the retrained model."""
-    return Measure(
+
+    undefined: float = math.nan
+    """The AUC of the retrained model that leaves nothing to divide by."""
+
+    def available(self, result: Result, retrained: Result | None) -> bool:
+        if not super().available(result, retrained) or not counted_alike(result, retrained or {}):
+            return False
+        return attack_auc(retrained or {}, "min-k") != self.undefined
+
+
+def _against_retrained(
+    key: str, label: str, formula: Callable[[float, float], float], undefined: float
+) -> Measure:
+    return _AgainstRetrained(
         key, f"{label}, min-k",
         lambda *results: formula(*(attack_auc(each, "min-k") for each in results)),
-        _MIN_K, needs_retrained=True,
+        _MIN_K, needs_retrained=True, undefined=undefined,
     )  # fmt: skip
 
 
@@ -257,8 +269,8 @@ MEASURES = {  # by key, in the order of ``summary``
         *_beyond_tofu("forget"),
         *_beyond_tofu("retain"),
         *(_membership_auc(attack) for attack in ATTACKS),
-        _against_retrained("privleak", "privacy leakage, %", privleak),
-        _against_retrained("rel_diff", "membership AUC against retrained, %", rel_diff),
+        _against_retrained("privleak", "privacy leakage, %", privleak, 1.0),
+        _against_retrained("rel_diff", "membership AUC against retrained, %", rel_diff, 0.0),
     )
 }  # fmt: skip
 RECORDED = {  # those of evaluations.jsonl, by key: the whole model's, then the sets'

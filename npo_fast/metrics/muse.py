@@ -108,11 +108,15 @@ def check_retrained(retrained: Result, sizes: Mapping[str, int], share: float) -
     for name in _PRIVLEAK:
         if name not in retrained:
             raise UserError(f"--retrained has no {name}: evaluate that model with --suite muse")
+        if name not in sizes:
+            raise UserError(f"the log has no {name}: evaluate the model with --suite muse again")
+    for name in (name for name in (*_PRIVLEAK, *retrained) if name in sizes):
         if (theirs := examples_in(retrained[name])) != sizes[name]:
             raise UserError(
                 f"--retrained has {theirs} texts of {name}, and this evaluation {sizes[name]}: "
                 "evaluate both models on the same --data"
             )
+    for name in _PRIVLEAK:
         entry = retrained[name].get(CONVENTIONS, {})
         conventions_of(retrained[name], min_k=True)  # a damaged entry
         if (k := entry.get("min_k_share")) != share:
@@ -158,7 +162,8 @@ def verdict(
     forgotten = [k for k in ("verbmem_forget", "knowmem_forget") if k in ours]
     numbers = [words(k, "retrained", theirs) for k in forgotten]
     if retrained is None:
-        return Verdict("undecided", (", ".join([*filter(None, (*numbers, kept))]),), MISSING)
+        auc = "" if numbers or kept else words("privleak_auc", "retrained", theirs)
+        return Verdict("undecided", (", ".join([*filter(None, (*numbers, kept, auc))]),), MISSING)
     numbers.append(f"PrivLeak {number(ours['privleak'])} %")
     low, high = between.get("privleak_auc", (0.0, 1.0))
     if any(examples_in(result[name]) < FEW for name in _PRIVLEAK):
@@ -169,6 +174,9 @@ def verdict(
         known.append(numbers[-1])
     if known:
         return judged("not forgotten", *known)
+    if missing := [MEASURES[k].label for k in forgotten if k not in theirs]:
+        advice = f"the logs of --retrained have no {' and no '.join(missing)}: evaluate it again"
+        return Verdict("undecided", (", ".join(numbers),), advice)
     if low > (1 + LEAK / 100) * theirs["privleak_auc"]:
         return judged("over-forgotten", numbers[-1])
     return judged("forgotten", ", ".join([*filter(None, (*numbers, kept))]))

@@ -86,7 +86,7 @@ def attack(
     if retrained is not None:
         check_forget_quality(suite)
         logs = logs_of(retrained, "retrained")
-        compared = retrained_log(logs, len(forget_records), split.rest)
+        compared = retrained_log(logs, [r.answer for r in forget_records], split.rest)
     source = ModelSource(model, loading, tokenizer)
     source.device()
     template = source.template()

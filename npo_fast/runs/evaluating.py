@@ -40,8 +40,9 @@ from npo_fast.metrics import (
     has_truth_ratio,
     muse,
 )
-from npo_fast.metrics.logs import same_records
+from npo_fast.metrics.logs import check_answers, right_answers, same_records
 from npo_fast.metrics.measures import measures
+from npo_fast.metrics.memorization import membership_auc
 from npo_fast.metrics.verdict import of_same_records
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.chain import Chain, log_records
@@ -194,15 +195,35 @@ def _read_log(
             "out"
         )
     elif retrained is not None:
-        check_comparable(retrained)
+        ours = logs[FORGET]
+        answers: Sequence[str | None] = right_answers(ours) or [None] * examples_in(ours)
+        _check_retrained(retrained, answers, examples_in(logs.get(HOLDOUT, {})))
     return logs
+
+
+def _check_retrained(retrained: Result, answers: Sequence[str | None], held_out: int) -> None:
+    """Checks that TOFU's logs of a retrained model are of these forget answers and holdout set."""
+    check_comparable(retrained)
+    check_answers(retrained[FORGET], answers, "--retrained")
+    theirs = examples_in(retrained.get(HOLDOUT, {}))
+    if held_out and theirs and theirs != held_out:
+        raise UserError(
+            f"--retrained has {theirs} holdout items and --holdout {held_out}: evaluate the "
+            "retrained model on the same records"
+        )
+    if theirs and membership_auc(retrained).get("min-k") == 1:
+        logger.warning(
+            "warning: --retrained ranks every forget answer above every holdout answer (AUC 1), as "
+            "a model does that was trained on them: no privacy leakage is told"
+        )
 
 
 def _check_suite(suite: Suite, retrained: Result | None, evaluation: EvaluationSettings) -> None:
     """Checks TOFU's sets against the options, and tells how large they are and what repeats."""
     if retrained is not None:
         check_forget_quality(suite)
-        check_comparable(retrained)
+        answers = [record.answer for record in suite[FORGET]]
+        _check_retrained(retrained, answers, len(suite.get(HOLDOUT, [])))
     for name, records in suite.items():
         logger.info(f"{name}: {len(records)} records")
     files = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}

@@ -9,7 +9,7 @@ from npo_fast.data import describe
 from npo_fast.errors import UserError
 from npo_fast.evaluation.muse import MIN_K_SHARE, evaluate_muse, muse_suite
 from npo_fast.evaluation.settings import EvaluationSettings
-from npo_fast.metrics import Result, muse
+from npo_fast.metrics import Result, examples_in, muse
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.progress import progress
@@ -60,7 +60,7 @@ def check_kind(logs: Result | None, role: str, suite: SuiteName) -> None:
 def check_retrained(retrained: Result | None, logs: Result) -> None:
     """Checks logs of a retrained model against logs that exist already."""
     if retrained is not None:
-        sizes = {name: len(log["min_k"]) for name, log in logs.items() if "min_k" in log}
+        sizes = {name: examples_in(log) for name, log in logs.items()}
         share = logs[muse.PRIVLEAK_FORGET].get("conventions", {}).get("min_k_share", MIN_K_SHARE)
         muse.check_retrained(retrained, sizes, share)
 

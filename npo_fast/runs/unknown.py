@@ -22,7 +22,7 @@ from npo_fast.losses import NPO, suggest_beta
 from npo_fast.methods import Term
 from npo_fast.metrics import FORGET, load_result
 from npo_fast.metrics.evidence import Level
-from npo_fast.metrics.logs import column, examples_in
+from npo_fast.metrics.logs import check_answers, column
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.reference_log_probs import reference_log_probs_of
 from npo_fast.runs.models import Model
@@ -71,12 +71,16 @@ class UnknownSources:
                 "--unknown-log-prob NATS"
             )
 
-    def check_sources(self, prepared: PreparedRun) -> None:
+    def check_sources(self, prepared: PreparedRun, records: Sequence[Record]) -> None:
         """Raises ``UserError`` for a log or a base model that cannot tell the level."""
         if _recorded(prepared) is not None:
             return
         forget = prepared.sources["forget"]
         if self.retrained is not None:
+            log = load_result(self.retrained).get(FORGET, {})
+            texts = any(record.is_text for record in records)  # a log has their windows
+            answers = [None] * len(forget) if texts else [record.answer for record in records]
+            check_answers(log, answers, f"--retrained {self.retrained}")
             self._of_log(_lengths(forget))
         elif self.base_model is not None and self.holdout is None:
             source, template = prepared.model, prepared.template
@@ -136,11 +140,6 @@ class UnknownSources:
         """Of a log, the mean losses a token times the lengths of the answers."""
         assert self.retrained is not None
         log = load_result(self.retrained).get(FORGET, {})
-        if (logged := examples_in(log)) != len(lengths):
-            raise UserError(
-                f"--retrained {self.retrained} is of {logged} forget answers and --forget has "
-                f"{len(lengths)}: evaluate the retrained model on the same records"
-            )
         with named(f"--retrained {self.retrained}"):
             return -torch.from_numpy(column(log, "avg_gt_loss")) * lengths
 
@@ -155,11 +154,10 @@ def check_holdout(records: Mapping[str, Sequence[Record]]) -> None:
                 f"as record {found[0]}: take them out, a holdout is what the model never saw"
             )
     of_text, forgets_text = ({record.is_text for record in each} for each in (held_out, forget))
-    if of_text.isdisjoint(forgets_text):
-        kinds = {True: "texts", False: "questions"}
+    if other := of_text - forgets_text:
+        kind, forgets = ("texts", "questions") if True in other else ("questions", "texts")
         raise UserError(
-            f"--holdout holds {kinds[of_text.pop()]} and --forget {kinds[forgets_text.pop()]}: "
-            "hold out records of the same kind"
+            f"--holdout holds {kind} and --forget {forgets}: hold out records of the same kind"
         )
 
 

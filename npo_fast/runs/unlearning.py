@@ -188,7 +188,7 @@ def unlearn(
         suite = tofu_suite(inputs.data, forget, retain, loss_on=loss_on)
     watch = _evaluation_callback(prepared, evaluation, report, suite)
     other = reference_model(method.reference, prepared)
-    level_from.check_sources(prepared)
+    level_from.check_sources(prepared, records["forget"])
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)
 
@@ -256,7 +256,8 @@ def _evaluation_callback(
     if options.retrained is not None:
         check_forget_quality(suite)
         examples = range(len(first[FORGET]))
-        retrained = retrained_log(options.retrained, len(suite[FORGET]), examples)
+        answers = [record.answer for record in suite[FORGET]]
+        retrained = retrained_log(options.retrained, answers, examples)
     tokenized = tokenize_suite(prepared.template, first)
     settings = EvaluationSettings(
         max_new_tokens=report.max_new_tokens, memorization=options.memorization

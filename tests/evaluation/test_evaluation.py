@@ -81,8 +81,12 @@ def test_a_record_without_wrong_answers_is_reported(tmp_path):
             "\n".join(map(json.dumps, [*WRONG[:9], {**WRONG[9], "perturbed_answer": ["Kim."]}])),
             "found from 1 to 2",
         ),
+        (
+            "\n".join(map(json.dumps, [*WRONG[:9], {**WRONG[9], "answer": "Kim."}])),
+            "has another right answer to record 10 than f, 'Kim.' and not",
+        ),
     ],
-    ids=["damaged", "fewer", "another order", "uneven"],
+    ids=["damaged", "fewer", "another order", "uneven", "another answer"],
 )
 def test_wrong_answers_that_cannot_be_used_are_refused(tmp_path, content, message):
     write_jsonl(tmp_path / "f.jsonl", FACTS)
@@ -120,6 +124,40 @@ def test_a_retrained_log_that_cannot_be_used_is_refused_first(home, tmp_path, ca
     assert main(call) == 2
     assert "forget record 1 has no wrong answers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("verb", ["evaluate", "attack", "unlearn"])
+def test_a_retrained_log_of_other_records_is_refused_first(
+    home, tmp_path, capsys, monkeypatch, verb, log
+):
+    for name, rows in (("forget", WRONG[:4]), ("other", WRONG[1:5])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        call = ("--forget", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / name))
+        assert evaluate(home, *call) == 0
+    call = [verb, "--model", str(home / "base"), "--forget", str(tmp_path / "forget.jsonl"),
+            "--retrained", str(tmp_path / "other"), "--output", str(tmp_path / "out")]  # fmt: skip
+    if verb == "unlearn":
+        call += ["--method", "NPO", *(("--beta", "auto") if log else ("--eval-every", "1"))]
+    elif log and verb == "evaluate":
+        call = [verb, "--log", str(tmp_path / "forget"), *call[5:]]
+    capsys.readouterr()
+    scores = "npo_fast.evaluation.evaluate.token_scores"
+    monkeypatch.setattr(scores, lambda *_: pytest.fail("it is measured"))
+    assert main(call) == 2
+    assert "is of other records: the right answer to its record 1 is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_retrained_holdout_log_of_another_size_is_refused_first(home, tmp_path, capsys):
+    for name, rows in (("two", FACTS[6:8]), ("three", FACTS[6:9])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    call = ("--forget", str(home / "forget.jsonl"), "--holdout")
+    logs = ("--output", str(tmp_path / "logs"))
+    assert evaluate(home, *call, str(tmp_path / "two.jsonl"), *logs) == 0
+    retrained = ("--retrained", str(tmp_path / "logs"))
+    assert evaluate(home, *call, str(tmp_path / "three.jsonl"), *retrained) == 2
+    assert "--retrained has 2 holdout items and --holdout 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "attack", "unlearn"])

@@ -234,6 +234,25 @@ def test_the_verdict_follows_the_four_criteria_where_intervals_leave_no_doubt(
         assert verdict.outcome == outcome, verdict
 
 
+@pytest.mark.parametrize("missing", [(muse.VERBMEM,), (muse.VERBMEM, muse.KNOWMEM_FORGET)])
+def test_a_retrained_log_that_lacks_a_criterion_leaves_it_undecided(missing):
+    """Not forgotten: a model that recites everything would be."""
+    logs, retrained = whole_logs(1.0, 1.0, 1.0, 0.5), whole_logs(0.2, 0.3, 0.6, 0.5)
+    for name in missing:
+        del retrained[name]
+    between = {key: (value, value) for key, value in muse.measures(logs).items()}
+    verdict = muse.verdict(logs, retrained, {}, between)
+    known = muse.KNOWMEM_FORGET not in missing
+    assert verdict.outcome == ("not forgotten" if known else "undecided")
+    assert known or "have no VerbMem forget and no KnowMem forget" in verdict.advice
+
+
+def test_without_continuations_and_a_retrained_model_the_verdict_has_the_auc():
+    verdict = muse.verdict(leak_logs([0.0] * 9, [1.0] * 9), None, {}, {})
+    assert verdict.outcome == "undecided"
+    assert verdict.reasons == ("AUC, holdout above forget, min-k 1",)
+
+
 def test_fewer_than_ten_texts_have_no_say_on_the_auc():
     logs, retrained = (leak_logs([0.0] * 9, [value] * 9) for value in (1.0, -1.0))
     retrained[muse.PRIVLEAK_HOLDOUT]["min_k"][0] = 1.0
@@ -376,6 +395,10 @@ def muse_suite_sizes(folder) -> dict:
          "it was trained on the forget set"),
         (["--suite", "muse", "--log", "eval", "--retrained", "fewer"],
          "--retrained has 1 texts of privleak/forget, and this evaluation 4"),
+        (["--suite", "muse", "--log", "eval", "--retrained", "fewer-questions"],
+         "--retrained has 1 texts of knowmem/forget_qa, and this evaluation "),
+        (["--suite", "muse", "--log", "no-holdout", "--retrained", "eval"],
+         "the log has no privleak/holdout"),
         (["--suite", "mues", "--model", "base", "--data", "news"], "muse"),
     ],
 )  # fmt: skip
@@ -402,8 +425,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
         "other-k": {muse.PRIVLEAK_FORGET: logs[muse.PRIVLEAK_FORGET] | usual},
         "never-forgot": leak_logs([-1, -2] * 2, [-3, -4] * 2),
         "fewer": leak_logs([-1], [-3]),
+        "fewer-questions": {muse.KNOWMEM_FORGET: {"rougeL_f1": [0.0]}},
     }.items():  # fmt: skip
         (tmp_path / name).write_text(json.dumps(logs | changed))
+    del logs[muse.PRIVLEAK_HOLDOUT]
+    (tmp_path / "no-holdout").write_text(json.dumps(logs))
     code, _, err = run(capsys, *arguments)
     assert code == 2
     line = err.strip().splitlines()[-1]

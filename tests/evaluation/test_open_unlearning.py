@@ -133,7 +133,7 @@ def test_forget_quality_compares_logs_of_either_form(tmp_path):
         assert metrics.forget_quality(*pair) == quality
     summary = json.loads((tmp_path / "ours" / SUMMARY).read_text())
     assert summary["forget_quality"] == pytest.approx(quality)
-    first = metrics.retrained_log(tmp_path / "other", 6, [2, 0])[FORGET]
+    first = metrics.retrained_log(tmp_path / "other", [None] * 6, [2, 0])[FORGET]
     assert first["avg_paraphrased_loss"] == pytest.approx(
         [other[FORGET]["avg_paraphrased_loss"][i] for i in (2, 0)]
     )

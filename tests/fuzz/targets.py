@@ -243,7 +243,7 @@ def _use_logs(folder: Path, rng: Random) -> None:
         metrics.summary(result, result), metrics.summary(result)
         for form in ("tofu", "open-unlearning"):
             metrics.save_result(result, folder / "new", form, result)
-    metrics.retrained_log(folder / "log.json", 6, range(3))
+    metrics.retrained_log(folder / "log.json", [None] * 6, range(3))
 
 
 def _make_model(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,8 +44,29 @@ def test_a_few_answers_beyond_measure_change_little():
         ([[-1.0]], [-5.0], 0.05, r"got the shape \(1, 1\)"),
         ([-1.0], [-5.0], 0.0, "spent must be between 0 and 1"),
         ([-1.0], [-5.0], 1.0, "spent must be between 0 and 1"),
+        ([-1.0], [-5.0], 1e-320, "spent must be between 0 and 1"),
+        ([-1.0], [-5.0], "0.1", "spent must be between 0 and 1"),
+        ([-1.0], [-10.0, -math.inf, -5.0], 0.05, "unknown_log_probs must be finite"),
+        ([math.inf, -1.0, -2.0], [-5.0], 0.05, "ref_log_probs must be finite"),
+        ([50.0], [-5.0], 0.05, "ref_log_probs must be finite and no more than 0"),
     ],
 )
 def test_what_makes_no_beta_is_refused(known, unknown, spent, message):
-    with pytest.raises(UserError, match=message):
-        suggest_beta(torch.tensor(known), torch.tensor(unknown), spent)
+    for form in (torch.tensor, list):
+        with pytest.raises(UserError, match=message):
+            suggest_beta(torch.tensor(known), form(unknown), spent)
+
+
+@pytest.mark.parametrize("odd", [None, "x", {}, torch.tensor([1j]), torch.empty(2, device="meta")])
+def test_what_is_no_log_prob_is_refused(odd):
+    for arguments in ((odd, -5.0), (torch.tensor([-1.0]), odd)):
+        with pytest.raises(UserError, match="must be log-probs of sequences"):
+            suggest_beta(*arguments)
+
+
+def test_lists_arrays_and_many_values_are_taken():
+    expected = suggest_beta(torch.tensor([-1.0, -2.0]), torch.tensor([-9.0]))
+    assert suggest_beta([-1.0, -2.0], [-9.0]) == expected
+    assert suggest_beta(np.array([-1.0, -2.0]), -9.0) == expected
+    many = torch.full((2**24 + 1,), -1.5)  # more than torch.quantile takes
+    assert suggest_beta(many, -9.0) == expected

@@ -136,6 +136,7 @@ TEXTS = [{"text": f"A long time ago {row['answer']}"} for row in FACTS]
         ({"holdout": [*HELD_OUT, FORGET_ROWS[0]]}, "1 of 3 holdout records are forget records too"),
         ({"holdout": RETAIN_ROWS[:2]}, "2 of 2 holdout records are retain records too"),
         ({"holdout": TEXTS}, "holdout holds texts and forget questions"),
+        ({"holdout": [*HELD_OUT, TEXTS[9]]}, "holdout holds texts and forget questions"),
         ({"base_model": "./nowhere"}, "base_model.*no model folder"),
         ({"evaluation": EvaluationOptions(retrained=Path("no-log"))}, "no evaluation log 'no-log'"),
     ],
@@ -162,7 +163,7 @@ def test_the_card_says_what_beta_was_found(models, tmp_path):
 
 def test_a_log_of_other_records_is_refused(models, tmp_path):
     (tmp_path / FORGET).write_text(json.dumps({"avg_gt_loss": [1.0, 2.0]}))
-    with pytest.raises(UserError, match="is of 2 forget answers and forget has"):
+    with pytest.raises(UserError, match="has 2 forget items and forget 4: evaluate"):
         run(models, tmp_path / "run", evaluation=EvaluationOptions(retrained=tmp_path / FORGET))
 
 
