@@ -20,6 +20,7 @@ from npo_fast.experiments.reproduce.rows import (
     Row,
     bound,
     chosen,
+    commands_of,
     compare,
     described,
     filled,
@@ -58,23 +59,26 @@ def run(command: Command) -> Output:
     rows = load_rows()
     if command.list:
         shown = chosen(rows, command.names or ("*",))
-        return Output({"rows": [asdict(row) for row in shown]}, "\n\n".join(map(described, shown)))
+        listed = [asdict(row) | {"commands": commands_of(row)} for row in shown]
+        return Output({"rows": listed}, "\n\n".join(map(described, shown)))
     if not command.names:
         raise UserError("say which published rows to measure, by the names of --list")
     results: list[dict[str, Any]] = []
     failures: list[UserError] = []
-    for row in chosen(rows, command.names):
+    named = chosen(rows, command.names)
+    for row in named:
         started = time.perf_counter()
         result: dict[str, Any] = {"name": row.name, "source": row.source}
         try:
             result["numbers"] = compare(row, _measure(row, command))
         except UserError as error:
             failures.append(type(error)(f"{row.name}: {error}{_cure(row)}"))
-            logger.warning(f"warning: {failures[-1]}")
+            if len(named) > 1:  # hours before the end
+                logger.warning(f"warning: {failures[-1]}")
             result |= {"numbers": [], "error": str(failures[-1])}
         results.append(result | {"time_s": time.perf_counter() - started})
     if len(failures) == len(results):
-        raise failures[0]
+        raise failures[0] if len(named) == 1 else UserError("none of these rows could be measured")
     good = not failures and all(each.within for result in results for each in result["numbers"])
     text = _text(results)
     for result in results:

@@ -67,19 +67,18 @@ def is_vacant(folder: Path) -> bool:
     return not folder.exists()
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path, cure: str = "add --overwrite to begin anew") -> dict[str, Any]:
     """``run.json``, or {} where there is none; raises ``UserError`` where it is damaged."""
     if not (folder / RUN).exists():
         return {}
-    metadata = run_files.read_metadata(folder, "add --overwrite to begin anew")
+    metadata = run_files.read_metadata(folder, cure)
     if "sha256" not in metadata:
         return metadata
     try:
         return unsealed(metadata, folder / RUN)
     except DamagedError as error:
         raise UserError(
-            f"{error}; add --overwrite to begin anew, or restore it. Without its sha256 it is "
-            "taken as it is"
+            f"{error}; {cure}, or restore it. Without its sha256 it is taken as it is"
         ) from error
 
 
@@ -91,9 +90,11 @@ def found_metadata(folder: Path) -> bytes | None:
 
 def metadata_of_model(path: Path) -> dict[str, Any]:
     """``run.json`` of the run that made a model: its folder, or a model in it; else {}."""
-    for folder in (path, *path.resolve().parents[:2]):
-        if (folder / RUN).is_file():
-            return read_metadata(folder)
+    whole = path.resolve()
+    for folder in (whole, *whole.parents[:2]):
+        inside = whole.relative_to(folder).parts
+        if (folder / RUN).is_file() and (not inside or inside[0] in ("model", "checkpoints")):
+            return read_metadata(folder, "move the model out of that folder")
     return {}
 
 

@@ -133,7 +133,8 @@ def train(
         )
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
             kind = PartialUpdateError if update.partially_applied else NonFiniteError
-            raise kind(_non_finite_message(record, batch, update.partially_applied))
+            applied, rho = update.partially_applied, settings.sharpness_rho
+            raise kind(_non_finite_message(record, batch, applied, rho))
         scheduler.step()
         state.step = record.step
         yield record
@@ -236,7 +237,9 @@ def reference_cache_for(
     return open_reference_states(lm, data, folder, positions.pop(), micro_batch_tokens, layer)
 
 
-def _non_finite_message(record: StepRecord, batch: Sources, partially_applied: int) -> str:
+def _non_finite_message(
+    record: StepRecord, batch: Sources, partially_applied: int, rho: float
+) -> str:
     shown = "; ".join(
         f"{source} records {', '.join(str(s.index + 1) for s in sequences[:8])}"
         + (f" and {len(sequences) - 8} more" if len(sequences) > 8 else "")
@@ -252,5 +255,6 @@ def _non_finite_message(record: StepRecord, batch: Sources, partially_applied: i
     return (
         f"step {record.step}: the loss is {record.loss:.4g} ({values}) with gradient norm "
         f"{record.grad_norm:.4g}; {kept}. "
-        f"Samples: {shown}. A smaller --lr or fp32 weights (--dtype fp32) usually cure it"
+        f"Samples: {shown}. A smaller --lr{' or --sharpness-rho' if rho else ''}, or fp32 weights "
+        "(--dtype fp32) usually cure it"
     )

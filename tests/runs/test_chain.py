@@ -240,6 +240,24 @@ def test_a_run_without_a_chain_still_loads(home, tmp_path, capsys):
     assert run.metadata["chain"]["earlier"] == []
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", '{"status": 5}', "no JSON"])
+def test_a_file_of_that_name_above_a_model_is_none_of_its(home, tmp_path, content):
+    shutil.copytree(home / "base", tmp_path / "mine" / "deep")
+    (tmp_path / "run.json").write_text(content)
+    request(tmp_path / "mine" / "deep", REQUESTS[0], tmp_path / "new" / "run")
+    assert metadata_of(tmp_path / "new" / "run")["chain"]["earlier"] == []
+
+
+def test_a_model_that_lies_beside_a_run_has_not_its_chain(home, tmp_path):
+    shutil.copytree(home / "a", tmp_path / "a")
+    shutil.copytree(home / "base", tmp_path / "a" / "mine")
+    request(tmp_path / "a" / "mine", REQUESTS[1], tmp_path / "b")
+    assert metadata_of(tmp_path / "b")["chain"]["earlier"] == []
+    (tmp_path / "a" / "run.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="move the model out of that folder"):
+        request(tmp_path / "a" / "model", REQUESTS[1], tmp_path / "c")
+
+
 def test_a_model_in_memory_begins_a_chain_without_a_first_model(home, tmp_path):
     lm = load_model(str(home / "b"))
     tokenizer = npo_fast.Run(home / "b").tokenizer

@@ -115,20 +115,25 @@ def bound(tolerance: Tolerance) -> str:
     return f"within {tolerance}" if isinstance(tolerance, str) else f"± {tolerance:g}"
 
 
-def described(row: Row) -> str:
-    """A row as ``--list`` prints it."""
-    published = "; ".join(
-        f"{name} {tables.number(value)} ({bound(row.tolerance[name])})"
-        for name, value in row.expected.items()
-    )
+def commands_of(row: Row) -> list[str]:
+    """The commands of a row as they can be typed."""
     places = {
         "data": row.data or "DATA",
         "checkpoint": row.checkpoint,
         "retrained": row.retrained,
         "output": f"npo-fast-reproduce/{row.name}",
     }
+    return [filled(command, places) for command in row.commands]
+
+
+def described(row: Row) -> str:
+    """A row as ``--list`` prints it."""
+    published = "; ".join(
+        f"{name} {tables.number(value)} ({bound(row.tolerance[name])})"
+        for name, value in row.expected.items()
+    )
     lines = [f"{row.name}: {row.what}"]
-    lines += [f"  $ {filled(command, places)}" for command in row.commands]
+    lines += [f"  $ {command}" for command in commands_of(row)]
     lines += [f"  expected   {published}", f"  tolerance  {row.why}", f"  source     {row.source}"]
     if row.needs:
         lines.append(f"  needs      {row.needs}")
