@@ -42,7 +42,7 @@ from npo_fast.metrics import (
 )
 from npo_fast.metrics.logs import check_answers, right_answers, same_records
 from npo_fast.metrics.measures import measures
-from npo_fast.metrics.memorization import membership_auc
+from npo_fast.metrics.memorization import counted_alike, membership_auc
 from npo_fast.metrics.verdict import of_same_records
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.runs.chain import Chain, log_records
@@ -211,7 +211,8 @@ def _check_retrained(retrained: Result, answers: Sequence[str | None], held_out:
             f"--retrained has {theirs} holdout items and --holdout {held_out}: evaluate the "
             "retrained model on the same records"
         )
-    if theirs and membership_auc(retrained).get("min-k") == 1:
+    alike = theirs and counted_alike(retrained, retrained)
+    if alike and membership_auc(retrained).get("min-k") == 1:
         logger.warning(
             "warning: --retrained ranks every forget answer above every holdout answer (AUC 1), as "
             "a model does that was trained on them: no privacy leakage is told"

@@ -108,6 +108,14 @@ def test_logs_of_two_models_are_compared(home, tmp_path):
     assert found["privacy leakage, %, min-k"] == pytest.approx(expected)
 
 
+def test_where_nothing_is_left_to_divide_by_there_is_no_measure():
+    """A retrained model that knows the forget set, and one to which the holdout is likelier."""
+    ours, members, strangers = (with_min_k([a, a], [-2.0, -3.0]) for a in (-2.5, -1.0, -4.0))
+    leakage, difference = "privacy leakage, %, min-k", "membership AUC against retrained, %, min-k"
+    assert {leakage, difference} & metrics.summary(ours, members).keys() == {difference}
+    assert {leakage, difference} & metrics.summary(ours, strangers).keys() == {leakage}
+
+
 # ---- of the answers ----
 
 
