@@ -1,12 +1,14 @@
 """The demo has a fair dataset, and leaves what it promises (CI looks at the effect itself)."""
 
 import json
+import shutil
 
 import pytest
 
 from npo_fast import metrics
 from npo_fast.cli import main
 from npo_fast.data import load_records
+from npo_fast.errors import UserError
 from npo_fast.experiments.demo.dataset import make_dataset
 from npo_fast.experiments.demo.experiment import (
     METHODS,
@@ -75,7 +77,8 @@ def test_the_demo_leaves_models_logs_steps_a_plot_and_a_page(tmp_path):
     settings = DemoSettings(**SIZES, pretraining=short, teaching=short, unlearning=short)
     demo = Demo(tmp_path, 0, settings)
     outcomes = demo.run()
-    demo.write(outcomes, {"seed": 0})
+    result = {"settings": {}, "models": {}}
+    demo.write(outcomes, result)
     assert list(outcomes) == ["retrained", "original", *METHODS]
     assert outcomes["retrained"].last.forget_quality == 1.0
     for name in ("original", "retrained", *map(folder_of, METHODS)):
@@ -85,7 +88,7 @@ def test_the_demo_leaves_models_logs_steps_a_plot_and_a_page(tmp_path):
     steps = (tmp_path / "npo-rt/steps.jsonl").read_text().splitlines()
     assert len(steps) == 2 * 2
     assert [p.epoch for p in outcomes["NPO+RT"].path] == [1, 2]
-    assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 0}
+    assert json.loads((tmp_path / "result.json").read_text()) == result
     assert (tmp_path / "unlearning.png").stat().st_size > 10_000
     assert outcomes["NPO+RT"].beta == metadata_of(tmp_path / "npo-rt")["beta"]
     assert "Unlearning report" in (tmp_path / "report.html").read_text()
@@ -96,6 +99,11 @@ def test_the_demo_leaves_models_logs_steps_a_plot_and_a_page(tmp_path):
                  "--no-report"]) == 0  # fmt: skip
     assert main(["evaluate", *again, "--max-new-tokens", "2", "--retrained",
                  str(tmp_path / "retrained")]) == 0  # fmt: skip
+    with pytest.raises(UserError, match="holds more, which no demo made"):
+        make_room(tmp_path)
+    shutil.move(tmp_path / "more", tmp_path / "npo-rt")
+    make_room(tmp_path)  # all else is the demo's
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 def outcome(qualities, utility=0.5):

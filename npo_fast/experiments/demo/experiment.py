@@ -46,7 +46,9 @@ from npo_fast.versions import versions
 
 METHODS = ("GA", "GA+RT", "NPO+RT", "SimNPO+RT")
 RESULT, PLOT, PAGE = "result.json", "unlearning.png", "report.html"
-MADE = ("data", "pretraining", "retrained", "original", PLOT, PAGE)  # beside a folder a method
+MADE = (  # beside a folder a method
+    "data", "pretraining", "retrained", "original", PLOT, PAGE, "report.md",
+)  # fmt: skip
 COMMON_REPEATS = 3  # famous authors and countries are seen more often than the background
 LOADING = ModelOptions(template="plain", max_length=64)
 KEPT = 0.85  # share of the utility that counts as kept (the paper: 0.55 of 0.62)
