@@ -67,37 +67,36 @@ def shared(
 
 def keys_of(records: Sequence[Record], lines: bool = False) -> list[set[Key]]:
     """What ``shared`` knows each of the records by."""
-    answers = _answers(records)
-
-    def keys(record: Record) -> set[Key]:
-        key = _key(record)
-        question, found = _question(key), _passages(record, lines)
-        if not record.is_text and answers[question] == 1:
-            return {question} | found
-        few = not record.is_text and answers[question] <= WORDINGS
-        return {key, *(("few", *question),) * few} | found
-
-    return [keys(record) for record in records]
+    found = []
+    for key, question, answers, passages in _parts(records, lines):
+        if answers == 1:
+            found.append({question} | passages)
+        elif 1 < answers <= WORDINGS:
+            found.append({key, ("few", *question)} | passages)
+        else:
+            found.append({key} | passages)
+    return found
 
 
 def keys_to_find(records: Sequence[Record], lines: bool = False) -> list[set[Key]]:
     """For each record the keys that ``keys_of`` may have for one which is the same."""
-    answers = _answers(records)
-
-    def keys(record: Record) -> set[Key]:
-        key = _key(record)
-        question, found = _question(key), _passages(record, lines)
-        if record.is_text:
-            return {key} | found
-        return {key, question, *(("few", *question),) * (answers[question] == 1)} | found
-
-    return [keys(record) for record in records]
+    found = []
+    for key, question, answers, passages in _parts(records, lines):
+        asked = {question} if answers else set()
+        few = {("few", *question)} if answers == 1 else set()
+        found.append({key} | asked | few | passages)
+    return found
 
 
-def _answers(records: Sequence[Record]) -> Counter[Key]:
-    """How many different answers each question has."""
-    pairs = {(_question(key), key[-1].strip(MARKS)) for key in map(_key, records)}
-    return Counter(question for question, _ in pairs)
+def _parts(records: Sequence[Record], lines: bool) -> Iterator[tuple[Key, Key, int, set[Key]]]:
+    """Of each record its key, its question, how many answers that has (a text: 0), its lines."""
+    keys = [_key(record) for record in records]
+    pairs = {(_question(key), key[-1].strip(MARKS)) for key in keys}
+    answers = Counter(question for question, _ in pairs)
+    for record, key in zip(records, keys, strict=True):
+        question = _question(key)
+        count = 0 if record.is_text else answers[question]
+        yield key, question, count, _passages(record, lines)
 
 
 def _passages(record: Record, lines: bool) -> set[Key]:

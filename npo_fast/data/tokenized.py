@@ -36,7 +36,7 @@ def check_readable(sources: Sources, vocabulary: int, positions: int | None = No
             if positions is not None and len(sequence.input_ids) > positions:
                 raise UserError(
                     f"{source} record {sequence.index + 1} has {len(sequence.input_ids)} tokens, "
-                    f"and the model has places for {positions}: add --max-length {positions}"
+                    f"and the model has {positions} positions: add --max-length {positions}"
                 )
             if (largest := max(sequence.input_ids)) >= vocabulary:
                 raise UserError(

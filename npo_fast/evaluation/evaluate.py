@@ -24,7 +24,7 @@ from npo_fast.evaluation.tokens import TokenScores, token_scores
 from npo_fast.metrics.logs import CONVENTIONS, FORGET, HOLDOUT, REPHRASED, VOCABULARY
 from npo_fast.metrics.memorization import repetition
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.generation import check_room, generate
+from npo_fast.model.generation import check_length, generate
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.ops import segment_sum
 from npo_fast.ops.linear_kl import divergences
@@ -115,7 +115,7 @@ class _Evaluation:
         check_readable(read, self.lm.vocabulary, self.lm.positions)
         if self.answers_questions:
             prompts = [*self.tokens.prompts, *map(_prompt, self.rephrased)]
-            check_room(self.lm, prompts, self.settings.max_new_tokens)
+            check_length(self.lm, prompts, self.settings.max_new_tokens)
 
     def log(self) -> Columns:
         """Every column."""

@@ -97,7 +97,7 @@ def tokenize_set(template: Template, name: str, records: list[Record]) -> Tokeni
 
 def rows_of(template: Template, records: list[Record]) -> list[int]:
     """How many rows of its log each record has: a text one for each window."""
-    return [len(_with_windows(template, [record])) for record in records]
+    return [len(template.windows(r.answer)) if r.is_text else 1 for r in records]
 
 
 def _with_windows(template: Template, records: list[Record]) -> list[Record]:

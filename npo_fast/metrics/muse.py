@@ -110,8 +110,9 @@ def check_retrained(retrained: Result, sizes: Mapping[str, int], share: float) -
             raise UserError(f"--retrained has no {name}: evaluate that model with --suite muse")
         if name not in sizes:
             raise UserError(f"the log has no {name}: evaluate the model with --suite muse again")
-    for name in (name for name in (*_PRIVLEAK, *retrained) if name in sizes):
-        if (theirs := examples_in(retrained[name])) != sizes[name]:
+    for name in (*_PRIVLEAK, *retrained):
+        theirs = examples_in(retrained[name])
+        if theirs != sizes.get(name, theirs):
             raise UserError(
                 f"--retrained has {theirs} texts of {name}, and this evaluation {sizes[name]}: "
                 "evaluate both models on the same --data"

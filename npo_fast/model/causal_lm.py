@@ -106,14 +106,14 @@ class CausalLM:
 
     @property
     def positions(self) -> int | None:
-        """Tokens of the longest sequence where places have embeddings, as in GPT-2; else None."""
+        """Tokens of the longest sequence, of a model with learned positions (GPT-2); else None."""
         config = self.model.config.get_text_config()
-        places = getattr(config, "max_position_embeddings", None)
+        longest = getattr(config, "max_position_embeddings", None)
         words = self.model.get_input_embeddings()
         embeddings = (m for m in self.model.modules() if isinstance(m, nn.Embedding))
         # up to two rows are for padding
-        sizes = {m.num_embeddings - (places or 0) for m in embeddings if m is not words}
-        return int(places) if places and sizes & {0, 1, 2} else None
+        sizes = {m.num_embeddings - (longest or 0) for m in embeddings if m is not words}
+        return int(longest) if longest and sizes & {0, 1, 2} else None
 
     @property
     def linear_head(self) -> Head:

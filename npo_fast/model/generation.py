@@ -24,7 +24,7 @@ def generate(
         pad_id: None, of a tokenizer without one, pads with a token that stops, under the mask.
         stop_ids: token ids; those of the model's generation config stop too.
     """
-    check_room(lm, prompts, max_new_tokens)
+    check_length(lm, prompts, max_new_tokens)
     stops = {stop_ids} if isinstance(stop_ids, int) else {*stop_ids}
     pad_id = min(stops) if pad_id is None else pad_id
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -49,13 +49,13 @@ def generate(
     return [list(takewhile(lambda token: token not in stops, row)) for row in continuations]
 
 
-def check_room(lm: CausalLM, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises ``UserError`` where a prompt and its answer need more places than the model has."""
+def check_length(lm: CausalLM, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises ``UserError`` where a prompt and its answer exceed the model's positions."""
     longest = max(map(len, prompts), default=0)
     if lm.positions is not None and longest + max_new_tokens > lm.positions:
         raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
-            f"{lm.positions} places of the model: lower --max-new-tokens or --max-length"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{lm.positions} positions: lower --max-new-tokens or --max-length"
         )
 
 

@@ -16,9 +16,10 @@ from hashlib import scrypt
 from pathlib import Path
 from typing import Any
 
-from npo_fast.data import Record
+from npo_fast.data import Record, Template
 from npo_fast.data.repeats import Key, keys_of, keys_to_find
 from npo_fast.errors import UserError
+from npo_fast.evaluation.suite import rows_of
 from npo_fast.metrics import Log, probability
 from npo_fast.model.load import files_fingerprint
 from npo_fast.model.save import save_file
@@ -141,12 +142,12 @@ class Chain:
 
 
 def log_records(
-    chain: Chain, records: Sequence[Record], rows: Sequence[int], log: Log, folder: Path | None
+    chain: Chain, records: list[Record], template: Template, log: Log, folder: Path | None
 ) -> None:
     """Says how likely the answers of each request are by now, and keeps which record is which.
 
     Args:
-        rows: how many rows of the log each record has, one after the other.
+        template: of the evaluation, whose windows of a text have a row of the log each.
         log: of these forget records.
         folder: of the logs; the records' digests go beside them, for ``npo-fast report``.
     """
@@ -155,7 +156,8 @@ def log_records(
     if not (chain.requests and records):
         return
     digests, values = chain.digests_to_find(records), probability(log)
-    logged = [each for each, count in zip(digests, rows, strict=True) for _ in range(count)]
+    counted = zip(digests, rows_of(template, records), strict=True)
+    logged = [each for each, rows in counted for _ in range(rows)]
     for number, request in enumerate(chain.requests, 1):
         if found := forgotten_by(request, logged):
             logger.info(

@@ -10,7 +10,6 @@ from npo_fast.data import (
     Records,
     TokenizedExample,
     as_rows,
-    check_readable,
     describe,
     repeats,
 )
@@ -23,7 +22,6 @@ from npo_fast.evaluation.suite import (
     Suite,
     check_forget_quality,
     check_rephrased,
-    rows_of,
     tofu_suite,
     tokenize_suite,
 )
@@ -162,9 +160,8 @@ def evaluate(
     if folder is not None:
         folder = save_logs(logs, folder, log_format, compared, results)
     if source is not None:
-        forgotten = asked.get(FORGET, [])
-        counts = rows_of(source.template(), forgotten)
-        log_records(Chain.of(source.metadata), forgotten, counts, logs.get(FORGET, {}), folder)
+        chain, forgotten = Chain.of(source.metadata), asked.get(FORGET, [])
+        log_records(chain, forgotten, source.template(), logs.get(FORGET, {}), folder)
     if suite == "muse":
         before: Mapping[str, Any] = {} if earlier is None else muse.measures(earlier)
     else:
@@ -280,7 +277,6 @@ def _measure(
         )
         del other_lm  # before the next model takes its memory
     with source.loaded() as lm:
-        check_readable(examples, lm.vocabulary, lm.positions)
         check_head(reference, lm)
         generated: dict[str, list[TokenizedExample]] = {}
         with progress("evaluate") as update:

@@ -80,8 +80,8 @@ def check_spared(output: Path, overwrite: bool, reads: Mapping[str, str]) -> Non
     deleted = {folder / name for name in CONTENT} if overwrite else set()
     for flag, name in reads.items():
         for i, path in enumerate(_paths_of(name)):
-            places = {path, *path.parents}
-            if folder in places if flag == "model" else folder == path or deleted & places:
+            lost = {folder} if flag == "model" else deleted
+            if path == folder or lost & {path, *path.parents}:
                 what = f"--{flag} itself" if i == 0 else f"base of --{flag}, {path}"
                 raise UserError(f"--output {output} holds the {what}: name another folder")
 
@@ -99,15 +99,17 @@ def _paths_of(name: str) -> Iterator[Path]:
 
 def check_no_model(folder: Path) -> None:
     """Raises ``UserError`` where logs would lie among the files of a run or a model."""
-    marks = ((RUN, "a run"), ("config.json", "a model"), (ADAPTER_CONFIG, "an adapter"))
-    for place in (folder, folder.parent):
-        run = place.parent if (place.parent / RUN).exists() else None
+    model = (("config.json", "a model"), (ADAPTER_CONFIG, "an adapter"))
+    places: dict[Path, tuple[tuple[str, str], ...]] = {folder: ((RUN, "a run"), *model)}
+    if (folder.parent.parent / RUN).exists():  # a run's model has a list of all files in it
+        places[folder.parent] = model
+    for place, marks in places.items():
         for mark, what in marks:
-            # a run's model has a list of its files; that of others may have a folder beside them
-            if (place / mark).exists() and (place == folder or (run and mark != RUN)):
+            if (place / mark).exists():
+                outside = place.parent if (place.parent / RUN).exists() else place
                 raise UserError(
                     f"--output {folder} is in {what}, of which logs would be a part: name a folder "
-                    f"of their own, such as {(run or place) / 'eval'}"
+                    f"of their own, such as {outside / 'eval'}"
                 )
 
 

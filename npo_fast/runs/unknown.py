@@ -20,7 +20,7 @@ from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
 from npo_fast.losses import NPO, suggest_beta
 from npo_fast.methods import Term
-from npo_fast.metrics import FORGET, load_result
+from npo_fast.metrics import FORGET, Log, load_result
 from npo_fast.metrics.evidence import Level
 from npo_fast.metrics.logs import check_answers, column
 from npo_fast.model.causal_lm import CausalLM
@@ -77,11 +77,11 @@ class UnknownSources:
             return
         forget = prepared.sources["forget"]
         if self.retrained is not None:
-            log = load_result(self.retrained).get(FORGET, {})
+            log = self._log()
             texts = any(record.is_text for record in records)  # a log has their windows
             answers = [None] * len(forget) if texts else [record.answer for record in records]
             check_answers(log, answers, f"--retrained {self.retrained}")
-            self._of_log(_lengths(forget))
+            self._of_log(log, _lengths(forget))
         elif self.base_model is not None and self.holdout is None:
             source, template = prepared.model, prepared.template
             other_model(self.base_model, source, template, {"forget": forget}, role="base-model")
@@ -116,7 +116,7 @@ class UnknownSources:
             reference = reference_log_probs_of(lm, {"forget": examples}, tokens)["forget"].sequences
         lengths = _lengths(examples)
         if self.retrained is not None:
-            unknown = self._of_log(lengths)
+            unknown = self._of_log(self._log(), lengths)
             source = f"the retrained model's log {self.retrained.name}"
         elif self.holdout is not None:
             held_out = prepared.sources["holdout"]
@@ -136,10 +136,12 @@ class UnknownSources:
             )
         return level
 
-    def _of_log(self, lengths: Tensor) -> Tensor:
-        """Of a log, the mean losses a token times the lengths of the answers."""
+    def _log(self) -> Log:
         assert self.retrained is not None
-        log = load_result(self.retrained).get(FORGET, {})
+        return load_result(self.retrained).get(FORGET, {})
+
+    def _of_log(self, log: Log, lengths: Tensor) -> Tensor:
+        """Of a log, the mean losses a token times the lengths of the answers."""
         with named(f"--retrained {self.retrained}"):
             return -torch.from_numpy(column(log, "avg_gt_loss")) * lengths
 

@@ -120,11 +120,11 @@ def test_logs_are_no_part_of_a_model(runs, capsys, no_loading, verb, place):
     assert files_of(runs) == before
 
 
-# ---- models whose places have embeddings ----
+# ---- models with learned positions ----
 
 
 @pytest.fixture(scope="module", params=["GPT2", "OPT"])
-def places(request, home):
+def learned_positions(request, home):
     """A model that reads 128 tokens, and answers that have more."""
     folder, sizes = home / request.param, {"vocab_size": 400, "pad_token_id": 1}
     if request.param == "GPT2":
@@ -143,25 +143,27 @@ def places(request, home):
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_a_record_that_has_more_tokens_than_the_model_has_places(
-    home, places, tmp_path, capsys, dry
+def test_a_record_that_has_more_tokens_than_the_model_has_positions(
+    home, learned_positions, tmp_path, capsys, dry
 ):
-    command = ["unlearn", "--model", str(places), "--forget", str(home / "long.jsonl"),
+    command = ["unlearn", "--model", str(learned_positions), "--forget", str(home / "long.jsonl"),
                "--method", "NPO", "--output", str(tmp_path / "run"), "--epochs", "1"]  # fmt: skip
     assert main([*command, *dry]) == 2
     assert "forget record 10 has " in (error := capsys.readouterr().err)
-    assert "the model has places for 128: add --max-length 128" in error
+    assert "the model has 128 positions: add --max-length 128" in error
     assert not (tmp_path / "run").exists()
     assert main([*command, *dry, "--max-length", "128", "--no-report"]) == 0
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "attack"])
-def test_an_answer_that_the_model_has_no_place_for(home, places, tmp_path, capsys, verb):
-    command = [verb, "--model", str(places), "--forget", str(home / "facts.jsonl"),
+def test_an_answer_that_the_model_has_no_positions_for(
+    home, learned_positions, tmp_path, capsys, verb
+):
+    command = [verb, "--model", str(learned_positions), "--forget", str(home / "facts.jsonl"),
                "--output", str(tmp_path / "logs")]  # fmt: skip
     more = {"evaluate": (), "attack": ("--attacks", "quantize", "--bits", "8")}[verb]
     assert main([*command, *more, "--max-new-tokens", "120"]) == 2
-    assert "120 new ones exceed the 128 places of the model" in capsys.readouterr().err
+    assert "120 new ones exceed the model's 128 positions" in capsys.readouterr().err
     assert main([*command, *more, "--max-new-tokens", "2", "--overwrite"]) == 0
 
 
