@@ -50,6 +50,8 @@ def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return init_device_mesh(device.type, (dist.get_world_size(),))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **arguments)
     return init_device_mesh(device.type, (dist.get_world_size(),))

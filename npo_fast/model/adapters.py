@@ -108,7 +108,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     except Exception as error:
         raise _misfit(folder, error) from error
     check_adapter(adapted)
-    _read_adapter(adapted, folder)
+    read_adapter(adapted, folder)
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
@@ -189,7 +189,7 @@ def converted(
 def read_weights(lm: CausalLM, folder: Path) -> None:
     """Reads what ``write_weights`` wrote into the same model, in place."""
     if lm.adapted:
-        _read_adapter(lm.model, folder)
+        read_adapter(lm.model, folder)
     else:
         with no_progress_bars():
             saved = load_complete(
@@ -199,7 +199,7 @@ def read_weights(lm: CausalLM, folder: Path) -> None:
         lm.model.load_state_dict(saved.state_dict())
 
 
-def _read_adapter(adapted: Any, folder: Path) -> None:
+def read_adapter(adapted: Any, folder: Path) -> None:
     """The weights of an adapter, in place; ``UserError`` where one is missing or has no place."""
     from peft import load_peft_weights, set_peft_model_state_dict
 

@@ -59,9 +59,10 @@ class CausalLM:
                 "the LM head carries an adapter (LoRA), which the fused loss does not know: merge "
                 "it into the model (peft's merge_and_unload), or leave the head out of its targets"
             )
-        self.decoder = _decoder(model, self.head)
+        self.decoder = decoder_of(model, self.head)
         self.wrapper: Any = None  # the module whose forward is called, where not the decoder's
-        self.vocabulary_slice: VocabularySlice | None = None  # where processes share the model
+        # where processes share the model
+        self.vocabulary_slice: VocabularySlice | None = getattr(self.head, "vocabulary", None)
         self.native_attention = _native_attention(model)
         self.packs = True  # else sequences run one at a time
         self.saved_dtype: torch.dtype | None = None  # of the files it came from, where known
@@ -176,7 +177,8 @@ class CausalLM:
     def log_probs_of(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         """Log-probability of ``labels``; without a gradient where processes share the model."""
         if self.vocabulary_slice is not None:
-            return self.linear_head.log_probs(hidden.detach(), labels)
+            with torch.no_grad():
+                return self.linear_head.log_probs(hidden, labels)
         return linear_log_probs(hidden, labels=labels, **self.head_arguments)
 
     def recompute_activations(self, **arguments: Any) -> None:
@@ -304,7 +306,7 @@ def _boundary_arguments(attention: str, batch: PackedBatch, packs: bool) -> dict
     return arguments
 
 
-def _decoder(model: Any, head: Any) -> Any:
+def decoder_of(model: Any, head: Any) -> Any:
     """What makes the hidden states; ``get_decoder`` of some returns the model or its head."""
     decoder = model.get_decoder()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

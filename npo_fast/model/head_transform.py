@@ -77,7 +77,10 @@ def check_all_logits(lm: Any) -> None:
     if lm.dtype != torch.float16:  # whose range is small
         hidden *= torch.tensor([1, 1, 32, 32, 1024]).to(hidden)[:, None]
     logits = logits_of(lm, hidden)
-    raw = nn.functional.linear(hidden, lm.head.weight, getattr(lm.head, "bias", None))
+    if lm.vocabulary_slice is None:
+        raw = nn.functional.linear(hidden, lm.head.weight, getattr(lm.head, "bias", None))
+    else:
+        raw = lm.head(hidden)
     if logits.shape != raw.shape:
         raise _not_understood(lm, f"{raw.shape[-1]} raw logits become {logits.shape[-1]}")
     tolerance = 2 * HALF_TOLERANCE if lm.dtype.itemsize < 4 else 10 * TOLERANCE

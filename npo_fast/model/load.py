@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 import transformers
 from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils.hub import cached_file
 
 from npo_fast.boundary import check_folder, read_json
@@ -25,6 +26,7 @@ from npo_fast.model.adapters import (
     load_adapter,
     nf4_config,
     no_progress_bars,
+    read_adapter,
 )
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import (
@@ -35,6 +37,7 @@ from npo_fast.model.manifest import (
     sha256_of_file,
 )
 from npo_fast.model.save import GENERATION
+from npo_fast.model.sharding import load_shards, shard
 from npo_fast.model.weights import load_complete
 from npo_fast.run_files import read_metadata
 
@@ -51,6 +54,9 @@ def load_model(
     quantize: Quantize = "none",
     lora_rank: int = 0,
     lora_alpha: int | None = None,
+    mesh: DeviceMesh | None = None,
+    resume_from: Path | None = None,
+    offload: bool = False,
 ) -> CausalLM:
     """A causal language model, probed and ready to train.
 
@@ -67,6 +73,10 @@ def load_model(
         quantize: "4bit" loads the linear layers as NF4 (bitsandbytes), for LoRA on top.
         lora_rank: above 0, a new adapter of this rank is all that trains.
         lora_alpha: its scale times the rank; twice the rank where it is not given.
+        mesh: of the processes that share the model; each reads and keeps its shard. Adapters that
+            are merged and GGUF files are read whole first.
+        resume_from: a checkpoint whose weights, or adapter, take the place of the model's.
+        offload: as in ``shard``.
 
     Raises:
         UserError: nothing there, not a causal language model, or a library is missing.
@@ -76,7 +86,8 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[default_dtype(torch_device) if dtype == "auto" else dtype]
-    model = _load_weights(name, torch_dtype, torch_device, quantize)
+    source = name if resume_from is None or lora_rank else str(resume_from)
+    model = _load_weights(source, torch_dtype, torch_device, quantize, mesh)
     if lora_rank:
         if hasattr(model, "peft_config"):
             raise UserError(
@@ -84,6 +95,10 @@ def load_model(
                 "its base model"
             )
         model = add_lora(model, _folder(name), lora_rank, lora_alpha)
+        if resume_from is not None:
+            read_adapter(model, resume_from)
+    if mesh is not None:
+        model = shard(model, mesh, offload)
     lm = CausalLM(model, attention)
     if dtype == "auto" and not lm.quantized:
         lm.saved_dtype = stored_dtype(name)
@@ -132,12 +147,19 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Any:
+def _load_weights(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Quantize,
+    mesh: DeviceMesh | None = None,
+) -> Any:
     folder = Path(_folder(name))
     _check_own(folder, unread=(".pt",))
     if (folder / ADAPTER_CONFIG).is_file():
         is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
-        base = _load_weights(adapter_base(folder), dtype, device, "4bit" if is_4bit else "none")
+        on = device if mesh is None else torch.device("cpu")
+        base = _load_weights(adapter_base(folder), dtype, on, "4bit" if is_4bit else "none")
         return load_adapter(base, folder)
     arguments: dict[str, Any] = {"dtype": dtype, **_source(name)}
     is_gguf = "gguf_file" in arguments
@@ -147,7 +169,12 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, quantize:
             raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
         arguments |= {"device_map": {"": device}, "quantization_config": nf4_config(dtype)}
         return keep_4bit_layout(_load_model(name, **arguments))
+    if mesh is not None and not is_gguf:
+        kind = _load_class(name, dtype)
+        return _load(partial(load_shards, kind, repr(name), mesh, device), name, **arguments)
     model = _load_model(name, **arguments)
+    if mesh is not None:
+        return _dequantised(model)
     return (_dequantised(model) if is_gguf else model).to(device)
 
 
@@ -334,6 +361,13 @@ def check_weights(name: str) -> None:
             safe_open(folder / file, framework="pt"),
         ):
             pass
+
+
+def _load_class(name: str, dtype: torch.dtype) -> Any:
+    """The class of the model that a configuration asks for."""
+    with torch.device("meta"):
+        config = load_config(name)
+        return type(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def _load_model(name: str, **arguments: Any) -> Any:

@@ -72,7 +72,8 @@ def _in_fp32(lm: Any) -> Iterator[None]:
     tensors = [t for t in (*lm.model.parameters(), *lm.model.buffers()) if t.dtype in HALF]
     needed = sum(t.numel() for t in tensors) * 4
     is_half_only = lm.attention not in (PACKED, "sdpa", "eager")
-    if is_half_only or lm.quantized or needed > free_memory(lm.device) * FREE_SHARE:
+    is_fixed = is_half_only or lm.quantized or lm.vocabulary_slice is not None
+    if is_fixed or needed > free_memory(lm.device) * FREE_SHARE:
         yield
         return
     kept = [t.data for t in tensors]

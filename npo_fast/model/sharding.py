@@ -11,15 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
-from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.attention import class_name
+from npo_fast.model.causal_lm import decoder_of
 from npo_fast.model.layers import repeated_layers
-from npo_fast.ops.vocab_parallel import VocabularySlice, vocab_parallel_embedding
+from npo_fast.model.weights import load_complete
+from npo_fast.ops.vocab_parallel import (
+    VocabularySlice,
+    vocab_parallel_embedding,
+    vocab_parallel_logits,
+)
 
 
 class VocabularyParallelEmbedding(nn.Module):
@@ -37,35 +48,91 @@ class VocabularyParallelEmbedding(nn.Module):
         return flat.view(*ids.shape, -1)
 
 
-def shard(lm: CausalLM, mesh: DeviceMesh, attention: str = "auto") -> None:
-    """Leaves this process's shard of ``lm`` on its device, in place; chooses the attention anew.
+class VocabularyParallelHead(nn.Module):
+    """A linear head of which this process has the rows of one slice of the vocabulary.
+
+    The losses read its weight and bias. Its forward is for generation, and all processes call it.
+    """
+
+    def __init__(self, head: nn.Linear, vocabulary: VocabularySlice) -> None:
+        super().__init__()
+        self.weight: Any = head.weight  # a DTensor
+        self.bias: Any = head.bias
+        self.vocabulary = vocabulary
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (…, D) -> (…, V)
+        """Whole logits, without a gradient."""
+        if not isinstance(self.weight, DTensor):  # exchanged for a whole one
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to_local()
+        weight, flat = self.weight.to_local(), hidden.detach().flatten(0, -2)
+        logits = vocab_parallel_logits(flat, weight, bias, self.vocabulary)
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+def load_shards(
+    model_class: Any, name: str, mesh: DeviceMesh, device: torch.device, **arguments: Any
+) -> Any:
+    """``load_complete`` of this process's share: rows of every parameter, as ``DTensor``.
+
+    transformers reads no more than these rows of safetensors files. Buffers are whole.
+    """
+
+    def build(self: Any, *of_model: Any, **options: Any) -> None:
+        model_class.__init__(self, *of_model, **options)
+        _distribute(self, mesh)
+
+    distributed = type(model_class.__name__, (model_class,), {"__init__": build})
+    model = load_complete(distributed, name, device_map={"": device}, **arguments)
+    model.__class__ = model_class
+    return model
+
+
+def shard(model: Any, mesh: DeviceMesh, offload: bool = False) -> Any:
+    """Leaves this process's shard of a transformers model, or of its adapter, in place.
+
+    Args:
+        model: whole, or from ``load_shards``.
+        offload: keeps the decoder's shards, their gradients and optimizer states in CPU memory
+            (FSDP2's ``CPUOffloadPolicy``); those of embedding and head stay on the device.
 
     Raises:
         UserError: a model that cannot be sharded.
     """
-    embedding, head = lm.model.get_input_embeddings(), lm.head
-    _check(lm, embedding, mesh)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    decoder = decoder_of(model, head)
+    _check(model, decoder, embedding, head, mesh)
     tied = head.weight is embedding.weight
     embedding.weight = _sharded(embedding.weight, mesh)
     head.weight = embedding.weight if tied else _sharded(head.weight, mesh)
     if head.bias is not None:
         head.bias = _sharded(head.bias, mesh)
     group = mesh.get_group()
-    vocabulary = VocabularySlice(group, len(embedding.weight))
-    sliced = VocabularyParallelEmbedding(embedding, vocabulary).train(lm.model.training)
-    lm.model.set_input_embeddings(sliced)
-    ignored = {*sliced.parameters(), *head.parameters()}
+    words = VocabularyParallelEmbedding(embedding, VocabularySlice(group, len(embedding.weight)))
+    predicted = VocabularyParallelHead(head, VocabularySlice(group, len(head.weight)))
+    model.set_input_embeddings(words.train(embedding.training))
+    model.set_output_embeddings(predicted.train(head.training))
+    ignored = {*words.parameters(), *predicted.parameters()}
+    shards = {n: p for n, p in decoder.named_parameters() if _is_shard(p) and p not in ignored}
+    for name, parameter in shards.items():  # FSDP2 shards whole parameters, be they empty
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        _set_parameter(decoder, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     # sums, not means: each process's loss is its part of the loss of the step
-    for module in (*repeated_layers(lm.decoder), lm.decoder):
+    for module in (*repeated_layers(decoder), decoder):
         fully_shard(
             module, mesh=mesh, mp_policy=_policy(module), reshard_after_forward=True,
-            ignored_params=ignored,
+            ignored_params=ignored, offload_policy=policy,
         )  # fmt: skip
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    lm.vocabulary_slice = VocabularySlice(group, len(head.weight))
-    lm.choose_attention(attention)
-    _check_packs(lm)
+    for name, parameter in shards.items():
+        if offload:
+            parameter = nn.Parameter(
+                parameter.detach().cpu(), requires_grad=parameter.requires_grad
+            )
+        _set_parameter(decoder, name, parameter)
+    return model
 
 
 def gather_state_dict(state: Any) -> Any:
@@ -104,8 +171,29 @@ def sharded_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> d
 
 
 def _sharded(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    if isinstance(parameter, DTensor):
+        return parameter
     rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
+
+
+def _distribute(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes each parameter a ``DTensor`` in rows; tied ones stay one."""
+    distributed: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in distributed:
+                distributed[parameter] = _sharded(parameter, mesh)
+            setattr(module, name, distributed[parameter])
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, own = name.rpartition(".")
+    setattr(model.get_submodule(path), own, parameter)
 
 
 def _policy(module: nn.Module) -> MixedPrecisionPolicy:
@@ -114,33 +202,24 @@ def _policy(module: nn.Module) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
 
 
-def _check_packs(lm: CausalLM) -> None:
-    if not lm.packs:
-        raise UserError(
-            f"{lm.name} takes one sequence at a time with {lm.attention}, and several processes "
-            "need packs: use one, or another --attention"
-        )
-
-
-def _check(lm: CausalLM, embedding: nn.Module, mesh: DeviceMesh) -> None:
-    world_size = mesh.size()
-    if lm.quantized:
+def _check(model: Any, decoder: Any, embedding: Any, head: Any, mesh: DeviceMesh) -> None:
+    world_size, name = mesh.size(), class_name(model)
+    if getattr(model, "is_quantized", False):
         raise UserError("4-bit weights (bitsandbytes) cannot be sharded: use one process")
-    _check_packs(lm)
-    if type(embedding) is not nn.Embedding or type(lm.head) is not nn.Linear:
-        kinds = f"{type(embedding).__name__} and {type(lm.head).__name__}"
+    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+        kinds = f"{type(embedding).__name__} and {type(head).__name__}"
         raise UserError(
-            f"{lm.name} reads and predicts tokens with {kinds}, not a plain Embedding and Linear: "
+            f"{name} reads and predicts tokens with {kinds}, not a plain Embedding and Linear: "
             "use one process"
         )
-    for rows in (len(embedding.weight), len(lm.head.weight)):
+    for rows in (len(embedding.weight), len(head.weight)):
         if (world_size - 1) * -(-rows // world_size) >= rows:
             raise UserError(
                 f"a vocabulary of {rows} leaves one of {world_size} processes without a token: "
                 "start fewer"
             )
-    if lm.decoder.get_input_embeddings() is not embedding:
+    if decoder.get_input_embeddings() is not embedding:
         warnings.warn(
-            f"{lm.name} keeps its embedding outside of the decoder: every process holds all of it",
+            f"{name} keeps its embedding outside of the decoder: every process holds all of it",
             stacklevel=3,
         )

@@ -181,6 +181,28 @@ def vocab_parallel_embedding(
     return _Embedding.apply(weight, ids, vocabulary, padding_id)
 
 
+@torch.no_grad()
+def vocab_parallel_logits(
+    hidden: Tensor,  # (T, D) of this rank; T may differ between ranks
+    weight: Tensor,  # (rows, D) of the slice
+    bias: Tensor | None,  # (rows,)
+    vocabulary: VocabularySlice,
+) -> Tensor:  # (T, V)
+    """Returns whole logits of this rank's rows, without a gradient: for generation.
+
+    Each rank makes the logits of its slice for the rows of all, and sends each its own.
+    """
+    group, most = vocabulary.group, vocabulary.most_rows
+    length = all_reduce_max(len(hidden), hidden.device, group)
+    rows = _all_gather(hidden, length, group)
+    logits = torch.nn.functional.linear(rows, weight, bias)
+    logits = torch.nn.functional.pad(logits, (0, most - len(weight))).contiguous()
+    slices = torch.empty_like(logits)
+    if logits.numel():
+        dist.all_to_all_single(slices, logits, group=group)
+    return slices[:, : len(hidden)].transpose(0, 1).flatten(1)[:, : vocabulary.vocabulary]
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -13,7 +13,7 @@ import torch
 from npo_fast.data import Rendering, Template
 from npo_fast.distributed import all_reduce_max, init_process_group, local_device, rank, world_size
 from npo_fast.errors import UserError
-from npo_fast.model.adapters import add_lora, read_weights
+from npo_fast.model.adapters import add_lora
 from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import eos_ids
@@ -115,18 +115,14 @@ class ModelSource:
         """The model before training; several processes shard it.
 
         Args:
-            resumable: several processes load its weights before they shard the model.
-
-        A process holds the whole model until it keeps its shard: pages of the weight files, which
-        the processes of a machine share, where the files have the run's dtype, else a converted
-        copy.
+            resumable: several processes read the weights of its checkpoint instead.
         """
         options = self.options
         if self.in_memory is not None:
             lm = self._wrap()
         else:
             logger.info(f"loading {options.model}")
-            lm = self._load_shard(resumable) if world_size() > 1 else self._load()
+            lm = self._load(resumable)
         trained = ""
         if options.lora_rank:
             count = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
@@ -177,29 +173,24 @@ class ModelSource:
         """The transformers model in memory, if there is one."""
         return self.in_memory.model if isinstance(self.in_memory, CausalLM) else self.in_memory
 
-    def _load(self, **changes: str) -> CausalLM:
+    def _load(self, resumable: ResumableRun | None) -> CausalLM:
         names = ("dtype", "device", "attention", "quantize", "lora_rank", "lora_alpha")
         arguments = {name: getattr(self.options, name) for name in names}
-        return load_model(self.options.model, **{**arguments, **changes})
-
-    def _load_shard(self, resumable: ResumableRun | None) -> CausalLM:
-        from npo_fast.model.sharding import shard
-
-        options = self.options
-        device = local_device(options.device)
-        dtype = default_dtype(device) if options.dtype == "auto" else options.dtype
-        lm = self._load(device="cpu", dtype=dtype, attention="auto")
-        mesh, step = init_process_group(device), -1
-        if resumable is not None and resumable.weights is not None:
-            step = resumable.state.step
-            read_weights(lm, resumable.weights)
+        if world_size() == 1:
+            return load_model(self.options.model, **arguments)
+        device = local_device(self.options.device)
+        mesh, step, weights = init_process_group(device), -1, None
+        if resumable is not None:
+            step, weights = resumable.state.step, resumable.weights
         if all_reduce_max(step, device) != -all_reduce_max(-step, device):
             raise UserError(
                 f"process {rank()} would go on after step {step}, and others do not: --output "
                 "must be a folder that all of them share"
             )
-        shard(lm, mesh, options.attention)
-        return lm
+        return load_model(
+            self.options.model,
+            **{**arguments, "device": str(device)}, mesh=mesh, resume_from=weights,
+        )  # fmt: skip
 
     def _wrap(self) -> CausalLM:
         """A model in memory, with a new adapter where the options ask for one."""

@@ -327,8 +327,7 @@ def _steps(lm: CausalLM, method: str, checkpointing: bool, rho: float):
 
 
 def _train_on_ranks(mesh, family: str, lora: bool, *arguments):
-    lm = lm_of(family, lora)
-    shard(lm, mesh)
+    lm = CausalLM(shard(lm_of(family, lora).model, mesh))
     held = sum(p.to_local().numel() for p in lm.model.parameters())
     return *_steps(lm, *arguments), held
 
@@ -381,7 +380,7 @@ def _log_probs_after_dividing(mesh):
     lm = lm_of("Doge", lora=False)
     assert lm.packs
     before = lm.attention
-    shard(lm, mesh)
+    lm = CausalLM(shard(lm.model, mesh))
     (batch,) = lm.micro_batches(sources()["forget"], 1000)
     with torch.no_grad():
         return before, lm.attention, lm.log_probs(batch)
@@ -400,9 +399,8 @@ def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
 
 def _train_in_bf16(mesh):
     torch.manual_seed(0)
-    lm = CausalLM(tiny_model("Llama").to(torch.bfloat16))
-    if mesh is not None:
-        shard(lm, mesh)
+    model = tiny_model("Llama").to(torch.bfloat16)
+    lm = CausalLM(model if mesh is None else shard(model, mesh))
     terms, data, state = build_method("NPO+RT"), sources(), TrainState()
     settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, optimizer="adamw-bf16")
     references = reference_log_probs(lm, data, terms, 60)
