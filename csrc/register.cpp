@@ -164,7 +164,8 @@ void tile_log_probs_(Tensor logits, Tensor labels, NPO_TRANSFORM_ARGUMENTS(), Te
 }
 
 Tensor row_kl_(Tensor logits, Tensor ref_logits, NPO_TRANSFORM_ARGUMENTS(),
-               NPO_TRANSFORM_ARGUMENTS(ref_)) {
+               NPO_TRANSFORM_ARGUMENTS(ref_), std::optional<Tensor> lse,
+               std::optional<Tensor> ref_lse) {
   const char* op = "row_kl_";
   STD_TORCH_CHECK(logits.dim() == 2 && ref_logits.dim() == 2 &&
                       logits.size(0) == ref_logits.size(0) && logits.size(1) == ref_logits.size(1),
@@ -176,6 +177,20 @@ Tensor row_kl_(Tensor logits, Tensor ref_logits, NPO_TRANSFORM_ARGUMENTS(),
   const Tensor ref_chunk = dense_rows(ref_logits);
   auto rows = rows_of<KlRows>(op, chunk, NPO_TRANSFORM());
   rows.ref_logits = logits_of(ref_chunk, NPO_TRANSFORM(ref_));
+  STD_TORCH_CHECK(lse.has_value() == ref_lse.has_value(), op, ": lse and ref_lse come together");
+  std::optional<Tensor> dense, ref_dense;
+  rows.lse = rows.ref_lse = nullptr;
+  if (lse) {
+    for (const Tensor& values : {*lse, *ref_lse}) {
+      STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == count &&
+                          values.scalar_type() == opmath_of(rows.dtype),
+                      op, ": lse and ref_lse must be (", count, ",) in the dtype of kl");
+    }
+    dense = torch::stable::contiguous(*lse);
+    ref_dense = torch::stable::contiguous(*ref_lse);
+    rows.lse = dense->data_ptr();
+    rows.ref_lse = ref_dense->data_ptr();
+  }
   Tensor kl = torch::stable::new_empty(logits, {count}, opmath_of(rows.dtype));
   rows.kl = kl.data_ptr();
   kernels().row_kl(rows, parallel_for);

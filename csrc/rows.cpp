@@ -282,19 +282,28 @@ void row_kl(const KlRows& rows, ParallelFor parallel_for) {
   using F = Opmath<T>;
   const Activation<F, capped> activation(rows.logits.transform);
   const Activation<F, ref_capped> ref_activation(rows.ref_logits.transform);
-  const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, nullptr);
-  const SliceSums<T, ref_capped> ref_sums(parallel_for, rows, rows.ref_logits, nullptr);
-
   const Scratch<F> shift(rows.rows), share(rows.rows), lse_difference(rows.rows);
   const Scratch<F> ref_shift(rows.rows), ref_share(rows.rows);
-  for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
-    const LogSumExp total = sums.of_row(row), ref_total = ref_sums.of_row(row);
-    shift[row] = F(total.shift());
-    share[row] = F(::exp(total.shift() - total.value()));
-    ref_shift[row] = F(ref_total.shift());
-    ref_share[row] = F(::exp(ref_total.shift() - ref_total.value()));
-    lse_difference[row] = F(total.value() - ref_total.value());
-  });
+  if (rows.lse != nullptr) {
+    const F *lse = static_cast<const F*>(rows.lse), *ref_lse = static_cast<const F*>(rows.ref_lse);
+    for (int64_t row = 0; row < rows.rows; ++row) {
+      shift[row] = lse[row];
+      ref_shift[row] = ref_lse[row];
+      share[row] = ref_share[row] = 1;
+      lse_difference[row] = lse[row] - ref_lse[row];
+    }
+  } else {
+    const SliceSums<T, capped> sums(parallel_for, rows, rows.logits, nullptr);
+    const SliceSums<T, ref_capped> ref_sums(parallel_for, rows, rows.ref_logits, nullptr);
+    for_each(parallel_for, rows.rows, rows.columns, [&](int64_t row) {
+      const LogSumExp total = sums.of_row(row), ref_total = ref_sums.of_row(row);
+      shift[row] = F(total.shift());
+      share[row] = F(::exp(total.shift() - total.value()));
+      ref_shift[row] = F(ref_total.shift());
+      ref_share[row] = F(::exp(ref_total.shift() - ref_total.value()));
+      lse_difference[row] = F(total.value() - ref_total.value());
+    });
+  }
 
   const auto term = [&](Vector<F> raw, Vector<F> ref_raw, int64_t row) -> KlTerm<F> {
     const auto [z, slope] = activation(raw);

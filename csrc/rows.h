@@ -48,9 +48,12 @@ struct TileRows : Rows {
   double* target;         // (R,) z at the label
 };
 
-// Two chunks of one dtype, all of the vocabulary: logits <- d kl / d logits.
+// Two chunks of one dtype: logits <- d kl / d logits. Of a slice of the vocabulary, either logsumexp
+// is that of all of it. fp32, or fp64 beside fp64.
 struct KlRows : Rows {
-  Logits ref_logits;  // left alone
+  Logits ref_logits;    // left alone
+  const void* lse;      // (R,) or null: the columns are all
+  const void* ref_lse;  // (R,) or null
   void* kl;           // (R,) fp32, or fp64 beside fp64
 };
 

@@ -72,6 +72,13 @@ def all_reduce_max(value: int, device: torch.device, group: dist.ProcessGroup | 
     return int(largest)
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each process of ``group`` has, in the order of ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
 def is_lost_contact(error: BaseException) -> bool:
     """Whether an error of the communication library says that another process is gone."""
     words = ("Connection", "connection", "Broken pipe", "remote process", "imed out", "imeout")

@@ -29,17 +29,23 @@ class PackedBatch:
     answer_cu_seqlens: Tensor  # (S + 1,) int32, rows: what the loss needs; stays on the CPU
     indices: tuple[int, ...]  # S, row of each sequence in its split
     rows_by_rank: tuple[int, ...] = ()  # rows of each process, where several share the batch
+    tokens_by_rank: tuple[int, ...] = ()  # tokens of its sequences whose answers count
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence."""
         return tuple(_lengths(self.examples))
 
+    @property
+    def own(self) -> tuple[TokenizedExample, ...]:
+        """The examples whose answers count and whose tokens stand in the pack of this process."""
+        return self.examples if len(self.rows) or not self.rows_by_rank else ()
+
     def tokens(self, everywhere: bool) -> tuple[Tensor | slice, Tensor]:
-        """Places of the answers' own tokens, or of all tokens; offsets of sequences, on the CPU."""
-        if not everywhere:
-            return self.rows + 1, self.answer_cu_seqlens
-        return slice(None), torch.tensor([0, *self.lengths]).cumsum(0)
+        """Places of the tokens of ``own`` answers, or of all tokens; their offsets, on the CPU."""
+        lengths = _lengths(self.own) if everywhere else [e.answer_length for e in self.own]
+        places = slice(sum(lengths)) if everywhere else self.rows + 1
+        return places, torch.tensor([0, *lengths]).cumsum(0)
 
     @property
     def sequences(self) -> int:
@@ -93,8 +99,9 @@ def micro_batches(
         answers = _collate([example for examples in packs for example in examples])
         of_all = {name: getattr(answers, name) for name in _SHARED}
         rows = batch.rows if packs[rank] else batch.rows[:0]
-        rows_by_rank = tuple(sum(e.answer_length for e in examples) for examples in packs)
-        batches.append(replace(batch, rows=rows, rows_by_rank=rows_by_rank, **of_all))
+        of_all["rows_by_rank"] = tuple(sum(e.answer_length for e in each) for each in packs)
+        of_all["tokens_by_rank"] = tuple(sum(_lengths(each)) for each in packs)
+        batches.append(replace(batch, rows=rows, **of_all))
     return batches
 
 

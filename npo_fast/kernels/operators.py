@@ -55,8 +55,8 @@ _SCHEMAS: dict[str, Callable[..., Any]] = {
     f"linear_log_probs({_HEAD}, {schema()}) -> (Tensor log_probs, Tensor lse)": _per_row(2),
     f"linear_log_probs_backward(Tensor g, {_HEAD}, Tensor log_probs, Tensor lse, {schema()}, "
     "bool[3] needs) -> (Tensor, Tensor, Tensor)": _backward_shapes,
-    f"row_kl_(Tensor(a!) logits, Tensor ref_logits, {schema()}, {schema('ref_')}) "
-    "-> Tensor": _per_row(1),
+    f"row_kl_(Tensor(a!) logits, Tensor ref_logits, {schema()}, {schema('ref_')}, "
+    "Tensor? lse=None, Tensor? ref_lse=None) -> Tensor": _per_row(1),
     "scale_(Tensor(a!) values, Tensor factor) -> ()": _no_result,
 }
 

@@ -115,8 +115,12 @@ def row_kl_(
     ref_logits: Tensor,  # (R, V) raw logits of the reference, left alone
     transform: HeadTransform,
     ref_transform: HeadTransform,
+    lse: Tensor | None = None,  # (R,) over all of the vocabulary, where the logits are of a slice
+    ref_lse: Tensor | None = None,  # (R,) the same of the reference
 ) -> Tensor:  # kl (R,): fp32, or fp64 for fp64 logits
     """Returns ``KL_n = sum_v p_ref (log p_ref - log p)``; logits <- ``(p - p_ref) * dz / da``.
+
+    Of a slice it returns what that adds to the sum over the vocabulary.
 
     With ``x = log p - log p_ref`` the sum is taken over ``p_ref (exp(x) - 1 - x)``, which adds
     ``p - p_ref`` to each term: nothing in all, but no term is negative, and a model that is near
@@ -126,7 +130,8 @@ def row_kl_(
     for rows in _slabs(logits):
         z, slope, factor = transform.apply_with_slope(logits[rows].to(kl.dtype))
         ref_z = ref_transform.apply(ref_logits[rows].to(kl.dtype))
-        (p, top, log_sum), (p_ref, ref_top, ref_log_sum) = _softmax(z), _softmax(ref_z)
+        (p, top, log_sum) = _softmax(z, None if lse is None else lse[rows])
+        (p_ref, ref_top, ref_log_sum) = _softmax(ref_z, None if ref_lse is None else ref_lse[rows])
         x = (z - ref_z) - (top - ref_top) - (log_sum - ref_log_sum)
         near = x.abs() < 0.5  # elsewhere expm1 may overflow, and p - p_ref does not cancel
         grad = torch.where(near, p_ref * torch.expm1(x), p - p_ref)
@@ -138,8 +143,14 @@ def row_kl_(
     return kl
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns probabilities, and the logsumexp as two columns that add up to it."""
+def _softmax(z: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns probabilities, and the logsumexp as two columns that add up to it.
+
+    ``lse`` is given where it is that of more columns.
+    """
+    if lse is not None:
+        top = lse.to(z.dtype).unsqueeze(1)
+        return (z - top).exp_(), top, torch.zeros_like(top)
     top = z.amax(dim=-1, keepdim=True)
     p = (z - top).exp_()
     total = p.sum(dim=-1, keepdim=True)

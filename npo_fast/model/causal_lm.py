@@ -6,11 +6,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
+from npo_fast.distributed import all_reduce_max
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.attention import class_name, set_attention, without_masks
@@ -165,6 +167,25 @@ class CausalLM:
         if self.vocabulary_slice is None or not batch.rows_by_rank:
             return rows
         return gather_rows(rows, batch.rows_by_rank, self.vocabulary_slice.group)
+
+    def all_states(self, states: Tensor, batch: PackedBatch) -> Tensor:  # (T, D) -> (T', D)
+        """The states of every token of a batch, of all processes that share it."""
+        if self.vocabulary_slice is None or not batch.tokens_by_rank:
+            return states
+        places, _ = batch.tokens(everywhere=True)
+        return gather_rows(states[places], batch.tokens_by_rank, self.vocabulary_slice.group)
+
+    def all_reduce_max(self, value: int) -> int:
+        """The largest value of the processes that share the model."""
+        if self.vocabulary_slice is None:
+            return value
+        return all_reduce_max(value, self.device, self.vocabulary_slice.group)
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes that share the model, in place."""
+        if self.vocabulary_slice is not None:
+            dist.all_reduce(value, group=self.vocabulary_slice.group)
+        return value
 
     def hidden(self, batch: PackedBatch) -> Tensor:  # (N, D)
         """Last hidden states of the rows that predict an answer token."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from npo_fast.errors import UserError
 
@@ -78,7 +79,8 @@ def layer_output(decoder: nn.Module, number: int, run: Callable[[], Any]) -> Ten
             layers[number + 1] = _Stop(following)
         run()
     except _StopError:
-        pass
+        if isinstance(decoder, FSDPModule):  # it would have done so at the end of its forward
+            decoder.reshard()
     finally:
         hook.remove()
         if following is not None:

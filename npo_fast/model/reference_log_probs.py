@@ -7,7 +7,8 @@ states-layer-7          hidden states of that decoder layer, for RMU
 log_probs-<source>      reference.json: what the log-probs were made from, and their SHA-256
                         log_probs.safetensors: of tokens (N,) and of sequences (S,), lengths (S,)
 
-Each is complete or absent, so that methods which compare with the same answers share them.
+Each is complete or absent, so that methods which compare with the same answers share them. Of
+several processes each has its own in a folder rank-0-of-2, rank-1-of-2.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,9 @@ from npo_fast.model.manifest import write_manifest
 from npo_fast.model.reference_states import (
     FORMAT,
     INDEX,
+    RANK,
     REMEDY,
+    cache_of,
     open_folder,
     reference_fingerprint,
 )
@@ -60,6 +63,7 @@ def reference_log_probs_of(
         return {name: _compute(lm, rows, micro_batch_tokens) for name, rows in sources.items()}
     check_cache(cache)
     made_from = reference_fingerprint(lm) if sources else {}
+    cache = cache_of(lm, cache)
     return {
         name: _shared(lm, name, rows, micro_batch_tokens, cache / f"{LOG_PROBS}{name}", made_from)
         for name, rows in sources.items()
@@ -78,7 +82,7 @@ def check_cache(folder: Path) -> None:
             f"the reference cache {folder} is of an earlier version; delete the folder or name "
             "another --reference-cache, and it is made anew"
         )
-    if names and not any(name.startswith((STATES, LOG_PROBS)) for name in names):
+    if names and not any(name.startswith((STATES, LOG_PROBS, RANK)) for name in names):
         raise UserError(
             f"{folder} is not empty and holds no reference cache; name another --reference-cache"
         )
@@ -123,7 +127,7 @@ def _shared(
         save_file({**content, "lengths": lengths}, path / FILE)
         write_manifest(path, INDEX, format=FORMAT, made_from=made_from)
 
-    open_folder(folder, made_from, write)
+    open_folder(lm, folder, made_from, write)
     with reading(f"the reference cache {folder}", REMEDY):
         kept = load_file(folder / FILE)
         return ReferenceLogProbs(

@@ -6,7 +6,9 @@ reference.json               what the states were made from; a manifest of the o
 head.safetensors             weight (V, D) and bias (V,); not beside the states of a layer
 <source>-00000.safetensors   hidden (n, D): sequences end to end, one file after another
 
-It is written a shard at a time and read through a memory map: neither holds all of it in memory.
+It is written a file at a time and read through a memory map: neither holds all of it in memory.
+Each of several processes that share a model has a folder of its own, with its part of the sequences
+and its slice of the head; what a step needs is gathered.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal, TypedDict
@@ -23,9 +26,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from npo_fast.boundary import check_folder, read_json
-from npo_fast.data import Sources, TokenizedExample, data_fingerprint, pack
+from npo_fast.data import Sources, TokenizedExample, data_fingerprint
+from npo_fast.distributed import gather_objects
 from npo_fast.errors import UserError, reading
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.locks import CAN_LOCK, lock, locked
@@ -33,11 +38,12 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import DamagedError, check_files, unsealed, write_manifest
 from npo_fast.model.save import save_folder
 from npo_fast.ops.checks import WITH_AUTOCAST
-from npo_fast.ops.head import Head
+from npo_fast.ops.vocab_parallel import VocabularySlice, gather_rows, local_head
 
 FORMAT = 2
 SHARD_BYTES = 256 << 20
 INDEX, HEAD = "reference.json", "head.safetensors"
+RANK = "rank-"  # begins the folder of one of several processes in a cache
 LOCK = "in-use"
 
 
@@ -50,22 +56,38 @@ class ReferenceStates:
         index: Mapping[str, Any],  # content of reference.json
         device: torch.device,
         temporary: "TemporaryFolder | None" = None,  # removed with this object
+        vocabulary: VocabularySlice | None = None,  # of the model that processes share
     ) -> None:
         self.temporary = temporary
         self.made_from: Mapping[str, Any] = index["made_from"]
-        self.device = device
-        self._places: dict[str, list[tuple[Any, slice]]] = {}  # file and rows of each sequence
+        self.device, self.vocabulary = device, vocabulary
+        self._places: dict[str, dict[int, tuple[Any, slice]]] = {}  # file and rows of sequences
+        self._rows: list[dict[str, dict[int, int]]] = [{}]  # by process, source and sequence
         with reading(f"the reference cache {folder}", REMEDY):
             if "layer" not in self.made_from:
                 tensors = load_file(folder / HEAD, device=str(device))
                 known = {n: index[n] for n in HeadTransform._fields if n in index}
-                self.head = Head(tensors["weight"], tensors.get("bias"), HeadTransform(**known))
+                transform = HeadTransform(**known)
+                self.head = local_head(
+                    tensors["weight"], tensors.get("bias"), transform, vocabulary
+                )
             for source, shards in index["sources"].items():
-                self._places[source] = []
+                places = self._places[source] = {}
                 for shard in shards:
                     file = safe_open(folder / shard["file"], framework="pt")
-                    bounds = accumulate(shard["lengths"], initial=0)
-                    self._places[source] += [(file, slice(*pair)) for pair in pairwise(bounds)]
+                    bounds = pairwise(accumulate(shard["lengths"], initial=0))
+                    first = len(places)
+                    records = shard.get("records", range(first, first + len(shard["lengths"])))
+                    places |= {i: (file, slice(*b)) for i, b in zip(records, bounds, strict=True)}
+        if vocabulary is not None:
+            own = {
+                source: {i: rows.stop - rows.start for i, (_, rows) in places.items()}
+                for source, places in self._places.items()
+            }
+            self._rows = gather_objects(own, vocabulary.group)
+            every = (place for places in self._places.values() for place in places.values())
+            found = next((file.get_slice("hidden")[:0] for file, _ in every), None)
+            self._none = next(e for e in gather_objects(found, vocabulary.group) if e is not None)
 
     @property
     def head_arguments(self) -> dict[str, Any]:
@@ -76,10 +98,28 @@ class ReferenceStates:
 
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
+        indices, places = list(indices), self._places[source]
         with reading("the reference cache", REMEDY):
-            places = [self._places[source][index] for index in indices]
-            rows = [file.get_slice("hidden")[part] for file, part in places]
-        return torch.cat(rows).to(self.device, non_blocking=True)
+            own = [places[index] for index in indices if index in places]
+            rows = [file.get_slice("hidden")[part] for file, part in own]
+        if self.vocabulary is None:
+            return torch.cat(rows).to(self.device, non_blocking=True)
+        return self._gathered(source, indices, rows)
+
+    def _gathered(
+        self, source: str, indices: list[int], own: list[Tensor]
+    ) -> Tensor:  # own (n, D) -> (n', D) of all processes
+        assert self.vocabulary is not None
+        of_ranks = [
+            {i: rows[source][i] for i in indices if i in rows[source]} for rows in self._rows
+        ]
+        counts = [sum(rows.values()) for rows in of_ranks]
+        local = torch.cat([self._none, *own]).to(self.device)
+        gathered = gather_rows(local, counts, self.vocabulary.group)
+        order = [index for rows in of_ranks for index in rows]
+        lengths = [length for rows in of_ranks for length in rows.values()]
+        by_index = dict(zip(order, gathered.split(lengths), strict=True))
+        return torch.cat([by_index[index] for index in indices])
 
 
 def open_reference_states(
@@ -116,25 +156,32 @@ def open_reference_states(
         "data": {source: data_fingerprint(sequences) for source, sequences in sources.items()},
     }
     index = open_folder(
-        folder, made_from, lambda path: _write(lm, sources, path, made_from, micro_batch_tokens)
+        lm, folder, made_from, lambda path: _write(lm, sources, path, made_from, micro_batch_tokens)
     )
-    return ReferenceStates(folder, index, lm.device, temporary)
+    return ReferenceStates(folder, index, lm.device, temporary, lm.vocabulary_slice)
 
 
 def open_folder(
-    folder: Path, made_from: Mapping[str, Any], write: Callable[[Path], None]
+    lm: CausalLM, folder: Path, made_from: Mapping[str, Any], write: Callable[[Path], None]
 ) -> dict[str, Any]:
     """The content of ``reference.json``; where there is no folder, ``write`` fills it first.
+
+    Where one of several processes that share the model lacks its folder, all write theirs.
 
     Raises:
         UserError: the folder holds something else, is damaged, or was made from something else.
     """
-    if not folder.exists():
+    if lm.all_reduce_max(int(not folder.exists())):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent):  # another run may be making the same
-            if not folder.exists():
+            if lm.all_reduce_max(int(not folder.exists())):
                 save_folder(folder, write)
     return _checked_index(folder, made_from)
+
+
+def cache_of(lm: CausalLM, cache: Path) -> Path:
+    """The part of a reference cache that this process reads and writes."""
+    return cache if lm.world_size == 1 else cache / f"{RANK}{lm.rank}-of-{lm.world_size}"
 
 
 class TemporaryFolder:
@@ -171,7 +218,10 @@ def reference_fingerprint(lm: CausalLM) -> dict[str, Any]:
 
 
 def model_fingerprint(model: Any) -> str:
-    """SHA-256 of the config's non-default values and of names, dtypes, shapes and weights."""
+    """SHA-256 of the config's non-default values and of names, dtypes, shapes and weights.
+
+    Of a sharded model, of the weights of this process.
+    """
     digest = hashlib.sha256()
     config = {
         name: value
@@ -181,7 +231,8 @@ def model_fingerprint(model: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        digest.update(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -194,7 +245,7 @@ def _write(
 ) -> None:
     layer = made_from.get("layer")
     if layer is None:
-        head = {name: lm.head_arguments[name] for name in ("weight", "bias")}
+        head = {name: lm.head_arguments[name] for name in ("weight", "bias")}  # or its slice
         tensors = {name: t.detach().contiguous() for name, t in head.items() if t is not None}
         save_file(tensors, folder / HEAD)
     everywhere = made_from["positions"] == "all"
@@ -204,8 +255,11 @@ def _write(
         rows_of = _states(lm, source, sequences, everywhere, layer, micro_batch_tokens)
         for states in _shards(rows_of):
             file = f"{source}-{len(shards[source]):05d}.safetensors"
-            save_file({"hidden": torch.cat(states)}, folder / file)
-            shards[source].append({"file": file, "lengths": [len(rows) for rows in states]})
+            save_file({"hidden": torch.cat([*states.values()])}, folder / file)
+            shard: dict[str, Any] = {"file": file, "lengths": [len(r) for r in states.values()]}
+            if lm.world_size > 1:
+                shard["records"] = [*states]
+            shards[source].append(shard)
     facts = {**lm.transform._asdict(), "sources": shards}
     write_manifest(folder, INDEX, format=FORMAT, made_from=made_from, **facts)
 
@@ -218,33 +272,34 @@ def _states(
     everywhere: bool,
     layer: int | None,
     micro_batch_tokens: int,
-) -> Iterator[Tensor]:  # (n, D) a sequence, in the order given
+) -> Iterator[tuple[int, Tensor]]:  # of each sequence its index, and (n, D)
+    """Of one process in the order given; of several, those that this one runs."""
     with lm.evaluating():
-        for batch in pack(sequences, micro_batch_tokens):
-            batch = batch.to(lm.device)
+        for batch in lm.micro_batches(sequences, micro_batch_tokens):
             places, offsets = batch.tokens(everywhere)
             if layer is None and not everywhere:
                 places = batch.rows
             states = lm.states(batch, layer)[places]
-            if not bool(states.isfinite().all()):
+            if lm.all_reduce_max(int(not bool(states.isfinite().all()))):
                 records = ", ".join(str(index + 1) for index in sorted(batch.indices)[:8])
                 raise UserError(
                     f"{source} records {records}: the hidden states of the reference are not "
                     "finite; load it with --dtype bf16 or fp32, or check its weights"
                 )
             rows = states.cpu().split(offsets.diff().tolist())
-            yield from (rows[i] for i in sorted(range(len(rows)), key=batch.indices.__getitem__))
+            indices = (example.index for example in batch.own)
+            yield from sorted(zip(indices, rows, strict=True), key=itemgetter(0))
 
 
-def _shards(states: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    shard: list[Tensor] = []
+def _shards(states: Iterable[tuple[int, Tensor]]) -> Iterator[dict[int, Tensor]]:
+    shard: dict[int, Tensor] = {}
     size = 0
-    for rows in states:
-        shard.append(rows)
+    for index, rows in states:
+        shard[index] = rows
         size += rows.nbytes
         if size >= SHARD_BYTES:
             yield shard
-            shard, size = [], 0
+            shard, size = {}, 0
     if shard:
         yield shard
 

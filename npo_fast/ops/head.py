@@ -117,6 +117,18 @@ class Head:
         )
         return Softmax(log_probs, lse, labels, shift, share)
 
+    def localize(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (R,) each
+        """Returns the columns of labels, and which of them are among those of this head."""
+        return labels, torch.ones_like(labels, dtype=torch.bool)
+
+    def lse(self, logits: Tensor, transform: HeadTransform) -> Tensor | None:  # (R, V) raw -> (R,)
+        """Returns the logsumexp that the slices of other ranks take part in; None without them."""
+        return None
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:  # (R,), overwritten
+        """Returns the sum of what the slices of all ranks add up to."""
+        return values
+
     def differentiate_(self, logits: Tensor, softmax: Softmax, g: Tensor) -> None:
         """Runs the second row kernel: logits <- the gradient in them, in place.
 

@@ -36,6 +36,7 @@ from npo_fast.ops.gradients import (
 )
 from npo_fast.ops.head import Head
 from npo_fast.ops.linear_log_probs import split_rows
+from npo_fast.ops.vocab_parallel import VocabularySlice, check_slice, local_head
 from npo_fast.tracing import breaks_graph
 
 SLAB_LOGITS = 1 << 20  # of a chunk that is capped, a few columns at a time
@@ -54,6 +55,7 @@ def linear_kl(
     demotion: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk_rows: int | None = None,
+    vocabulary: VocabularySlice | None = None,
     **transforms: Unpack[PairedTransformOptions],
 ) -> Tensor:  # scalar or, unreduced, (N,)
     """``reduce_n KL(p_ref_n || p_n)`` from hidden states and heads, a chunk of logits at a time.
@@ -78,6 +80,9 @@ def linear_kl(
             backward pass makes the logits again.
         chunk_rows: rows whose logits are alive at a time; None takes the fastest way of
             ``npo_fast.ops.cost``, and what 96 MiB hold of the reference's.
+        vocabulary: on several processes, the slice of V whose rows both weights and biases are.
+            ``hidden``, ``ref_hidden`` and ``labels`` are then those of all processes, and so is the
+            result; the gradient of ``hidden`` is this slice's, which ``gather_rows`` sums.
 
     Returns:
         A scalar (unreduced, a number a row), fp32 (fp64 for fp64 inputs), differentiable once in
@@ -97,9 +102,11 @@ def linear_kl(
         op, ref_hidden, ref_weight, ref_bias, ref_transform, prefix="ref_", constant=True
     )
     _check_pair(op, hidden, weight, ref_hidden, ref_weight)
+    if vocabulary is not None:
+        check_slice(op, vocabulary, weight)
     if labels is not None:
         check_labels(op, hidden, labels, weight)
-        check_label_values(op, labels, len(weight))
+        check_label_values(op, labels, vocabulary.vocabulary if vocabulary else len(weight))
         labels = labels.long()
     if not 0 <= demotion <= LARGEST or (demotion and labels is None):
         raise UserError(
@@ -112,7 +119,9 @@ def linear_kl(
     scale = 1.0 / max(len(hidden), 1) if reduction == "mean" else 1.0
     if chunk_rows is not None and chunk_rows < 1:
         raise UserError(f"{op}: chunk_rows must be at least 1 or None, got {chunk_rows}")
-    settings = (transform, ref_transform), demotion
+    if vocabulary is not None and reduction == "none":
+        raise UserError(f"{op}: a sliced vocabulary needs one loss, not reduction='none'")
+    settings = (transform, ref_transform), demotion, vocabulary
     tensors = hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels
     if reduction == "none":
         with no_autocast(hidden):
@@ -126,6 +135,7 @@ def linear_kl(
 def _kl_and_gradients(
     transforms: tuple[HeadTransform, HeadTransform],
     demotion: float,
+    vocabulary: VocabularySlice | None,
     scale: float,  # factor on the sum over rows
     chunk_rows: int | None,
     needs: Needs,
@@ -134,7 +144,8 @@ def _kl_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """Returns the scaled sum of KL over rows, and the gradients of hidden, weight and bias."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = tensors
-    head, ref_head = Head(weight, bias, transforms[0]), Head(ref_weight, ref_bias, transforms[1])
+    head = local_head(weight, bias, transforms[0], vocabulary)
+    ref_head = local_head(ref_weight, ref_bias, transforms[1], vocabulary)
     if chunk_rows is None and needs[1]:
         problem = replace(head.problem(len(hidden), True), makes_logits=True)
         chunk_rows = problem.choose().chunk_rows
@@ -161,6 +172,7 @@ class _RowKL(torch.autograd.Function):
         ctx: Any,
         transforms: tuple[HeadTransform, HeadTransform],
         demotion: float,
+        vocabulary: None,
         chunk_rows: int | None,
         *tensors: Any,
     ) -> Tensor:  # (N,)
@@ -177,18 +189,25 @@ class _RowKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs, tensors = ctx.needs_input_grad[3:6], ctx.saved_tensors
+        needs, tensors = ctx.needs_input_grad[4:7], ctx.saved_tensors
 
         def compute() -> tuple[Tensor | None, ...]:
             with no_autocast(upstream):
                 _, gradients = _kl_and_gradients(
-                    ctx.transforms, ctx.demotion, 1.0, ctx.chunk_rows, needs, tensors, upstream
+                    ctx.transforms,
+                    ctx.demotion,
+                    None,
+                    1.0,
+                    ctx.chunk_rows,
+                    needs,
+                    tensors,
+                    upstream,
                 )
                 one = upstream.new_ones(())
                 return wanted(gradients.times(one, dtypes_of(tensors[:3])), needs)
 
         gradients = first_derivative("linear_kl", compute, upstream, *tensors[:3])
-        return None, None, None, *gradients, None, None, None, None
+        return None, None, None, None, *gradients, None, None, None, None
 
 
 def divergences(
@@ -221,23 +240,25 @@ def divergences(
             ref_logits = ref_head.logits(ref_hidden[part], ref_buffer)
             ref_transform = ref_head.transform
             if labels is not None and demotion:
-                part_labels = pad_rows(labels[part], len(ref_logits))
-                ref_transform = _demote_(ref_logits, part_labels, demotion, ref_transform)
+                ref_transform = _demote_(ref_head, ref_logits, labels[part], demotion)
             part_logits = logits[part.start - rows.start :][: len(ref_logits)]
             transforms = *head.transform, *ref_transform
-            kl = torch.ops.npo_fast.row_kl_(part_logits, ref_logits, *transforms)
+            lse = head.lse(part_logits, head.transform)
+            ref_lse = ref_head.lse(ref_logits, ref_transform)
+            kl = torch.ops.npo_fast.row_kl_(part_logits, ref_logits, *transforms, lse, ref_lse)
             kls.append(kl[: part.stop - part.start])
-        yield rows, torch.cat(kls), logits
+        yield rows, head.sum_over_ranks(torch.cat(kls)), logits
 
 
 def _demote_(
-    logits: Tensor,  # (R, V) raw
+    head: Head,
+    logits: Tensor,  # (padded R, V) raw
     labels: Tensor,  # (R,)
     demotion: float,
-    transform: HeadTransform,
 ) -> HeadTransform:
     """Lowers ``z`` at the labels, in place; returns the transform still to be applied."""
-    scale = transform.scale
+    transform, scale = head.transform, head.transform.scale
+    column, mine = head.localize(pad_rows(labels, len(logits)))
     # a capped logit minus the demotion may lie below the cap; a small scale would need raw logits
     # that fp16 does not hold
     if scale is None or demotion > 1e3 * abs(scale):
@@ -245,8 +266,9 @@ def _demote_(
         for slab in logits.t().split(max(1, SLAB_LOGITS // max(1, len(labels)))):
             slab.copy_(transform.apply(slab.to(opmath)))
         transform, scale = HeadTransform(), 1.0
-    lowered = logits.gather(1, labels.unsqueeze(1)) - demotion / scale
-    logits.scatter_(1, labels.unsqueeze(1), lowered)
+    at_label = logits.gather(1, column.unsqueeze(1))
+    lowered = torch.where(mine.unsqueeze(1), at_label - demotion / scale, at_label)
+    logits.scatter_(1, column.unsqueeze(1), lowered)
     return transform
 
 

@@ -25,7 +25,7 @@ from npo_fast.ops.gradients import OnePass
 from npo_fast.ops.linear_log_probs import linear_log_probs, resolve_chunk_rows
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_alone, loss_and_gradients
 from npo_fast.ops.skipping import Skipped
-from npo_fast.ops.vocab_parallel import VocabularySlice, local_head
+from npo_fast.ops.vocab_parallel import VocabularySlice, check_slice, local_head
 from npo_fast.tracing import breaks_graph
 
 Reduction = Literal["mean", "token_mean", "sum"]
@@ -147,7 +147,11 @@ def linear_sequence_loss(
     values = sequences // max(loss.group, 1)
     count = {"mean": values, "token_mean": len(hidden), "sum": 1, "none": 1}[reduction]
     if vocabulary is not None:
-        _check_slice(op, vocabulary, weight, chunk_rows)
+        check_slice(op, vocabulary, weight)
+        if chunk_rows == 0:
+            raise UserError(
+                f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them"
+            )
     head = local_head(weight, bias, head_transform, vocabulary)
     step = resolve_chunk_rows(op, head, len(hidden), chunk_rows, memory_bytes)
     if step == 0 and skip_below > 0:
@@ -191,15 +195,3 @@ def _values(
     if (value_and_weight := getattr(loss, "value_and_weight", None)) is None:
         return values, segment_sum(log_probs.detach(), cu_seqlens)
     return values, value_and_weight(log_probs.detach(), cu_seqlens, ref_log_probs)[1]
-
-
-def _check_slice(
-    op: str, vocabulary: VocabularySlice, weight: Tensor, chunk_rows: int | None
-) -> None:
-    if len(weight) != vocabulary.rows or not vocabulary.rows:
-        raise UserError(
-            f"{op}: rank {vocabulary.rank} of {vocabulary.world_size} has {vocabulary.rows} rows "
-            f"of a vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
-        )
-    if chunk_rows == 0:
-        raise UserError(f"{op}: chunk_rows=0 makes no logits, and a sliced vocabulary needs them")

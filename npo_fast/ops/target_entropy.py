@@ -22,9 +22,7 @@ def entropy_without_labels(
     Holds the logits of one chunk of rows at a time (2NDV flops). Of a slice of the vocabulary the
     two numbers a row are combined over all ranks.
     """
-    column, mine = labels, torch.ones_like(labels, dtype=torch.bool)
-    if isinstance(head, SlicedHead):
-        column, mine = head.vocabulary.localize(labels)
+    column, mine = head.localize(labels)
     rows = min(head.chunk_rows(), max(1, len(labels)))
     slab = max(1, SLAB_BYTES // (len(head.weight) * head.opmath_dtype.itemsize))
     buffer = head.buffer(rows)

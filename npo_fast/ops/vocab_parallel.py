@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_fast.distributed import all_reduce_max
+from npo_fast.errors import UserError
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.cost import Problem
@@ -101,6 +102,22 @@ class SlicedHead(Head):
         share = local.share * torch.exp(local.lse - lse)
         return Softmax(log_probs, lse, torch.where(mine, column, -1), local.shift, share)
 
+    def localize(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (R,) each
+        """Returns columns within the slice, and which labels it has."""
+        return self.vocabulary.localize(labels)
+
+    def lse(self, logits: Tensor, transform: HeadTransform) -> Tensor:  # (R, rows) raw -> (R,)
+        """Returns the logsumexp over the whole vocabulary."""
+        any_label = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        _, lse, *_ = torch.ops.npo_fast.row_log_probs(logits, any_label, None, *transform)
+        gathered = _all_gather(lse[None], 1, self.vocabulary.group)[:, 0]
+        return gathered.logsumexp(dim=0)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:  # (R,), overwritten
+        """Returns the sum over the slices of all ranks."""
+        dist.all_reduce(values, group=self.vocabulary.group)
+        return values
+
     def combine_means(self, lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:  # (R,), (R,)
         """Returns logsumexp, and mean under the softmax, over the slices of all ranks."""
         gathered = _all_gather(torch.stack([lse, mean]), 2, self.vocabulary.group)
@@ -122,6 +139,15 @@ class SlicedHead(Head):
         log_probs = -torch.nn.functional.softplus(others - z)
         lse = torch.where(z == -torch.inf, others, z - log_probs)  # the label may be masked
         return log_probs, lse
+
+
+def check_slice(op: str, vocabulary: VocabularySlice, weight: Tensor) -> None:
+    """Raises UserError unless ``weight`` has the rows of this rank's slice."""
+    if len(weight) != vocabulary.rows or not vocabulary.rows:
+        raise UserError(
+            f"{op}: rank {vocabulary.rank} of {vocabulary.world_size} has {vocabulary.rows} rows "
+            f"of a vocabulary of {vocabulary.vocabulary}, got weight {tuple(weight.shape)}"
+        )
 
 
 def local_head(

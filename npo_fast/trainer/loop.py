@@ -17,7 +17,7 @@ from npo_fast.methods import Term, schedule_steps
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.layers import repeated_layers
 from npo_fast.model.reference_log_probs import check_cache, reference_log_probs_of, states_name
-from npo_fast.model.reference_states import ReferenceStates, open_reference_states
+from npo_fast.model.reference_states import ReferenceStates, cache_of, open_reference_states
 from npo_fast.trainer.optimizers import build_optimizer, build_scheduler, trainable_parameters
 from npo_fast.trainer.order import (
     batch_keys,
@@ -232,7 +232,7 @@ def reference_cache_for(
         logger.info(f"layer {layer} of {depth} (0 to {depth - 1}): no later layer runs or trains")
     if cache is not None:
         check_cache(cache)
-    folder = None if cache is None else cache / states_name(layer)
+    folder = None if cache is None else cache_of(lm, cache) / states_name(layer)
     data: Sources = {term.source: sources[term.source] for term in compared}
     return open_reference_states(lm, data, folder, positions.pop(), micro_batch_tokens, layer)
 

@@ -75,11 +75,6 @@ def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_siz
         f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
         "--step-in-backward": settings.step_in_backward,
         "--offload-optimizer": settings.offload_optimizer,
-        **{
-            f"a method with {term.name}": term.loss.reference == "hidden"
-            or isinstance(term.loss, LayerLoss)
-            for term in terms
-        },
     }
     for what, asked in refused.items():
         if asked and world_size > 1:

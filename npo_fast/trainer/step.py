@@ -190,7 +190,7 @@ def micro_batch_loss(
     if states is None:
         states = lm.states(micro, layer)
     if layer is not None:
-        return *_layer_losses(micro, terms, counts, reference_cache, states), None
+        return *_layer_losses(lm, micro, terms, counts, reference_cache, states), None
     hidden = lm.answer_rows(states, micro)
     loss = hidden.new_zeros((), dtype=torch.float32)
     values = {}
@@ -199,7 +199,7 @@ def micro_batch_loss(
         if isinstance(term.loss, KL):
             assert reference_cache is not None, f"{term.name} needs a reference cache"
             value = term.loss(
-                states if term.positions == "all" else hidden,
+                lm.all_states(states, micro) if term.positions == "all" else hidden,
                 lm.head_arguments,
                 reference_cache.hidden(term.source, micro.indices),
                 reference_cache.head_arguments,
@@ -241,26 +241,33 @@ def layer_of(lm: CausalLM, terms: Iterable[Term]) -> int | None:
 
 
 def _layer_losses(
+    lm: CausalLM,
     micro: PackedBatch,
     terms: Iterable[Term],
     counts: Mapping[str, int | Tensor],
     reference_cache: ReferenceStates | None,
     states: Tensor,  # (T, D)
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``micro_batch_loss`` of terms of the layer that ``states`` come from."""
+    """``micro_batch_loss`` of terms of the layer that ``states`` come from.
+
+    Each process has the loss of its own sequences; the values are those of all.
+    """
     loss = states.new_zeros((), dtype=torch.float32)
     values = {}
     for term in terms:
         assert isinstance(term.loss, LayerLoss)
-        places, offsets = micro.tokens(term.positions == "all")
+        everywhere = term.positions == "all"
+        places, offsets = micro.tokens(everywhere)
         if isinstance(term.loss, RMU):
             target = term.loss.target(states.shape[-1]).to(states.device)
         else:
             assert isinstance(term.loss, HeldStates)
             assert reference_cache is not None, f"{term.name} needs a reference cache"
             target = reference_cache.hidden(term.source, micro.indices)
+            before = sum((micro.tokens_by_rank if everywhere else micro.rows_by_rank)[: lm.rank])
+            target = target[before : before + int(offsets[-1])]
         value = term.loss(states[places], offsets, target).sum() / counts[term.name]
-        values[term.name] = value.detach()
+        values[term.name] = lm.all_reduce_sum(value.detach().clone())
         loss = loss + term.coefficient * value
     return loss, values
 

@@ -87,6 +87,8 @@ def row_kl(
     ref_logits: Tensor,  # (N, V) raw logits of the reference
     transform: HeadTransform,
     ref_transform: HeadTransform,
+    lse: Tensor | None = None,  # (N,) over all of the vocabulary, where the logits are of a slice
+    ref_lse: Tensor | None = None,  # (N,) the same of the reference
     config: RowConfig | None = None,
 ) -> Tensor:  # kl (N,) fp32
     """Launches the kernels; logits become the gradient of kl in them."""
@@ -94,8 +96,8 @@ def row_kl(
     if rows == 0:
         return logits.new_empty(0, dtype=torch.float32)
     config = config or row_config()
-    sums = _row_sums(logits, transform, config)
-    ref_sums = _row_sums(ref_logits, ref_transform, config)
+    sums = _row_sums(logits, transform, lse, config)
+    ref_sums = _row_sums(ref_logits, ref_transform, ref_lse, config)
     grid, slice_columns = grid_of(logits, config)
     kls = logits.new_empty(grid[1], rows, dtype=torch.float32)
     row_kl_kernel[grid](
@@ -109,8 +111,10 @@ def row_kl(
 
 
 def _row_sums(
-    logits: Tensor, transform: HeadTransform, config: RowConfig
+    logits: Tensor, transform: HeadTransform, lse: Tensor | None, config: RowConfig
 ) -> tuple[Tensor, Tensor]:  # peak (N,), total (N,)
+    if lse is not None:
+        return lse.float().contiguous(), torch.ones_like(lse, dtype=torch.float32)
     sums = slice_sums(logits, None, transform, config)
     slices, rows = sums.peaks.shape
     peak, total = torch.empty_like(sums.peaks[0]), torch.empty_like(sums.peaks[0])
