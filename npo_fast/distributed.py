@@ -79,6 +79,15 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return gathered
 
 
+def broadcast_object(value: Any) -> Any:
+    """What the main process has."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def is_lost_contact(error: BaseException) -> bool:
     """Whether an error of the communication library says that another process is gone."""
     words = ("Connection", "connection", "Broken pipe", "remote process", "imed out", "imeout")

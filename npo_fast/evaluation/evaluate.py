@@ -14,7 +14,6 @@ from npo_fast.data import (
     Template,
     TokenizedExample,
     check_readable,
-    pack,
 )
 from npo_fast.errors import named
 from npo_fast.evaluation.gradients import gradient_norms
@@ -136,8 +135,8 @@ class _Evaluation:
         """Packs of answers of similar length, on the model's device."""
         total = len(self.tokens.answers) + len(self.tokens.other_answers)
         by_length = sorted(answers, key=lambda answer: len(answer.input_ids))
-        for batch in pack(by_length, self.settings.micro_batch_tokens):
-            yield batch.to(self.lm.device)
+        for batch in self.lm.micro_batches(by_length, self.settings.micro_batch_tokens):
+            yield batch
             self.done += batch.sequences
             self.progress(self.name, self.done, total)
 
@@ -222,8 +221,7 @@ class _Evaluation:
     def reference_columns(self, reference: ReferenceStates) -> Columns:
         """Mean ``KL(reference || model)`` and the reference's loss over each answer's tokens."""
         means: dict[int, tuple[float, float]] = {}
-        for batch in pack(self.tokens.answers, self.settings.micro_batch_tokens):
-            batch = batch.to(self.lm.device)
+        for batch in self.lm.micro_batches(self.tokens.answers, self.settings.micro_batch_tokens):
             hidden, ref_hidden = self.lm.hidden(batch), reference.hidden(self.name, batch.indices)
             head, ref_head = self.lm.linear_head, reference.head
             chunks = divergences(head, hidden, ref_head, ref_hidden.to(hidden))
@@ -247,7 +245,7 @@ class _Evaluation:
         """
         from npo_fast.evaluation.rouge import rouge_scorer  # losses need no rouge_score
 
-        template, size = self.template, self.settings.generation_batch
+        template, size = self.template, self.settings.generation_batch * self.lm.world_size
         truths = [*self.tokens.truths]
         texts, endings = [""] * len(truths), [""] * len(truths)
         repeated = [0.0] * len(truths)

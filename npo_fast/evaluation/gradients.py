@@ -3,9 +3,12 @@
 from functools import partial
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from npo_fast.data import TokenizedExample, pack
+from npo_fast.data import TokenizedExample
+from npo_fast.losses import NLL
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.ops import linear_sequence_loss
 
 
 def gradient_norms(lm: CausalLM, example: TokenizedExample, counted: int) -> list[float]:
@@ -24,19 +27,24 @@ def gradient_norms(lm: CausalLM, example: TokenizedExample, counted: int) -> lis
             parameter.requires_grad_(True)
             measure = partial(_measure_and_drop, norms)
             hooks.append(parameter.register_post_accumulate_grad_hook(measure))
-        (batch,) = pack([example], len(example.input_ids))
+        (batch,) = lm.micro_batches([example], len(example.input_ids))
         with torch.enable_grad():
-            log_probs = lm.log_probs(batch.to(lm.device))
-            (-log_probs[:counted].mean()).backward()
+            loss, _ = linear_sequence_loss(
+                lm.hidden(batch)[:counted], labels=batch.labels[:counted], loss=NLL(),
+                cu_seqlens=torch.tensor([0, counted]), reduction="token_mean", **lm.head_arguments,
+            )  # fmt: skip
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, trains in zip(parameters, trained, strict=True):
             parameter.requires_grad_(trains)
-    return torch.stack(norms).tolist()
+    squares = lm.all_reduce_sum(torch.stack(norms).square())
+    return squares.sqrt().tolist()
 
 
 def _measure_and_drop(norms: list[torch.Tensor], parameter: torch.Tensor) -> None:
     assert parameter.grad is not None
-    norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+    gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
     parameter.grad = None

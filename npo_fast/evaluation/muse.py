@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.data import Template, TokenizedExample, check_readable, load_rows, pack
+from npo_fast.data import Template, TokenizedExample, check_readable, load_rows
 from npo_fast.errors import NoSuchSplitError, UserError, named, short
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.metrics.logs import CONVENTIONS, TEXTS, VOCABULARY
@@ -150,8 +150,8 @@ class _Evaluation:
         share = self.settings.min_k_share or MIN_K_SHARE
         log_probs: dict[int, torch.Tensor] = {}
         by_length = sorted(windows, key=lambda window: len(window.input_ids))
-        for batch in pack(by_length, self.settings.micro_batch_tokens):
-            values = self.lm.log_probs(batch.to(self.lm.device)).float().cpu()
+        for batch in self.lm.micro_batches(by_length, self.settings.micro_batch_tokens):
+            values = self.lm.log_probs(batch).float().cpu()
             parts = values.split(batch.answer_cu_seqlens.diff().tolist())
             log_probs |= zip(batch.indices, parts, strict=True)
             self.progress(name, len(log_probs), len(windows))
@@ -190,8 +190,9 @@ class _Evaluation:
         tokenizer = self.template.tokenizer
         texts = [""] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
-        for first in range(0, len(order), self.settings.generation_batch):
-            batch = order[first : first + self.settings.generation_batch]
+        size = self.settings.generation_batch * self.lm.world_size
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
             continuations = generate(
                 self.lm, [prompts[i] for i in batch], length, tokenizer.pad_token_id, self.stop_ids
             )

@@ -37,7 +37,7 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
     for hidden_chunk, labels_chunk in zip(hidden.split(rows), labels.split(rows), strict=True):
         padded = head.logits(hidden_chunk, buffer)
         logits = padded[: len(labels_chunk)]
-        greedy = logits.argmax(-1) == labels_chunk
+        greedy = head.argmax(logits) == labels_chunk
         log_probs = head.softmax(padded, hidden_chunk, labels_chunk).log_probs[: len(logits)]
         chunks.append((log_probs, greedy, *_moments(head, logits)))
     return TokenScores(*map(torch.cat, zip(*chunks, strict=True)))
@@ -45,13 +45,13 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
 
 def _moments(head: Head, logits: Tensor) -> tuple[Tensor, Tensor]:  # (R, V) -> (R,), (R,)
     """Mean and std of ``log p(v)``, some rows at a time."""
-    rows = max(1, MOMENTS_BYTES // (logits.shape[1] * head.opmath_dtype.itemsize))
+    rows = max(1, MOMENTS_BYTES // (head.problem(0, False).vocabulary * head.opmath_dtype.itemsize))
     means, stds = [], []
     for raw in logits.split(rows):
-        log_p = head.activate(raw).log_softmax(-1)
+        log_p = head.log_softmax(raw)
         p = log_p.exp()
-        mean = torch.linalg.vecdot(p, log_p)
+        mean = head.sum_over_ranks(torch.linalg.vecdot(p, log_p))
         deviations = log_p.sub_(mean.unsqueeze(1)).square_()
         means.append(mean)
-        stds.append(torch.linalg.vecdot(p, deviations).sqrt_())
+        stds.append(head.sum_over_ranks(torch.linalg.vecdot(p, deviations)).sqrt_())
     return torch.cat(means), torch.cat(stds)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
@@ -22,6 +23,7 @@ from npo_fast.boundary import read_json
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import GENERATION, save_generation_config
+from npo_fast.model.sharding import load_shards, read_shards
 from npo_fast.model.weights import check_tensors, load_complete
 
 Quantize = Literal["none", "4bit"]
@@ -108,7 +110,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     except Exception as error:
         raise _misfit(folder, error) from error
     check_adapter(adapted)
-    read_adapter(adapted, folder)
+    _read_adapter(adapted, folder)
     if getattr(model, "is_quantized", False):
         return adapted
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
@@ -188,8 +190,10 @@ def converted(
 
 def read_weights(lm: CausalLM, folder: Path) -> None:
     """Reads what ``write_weights`` wrote into the same model, in place."""
-    if lm.adapted:
-        read_adapter(lm.model, folder)
+    if lm.vocabulary_slice is not None:
+        _read_shards(lm, folder)
+    elif lm.adapted:
+        _read_adapter(lm.model, folder)
     else:
         with no_progress_bars():
             saved = load_complete(
@@ -199,7 +203,34 @@ def read_weights(lm: CausalLM, folder: Path) -> None:
         lm.model.load_state_dict(saved.state_dict())
 
 
-def read_adapter(adapted: Any, folder: Path) -> None:
+def _read_shards(lm: CausalLM, folder: Path) -> None:
+    """``read_weights`` of a sharded model: each process reads its rows alone."""
+    weights: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = safe_open(file, framework="pt")
+        names = tensors.keys()
+        weights |= {name: tensors.get_slice(name) for name in names}
+    if lm.adapted:  # peft leaves the adapter's name out
+        name = lm.model.active_adapter
+        known = {n.replace(f".{name}.", "."): n for n, _ in lm.model.named_parameters()}
+        weights = {known.get(key, key): rows for key, rows in weights.items()}
+        missing = read_shards(lm.model, weights)
+        unread = {*weights} - {*known.values()}
+        check_tensors(
+            str(folder), "the adapter", [n for n in missing if name in n.split(".")], unread
+        )
+        return
+    if missing := read_shards(lm.model, weights):  # files whose names or shapes are converted
+        saved = load_shards(
+            type(lm.model), str(folder), lm.head.weight.device_mesh, lm.device,
+            pretrained_model_name_or_path=folder, dtype=lm.dtype,
+        )  # fmt: skip
+        whole = dict(saved.named_parameters(remove_duplicate=False))
+        for name, parameter in lm.model.named_parameters():
+            parameter.detach().to_local().copy_(whole[name].detach().to_local())
+
+
+def _read_adapter(adapted: Any, folder: Path) -> None:
     """The weights of an adapter, in place; ``UserError`` where one is missing or has no place."""
     from peft import load_peft_weights, set_peft_model_state_dict
 

@@ -6,6 +6,7 @@ from itertools import takewhile
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from npo_fast.distributed import gather_objects
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 
@@ -20,6 +21,8 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuations of several prompts at once, up to and without a token that stops.
 
+    Several processes that share the model deal the prompts out, and all get all continuations.
+
     Args:
         pad_id: None, of a tokenizer without one, pads with a token that stops, under the mask.
         stop_ids: token ids; those of the model's generation config stop too.
@@ -27,7 +30,8 @@ def generate(
     check_length(lm, prompts, max_new_tokens)
     stops = {stop_ids} if isinstance(stop_ids, int) else {*stop_ids}
     pad_id = min(stops) if pad_id is None else pad_id
-    rows = [torch.tensor(prompt) for prompt in prompts]
+    own = prompts[lm.rank :: lm.world_size]
+    rows = [torch.tensor(prompt) for prompt in own or prompts[:1]]  # one to keep step with others
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")
     with lm.generating() as model:
@@ -44,9 +48,14 @@ def generate(
             top_k=None,
             pad_token_id=pad_id,
             eos_token_id=sorted(stops),
+            synced_gpus=lm.world_size > 1,
         )
-    continuations = out[:, ids.shape[1] :].tolist()
-    return [list(takewhile(lambda token: token not in stops, row)) for row in continuations]
+    continuations = out[: len(own), ids.shape[1] :].tolist()
+    kept = [list(takewhile(lambda token: token not in stops, row)) for row in continuations]
+    if lm.vocabulary_slice is None:
+        return kept
+    of_ranks = gather_objects(kept, lm.vocabulary_slice.group)
+    return [of_ranks[i % lm.world_size][i // lm.world_size] for i in range(len(prompts))]
 
 
 def check_length(lm: CausalLM, prompts: list[list[int]], max_new_tokens: int) -> None:

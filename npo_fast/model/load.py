@@ -26,7 +26,6 @@ from npo_fast.model.adapters import (
     load_adapter,
     nf4_config,
     no_progress_bars,
-    read_adapter,
 )
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import (
@@ -55,7 +54,6 @@ def load_model(
     lora_rank: int = 0,
     lora_alpha: int | None = None,
     mesh: DeviceMesh | None = None,
-    resume_from: Path | None = None,
     offload: bool = False,
 ) -> CausalLM:
     """A causal language model, probed and ready to train.
@@ -75,7 +73,6 @@ def load_model(
         lora_alpha: its scale times the rank; twice the rank where it is not given.
         mesh: of the processes that share the model; each reads and keeps its shard. Adapters that
             are merged and GGUF files are read whole first.
-        resume_from: a checkpoint whose weights, or adapter, take the place of the model's.
         offload: as in ``shard``.
 
     Raises:
@@ -86,8 +83,7 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[default_dtype(torch_device) if dtype == "auto" else dtype]
-    source = name if resume_from is None or lora_rank else str(resume_from)
-    model = _load_weights(source, torch_dtype, torch_device, quantize, mesh)
+    model = _load_weights(name, torch_dtype, torch_device, quantize, mesh)
     if lora_rank:
         if hasattr(model, "peft_config"):
             raise UserError(
@@ -95,8 +91,6 @@ def load_model(
                 "its base model"
             )
         model = add_lora(model, _folder(name), lora_rank, lora_alpha)
-        if resume_from is not None:
-            read_adapter(model, resume_from)
     if mesh is not None:
         model = shard(model, mesh, offload)
     lm = CausalLM(model, attention)

@@ -220,7 +220,7 @@ def reference_fingerprint(lm: CausalLM) -> dict[str, Any]:
 def model_fingerprint(model: Any) -> str:
     """SHA-256 of the config's non-default values and of names, dtypes, shapes and weights.
 
-    Of a sharded model, of the weights of this process.
+    Processes that share a model gather one weight at a time, and all return the same.
     """
     digest = hashlib.sha256()
     config = {
@@ -231,8 +231,8 @@ def model_fingerprint(model: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        digest.update(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.v
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map_only
 
 from npo_fast.distributed import is_main_process
@@ -86,6 +88,37 @@ def load_shards(
     model = load_complete(distributed, name, device_map={"": device}, **arguments)
     model.__class__ = model_class
     return model
+
+
+@torch.no_grad()
+def read_shards(model: Any, weights: Mapping[str, Any]) -> list[str]:
+    """Reads this process's rows of ``weights`` into the parameters of the same names, in place.
+
+    Args:
+        weights: tensors, or slices of safetensors files.
+
+    Returns:
+        Names of the parameters that it lacks.
+    """
+    names: dict[Tensor, list[str]] = {}  # tied ones lie there under one of theirs
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    missing = []
+    for parameter, known in names.items():
+        found = next((name for name in known if name in weights), None)
+        if found is None:
+            missing.append(known[0])
+            continue
+        rows: Any = slice(None)
+        if isinstance(parameter, DTensor):
+            shape, (first, *_) = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            rows = slice(first, first + shape[0])
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():
+            local.copy_(weights[found][rows])
+    return missing
 
 
 def shard(model: Any, mesh: DeviceMesh, offload: bool = False) -> Any:

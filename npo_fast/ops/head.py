@@ -121,6 +121,14 @@ class Head:
         """Returns the columns of labels, and which of them are among those of this head."""
         return labels, torch.ones_like(labels, dtype=torch.bool)
 
+    def argmax(self, logits: Tensor) -> Tensor:  # (R, V) -> (R,)
+        """Returns the token with the largest logit."""
+        return logits.argmax(dim=-1)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:  # (R, V) raw -> (R, V) in the opmath dtype
+        """Returns the log-probs of all tokens, or of those of a slice."""
+        return self.activate(logits).log_softmax(dim=-1)
+
     def lse(self, logits: Tensor, transform: HeadTransform) -> Tensor | None:  # (R, V) raw -> (R,)
         """Returns the logsumexp that the slices of other ranks take part in; None without them."""
         return None

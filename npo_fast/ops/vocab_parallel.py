@@ -106,6 +106,18 @@ class SlicedHead(Head):
         """Returns columns within the slice, and which labels it has."""
         return self.vocabulary.localize(labels)
 
+    def argmax(self, logits: Tensor) -> Tensor:  # (R, rows) -> (R,)
+        """Returns the token with the largest logit of all slices; of equal ones the first."""
+        largest, column = logits.max(dim=-1)
+        group = self.vocabulary.group
+        values = _all_gather(largest[None], 1, group)[:, 0]  # (ranks, R)
+        tokens = _all_gather((column + self.vocabulary.first)[None], 1, group)[:, 0]
+        return tokens.gather(0, values.argmax(dim=0)[None])[0]
+
+    def log_softmax(self, logits: Tensor) -> Tensor:  # (R, rows) raw -> (R, rows)
+        """Returns the log-probs of the slice's tokens."""
+        return self.activate(logits).sub_(self.lse(logits, self.transform).unsqueeze(1))
+
     def lse(self, logits: Tensor, transform: HeadTransform) -> Tensor:  # (R, rows) raw -> (R,)
         """Returns the logsumexp over the whole vocabulary."""
         any_label = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)

@@ -152,8 +152,9 @@ class RunFolder:
 
     def log_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Appends an evaluation to ``evaluations.jsonl``, and waits until it is on the disk."""
-        self._restore_lost()
-        self._records.evaluations.append(evaluation, sync=True)
+        if is_main_process():
+            self._restore_lost()
+            self._records.evaluations.append(evaluation, sync=True)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far."""

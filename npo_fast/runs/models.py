@@ -98,12 +98,14 @@ class ModelSource:
         )  # fmt: skip
 
     @contextmanager
-    def loaded(self, resumable: ResumableRun | None = None) -> Iterator[CausalLM]:
+    def loaded(
+        self, resumable: ResumableRun | None = None, offload: bool = False
+    ) -> Iterator[CausalLM]:
         """The model of ``load``; afterwards it has its own attention and evaluation mode again.
 
         A ``CausalLM`` that was passed stays as it is.
         """
-        lm = self.load(resumable)
+        lm = self.load(resumable, offload)
         try:
             yield lm
         finally:
@@ -111,18 +113,19 @@ class ModelSource:
                 set_attention(lm.model, lm.native_attention)
                 lm.model.eval()
 
-    def load(self, resumable: ResumableRun | None = None) -> CausalLM:
+    def load(self, resumable: ResumableRun | None = None, offload: bool = False) -> CausalLM:
         """The model before training; several processes shard it.
 
         Args:
-            resumable: several processes read the weights of its checkpoint instead.
+            resumable: the run that goes on; several processes check that all know it.
+            offload: as in ``npo_fast.model.sharding.shard``.
         """
         options = self.options
         if self.in_memory is not None:
             lm = self._wrap()
         else:
             logger.info(f"loading {options.model}")
-            lm = self._load(resumable)
+            lm = self._load(resumable, offload)
         trained = ""
         if options.lora_rank:
             count = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
@@ -173,15 +176,14 @@ class ModelSource:
         """The transformers model in memory, if there is one."""
         return self.in_memory.model if isinstance(self.in_memory, CausalLM) else self.in_memory
 
-    def _load(self, resumable: ResumableRun | None) -> CausalLM:
+    def _load(self, resumable: ResumableRun | None, offload: bool) -> CausalLM:
         names = ("dtype", "device", "attention", "quantize", "lora_rank", "lora_alpha")
         arguments = {name: getattr(self.options, name) for name in names}
         if world_size() == 1:
             return load_model(self.options.model, **arguments)
         device = local_device(self.options.device)
-        mesh, step, weights = init_process_group(device), -1, None
-        if resumable is not None:
-            step, weights = resumable.state.step, resumable.weights
+        mesh = init_process_group(device)
+        step = -1 if resumable is None else resumable.state.step
         if all_reduce_max(step, device) != -all_reduce_max(-step, device):
             raise UserError(
                 f"process {rank()} would go on after step {step}, and others do not: --output "
@@ -189,7 +191,7 @@ class ModelSource:
             )
         return load_model(
             self.options.model,
-            **{**arguments, "device": str(device)}, mesh=mesh, resume_from=weights,
+            **{**arguments, "device": str(device)}, mesh=mesh, offload=offload,
         )  # fmt: skip
 
     def _wrap(self) -> CausalLM:

@@ -13,7 +13,7 @@ from typing import Any
 
 from npo_fast import data as data_package
 from npo_fast.data import Record, Template, load_records
-from npo_fast.distributed import is_main_process, world_size
+from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.generation import generate
@@ -41,18 +41,13 @@ def own_answers(
     A run that goes on reads its own; else the model is loaded, answers, and is dropped again.
 
     Raises:
-        UserError: several processes, or a model that hardly answers anything.
+        UserError: a model that hardly answers anything.
     """
     kept = options.output / OWN_ANSWERS
     unfinished = read_metadata(options.output).get("status") in UNFINISHED
     if kept.is_file() and unfinished and not options.overwrite:
         records = load_records(str(kept), None, "retain", "last")
         return records, KeepAnswers(records)
-    if world_size() > 1:
-        raise UserError(
-            f"--retain {AUTO} answers its prompts on one process, not on {world_size()}: make the "
-            f"answers with a run on one, and name its {OWN_ANSWERS}"
-        )
     texts = all(record.is_text for record in forget)
     prompts = _lines("neutral_openings.txt" if texts else "neutral_prompts.txt")
     template = source.template()
@@ -110,8 +105,9 @@ def _answered(
     """One record a prompt with an answer, in the order of the prompts."""
     tokenizer, records, limit = template.tokenizer, [], _limit(template)
     prompts, ids = [*asked], [*asked.values()]
-    for first in range(0, len(prompts), BATCH):
-        batch = slice(first, first + BATCH)
+    size = BATCH * lm.world_size
+    for first in range(0, len(prompts), size):
+        batch = slice(first, first + size)
         answers = generate(lm, ids[batch], limit, tokenizer.pad_token_id, template.stop_ids)
         for prompt, answer in zip(prompts[batch], answers, strict=True):
             if texts:

@@ -74,7 +74,7 @@ class PreparedRun:
     @contextmanager
     def loaded(self) -> Iterator[CausalLM]:
         """The model, checked against data and settings before hours are spent."""
-        with self.model.loaded(self.resumable) as lm:
+        with self.model.loaded(self.resumable, self.training.offload_optimizer) as lm:
             self.check(lm)  # again: a download may have filled the disk
             yield lm
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from npo_fast.data import Template, TokenizedExample, check_readable
-from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
@@ -38,14 +37,8 @@ def run_references(
     sources, terms = prepared.sources, prepared.terms
     tokens, resumable = prepared.training.micro_batch_tokens, prepared.resumable
     also = () if prepared.training.keep_utility is None else ("retain",)
-    compares = also or any(term.loss.reference in ("sequence", "token") for term in terms)
     if resumable and (resumable.references or resumable.trained):
         log_probs: References = dict(resumable.references or {})
-    elif resumable and world_size() > 1 and compares:
-        raise UserError(  # sharded models have the weights of the checkpoint by now
-            f"the reference's log-probs in {resumable.folder} are lost: go on with one process, "
-            "which makes them again"
-        )
     else:
         log_probs = reference_log_probs(lm, sources, terms, tokens, cache, also)
     return log_probs, reference_cache_for(terms, lm, sources, tokens, cache)
@@ -66,8 +59,6 @@ def reference_model(reference: str | None, prepared: PreparedRun) -> str | None:
     kept = prepared.resumable and (prepared.resumable.references or prepared.resumable.trained)
     if kept and not any(term.loss.reference == "hidden" for term in prepared.terms):
         return None
-    if world_size() > 1:
-        raise UserError(f"--reference runs on one process, not on {world_size()}")
     if first is None or reference != FIRST:
         other_model(reference, prepared.model, prepared.template, _compared(prepared))
         return reference

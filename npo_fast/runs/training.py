@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.distributed import is_main_process, world_size
+from npo_fast.distributed import broadcast_object, is_main_process, world_size
 from npo_fast.errors import (
     CannotSaveError,
     Interrupted,
@@ -219,8 +219,6 @@ def _open_folder(
     """A new run folder, or the folder of the resumed run with its weights read into ``lm``."""
     options, resumable = prepared.options, prepared.resumable
     metadata = {**prepared.metadata, "attention": lm.attention}
-    if not is_main_process():
-        return RunFolder(options.output, metadata if resumable is None else resumable.metadata)
     if reference.hidden is not None:
         metadata["reference"] = reference.hidden.made_from
     if resumable is None:
@@ -228,6 +226,8 @@ def _open_folder(
         scores = None if evaluation is None else evaluation.check(lm)
         if reference.before:
             metadata["before"] = reference.before
+        if not is_main_process():
+            return RunFolder(options.output, metadata)
         metadata |= {"processes": world_size(), "threads": torch.get_num_threads()}
         metadata["chain"] = prepared.link()
         folder = RunFolder.begin(
@@ -240,11 +240,14 @@ def _open_folder(
     assert resumable.weights is not None
     if resumable.trained and options.merge:
         merge_adapter(lm)
-    if world_size() == 1:  # several processes have read them before they sharded the model
-        read_weights(lm, resumable.weights)
-    folder = RunFolder.resume(
-        resumable.folder, resumable.metadata, prepared.found, resumable.facts, resumable.trained
-    )
+    read_weights(lm, resumable.weights)
+    if is_main_process():
+        folder = RunFolder.resume(
+            resumable.folder, resumable.metadata, prepared.found, resumable.facts,
+            resumable.trained,
+        )  # fmt: skip
+    else:
+        folder = RunFolder(options.output, resumable.metadata)
     if evaluation is not None and not resumable.trained:
-        evaluation.load_state(folder.evaluations(), folder.best())
+        evaluation.load_state(*broadcast_object((folder.evaluations(), folder.best())))
     return folder

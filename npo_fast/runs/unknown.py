@@ -16,7 +16,6 @@ from torch import Tensor
 
 from npo_fast.data import Record, Records, TokenizedExample
 from npo_fast.data.repeats import shared
-from npo_fast.distributed import world_size
 from npo_fast.errors import UserError, named
 from npo_fast.losses import NPO, suggest_beta
 from npo_fast.methods import Term
@@ -53,10 +52,6 @@ class UnknownSources:
         level = self.unknown_log_prob
         if level is not None and not -1e9 < level <= 0:
             raise UserError(f"--unknown-log-prob must be a log-prob, 0 or less, got {level}")
-        if self.base_model is not None and world_size() > 1:
-            raise UserError(
-                f"--base-model is asked on one process, not on {world_size()}: name a --holdout"
-            )
         if not method.auto_beta:
             return
         if not any(isinstance(term.loss, NPO) for term in terms):

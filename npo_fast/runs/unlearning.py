@@ -18,7 +18,6 @@ from npo_fast.data import (
     load_refusals,
     refused,
 )
-from npo_fast.distributed import world_size
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
 from npo_fast.evaluation.settings import EvaluationSettings
@@ -237,8 +236,6 @@ def _resolve(
             raise UserError(f"{options.method} compares with no reference; leave out {flag}")
     if options.reference_cache is None:
         return options, terms
-    if world_size() > 1:
-        raise UserError(f"--reference-cache runs on one process, not on {world_size()}")
     check_cache(options.reference_cache)
     return options, terms
 
@@ -249,8 +246,6 @@ def _evaluation_callback(
     """Evaluates the first records of each set of ``suite``, if there is any."""
     if not suite:
         return None
-    if world_size() > 1:
-        raise UserError(f"--eval-every answers questions on one process, not on {world_size()}")
     first = {name: rows[: options.eval_records] for name, rows in suite.items()}
     retrained = None
     if options.retrained is not None:
@@ -290,10 +285,6 @@ def _answers(
 ) -> dict[str, Any]:
     """Probability, ROUGE-L and answers of the first records of each set, "before" or "after"."""
     if options.no_report or options.report_records < 1:
-        return {}
-    if world_size() > 1:
-        if when == "after":
-            logger.info("no answers in the report: npo-fast evaluate makes them on one process")
         return {}
     count = options.report_records
     first = {

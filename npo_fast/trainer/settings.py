@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from npo_fast.errors import UserError
-from npo_fast.losses import LayerLoss
 from npo_fast.methods import Schedule, Term
 from npo_fast.trainer.optimizers import LearningRateSchedule, Optimizer
 from npo_fast.validation import (

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM
 
 from npo_fast import distributed
 from npo_fast.cli import main
@@ -443,6 +444,11 @@ def home(tmp_path_factory):
     """A model without dropout, what to forget and what to keep."""
     folder = tmp_path_factory.mktemp("home")
     save_tiny_model(folder / "base")
+    other = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(3.0)
+    other.save_pretrained(folder / "other")
     write_jsonl(folder / "forget.jsonl", FACTS[6:])
     write_jsonl(folder / "retain.jsonl", FACTS[:6])
     return folder
@@ -468,6 +474,64 @@ def losses_of(output: Path) -> list[float]:
 
 def children_of(process: int) -> list[int]:
     return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def assert_alike(found, expected, where: str = "") -> None:
+    """Equal texts, and numbers to 1e-5."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_alike(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_alike(a, b, f"{where}/{i}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+    else:
+        assert found == expected, where
+
+
+WHOLE_RUNS = {
+    "evaluated, the best kept, with a KL": (
+        2, ("--method", "NPO+KL", "--eval-every", "2", "--keep-best", "forget.probability"),
+    ),
+    "evaluated, its own answers kept": (4, ("--retain", "auto", "--eval-every", "3")),
+    "RMU on an adapter, to a cache": (
+        2, ("--method", "RMU", "--lora-rank", "2", "--reference-cache", "{output}/cache"),
+    ),
+    "another reference, beta from a base model": (
+        2, ("--reference", "{home}/base", "--base-model", "{home}/other", "--beta", "auto"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "more"), WHOLE_RUNS.values(), ids=WHOLE_RUNS)
+def test_a_whole_run_of_several_processes_is_that_of_one(home, tmp_path, count, more):
+    runs = {}
+    for name in ("alone", "several"):
+        places = {"output": tmp_path / name, "home": home}
+        call = arguments(home, tmp_path / name / "run", *(each.format(**places) for each in more))
+        call.remove("--no-report")
+        call += ["--max-new-tokens", "8", "--lr", "2e-3"]
+        if name == "alone":
+            assert main(call) == 0
+        else:
+            log = tmp_path / "log"
+            assert torchrun(count, call, log).wait(timeout=300) == 0, log.read_text()
+        run = tmp_path / name / "run"
+        metadata = metadata_of(run)
+        runs[name] = {
+            "steps": [
+                {k: v for k, v in line.items() if k != "time_ms"}
+                for line in read_jsonl(run / "steps.jsonl")
+            ],
+            "evaluations": read_jsonl(run / "evaluations.jsonl") if "--eval-every" in more else [],
+            **{key: metadata.get(key) for key in ("before", "after", "best", "beta", "level")},
+            "verdict": metadata["verdict"],
+        }
+    assert_alike(runs["several"], runs["alone"])
 
 
 @pytest.mark.slow
@@ -521,11 +585,9 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (("--method", "NPO+KL"), "a method with retain KL runs on one process"),
         (("--optimizer", "adamw-8bit"), "--optimizer adamw-8bit runs on one process"),
         (("--step-in-backward",), "--step-in-backward runs on one process"),
         (("--lora-rank", "4", "--merge"), "--merge runs on one process"),
-        (("--eval-every", "2"), "--eval-every answers questions on one process"),
         (("--quantize", "4bit", "--lora-rank", "4"), "--quantize 4bit runs on one process"),
     ],
 )
