@@ -44,6 +44,11 @@ class Head:
     transform: HeadTransform = HeadTransform()
 
     @property
+    def tokens(self) -> int:
+        """Tokens that the head predicts, V."""
+        return len(self.weight)
+
+    @property
     def logits_dtype(self) -> torch.dtype:
         """The dtype of logits: half precision where the processor multiplies in it."""
         return layout.product_dtype(self.weight)

@@ -78,6 +78,11 @@ class SlicedHead(Head):
 
     vocabulary: VocabularySlice = field(kw_only=True)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the heads of all ranks predict, V."""
+        return self.vocabulary.vocabulary
+
     def problem(self, rows: int, trains_head: bool) -> Problem:
         """Returns the sizes of the largest slice, so that all ranks take the same chunks."""
         largest = super().problem(rows, trains_head)

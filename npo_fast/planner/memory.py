@@ -27,7 +27,6 @@ from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.order import batch_keys
-from npo_fast.trainer.settings import TrainSettings, check_world_size
 from npo_fast.trainer.step import layer_of, micro_batch_loss
 from npo_fast.validation import Bound, Checked, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -128,11 +127,6 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     """
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
-    settings = TrainSettings(
-        optimizer=planned.optimizer, step_in_backward=planned.step_in_backward,
-        offload_optimizer=planned.offload_optimizer,
-    )  # fmt: skip
-    check_world_size(build_method(planned.method), settings, ranks)
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     step = TrackedStep(empty_lm(model, planned.gradient_checkpointing), planned, ranks)
     try:

@@ -251,8 +251,6 @@ class RunOptions(Checked):
                 "--merge puts a LoRA adapter into whole weights: it takes --lora-rank, and no "
                 "--quantize"
             )
-        if self.merge and world_size() > 1:
-            raise UserError("--merge runs on one process: leave it out, the adapter loads anywhere")
         if self.push_to_hub is not None:
             with reading(f"--push-to-hub {self.push_to_hub!r}", "name it as me/my-model"):
                 validate_repo_id(self.push_to_hub)

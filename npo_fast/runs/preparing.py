@@ -47,7 +47,7 @@ from npo_fast.runs.resume import ResumableRun, find_resumable
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, primary_sources, step_count
-from npo_fast.trainer.settings import TrainSettings, check_world_size
+from npo_fast.trainer.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,6 @@ def prepare_run(
         TrackerCallback(options.track)
     model.device()
     template = model.template(_date_of_unfinished(options))
-    check_world_size(terms, training, world_size())
     check_optimizer(training.optimizer)
     step_terms = schedule_steps(terms, training.schedule)
     sources, described = {}, {}
@@ -163,7 +162,7 @@ def prepare_run(
     for sentence in repeats(given):
         logger.warning(f"warning: {sentence}")
     if training.step_in_backward:
-        check_step_in_backward(sources, terms, training)
+        check_step_in_backward(sources, terms, training, world_size())
     (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})
     steps = step_count(len(sources[primary]), training) * len(step_terms)
     logger.info(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")

@@ -175,9 +175,9 @@ def check_head(states: ReferenceStates | None, lm: CausalLM, terms: Sequence[Ter
                 "wide: name a model of the same form".format(*there, *here)
             )
         return
-    if len(states.head.weight) != len(lm.head.weight):
+    if states.head.tokens != len(lm.head.weight):
         raise UserError(
-            f"--reference predicts {len(states.head.weight)} tokens and the model "
+            f"--reference predicts {states.head.tokens} tokens and the model "
             f"{len(lm.head.weight)}: KL compares models with the same tokens"
         )
 

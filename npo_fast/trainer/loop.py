@@ -27,7 +27,7 @@ from npo_fast.trainer.order import (
     step_count,
 )
 from npo_fast.trainer.retain_weight import RetainWeight, check_keep_utility
-from npo_fast.trainer.settings import StepRecord, TrainSettings, check_world_size
+from npo_fast.trainer.settings import StepRecord, TrainSettings
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References, layer_of, take_step
 from npo_fast.trainer.update import StepInBackward, Update
@@ -149,7 +149,6 @@ def check_settings(
 ) -> None:
     """Raises ``UserError`` for settings that do not fit the model, the data or the device."""
     trainable_parameters(lm.model.parameters(), settings.optimizer)
-    check_world_size(terms, settings, lm.world_size)
     for step_terms in schedule_steps(terms, settings.schedule):
         keys = [None] if settings.step_in_backward else batch_keys(step_terms)
         for key in keys:  # what goes through the decoder together
@@ -181,7 +180,7 @@ def check_settings(
             "time: leave it out"
         )
     if settings.step_in_backward:
-        check_step_in_backward(sources, terms, settings)
+        check_step_in_backward(sources, terms, settings, lm.world_size)
 
 
 def reference_log_probs(

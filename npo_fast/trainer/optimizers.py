@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
@@ -141,9 +142,55 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def local_of(value: Tensor) -> Tensor:
+    """The value, or this process's shard of it."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def number_of(total: Tensor) -> float:
-    """The value of a sum or norm over gradients, of all processes where they are sharded."""
+    """The value of a sum over gradients, of all processes where they are sharded."""
     return float(total.full_tensor() if isinstance(total, DTensor) else total)
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """The Euclidean norm of a gradient, or of this process's shard of it."""
+    opmath = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(local_of(gradient), dtype=opmath)
+
+
+def clipping(max_norm: float, norm: float) -> float:
+    """The factor on gradients of this global norm, as ``clip_grad_norm_`` has it."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def global_norm(gradients: list[Tensor]) -> float:
+    """``torch.nn.utils.get_total_norm``, of shards on several processes and devices too."""
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return float(torch.nn.utils.get_total_norm(gradients))
+    return norm_over_ranks([*map(norm_of, gradients)], gradients[0])
+
+
+def clip_gradients(parameters: list[Parameter], max_norm: float) -> float:
+    """``torch.nn.utils.clip_grad_norm_``, of shards on several processes and devices too."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(gradients)
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+    elif (scale := clipping(max_norm, norm)) < 1:
+        for gradient in gradients:
+            local_of(gradient).mul_(scale)
+    return norm
+
+
+def norm_over_ranks(norms: list[Tensor], like: Tensor) -> float:
+    """The norm of norms, over all processes where ``like`` is sharded."""
+    device = local_of(like).device
+    total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    if isinstance(like, DTensor):
+        square = total.square().to(like.device_mesh.device_type)
+        dist.all_reduce(square, group=like.device_mesh.get_group())
+        total = square.sqrt()
+    return float(total)
 
 
 def step_one_at_a_time(optimizer: torch.optim.Optimizer) -> None:

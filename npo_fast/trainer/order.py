@@ -1,12 +1,13 @@
 """Which sequences each step sees: a function of the seed alone, so a run can be repeated."""
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import count
 
 import torch
 
-from npo_fast.data import Sources, TokenizedExample
+from npo_fast.data import Sources, TokenizedExample, micro_batches
 from npo_fast.errors import UserError
 from npo_fast.methods import Term, schedule_steps
 from npo_fast.trainer.settings import TrainSettings
@@ -93,14 +94,14 @@ def batch_keys(terms: Iterable[Term]) -> list[BatchKey]:
 
 
 def check_step_in_backward(
-    sources: Sources, terms: tuple[Term, ...], settings: TrainSettings
+    sources: Sources, terms: tuple[Term, ...], settings: TrainSettings, world_size: int = 1
 ) -> None:
-    """Raises ``UserError`` where a step has more tokens than a micro-batch may."""
+    """Raises ``UserError`` where a process has more tokens of a step than a micro-batch may."""
     sources = {name: sources[name] for term in terms for name in term.reads}
     batches = step_batches(sources, primary_sources(sources), settings)
     keys_of_steps = [batch_keys(step) for step in schedule_steps(terms, settings.schedule)]
     tokens = max(
-        sum(len(s.input_ids) for key in keys for name in key for s in batch[name])
+        sum(_most_tokens(batch, key, world_size) for key in keys)
         for batch in batches
         for keys in keys_of_steps
     )
@@ -110,6 +111,13 @@ def check_step_in_backward(
             f"(micro_batch_tokens is {settings.micro_batch_tokens}): add --micro-batch-tokens "
             f"{tokens}, with --gradient-checkpointing where memory is short, or lower --batch-size"
         )
+
+
+def _most_tokens(batch: Sources, key: BatchKey, world_size: int) -> int:
+    """Tokens of the process with most of them, where a step is one micro-batch."""
+    sequences = interleave(batch, key)
+    (whole,) = micro_batches(sequences, sys.maxsize, len(key), world_size)
+    return max(whole.tokens_by_rank or [len(whole.input_ids)])
 
 
 def _endless(sequences: list[TokenizedExample], key: str) -> Iterator[TokenizedExample]:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from npo_fast.errors import UserError
-from npo_fast.methods import Schedule, Term
+from npo_fast.methods import Schedule
 from npo_fast.trainer.optimizers import LearningRateSchedule, Optimizer
 from npo_fast.validation import (
     NON_NEGATIVE,
@@ -66,18 +65,6 @@ class TrainSettings(Checked):
     forget loss, against relearning and rounding (docs/steps.md); 0 takes ordinary steps."""
     seed: int = 0
     """Order of the data, draws of refusals, and dropout."""
-
-
-def check_world_size(terms: tuple[Term, ...], settings: TrainSettings, world_size: int) -> None:
-    """Raises ``UserError`` where several processes are to do what only one can do."""
-    refused = {
-        f"--optimizer {settings.optimizer}": settings.optimizer == "adamw-8bit",
-        "--step-in-backward": settings.step_in_backward,
-        "--offload-optimizer": settings.offload_optimizer,
-    }
-    for what, asked in refused.items():
-        if asked and world_size > 1:
-            raise UserError(f"{what} runs on one process, not on {world_size}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from npo_fast.methods import Term
-from npo_fast.trainer.optimizers import number_of, parameters_of
+from npo_fast.trainer.optimizers import global_norm, number_of, parameters_of
 from npo_fast.trainer.state import random_state, set_random_state
 
 Measured = tuple[dict[str, float], dict[str, float]]  # values of terms, mean log-probs of sources
@@ -61,7 +61,7 @@ def _perturbed(optimizer: torch.optim.Optimizer, rho: float, copy_on_cpu: bool) 
     """Inside, weights are ``w + rho * g / |g|``, with the gradient ``g`` that this takes away."""
     pairs = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
     parameters = [parameter for parameter, _ in pairs]
-    norm = number_of(torch.nn.utils.get_total_norm([gradient for _, gradient in pairs]))
+    norm = global_norm([gradient for _, gradient in pairs])
     optimizer.zero_grad(set_to_none=True)
     if not 0 < norm < math.inf:  # nowhere to go; or the step is not finite, and will be refused
         yield

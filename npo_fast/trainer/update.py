@@ -9,8 +9,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from npo_fast.trainer.optimizers import (
+    clip_gradients,
+    clipping,
     keep_states_on_cpu,
-    number_of,
+    local_of,
+    norm_of,
+    norm_over_ranks,
     parameters_of,
     step_one_at_a_time,
 )
@@ -48,9 +52,7 @@ class Update:
         Returns the global norm of the gradient before clipping. No gradient is left afterwards.
         """
         self.started = False
-        parameters = parameters_of(self.optimizer)
-        total = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        norm = number_of(total)
+        norm = clip_gradients(parameters_of(self.optimizer), self.max_norm)
         if math.isfinite(loss) and math.isfinite(norm):
             self.started = True
             if self.offload:
@@ -90,7 +92,7 @@ class StepInBackward(Update):
             return self._backward_unclipped(total)
         norm = self._backward(total, lambda parameter, norm: None, retain_graph=True)
         if math.isfinite(norm):
-            scale = min(1.0, self.max_norm / (norm + 1e-6))  # as clip_grad_norm_ has it
+            scale = clipping(self.max_norm, norm)
             self._backward(total, lambda parameter, norm: self._step(parameter, scale))
         return norm
 
@@ -99,13 +101,13 @@ class StepInBackward(Update):
 
         def step_while_finite(parameter: Parameter, norm: Tensor) -> None:
             nonlocal changed, finite
-            finite = finite and math.isfinite(float(norm))
+            finite = finite and math.isfinite(float(norm))  # of this process's share
             if finite:
                 self._step(parameter)
                 changed += 1
 
         norm = self._backward(loss, step_while_finite)
-        self.partially_applied = 0 if finite else changed
+        self.partially_applied = 0 if math.isfinite(norm) else max(1, changed)
         return norm
 
     def _backward(
@@ -117,8 +119,7 @@ class StepInBackward(Update):
         def completed(parameter: Tensor) -> None:
             assert isinstance(parameter, Parameter)
             assert parameter.grad is not None
-            opmath = torch.promote_types(parameter.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(parameter.grad, dtype=opmath))
+            norms.append(norm_of(parameter.grad))
             use(parameter, norms[-1])
             parameter.grad = None
 
@@ -126,12 +127,12 @@ class StepInBackward(Update):
             for parameter in parameters_of(self.optimizer):
                 hooks.enter_context(parameter.register_post_accumulate_grad_hook(completed))
             loss.backward(retain_graph=retain_graph)
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        return norm_over_ranks(norms, parameters_of(self.optimizer)[0])
 
     def _step(self, parameter: Parameter, scale: float = 1.0) -> None:
         """The others have no gradient now, so the optimizer steps this one alone."""
         assert parameter.grad is not None
         self.started = True
         if scale < 1:
-            parameter.grad.mul_(scale)
+            local_of(parameter.grad).mul_(scale)
         self.optimizer.step()
