@@ -73,7 +73,9 @@ def all_reduce_max(value: int, device: torch.device, group: dist.ProcessGroup | 
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What each process of ``group`` has, in the order of ranks."""
+    """What each process of ``group`` has, in the order of ranks; of one process what it has."""
+    if group is None and world_size() == 1:
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

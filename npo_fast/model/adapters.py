@@ -23,10 +23,12 @@ from npo_fast.boundary import read_json
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import GENERATION, save_generation_config
+from npo_fast.model.shard_files import SHARDS, load_tensors
 from npo_fast.model.sharding import load_shards, read_shards
 from npo_fast.model.weights import check_tensors, load_complete
 
 Quantize = Literal["none", "4bit"]
+WEIGHTS = "weights"  # begins the names of a model's own among the tensors of a checkpoint
 ADAPTER_CONFIG, QUANTIZATION = "adapter_config.json", "quantization_config.json"
 
 
@@ -140,7 +142,7 @@ def write_weights(
     """Writes the model, or its adapter alone.
 
     Args:
-        weights: the gathered ones of a shard.
+        weights: the gathered ones of a shard; none where each process writes its rows.
         dtype: of the files, where it is not that of the model.
     """
     sizes = {} if lm.max_shard_bytes is None else {"max_shard_size": lm.max_shard_bytes}
@@ -149,6 +151,8 @@ def write_weights(
             weights = converted(model.state_dict() if weights is None else weights, lm.dtype, dtype)
         with nullcontext() if lm.adapted else _plain_generation_config(model):
             model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **sizes)
+        if weights is not None and not weights:
+            (folder / "model.safetensors").unlink(missing_ok=True)  # it is empty
         if (folder / GENERATION).exists():
             save_generation_config(model, folder)
         if dtype is not None:
@@ -189,8 +193,10 @@ def converted(
 
 
 def read_weights(lm: CausalLM, folder: Path) -> None:
-    """Reads what ``write_weights`` wrote into the same model, in place."""
-    if lm.vocabulary_slice is not None:
+    """Reads what ``write_weights``, or each process for itself, wrote into the model, in place."""
+    if (folder / SHARDS).is_dir() and not lm.adapted:
+        load_tensors({f"{WEIGHTS}/{n}": p for n, p in lm.model.named_parameters()}, folder / SHARDS)
+    elif lm.vocabulary_slice is not None:
         _read_shards(lm, folder)
     elif lm.adapted:
         _read_adapter(lm.model, folder)

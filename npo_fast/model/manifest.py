@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 MANIFEST = "manifest.json"
@@ -24,12 +25,25 @@ class DamagedError(Exception):
     """Raised where a file cannot be read, or is not what was written; the message names it."""
 
 
-def write_manifest(folder: Path, name: str = MANIFEST, **facts: Any) -> None:
-    """Writes the list of the files in ``folder``, with the facts, as its last file."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != name]
+def write_manifest(
+    folder: Path,
+    name: str = MANIFEST,
+    known: Mapping[str, str] = MappingProxyType({}),
+    **facts: Any,
+) -> None:
+    """Writes the list of the files in ``folder``, with the facts, as its last file.
+
+    ``known`` has the SHA-256 of files that other processes wrote.
+    """
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != name
+    }
+    unknown = [file for file in paths if file not in known]
+    sums = {**known, **dict(zip(unknown, _sha256_of([paths[f] for f in unknown]), strict=True))}
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in zip(paths, _sha256_of(paths), strict=True)
+        file: {"bytes": path.stat().st_size, "sha256": sums[file]} for file, path in paths.items()
     }
     text = json.dumps(sealed({**facts, "files": files}), indent=1)
     (folder / name).write_text(text, encoding="utf-8")

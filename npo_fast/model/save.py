@@ -28,21 +28,11 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Where it cannot be written (``CannotSaveError``), what was in ``folder`` before is untouched.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), old_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(folder)
     try:
-        if not folder.parent.exists():
-            folder.parent.mkdir(parents=True)
-            sync(folder.parent.parent)
-        partial.mkdir()
+        begin_folder(folder)
         write(partial)
-        for path in (*partial.rglob("*"), partial):  # else a power cut could leave half of it
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        sync(folder.parent)
+        complete_folder(folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
@@ -51,6 +41,33 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
             raise
         kept = "what was there before is untouched" if folder.exists() else "nothing was written"
         raise CannotSaveError(f"cannot save {folder}: {error}; {kept}") from error
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder lies until it is complete."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def begin_folder(folder: Path) -> None:
+    """Makes ``partial_of(folder)`` empty."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    if not folder.parent.exists():
+        folder.parent.mkdir(parents=True)
+        sync(folder.parent.parent)
+    partial.mkdir()
+
+
+def complete_folder(folder: Path) -> None:
+    """Puts ``partial_of(folder)`` in the place of ``folder``."""
+    partial, old = partial_of(folder), old_of(folder)
+    for path in (*partial.rglob("*"), partial):  # else a power cut could leave half of it
+        sync(path)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -185,24 +185,6 @@ def gather_state_dict(state: Any) -> Any:
     return tree_map_only(DTensor, gather, state)
 
 
-def sharded_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A gathered state dict of the optimizer, each state sharded as its parameter is."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def shard_like(parameter: Tensor, value: Any) -> Any:
-        if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
-            return value
-        mesh, placements = parameter.device_mesh, parameter.placements
-        value = value.to(parameter.dtype)
-        return distribute_tensor(value, mesh, placements, src_data_rank=None)
-
-    states = {
-        i: {name: shard_like(parameters[i], value) for name, value in values.items()}
-        for i, values in state["state"].items()
-    }
-    return {**state, "state": states}
-
-
 def _sharded(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     if isinstance(parameter, DTensor):
         return parameter

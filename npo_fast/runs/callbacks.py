@@ -202,6 +202,7 @@ class CheckpointCallback(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         training = self.training
+        self._tell(training.folder.finished_checkpoint(training.lm))
         if training.stop_reason() is not None:
             return
         number = all_reduce_max(self.signal.number or 0, training.lm.device)
@@ -211,14 +212,20 @@ class CheckpointCallback(Callback):
         path = training.folder.checkpoint(
             training.lm, training.tokenizer, record.step, training.state, insist=bool(number)
         )
-        if path is not None:
-            training.emit("on_checkpoint", path)
+        self._tell(path)
         if number:
             raise Interrupted(
                 f"interrupted after step {record.step} of {record.steps}; "
                 f"{training.hint} goes on from there",
                 number,
             )
+
+    def on_trained(self) -> None:
+        self._tell(self.training.folder.finished_checkpoint(self.training.lm, wait=True))
+
+    def _tell(self, path: Path | None) -> None:
+        if path is not None:
+            self.training.emit("on_checkpoint", path)
 
 
 class TrackerCallback(Callback):

@@ -42,7 +42,7 @@ from npo_fast.planner.disk import weights_bytes
 from npo_fast.run_files import EVALUATIONS, OWN_ANSWERS, EvaluationLine
 from npo_fast.runs.output import check_run_folder, claimed, is_of_run, is_taken, is_vacant
 from npo_fast.runs.records import Records
-from npo_fast.runs.saved_model import save_model
+from npo_fast.runs.saved_model import BackgroundCheckpoint, save_checkpoint, save_model
 from npo_fast.runs.saving import Saving, room
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState, save_tensors
@@ -71,6 +71,7 @@ class RunFolder:
         self._records = Records(folder, self.metadata, steps)
         self._references: Mapping[str, Any] = {}
         self._best_step: int | None = None
+        self._background: BackgroundCheckpoint | None = None
 
     @classmethod
     def begin(
@@ -175,33 +176,72 @@ class RunFolder:
     ) -> Path | None:
         """Model and tokenizer after ``step``, and with a ``state`` what it takes to go on.
 
-        Once a checkpoint to go on from is complete, older ones are deleted.
+        Once a checkpoint to go on from is complete, older ones are deleted. Several processes go on
+        while it is written: ``finished_checkpoint`` tells when it is complete.
 
         Args:
             insist: nothing comes after it, so that it must be saved, be it elsewhere.
 
         Returns:
-            Its folder; None where it could not be written, and the run can go on without.
+            Its folder; None where it is not complete yet, or could not be written and the run can
+            go on without.
         """
-        more = None if state is None else state.writer()
         name = f"checkpoints/step-{step:06d}"
+        self.finished_checkpoint(lm, wait=True)
         try:
-            self._save(name, lm, tokenizer, step, more, replace=False, insist=insist)
+            if lm.world_size > 1 and state is not None and not insist:
+                self._before_checkpoint()
+                self._background = BackgroundCheckpoint(
+                    lm, tokenizer, self.folder / name, state, self._facts(step)
+                )
+                return None
+            more = None if state is None else state.writer()
+            self._save(name, lm, tokenizer, step, more, False, insist=insist, state=state)
         except CannotSaveError as error:
             if insist:
                 raise
-            logger.warning(
-                f"WARNING: NO CHECKPOINT at step {step}: {error}. {room(self.folder)}; training "
-                "goes on, and the next one is tried"
-            )
+            self._warn_of_no_checkpoint(step, error)
             return None
-        folder = self.folder / name
-        if is_main_process() and state is not None:
-            for old in {*folder.parent.glob("step-*")} - {folder}:
-                with suppress(OSError):
-                    # out of sight first: what is half deleted must not look like a checkpoint
-                    shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
-        return folder
+        if state is not None:
+            self._remove_older(self.folder / name)
+        return self.folder / name
+
+    def finished_checkpoint(self, lm: CausalLM, wait: bool = False) -> Path | None:
+        """The checkpoint that has been written in the background and is complete now, if any.
+
+        Several processes call it together.
+        """
+        background = self._background
+        if background is None or not (wait or background.is_written(lm)):
+            return None
+        self._background = None
+        try:
+            background.complete()
+        except CannotSaveError as error:
+            self._warn_of_no_checkpoint(background.facts["step"], error)
+            return None
+        self._remove_older(background.folder)
+        return background.folder
+
+    def _warn_of_no_checkpoint(self, step: int, error: CannotSaveError) -> None:
+        logger.warning(
+            f"WARNING: NO CHECKPOINT at step {step}: {error}. {room(self.folder)}; training goes "
+            "on, and the next one is tried"
+        )
+
+    def _remove_older(self, checkpoint: Path) -> None:
+        if not is_main_process():
+            return
+        for old in {*checkpoint.parent.glob("step-*")} - {checkpoint}:
+            with suppress(OSError):
+                # out of sight first: what is half deleted must not look like a checkpoint
+                shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
+
+    def _before_checkpoint(self) -> None:
+        """Brings the records to the disk: a checkpoint is never ahead of them."""
+        if is_main_process():
+            self._restore_lost()
+            self._records.steps.flush()
 
     def keep_best(self, lm: CausalLM, tokenizer: Any, evaluation: Mapping[str, Any]) -> None:
         """Saves the model as the best one, with its evaluation."""
@@ -277,14 +317,14 @@ class RunFolder:
         self, name: str, lm: CausalLM, tokenizer: Any, step: int,
         more: Callable[[Path], object] | None = None,
         replace: bool = True, dtype: torch.dtype | None = None, insist: bool = True,
+        state: TrainState | None = None,
     ) -> None:  # fmt: skip
         """``save_model`` into the folder ``name``; where it has to ``insist``, the run may move."""
 
         def put(folder: Path, write: Callable[[Path], None]) -> None:
             def attempt(root: Path) -> None:
                 if root == self.folder:
-                    self._restore_lost()
-                    self._records.steps.flush()  # a checkpoint is never ahead of its records
+                    self._before_checkpoint()
                 elif not (is_vacant(root) or is_of_run(root, self.metadata.get("id"))):
                     raise CannotSaveError(f"{root} is not empty")
                 else:
@@ -299,7 +339,10 @@ class RunFolder:
                 self._move(root)
 
         folder, facts = self.folder / name, self._facts(step)
-        save_model(lm, tokenizer, folder, more, replace, dtype, facts, put)
+        if lm.world_size > 1 and state is not None:
+            save_checkpoint(lm, tokenizer, folder, state, facts, put)
+        else:
+            save_model(lm, tokenizer, folder, more, replace, dtype, facts, put)
 
     def _move(self, root: Path) -> None:
         """Goes on in ``root``, where a model of this run is saved already; its records follow."""

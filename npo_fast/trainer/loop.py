@@ -100,7 +100,7 @@ def train(
     if settings.keep_utility is not None:
         assert references is not None, "--keep-utility needs reference log-probs"
         parts["retain_weight"] = weight = RetainWeight(settings.keep_utility, terms, references)
-    state.attach(lm.device, lm.world_size == 1, **parts)
+    state.attach(lm, **parts)
     largest = settings.micro_batch_tokens
     state.micro_batch_tokens = min(state.micro_batch_tokens or largest, largest)
     lm.model.train()

@@ -234,7 +234,7 @@ def keep_states_on_cpu(optimizer: torch.optim.Optimizer) -> None:
         for i, states in held_back.pop().items():
             device = parameters[i].device
             optimizer.state[parameters[i]] = {
-                name: state.to(device) if fused and _is_step_count(state) else state
+                name: state.to(device) if fused and is_step_count(state) else state
                 for name, state in states.items()
             }
 
@@ -249,9 +249,10 @@ def _states_in_use(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Parameter
     for parameter in parameters_of(optimizer):
         if parameter.grad is not None:
             for name, state in list(optimizer.state.get(parameter, {}).items()):
-                if isinstance(state, Tensor) and not _is_step_count(state):
+                if isinstance(state, Tensor) and not is_step_count(state):
                     yield parameter, name, state
 
 
-def _is_step_count(state: Any) -> bool:
+def is_step_count(state: Any) -> bool:
+    """Whether a state is the number of steps of a parameter, not a tensor like it."""
     return isinstance(state, Tensor) and state.numel() <= 1

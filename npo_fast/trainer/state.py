@@ -10,8 +10,10 @@ from torch import Tensor
 
 from npo_fast.distributed import world_size
 from npo_fast.errors import first_line
+from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import DamagedError
-from npo_fast.model.sharding import gather_state_dict, sharded_states
+from npo_fast.model.shard_files import SHARDS
+from npo_fast.trainer.shards import restore, tensors_of, without_tensors
 
 FORMAT = 2
 STATE = "state.pt"
@@ -29,37 +31,57 @@ class TrainState:
         self.step = step
         self.micro_batch_tokens = micro_batch_tokens  # None: as the settings say
         self._parts: dict[str, Any] = {}
-        self._device = torch.device("cpu")
+        self._lm: CausalLM | None = None
         self._saved: dict[str, Any] = {}
+        self._folder: Path | None = None  # of the checkpoint that it was loaded from
 
-    def attach(self, device: torch.device, alone: bool = True, **parts: Any) -> None:
+    def attach(self, lm: CausalLM, **parts: Any) -> None:
         """Names what will be saved, and restores it where this state was loaded.
 
-        Random numbers are restored for a process ``alone``, not for one of several.
+        Random numbers are restored for a process alone, not for one of several.
         """
-        self._parts, self._device = parts, device
-        if self._saved:
-            for name, part in parts.items():
-                saved = self._saved["parts"][name]
-                if isinstance(part, torch.optim.Optimizer):
-                    saved = sharded_states(saved, part)
+        self._parts, self._lm = parts, lm
+        if not self._saved:
+            return
+        for name, part in parts.items():
+            saved = self._saved["parts"][name]
+            if isinstance(part, torch.optim.Optimizer) and (lm.world_size > 1 or self._shards):
+                saved_by = self._saved.get("processes", 1)
+                names = {p: n for n, p in lm.model.named_parameters()}
+                restore(part, saved, names, lm.rank, lm.world_size, self._shards, saved_by)
+            else:
                 part.load_state_dict(saved)
-            if alone:
-                set_random_state(self._saved["random"], device)
-            self._saved = {}
+        if lm.world_size == 1:
+            set_random_state(self._saved["random"], lm.device)
+        self._saved = {}
+
+    @property
+    def _shards(self) -> Path | None:
+        shards = None if self._folder is None else self._folder / SHARDS
+        return shards if shards is not None and shards.is_dir() else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This process's shards of the optimizer's states, by name."""
+        assert self._lm is not None
+        names = {p: n for n, p in self._lm.model.named_parameters()}
+        return tensors_of(self._parts["optimizer"], names, self._lm.rank)
 
     def writer(self) -> Callable[[Path], None]:
         """A function that writes ``state.pt`` beside the files of a checkpoint folder.
 
-        Every process has to call ``writer``, the main one alone what it returns.
+        Of several processes the main one calls it, and ``tensors`` are saved beside.
         """
+        assert self._lm is not None
         parts = {name: part.state_dict() for name, part in self._parts.items()}
+        if self._lm.world_size > 1:
+            parts["optimizer"] = without_tensors(parts["optimizer"])
         content = {
             "format": FORMAT,
             "step": self.step,
             "micro_batch_tokens": self.micro_batch_tokens,
-            "parts": gather_state_dict(parts),
-            "random": random_state(self._device),
+            "processes": self._lm.world_size,
+            "parts": parts,
+            "random": random_state(self._lm.device),
         }
         return lambda folder: save_tensors(content, folder / STATE)
 
@@ -72,7 +94,7 @@ class TrainState:
                 f"{folder / STATE} has the format {saved.get('format')}, not {FORMAT}"
             )
         state = cls(saved["step"], saved["micro_batch_tokens"])
-        state._saved = saved
+        state._saved, state._folder = saved, folder
         return state
 
 

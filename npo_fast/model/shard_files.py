@@ -1,0 +1,154 @@
+"""Weights of a sharded model as files: each process writes its rows, none holds the whole model.
+
+PyTorch's distributed checkpoint writes them, in its own form (``save_tensors``, in the background)
+or as files of a Hugging Face model (``save_as_hugging_face``).
+"""
+
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+    consolidate_safetensors_files_on_every_rank,
+)
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from npo_fast.distributed import gather_objects, is_main_process
+from npo_fast.errors import CannotSaveError, first_line
+from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.save import cannot_write
+
+SHARDS = "shards"  # the folder of a checkpoint in PyTorch's own form
+SHARD_BYTES = 5 << 30  # of a file of weights, where the model came in one
+
+
+def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the files of weights of a model that ``from_pretrained`` reads.
+
+    All processes call it. Each writes its rows, then puts a share of the files together.
+
+    Args:
+        dtype: of the files, where it is not that of the model.
+
+    Raises:
+        CannotSaveError: a process cannot write its part; all raise it.
+    """
+    weights = {
+        name: p.detach() if dtype is None or p.dtype != lm.dtype else p.detach().to(dtype)
+        for name, p in lm.model.named_parameters()
+    }
+    buffers = {*dict(lm.model.named_buffers())} & {*lm.model.state_dict()}
+    weights |= {name: lm.model.get_buffer(name) for name in sorted(buffers)}
+    file_of = _files(weights, lm.max_shard_bytes or SHARD_BYTES)
+    rows = folder / "rows"
+
+    def write() -> None:
+        writer = dcp.HuggingFaceStorageWriter(
+            path=str(rows), fqn_to_index_mapping=file_of, save_distributed=True
+        )
+        dcp.save(weights, storage_writer=writer)
+        consolidate_safetensors_files_on_every_rank(str(rows), str(folder), file_of)
+
+    together(folder, write)
+    if is_main_process():
+        shutil.rmtree(rows)
+        if len(only := sorted(folder.glob("model-*.safetensors"))) == 1:
+            only[0].rename(folder / "model.safetensors")
+            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def save_tensors(content: Mapping[str, Tensor], folder: Path) -> Future[Any]:
+    """Writes this process's shards of named tensors, in the background.
+
+    All processes call it. They may change the tensors as soon as it returns.
+    """
+    writer = dcp.FileSystemWriter(str(folder), sync_files=True)
+    return dcp.async_save(  # type: ignore[return-value]
+        {name: _copy_on_cpu(tensor) for name, tensor in content.items()},
+        storage_writer=writer, process_group=_background_group(), async_stager=_Staged(),
+    )  # fmt: skip
+
+
+class _Staged(AsyncStager):
+    """Takes copies as they are: PyTorch's stagers fail on shards that lie in padded memory."""
+
+    should_synchronize_after_execute = False
+
+    def stage(self, state_dict: Any) -> Any:
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        return
+
+    def close(self) -> None:
+        pass
+
+
+def _copy_on_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def load_tensors(content: Mapping[str, Tensor], folder: Path) -> None:
+    """Reads into named tensors, in place, what any number of processes has written.
+
+    Each process reads its own shards; those of different processes may have different names.
+    """
+    if not content:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that each process reads alone
+        reader = dcp.FileSystemReader(str(folder))
+        dcp.load({k: v.detach() for k, v in content.items()}, storage_reader=reader, no_dist=True)
+
+
+def saved_sizes(folder: Path) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that ``save_tensors`` wrote."""
+    metadata = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: getattr(each, "size", torch.Size()) for name, each in metadata.items()}
+
+
+def _files(weights: Mapping[str, Tensor], most_bytes: int) -> dict[str, int]:
+    """The number of the file, from 1, that each weight goes to."""
+    numbers, number, size = {}, 1, 0
+    for name, weight in weights.items():
+        nbytes = weight.numel() * weight.itemsize
+        if size and size + nbytes > most_bytes:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + nbytes
+    return numbers
+
+
+def together(folder: Path, write: Callable[[], object]) -> None:
+    """Calls ``write`` on all processes; where it fails on one, all raise ``CannotSaveError``."""
+    reason = ""
+    try:
+        write()
+    except Exception as error:
+        inner = getattr(error, "failures", {})  # CheckpointException: by rank, with a traceback
+        cause = next(iter(inner.values()))[0] if inner else error
+        if not (cannot_write(cause) or inner):
+            raise
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+    reasons = gather_objects(reason)
+    if failed := [number for number, each in enumerate(reasons) if each]:
+        raise CannotSaveError(f"cannot save {folder}: {reasons[failed[0]]} (process {failed[0]})")
+
+
+_groups: dict[Any, dist.ProcessGroup] = {}
+
+
+def _background_group() -> dist.ProcessGroup:
+    """A group of all processes on the CPU, apart from what a training step waits for."""
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups.clear()
+        _groups[world] = dist.new_group(backend="gloo")
+    return _groups[world]
