@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -22,8 +21,9 @@ from npo_fast.data import TokenizedExample, micro_batches
 from npo_fast.kernels import layout
 from npo_fast.losses import DPO, NLL, NPO
 from npo_fast.methods import build_method
-from npo_fast.model.adapters import add_lora
+from npo_fast.model.adapters import WEIGHTS, add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.shard_files import SHARDS, save_tensors
 from npo_fast.model.sharding import gather_state_dict, shard
 from npo_fast.ops import linear_sequence_loss
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
@@ -34,7 +34,9 @@ from npo_fast.ops.vocab_parallel import (
     vocab_parallel_embedding,
 )
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
+from npo_fast.trainer.optimizers import build_optimizer, build_scheduler, local_of
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.shards import rows_of
 from npo_fast.trainer.state import TrainState
 from tests.helpers import (
     FACTS,
@@ -410,30 +412,124 @@ def test_an_attention_that_the_probe_exchanged_stays_exchanged(tmp_path):
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def _train_in_bf16(mesh):
+def _wide_lm(mesh, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """A model of which every shard of a matrix has whole blocks of 256 values."""
     torch.manual_seed(0)
-    model = tiny_model("Llama").to(torch.bfloat16)
-    lm = CausalLM(model if mesh is None else shard(model, mesh))
-    terms, data, state = build_method("NPO+RT"), sources(), TrainState()
-    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, optimizer="adamw-bf16")
+    model = tiny_model(
+        "Llama", hidden_size=128, intermediate_size=256, vocab_size=320, head_dim=32,
+        num_key_value_heads=4,
+    ).to(dtype)  # fmt: skip
+    return CausalLM(model if mesh is None else shard(model, mesh))
+
+
+def _losses(mesh, optimizer: str, dtype: torch.dtype) -> list[float]:
+    lm, terms, data = _wide_lm(mesh, dtype), build_method("NPO+RT"), sources()
+    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, optimizer=optimizer)
     references = reference_log_probs(lm, data, terms, 60)
-    losses = [r.loss for r in train(lm, data, terms, settings, references, state=state)]
-    folder = Path(tempfile.mkdtemp())
-    state.writer()(folder)
-    return losses, torch.load(folder / "state.pt")["parts"]["optimizer"]["state"]
+    return [r.loss for r in train(lm, data, terms, settings, references)]
 
 
 @pytest.mark.slow
-def test_bf16_weights_are_rounded_at_random_and_their_states_gathered(tmp_path):
-    losses, states = _train_in_bf16(None)
-    first, second = on_ranks(2, tmp_path, _train_in_bf16)
-    assert first[0] == second[0] == pytest.approx(losses, rel=0.02)
-    assert first[1].keys() == states.keys()
-    for i, own in states.items():
-        for name, value in own.items():
-            assert first[1][i][name].shape == value.shape
-            assert first[1][i][name].dtype == value.dtype
-            assert not second[1][i][name].numel() or value.dim() == 0
+@pytest.mark.parametrize("count", PROCESSES)
+def test_states_of_8_bits_are_those_of_one_process(tmp_path, count):
+    losses = _losses(None, "adamw-8bit", torch.float32)
+    for found in on_ranks(count, tmp_path, _losses, "adamw-8bit", torch.float32):
+        assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_bf16_weights_are_rounded_at_random(tmp_path):
+    losses = _losses(None, "adamw-bf16", torch.bfloat16)
+    first, second = on_ranks(2, tmp_path, _losses, "adamw-bf16", torch.bfloat16)
+    assert first == second == pytest.approx(losses, rel=0.02)
+
+
+def _held(lm: CausalLM, optimizer) -> dict[str, torch.Tensor]:
+    """This process's rows of weights and states."""
+    names = {p: n for n, p in lm.model.named_parameters()}
+    rows = {name: local_of(p.detach()).clone() for p, name in names.items()}
+    for p, states in optimizer.state.items():
+        for name, value in states.items():
+            local = local_of(value)
+            rows[f"{names[p]} {name}"] = (
+                local.dequantize() if hasattr(local, "codes") else local.clone().detach()
+            )
+    return rows
+
+
+def _parts(lm: CausalLM, optimizer: str) -> dict:
+    built = build_optimizer(lm.model, optimizer, 1e-3, 0.1)
+    return {"optimizer": built, "scheduler": build_scheduler(built, "linear", 1, 9)}
+
+
+def _save(mesh, optimizer: str, folder: Path):
+    lm, state = _wide_lm(mesh), TrainState(3)
+    parts = _parts(lm, optimizer)
+    state.attach(lm, **parts)
+    for seed in range(3):
+        for parameter in lm.model.parameters():
+            whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            first, rows = rows_of(len(parameter), lm.rank, lm.world_size)
+            parameter.grad = torch.zeros_like(parameter)
+            local_of(parameter.grad).copy_(whole[first : first + rows])
+        parts["optimizer"].step()
+        parts["scheduler"].step()
+    held = _held(lm, parts["optimizer"])
+    if mesh is None:
+        state.writer()(folder)
+        lm.model.save_pretrained(folder)
+        return held
+    weights = {f"{WEIGHTS}/{n}": p.detach() for n, p in lm.model.named_parameters()}
+    writing = save_tensors({**weights, **state.tensors()}, folder / SHARDS)
+    with torch.no_grad():  # training goes on
+        for parameter in lm.model.parameters():
+            parameter.zero_()
+    writing.result()
+    if lm.rank == 0:
+        state.writer()(folder)
+    return held
+
+
+def _restore(mesh, optimizer: str, folder: Path):
+    lm = _wide_lm(mesh)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            parameter.zero_()
+    read_weights(lm, folder)
+    state, parts = TrainState.load(folder), _parts(lm, optimizer)
+    state.attach(lm, **parts)
+    assert state.step == 3
+    assert parts["scheduler"].last_epoch == 3
+    return _held(lm, parts["optimizer"])
+
+
+def _work_on(count: int, folder: Path, work, *arguments) -> dict[str, torch.Tensor]:
+    """What all processes hold together."""
+    of_ranks = [work(None, *arguments)] if count == 1 else on_ranks(count, folder, work, *arguments)
+    return {
+        name: value if value.dim() == 0 else torch.cat([rows[name] for rows in of_ranks])
+        for name, value in of_ranks[0].items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "counts"),
+    [("adamw", (1, 2, 4)), ("adamw", (2, 4, 1)), ("adamw-8bit", (2, 2, 4)), ("adamw-8bit", (1, 4))],
+)
+def test_any_number_of_processes_goes_on_from_a_checkpoint(tmp_path, optimizer, counts):
+    first, *others = counts
+    (tmp_path / "saved").mkdir()
+    saved = _work_on(first, tmp_path / "save", _save, optimizer, tmp_path / "saved")
+    for count in others:
+        work = tmp_path / f"restore-{count}"
+        found = _work_on(count, work, _restore, optimizer, tmp_path / "saved")
+        assert found.keys() == saved.keys()
+        for name, value in saved.items():
+            exact = optimizer == "adamw" or count == first or " " not in name
+            # signed codes have no -1: the largest of a block of 8-bit states may be rounded again
+            close = {"rtol": 0.0, "atol": 0.0 if exact else 0.02 * float(value.abs().max())}
+            torch.testing.assert_close(found[name], value, **close, msg=name)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -487,7 +583,9 @@ def assert_alike(found, expected, where: str = "") -> None:
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert_alike(a, b, f"{where}/{i}")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+        # the coefficient is an exponential of what was measured
+        rel = 1e-4 if where.endswith("retain_coefficient") else 1e-5
+        assert found == pytest.approx(expected, rel=rel, abs=1e-5), where
     else:
         assert found == expected, where
 
@@ -501,7 +599,7 @@ WHOLE_RUNS = {
         2, ("--method", "RMU", "--lora-rank", "2", "--reference-cache", "{output}/cache"),
     ),
     "stepped in the backward, whole": (
-        2, ("--step-in-backward", "--optimizer", "adamw-8bit", "--micro-batch-tokens", "200"),
+        2, ("--step-in-backward", "--micro-batch-tokens", "200"),
     ),
     "stepped in the backward, unclipped, an adapter merged": (
         4, ("--step-in-backward", "--max-grad-norm", "inf", "--lora-rank", "2", "--merge",
