@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -11,13 +10,13 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.utils.hub import cached_file
 
 from npo_fast.boundary import check_folder, read_json
 from npo_fast.errors import UserError, first_line, reading, short
 from npo_fast.model.adapters import (
     ADAPTER_CONFIG,
     QUANTIZATION,
+    WEIGHTS,
     Quantize,
     adapter_base,
     add_lora,
@@ -32,10 +31,10 @@ from npo_fast.model.manifest import (
     MANIFEST,
     DamagedError,
     check_saved,
-    read_manifest,
-    sha256_of_file,
 )
+from npo_fast.model.model_files import largest_shard, model_folder, source_of
 from npo_fast.model.save import GENERATION
+from npo_fast.model.shard_files import SHARDS, load_tensors
 from npo_fast.model.sharding import load_shards, shard
 from npo_fast.model.weights import load_complete
 from npo_fast.run_files import read_metadata
@@ -90,7 +89,7 @@ def load_model(
                 f"{name!r} is an adapter on 4-bit weights, and takes no second one: start from "
                 "its base model"
             )
-        model = add_lora(model, _folder(name), lora_rank, lora_alpha)
+        model = add_lora(model, model_folder(name), lora_rank, lora_alpha)
     if mesh is not None:
         model = shard(model, mesh, offload)
     lm = CausalLM(model, attention)
@@ -100,17 +99,13 @@ def load_model(
     return lm
 
 
-class _ShardIndex(TypedDict):
-    weight_map: dict[str, str]
-
-
 class _AdapterRank(TypedDict, total=False):
     r: int
 
 
 def quantized_adapter_rank(name: str) -> int:
     """The rank of a LoRA adapter that trains on beside 4-bit weights; 0 where ``name`` is none."""
-    folder = Path(_folder(name))
+    folder = Path(model_folder(name))
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / QUANTIZATION).exists():
         return 0
     rank: int = read_json(folder / ADAPTER_CONFIG, _AdapterRank).get("r", 0)
@@ -148,14 +143,14 @@ def _load_weights(
     quantize: Quantize,
     mesh: DeviceMesh | None = None,
 ) -> Any:
-    folder = Path(_folder(name))
+    folder = Path(model_folder(name))
     _check_own(folder, unread=(".pt",))
     if (folder / ADAPTER_CONFIG).is_file():
         is_4bit = quantize == "4bit" or (folder / QUANTIZATION).exists()
         on = device if mesh is None else torch.device("cpu")
         base = _load_weights(adapter_base(folder), dtype, on, "4bit" if is_4bit else "none")
         return load_adapter(base, folder)
-    arguments: dict[str, Any] = {"dtype": dtype, **_source(name)}
+    arguments: dict[str, Any] = {"dtype": dtype, **source_of(name)}
     is_gguf = "gguf_file" in arguments
     if quantize == "4bit":
         check_libraries(quantize, 0)
@@ -163,6 +158,8 @@ def _load_weights(
             raise UserError("--quantize 4bit takes a model that is not quantised, not a GGUF file")
         arguments |= {"device_map": {"": device}, "quantization_config": nf4_config(dtype)}
         return keep_4bit_layout(_load_model(name, **arguments))
+    if (Path(source_of(name)["pretrained_model_name_or_path"]) / SHARDS).is_dir():
+        return _load_checkpoint(name, dtype).to(torch.device("cpu") if mesh else device)
     if mesh is not None and not is_gguf:
         kind = _load_class(name, dtype)
         return _load(partial(load_shards, kind, repr(name), mesh, device), name, **arguments)
@@ -177,20 +174,20 @@ def load_config(name: str) -> Any:
     is_file = name.endswith(".json")
     if is_file and not Path(name).is_file():
         raise UserError(f"no configuration file {name!r}")
-    if not is_file and (Path(_folder(name)) / ADAPTER_CONFIG).is_file():
-        return load_config(adapter_base(Path(_folder(name))))
-    source = {"pretrained_model_name_or_path": name} if is_file else _source(name)
+    if not is_file and (Path(model_folder(name)) / ADAPTER_CONFIG).is_file():
+        return load_config(adapter_base(Path(model_folder(name))))
+    source = {"pretrained_model_name_or_path": name} if is_file else source_of(name)
     return _load(transformers.AutoConfig.from_pretrained, name, **source)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model by a name as ``load_model`` takes it."""
-    folder = Path(_folder(name))
+    folder = Path(model_folder(name))
     _check_own(folder, unread=(".pt", ".safetensors"))
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(adapter_base(folder))
     tokenizer = _load(
-        transformers.AutoTokenizer.from_pretrained, name, "tokenizer", **_source(name)
+        transformers.AutoTokenizer.from_pretrained, name, "tokenizer", **source_of(name)
     )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token: set eos_token")
@@ -207,7 +204,7 @@ def load_generation_config(name: str) -> Any:
     Raises:
         UserError: it is damaged.
     """
-    folder = Path(_folder(name))
+    folder = Path(model_folder(name))
     file = folder / GENERATION
     load = transformers.GenerationConfig.from_pretrained
     if file.exists():
@@ -216,7 +213,7 @@ def load_generation_config(name: str) -> Any:
     try:
         if (folder / ADAPTER_CONFIG).is_file():
             return load_generation_config(adapter_base(folder))
-        source = _source(name)
+        source = source_of(name)
         return None if "gguf_file" in source else load(source["pretrained_model_name_or_path"])
     except (OSError, ValueError):  # such as a folder with a tokenizer alone
         return None
@@ -226,14 +223,6 @@ def default_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
     """What dtype "auto" means on a device."""
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if half else "fp32"
-
-
-def _folder(name: str) -> str:
-    """The model of a run, or the name itself."""
-    path = Path(name)
-    if (path / "run.json").is_file() and (path / "model").is_dir():
-        return str(path / "model")
-    return name
 
 
 def _check_own(folder: Path, unread: tuple[str, ...]) -> None:
@@ -256,10 +245,10 @@ def _check_own(folder: Path, unread: tuple[str, ...]) -> None:
 
 def stored_dtype(name: str) -> torch.dtype | None:
     """The dtype of the weights in the files of a model; None where they do not say."""
-    folder = Path(_folder(name))
+    folder = Path(model_folder(name))
     if (folder / ADAPTER_CONFIG).is_file():
         return stored_dtype(adapter_base(folder))
-    source = _source(name)
+    source = source_of(name)
     if "gguf_file" in source:  # of several widths
         return None
     dtype = load_config(name).get_text_config().dtype
@@ -270,91 +259,15 @@ def stored_dtype(name: str) -> torch.dtype | None:
     return dtype
 
 
-def largest_shard(name: str) -> int | None:
-    """Bytes of the largest file of weights, where a model comes in several."""
-    folder = Path(_folder(name))
-    shards = [file.stat().st_size for file in folder.glob("model-*-of-*.safetensors")]
-    return max(shards, default=None)
-
-
-def files_fingerprint(name: str) -> str:
-    """SHA-256 of the files that a model is loaded from: weights and config, and an adapter's base.
-
-    It is the same in every dtype, on every device and wherever the folder lies. A hub name's files
-    are those of its snapshot on this machine, so load the model first.
-    """
-    folder = Path(_folder(name))
-    base = ""
-    if folder.is_file() or "gguf_file" in (source := _source(name)):
-        files = [folder if folder.is_file() else folder / source["gguf_file"]]
-    else:
-        if not folder.is_dir():
-            folder = Path(str(cached_file(name, "config.json"))).parent
-        if (folder / ADAPTER_CONFIG).is_file():
-            base = files_fingerprint(adapter_base(folder))
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-        files = files or sorted(folder.glob("*.bin"))
-        files += [path for n in ("config.json", ADAPTER_CONFIG) if (path := folder / n).is_file()]
-    try:
-        listed = read_manifest(folder)["files"] if (folder / MANIFEST).is_file() else {}
-        sums = [listed[f.name]["sha256"] if f.name in listed else sha256_of_file(f) for f in files]
-    except DamagedError as error:
-        raise UserError(str(error)) from error
-    return sha256("".join([base, *sums]).encode()).hexdigest()
-
-
-def _source(name: str) -> dict[str, str]:
-    """The arguments of ``from_pretrained``: a hub name or folder, and a GGUF file in it."""
-    name = _folder(name)
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"no GGUF file {name!r}")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if (path / "run.json").is_file() and not (path / "config.json").exists():
-        if moved := read_metadata(path).get("moved_to"):
-            raise UserError(f"the run in {name!r} went on in {moved}: name that")
-        raise UserError(
-            f"the run in {name!r} has no model yet: the command that began it goes on, or name one "
-            f"of its checkpoints in {path / 'checkpoints'}"
-        )
-    if path.is_dir() and not any((path / n).exists() for n in ("config.json", ADAPTER_CONFIG)):
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise UserError(
-                f"{name!r} holds no config.json and {len(files)} GGUF files; "
-                "name a model folder or one .gguf file"
-            )
-        return {"pretrained_model_name_or_path": name, "gguf_file": files[0].name}
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"no model folder {name!r}")
-    return {"pretrained_model_name_or_path": name}
-
-
-def check_weights(name: str) -> None:
-    """Checks the weight files of a folder without reading them: they are there, and whole.
-
-    Raises:
-        UserError: a file is missing, or is not what its header says.
-    """
-    folder = Path(_folder(name))
-    if not folder.is_dir() or "gguf_file" in _source(name):
-        return
-    if (folder / ADAPTER_CONFIG).is_file():
-        check_weights(adapter_base(folder))
-    found = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.index.json"):
-        named = {*read_json(index, _ShardIndex)["weight_map"].values()}
-        if missing := sorted(file for file in named if not (folder / file).is_file()):
-            raise UserError(f"{folder} has no {missing[0]}, which {index.name} names")
-    if not found and not any(folder.glob("*.bin")):
-        raise UserError(f"{name!r} holds no weights: no .safetensors, .bin or .gguf file")
-    for file in sorted(found):
-        with (
-            reading(folder / file, "download or save it again"),
-            safe_open(folder / file, framework="pt"),
-        ):
-            pass
+def _load_checkpoint(name: str, dtype: torch.dtype) -> Any:
+    """The model in a checkpoint of several processes, whole."""
+    folder = Path(model_folder(name))
+    model = transformers.AutoModelForCausalLM.from_config(load_config(name), dtype=dtype)
+    weights = {f"{WEIGHTS}/{name}": p for name, p in model.named_parameters()}
+    with reading(f"the checkpoint {folder}"):
+        load_tensors(weights, folder / SHARDS)
+    model.name_or_path = str(folder)
+    return model.eval()
 
 
 def _load_class(name: str, dtype: torch.dtype) -> Any:

@@ -21,7 +21,7 @@ from npo_fast.data.repeats import Key, keys_of, keys_to_find
 from npo_fast.errors import UserError
 from npo_fast.evaluation.suite import rows_of
 from npo_fast.metrics import Log, probability
-from npo_fast.model.load import files_fingerprint
+from npo_fast.model.model_files import files_fingerprint
 from npo_fast.model.save import save_file
 from npo_fast.paths import below_here
 from npo_fast.run_files import LOGGED_RECORDS, forgotten_by, requests_of

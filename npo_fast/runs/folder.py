@@ -15,7 +15,6 @@ and has the SHA-256 of every file (``model/manifest.py``), and of the records un
 
 import json
 import logging
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -40,7 +39,15 @@ from npo_fast.model.manifest import (
 from npo_fast.model.save import recover, save_file, save_folder
 from npo_fast.planner.disk import weights_bytes
 from npo_fast.run_files import EVALUATIONS, OWN_ANSWERS, EvaluationLine
-from npo_fast.runs.output import check_run_folder, claimed, is_of_run, is_taken, is_vacant
+from npo_fast.runs.output import (
+    check_run_folder,
+    checkpoints_of,
+    claimed,
+    is_of_run,
+    is_taken,
+    is_vacant,
+    remove_older,
+)
 from npo_fast.runs.records import Records
 from npo_fast.runs.saved_model import BackgroundCheckpoint, save_checkpoint, save_model
 from npo_fast.runs.saving import Saving, room
@@ -203,7 +210,7 @@ class RunFolder:
             self._warn_of_no_checkpoint(step, error)
             return None
         if state is not None:
-            self._remove_older(self.folder / name)
+            remove_older(self.folder / name)
         return self.folder / name
 
     def finished_checkpoint(self, lm: CausalLM, wait: bool = False) -> Path | None:
@@ -220,7 +227,7 @@ class RunFolder:
         except CannotSaveError as error:
             self._warn_of_no_checkpoint(background.facts["step"], error)
             return None
-        self._remove_older(background.folder)
+        remove_older(background.folder)
         return background.folder
 
     def _warn_of_no_checkpoint(self, step: int, error: CannotSaveError) -> None:
@@ -228,14 +235,6 @@ class RunFolder:
             f"WARNING: NO CHECKPOINT at step {step}: {error}. {room(self.folder)}; training goes "
             "on, and the next one is tried"
         )
-
-    def _remove_older(self, checkpoint: Path) -> None:
-        if not is_main_process():
-            return
-        for old in {*checkpoint.parent.glob("step-*")} - {checkpoint}:
-            with suppress(OSError):
-                # out of sight first: what is half deleted must not look like a checkpoint
-                shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
 
     def _before_checkpoint(self) -> None:
         """Brings the records to the disk: a checkpoint is never ahead of them."""
@@ -396,13 +395,6 @@ class RunFolder:
             f"warning: {', '.join(lost)} of the run in {before} went missing or changed while it "
             f"goes on: written again from memory{beside}. Checkpoints that went with them are lost"
         )
-
-
-def checkpoints_of(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints after steps, in their order."""
-    paths = (folder / "checkpoints").glob("step-*")
-    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def _now() -> str:

@@ -20,7 +20,6 @@ from npo_fast.model.generation import eos_ids
 from npo_fast.model.load import (
     DTYPES,
     default_dtype,
-    largest_shard,
     load_config,
     load_generation_config,
     load_model,
@@ -29,6 +28,7 @@ from npo_fast.model.load import (
     stored_dtype,
     usable_device,
 )
+from npo_fast.model.model_files import largest_shard
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.resume import ResumableRun

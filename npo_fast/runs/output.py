@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -151,3 +154,20 @@ def is_taken(folder: Path, run: str) -> bool:
     except ValueError:  # a damaged run.json, which comes anew
         other = None
     return isinstance(other, dict) and other.get("id") != run
+
+
+def checkpoints_of(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints after steps, in their order."""
+    paths = (folder / "checkpoints").glob("step-*")
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def remove_older(checkpoint: Path) -> None:
+    """Deletes the checkpoints that ``checkpoint`` replaces; the main process does."""
+    if not is_main_process():
+        return
+    for old in {*checkpoint.parent.glob("step-*")} - {checkpoint}:
+        with suppress(OSError):
+            # out of sight first: what is half deleted must not look like a checkpoint
+            shutil.rmtree(old.rename(old.with_name(old.name + ".old")))

@@ -24,7 +24,7 @@ from npo_fast.methods import METHODS, Term, schedule_steps
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.attention import set_attention
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.load import check_weights
+from npo_fast.model.model_files import check_weights
 from npo_fast.model.varlen import NAME as VARLEN_ATTENTION
 from npo_fast.paths import below_here
 from npo_fast.planner.disk import saved_bytes

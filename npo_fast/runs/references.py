@@ -13,7 +13,8 @@ from npo_fast.data import Template, TokenizedExample, check_readable
 from npo_fast.errors import UserError, named
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.load import check_weights, files_fingerprint, load_config
+from npo_fast.model.load import load_config
+from npo_fast.model.model_files import check_weights, files_fingerprint
 from npo_fast.model.reference_log_probs import ReferenceLogProbs, reference_log_probs_of
 from npo_fast.model.reference_states import ReferenceStates
 from npo_fast.runs.models import Model, ModelSource

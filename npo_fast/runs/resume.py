@@ -16,9 +16,9 @@ from npo_fast.model.manifest import (
     sha256_of_file,
 )
 from npo_fast.model.save import old_of
-from npo_fast.runs.folder import REFERENCES, checkpoints_of
+from npo_fast.runs.folder import REFERENCES
 from npo_fast.runs.options import RunOptions
-from npo_fast.runs.output import UNFINISHED, check_unused, read_metadata
+from npo_fast.runs.output import UNFINISHED, check_unused, checkpoints_of, read_metadata
 from npo_fast.trainer.state import TrainState, load_tensors
 from npo_fast.versions import versions
 

@@ -16,7 +16,8 @@ from npo_fast.data.repeats import keys_of, shared
 from npo_fast.errors import Interrupted, UserError
 from npo_fast.metrics import FORGET, load_result, probability
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.load import files_fingerprint, load_model, load_tokenizer
+from npo_fast.model.load import load_model, load_tokenizer
+from npo_fast.model.model_files import files_fingerprint
 from npo_fast.run_files import LOGGED_RECORDS
 from npo_fast.runs import Callback, references
 from npo_fast.runs.chain import Chain
