@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from npo_fast import watch
 from npo_fast.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)  # the main process may be writing a large model meanwhile
+# of a collective; the watch ends a process long before, unless another one writes a large model
+TIMEOUT = timedelta(days=7)
 
 
 def rank() -> int:
@@ -46,17 +48,28 @@ def local_device(device: str) -> torch.device:
 def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     """Meets the other processes; returns the mesh of all of them.
 
-    ``arguments`` of ``torch.distributed.init_process_group`` are for callers without ``torchrun``.
+    From here on ``npo_fast.watch`` ends this process where another one fails.
+
+    ``init_method``, ``rank`` and ``world_size`` are for callers without ``torchrun``.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, **arguments)
+    url = arguments.pop("init_method", "env://")
+    limit = timedelta(seconds=watch.MEETING_LIMIT_S)
+    store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
+    store.set_timeout(limit)
+    watch.start(store, this, count)
+    group_store = dist.PrefixStore("default_pg", store)
+    dist.init_process_group(
+        backend, timeout=TIMEOUT, store=group_store, rank=this, world_size=count
+    )
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def destroy_process_group() -> None:
     """Leaves the other processes, if there are any."""
+    watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 

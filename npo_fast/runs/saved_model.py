@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from npo_fast import watch
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import CannotSaveError
 from npo_fast.model.adapters import no_progress_bars, write_weights
@@ -54,7 +55,8 @@ def save_model(
 
     try:
         if is_main_process() and (replace or not folder.exists()):
-            put(folder, write)
+            with watch.undisturbed():
+                put(folder, write)
     except CannotSaveError:
         wait_for_all(lm)  # the run may go on, and so do the others
         raise
