@@ -29,6 +29,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launch() -> str | None:
+    """What ``torchrun`` calls this start of the processes and its restarts; None without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def is_restart() -> bool:
+    """Whether ``torchrun`` has started the processes again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes files and messages."""
     return rank() == 0

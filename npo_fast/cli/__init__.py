@@ -162,11 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world_size() > 1 and is_lost_contact(error):
             return _fail(_lost_contact(error), 1)
         traceback.print_exc()
+        what = f"{type(error).__name__}: {one_line(first_line(error))}"
         return _fail(
-            f"a mistake of npo_fast {__version__}, not of yours: {type(error).__name__}: "
-            f"{one_line(first_line(error))}. Please report it with the lines above; complete "
-            "checkpoints and records stay where they are",
+            f"a mistake of npo_fast {__version__}, not of yours: {what}. Please report it with the "
+            "lines above; complete checkpoints and records stay where they are",
             70,  # EX_SOFTWARE
+            what,
         )
     if world_size() > 1:
         destroy_process_group()
@@ -203,15 +204,17 @@ def _lost_contact(error: Exception) -> str:
     """What has become of the other process, as far as it can be found out in seconds."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it meanwhile
-    failure = watch.failure_of_others() or "it has ended or cannot be reached"
+    if (failure := watch.failure_of_others()) is not None:
+        return f"lost contact with another process of this run: {failure}; {watch.ADVICE}"
     return (
-        f"lost contact with another process of this run: {failure}; {watch.ADVICE} "
-        f"({one_line(str(error))})"
+        "lost contact with another process of this run, which has ended or cannot be reached; "
+        f"{watch.ADVICE} ({one_line(str(error))})"
     )
 
 
-def _fail(error: object, code: int) -> int:
+def _fail(error: object, code: int, reason: str | None = None) -> int:
+    """Prints an error, and tells other processes the ``reason``."""
     sys.stderr.write(watch.error_line(error, rank(), world_size()))
     sys.stderr.flush()
-    watch.tell_others(str(error))
+    watch.tell_others(reason or str(error))
     return code
