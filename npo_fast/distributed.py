@@ -34,9 +34,9 @@ def launch() -> str | None:
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def is_restart() -> bool:
-    """Whether ``torchrun`` has started the processes again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often ``torchrun`` has started the processes again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def is_main_process() -> bool:
@@ -69,11 +69,10 @@ def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     limit = timedelta(seconds=watch.MEETING_LIMIT_S)
     store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
     store.set_timeout(limit)
-    watch.start(store, this, count)
-    group_store = dist.PrefixStore("default_pg", store)
-    dist.init_process_group(
-        backend, timeout=TIMEOUT, store=group_store, rank=this, world_size=count
-    )
+    # torchrun keeps its store when it restarts, with the addresses of processes that have ended
+    store = dist.PrefixStore(f"npo_fast/attempt_{restarts()}", store)
+    watch.start(dist.PrefixStore("watch", store), this, count)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=this, world_size=count)
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 

@@ -375,10 +375,9 @@ def start(store: dist.Store, rank: int, world_size: int) -> None:
         limit = 0.0
     if not limit > 0:
         raise UserError(f"{HANG_VARIABLE} is {text!r}: it takes a number of seconds above 0")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # one has no part in another
-    shared: Any = dist.PrefixStore(f"npo_fast/watch/{attempt}", store)
     # a client of its own: others wait while one waits for an answer
-    _watch = _Watch(shared.clone(), rank, world_size, limit)
+    client = store.clone()  # type: ignore[attr-defined]
+    _watch = _Watch(client, rank, world_size, limit)
     _watch.start()
     atexit.register(stop)  # a thread that is inside of the store would crash at the end
 

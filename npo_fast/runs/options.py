@@ -8,7 +8,7 @@ import tyro
 
 from npo_fast.data import LossOn, Rendering
 from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
-from npo_fast.distributed import is_restart, launch, world_size
+from npo_fast.distributed import launch, restarts, world_size
 from npo_fast.errors import UserError, reading
 from npo_fast.methods import (
     COEFFICIENTS,
@@ -232,7 +232,7 @@ class RunOptions(Checked):
         """Without ``overwrite`` where ``torchrun`` restarts the run that is in the folder."""
         from npo_fast.runs.output import read_metadata
 
-        if not (self.overwrite and is_restart()):
+        if not (self.overwrite and restarts()):
             return self
         is_own = read_metadata(self.output).get("launch") == launch()
         return replace(self, overwrite=False) if is_own else self
