@@ -343,10 +343,9 @@ class _Watch:
             stuck_s = stuck_s + elapsed if collective and calls == before else 0.0
             reason = verdict(self.own, self.others, self.hang_limit_s)
             if reason is None and min(self.unanswered_s, stuck_s) > SILENT_LIMIT_S:
-                where = ":".join(os.environ.get(f"MASTER_{x}", "?") for x in ("ADDR", "PORT"))
                 reason = (
-                    f"the store of all processes ({where}) has given no answer for "
-                    f"{self.unanswered_s:.0f} s, nor has {collective}: its machine is gone"
+                    f"{_store_name()} has given no answer for {self.unanswered_s:.0f} s, and "
+                    f"{collective} does not end: its machine or process is gone"
                 )
             doomed_s = 0.0 if reason is None else doomed_s + elapsed
             if reason is not None and doomed_s > NOTICE_S and self.judges and not self.saving:
@@ -360,6 +359,11 @@ class _Watch:
             with suppress(OSError):
                 os.write(2, text.encode())  # the main thread may hold the lock of sys.stderr
             os._exit(1)
+
+
+def _store_name() -> str:
+    address, port = (os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+    return f"the store in which the processes met ({address}:{port})"
 
 
 _watch: _Watch | None = None
@@ -415,12 +419,16 @@ def failure_of_others(wait_s: float = QUIET_S + 2 * INTERVAL_S) -> str | None:
         watch.state = BEREFT
     ends = time.monotonic() + wait_s
     while True:
-        watch.exchange(INTERVAL_S)
+        if not watch.exchange(INTERVAL_S):
+            for process in watch.others:
+                process.silent_s = max(process.silent_s, 2 * INTERVAL_S)  # enough to look for it
         found = [p.failure(QUIET_S) for p in watch.others]
         told = [f for p, f in zip(watch.others, found, strict=True) if p.record and p.record.reason]
         if failures := [failure for failure in told or found if failure is not None]:
             return "; ".join(failures)
         if time.monotonic() > ends:
+            if watch.unanswered_s > QUIET_S:
+                return f"nor does {_store_name()} answer: its machine or process is gone"
             left = [str(p.rank) for p in watch.others if p.record and p.record.state == LEFT]
             return f"process {' and '.join(left)} has ended" if left else None
         time.sleep(INTERVAL_S / 4)
