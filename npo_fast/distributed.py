@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from npo_fast import watch
 from npo_fast.errors import UserError
+from npo_fast.watch import limits
 
 # of a collective; the watch ends a process long before, unless another one writes a large model
 TIMEOUT = timedelta(days=7)
@@ -66,7 +67,7 @@ def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     url = arguments.pop("init_method", "env://")
-    limit = timedelta(seconds=watch.MEETING_LIMIT_S)
+    limit = timedelta(seconds=limits.MEETING_LIMIT_S)
     store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
     store.set_timeout(limit)
     # torchrun keeps its store when it restarts, with the addresses of processes that have ended

@@ -11,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from npo_fast import watch
 from npo_fast.runs.options import RunOptions
-from npo_fast.watch import BEREFT, FAILED, LEFT, Process, Record, verdict
+from npo_fast.watch import limits
+from npo_fast.watch.verdict import (
+    BEREFT,
+    FAILED,
+    LEFT,
+    Process,
+    Record,
+    machine_name,
+    verdict,
+)
 from tests.helpers import FACTS, metadata_of, read_jsonl, save_tiny_model, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +38,7 @@ def processes(*records: Record, still_s: float = 0.0) -> list[Process]:
 
 def test_a_silent_process_is_named_with_the_collective_in_which_the_others_wait():
     own, other, silent = processes(WAITS, WAITS, COMPUTES)
-    silent.silent_s = watch.SILENT_LIMIT_S - 1
+    silent.silent_s = limits.SILENT_LIMIT_S - 1
     assert verdict(own, [other, silent], 600) is None
     silent.silent_s += 2
     assert verdict(own, [other, silent], 600) == (
@@ -75,16 +83,16 @@ def test_the_one_that_failed_is_blamed_and_not_those_that_end_because_of_it():
 
 def test_a_dead_process_of_this_machine_is_known_at_once():
     process = subprocess.Popen([sys.executable, "-c", ""])
-    record = replace(WAITS, machine=watch._machine(), process_id=process.pid)
+    record = replace(WAITS, machine=machine_name(), process_id=process.pid)
     time.sleep(1)
-    gone = Process(1, record, silent_s=2 * watch.INTERVAL_S)
-    assert gone.failure(watch.SILENT_LIMIT_S) == "process 1 is gone: it was killed, or has crashed"
+    gone = Process(1, record, silent_s=2 * limits.INTERVAL_S)
+    assert gone.failure(limits.SILENT_LIMIT_S) == "process 1 is gone: it was killed, or has crashed"
     process.wait()
-    assert gone.failure(watch.SILENT_LIMIT_S) is not None
-    alive = Process(1, replace(record, process_id=os.getpid()), silent_s=2 * watch.INTERVAL_S)
-    assert alive.failure(watch.SILENT_LIMIT_S) is None
-    elsewhere = Process(1, replace(record, machine="another"), silent_s=2 * watch.INTERVAL_S)
-    assert elsewhere.failure(watch.SILENT_LIMIT_S) is None
+    assert gone.failure(limits.SILENT_LIMIT_S) is not None
+    alive = Process(1, replace(record, process_id=os.getpid()), silent_s=2 * limits.INTERVAL_S)
+    assert alive.failure(limits.SILENT_LIMIT_S) is None
+    elsewhere = Process(1, replace(record, machine="another"), silent_s=2 * limits.INTERVAL_S)
+    assert elsewhere.failure(limits.SILENT_LIMIT_S) is None
 
 
 def test_time_is_counted_from_the_last_change():
@@ -133,7 +141,7 @@ def enter(stage, enter=watch.enter):
 watch.enter = enter
 for limit in os.environ.get("LIMITS", "").split():
     name, value = limit.split("=")
-    setattr(watch, name, float(value))
+    setattr(watch.limits, name, float(value))
 sys.exit(main(sys.argv[1:]))
 """
 
