@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from npo_fast import watch
 from npo_fast.errors import UserError
+from npo_fast.watch import limits
 
-TIMEOUT = timedelta(minutes=30)  # the main process may be writing a large model meanwhile
+# of a collective; the watch ends a process long before, unless another one writes a large model
+TIMEOUT = timedelta(days=7)
 
 
 def rank() -> int:
@@ -25,6 +28,16 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, as ``torchrun`` sets it; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launch() -> str | None:
+    """What ``torchrun`` calls this start of the processes and its restarts; None without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def restarts() -> int:
+    """How often ``torchrun`` has started the processes again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def is_main_process() -> bool:
@@ -46,19 +59,29 @@ def local_device(device: str) -> torch.device:
 def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     """Meets the other processes; returns the mesh of all of them.
 
-    ``arguments`` of ``torch.distributed.init_process_group`` are for callers without ``torchrun``.
+    From here on ``npo_fast.watch`` ends this process where another one fails.
+
+    ``init_method``, ``rank`` and ``world_size`` are for callers without ``torchrun``.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return init_device_mesh(device.type, (dist.get_world_size(),))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, **arguments)
+    url = arguments.pop("init_method", "env://")
+    limit = timedelta(seconds=limits.MEETING_LIMIT_S)
+    store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
+    store.set_timeout(limit)
+    # torchrun keeps its store when it restarts, with the addresses of processes that have ended
+    store = dist.PrefixStore(f"npo_fast/attempt_{restarts()}", store)
+    watch.start(dist.PrefixStore("watch", store), this, count)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=this, world_size=count)
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def destroy_process_group() -> None:
     """Leaves the other processes, if there are any."""
+    watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 

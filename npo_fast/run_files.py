@@ -140,6 +140,7 @@ class RunMetadata(TypedDict, total=False):
     peak_mib: float | None
     micro_batch_tokens: int | None
     threads: int
+    launch: str | None  # of torchrun
     level: _Level
     beta: float
 

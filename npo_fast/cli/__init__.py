@@ -2,13 +2,15 @@
 
 import difflib
 import importlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from npo_fast import __version__
+from npo_fast import __version__, watch
 from npo_fast.distributed import (
     destroy_process_group,
     is_lost_contact,
@@ -157,19 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; complete checkpoints and records stay where they are", 130)
     except Exception as error:
-        if world_size() > 1 and isinstance(error, RuntimeError) and is_lost_contact(error):
-            return _fail(
-                "lost contact with another process of this run, which has ended or cannot be "
-                "reached; after its last checkpoint (--save-every) the same command goes on "
-                f"({one_line(str(error))})",
-                1,
-            )
+        if world_size() > 1 and is_lost_contact(error):
+            return _fail(_lost_contact(error), 1)
         traceback.print_exc()
+        what = f"{type(error).__name__}: {one_line(first_line(error))}"
         return _fail(
-            f"a mistake of npo_fast {__version__}, not of yours: {type(error).__name__}: "
-            f"{one_line(first_line(error))}. Please report it with the lines above; complete "
-            "checkpoints and records stay where they are",
+            f"a mistake of npo_fast {__version__}, not of yours: {what}. Please report it with the "
+            "lines above; complete checkpoints and records stay where they are",
             70,  # EX_SOFTWARE
+            what,
         )
     if world_size() > 1:
         destroy_process_group()
@@ -202,7 +200,21 @@ def overview() -> str:
     return "\n".join([*lines, "FILE.yaml (settings, which flags override)."])
 
 
-def _fail(error: object, code: int) -> int:
-    which = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
-    print(printable(f"npo-fast: error{which}: {error}"), file=sys.stderr, flush=True)
+def _lost_contact(error: Exception) -> str:
+    """What has become of the other process, as far as it can be found out in seconds."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it meanwhile
+    if (failure := watch.failure_of_others()) is not None:
+        return f"lost contact with another process of this run: {failure}; {watch.ADVICE}"
+    return (
+        "lost contact with another process of this run, which has ended or cannot be reached; "
+        f"{watch.ADVICE} ({one_line(str(error))})"
+    )
+
+
+def _fail(error: object, code: int, reason: str | None = None) -> int:
+    """Prints an error, and tells other processes the ``reason``."""
+    sys.stderr.write(watch.error_line(error, rank(), world_size()))
+    sys.stderr.flush()
+    watch.tell_others(reason or str(error))
     return code

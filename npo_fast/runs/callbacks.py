@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from npo_fast import watch
 from npo_fast.distributed import all_reduce_max, is_main_process
 from npo_fast.errors import Interrupted, UserError
 from npo_fast.metrics import Result
@@ -209,6 +210,7 @@ class CheckpointCallback(Callback):
         due = number or (self.save_every and record.step % self.save_every == 0)
         if not due or record.step >= record.steps:
             return
+        watch.detail("checkpoint")
         path = training.folder.checkpoint(
             training.lm, training.tokenizer, record.step, training.state, insist=bool(number)
         )

@@ -43,6 +43,7 @@ def finetune(
     """
     source = ModelSource(model, loading, tokenizer)
     options = run if output is None else replace(run, output=Path(output))
+    options = options.after_restart()
     train = as_rows(train, "train")
     inputs = FinetuneData(describe(train), describe(data), loss_on)
     if train == "" and data is None:

@@ -1,6 +1,6 @@
 """What a run is told, in frozen dataclasses: keywords of the front door, and the command line."""
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ import tyro
 
 from npo_fast.data import LossOn, Rendering
 from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
-from npo_fast.distributed import world_size
+from npo_fast.distributed import launch, restarts, world_size
 from npo_fast.errors import UserError, reading
 from npo_fast.methods import (
     COEFFICIENTS,
@@ -227,6 +227,15 @@ class RunOptions(Checked):
     """Log every step and evaluation to this tracker too (its library must be installed)."""
     push_to_hub: str | None = None
     """Upload the final model with its card to this repository, such as me/my-model."""
+
+    def after_restart(self) -> "RunOptions":
+        """Without ``overwrite`` where ``torchrun`` restarts the run that is in the folder."""
+        from npo_fast.runs.output import read_metadata
+
+        if not (self.overwrite and restarts()):
+            return self
+        is_own = read_metadata(self.output).get("launch") == launch()
+        return replace(self, overwrite=False) if is_own else self
 
     def check(self, model: ModelOptions, **reads: str | Path | None) -> None:
         """Raises ``UserError`` where the model cannot train, or not into the output folder.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npo_fast import watch
 from npo_fast.distributed import (
     all_reduce_max,
     broadcast_object,
@@ -202,7 +203,8 @@ def _put(
 
     if is_main_process():
         try:
-            put(folder, lead)
+            with watch.undisturbed():
+                put(folder, lead)
         finally:
             broadcast_object(None)
     else:

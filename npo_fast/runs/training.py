@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from npo_fast.distributed import broadcast_object, is_main_process, world_size
+from npo_fast.distributed import broadcast_object, is_main_process, launch, world_size
 from npo_fast.errors import (
     CannotSaveError,
     Interrupted,
@@ -229,6 +229,7 @@ def _open_folder(
         if not is_main_process():
             return RunFolder(options.output, metadata)
         metadata |= {"processes": world_size(), "threads": torch.get_num_threads()}
+        metadata["launch"] = launch()
         metadata["chain"] = prepared.link()
         folder = RunFolder.begin(
             options.output, options.overwrite, metadata, prepared.found, reference.log_probs

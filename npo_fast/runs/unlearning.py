@@ -123,6 +123,7 @@ def unlearn(
     """
     source = ModelSource(model, loading, tokenizer)
     options = run if output is None else replace(run, output=Path(output))
+    options = options.after_restart()
     forget, retain = as_rows(forget, "forget"), as_rows(retain, "retain")
     holdout = as_rows(holdout, "holdout")
     inputs = UnlearnData(

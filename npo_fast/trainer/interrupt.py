@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from npo_fast.distributed import is_main_process, world_size
+from npo_fast.distributed import is_lost_contact, is_main_process, world_size
 
 _MESSAGE_OF_SEVERAL = b"\nstopping after this step\n"
 _MESSAGE = b"\nstopping after this step; a second signal stops at once\n"
@@ -18,6 +18,8 @@ class StopSignal:
 
     Several processes ignore further signals, since they must agree where to stop: ``torchrun``
     repeats a Ctrl-C that the terminal has sent already, and kills what has not ended 30 s later.
+    They also ignore them after contact is lost, for ``torchrun`` ends whom it does not know to be
+    about to say so.
     Handlers can be set from the main thread alone: in another one signals stay as they are.
     """
 
@@ -31,7 +33,9 @@ class StopSignal:
                 self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object = None, error: object = None, __: object = None) -> None:
+        if world_size() > 1 and isinstance(error, BaseException) and is_lost_contact(error):
+            return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npo_fast import watch
 from npo_fast.data import Sources
 from npo_fast.errors import NonFiniteError, PartialUpdateError, UserError
 from npo_fast.methods import Term, schedule_steps
@@ -109,6 +110,7 @@ def train(
     steps = ((batch, step_terms) for batch in batches for step_terms in terms_by_step)
     for batch, step_terms in islice(steps, state.step, None):
         started = time.perf_counter()
+        watch.enter(f"step {state.step + 1}")
         lr = float(optimizer.param_groups[0]["lr"])
         batch = {name: batch[name] for term in step_terms for name in term.reads}
         adapted: dict[str, Any] = {}
@@ -137,6 +139,7 @@ def train(
             raise kind(_non_finite_message(record, batch, applied, rho))
         scheduler.step()
         state.step = record.step
+        watch.enter(f"after step {state.step}")
         yield record
 
 

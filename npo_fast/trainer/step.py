@@ -12,6 +12,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from npo_fast import watch
 from npo_fast.data import PackedBatch, Sources, concatenate
 from npo_fast.errors import UserError, first_line
 from npo_fast.losses import CEU, KL, RMU, HeldStates, LayerLoss
@@ -147,7 +148,8 @@ def accumulate_gradients(
 
     values = dict.fromkeys(counts, torch.zeros((), device=lm.device))
     sums: dict[BatchKey, Tensor] = {}  # of sequence log-probs, a number a source
-    for (key, micro), micro_states in zip(micro_batches, states, strict=True):
+    for i, ((key, micro), micro_states) in enumerate(zip(micro_batches, states, strict=True), 1):
+        watch.detail(f"micro-batch {i} of {len(micro_batches)}")
         terms_of_key = [term for term in terms if term.batch_key == key]
         loss, micro_values, log_probs = micro_batch_loss(
             lm, micro, terms_of_key, counts, references, reference_cache, micro_states

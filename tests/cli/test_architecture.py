@@ -27,6 +27,7 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"ops"},
     {"kernels"},
     {"distributed"},
+    {"watch"},
     {"run_files"},
     {"boundary"},
     {"versions", "tables", "paths", "validation", "locks"},
