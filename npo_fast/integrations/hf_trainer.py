@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
 
-from npo_fast.data import PackedBatch, TokenizedExample
+from npo_fast.data import PackedBatch, TokenizedExample, concatenate
 from npo_fast.errors import UserError
 from npo_fast.integrations.hf_data import (
     UnlearningCollator,
     UnlearningDataset,
     UnlearningEvaluation,
 )
+from npo_fast.integrations.hf_sharded import GatheredCausalLM, check_wrapper, gathered, is_divided
 from npo_fast.losses import LayerLoss
 from npo_fast.methods import COEFFICIENTS, Coefficients, Positions, Preset, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
@@ -42,6 +45,8 @@ if find_spec("accelerate") is None:
         "npo_fast.integrations.hf_trainer needs accelerate, as transformers.Trainer does: "
         "pip install 'npo-fast[hf-trainer]'"
     )
+
+from accelerate.utils import DynamoBackend
 
 REFERENCE_TOKENS = 2048  # of a micro-batch of the reference pass
 SEQUENCES = "sequences"  # of each source in a step
@@ -107,45 +112,41 @@ class UnlearningTrainer(Trainer):
                 f"coefficients=Coefficients({given[0]}=...)"
             )
         terms = build_method(method, coefficients, kl_positions, preset)
-        if args.world_size > 1 and any(isinstance(term.loss, LayerLoss) for term in terms):
-            raise UserError(
-                f"{method} stops at a decoder layer, which DDP does not: use one process"
-            )
         self.terms = tuple(term.seeded(args.seed) for term in terms)
         for source in {source for term in self.terms for source in term.reads}:
             if not train_dataset.sources[source]:
                 raise UserError(f"method {method} needs {source} data; the dataset has none")
         _check_evaluation(options.get("eval_dataset"))
-        if args.fsdp:  # on a CPU accelerate would leave it out without a word
-            raise _wrapped("FSDP")
+        if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+            raise UserError("FSDP divides a model among processes: start several (`torchrun`)")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the model's forward knows neither forget nor retain
         batch_keys = ["/".join(term.batch_key) for term in self.terms]
         batch_keys += [term.baseline for term in self.terms if term.baseline]
         collator = UnlearningCollator(list(dict.fromkeys(batch_keys)))
         super().__init__(model, args, collator, train_dataset=train_dataset, **options)
-        for wrapper, wraps in (
-            ("FSDP", self.is_fsdp_enabled),  # by accelerate launch
-            ("DeepSpeed", self.is_deepspeed_enabled),
-            ("DataParallel", self.args.n_gpu > 1),
-        ):
-            if wraps:
-                raise _wrapped(wrapper)
+        check_wrapper(self)
+        self.divides = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        several = self.divides or self.args.world_size > 1
+        if several and any(isinstance(term.loss, LayerLoss) for term in self.terms):
+            raise UserError(
+                f"{method} stops at a decoder layer, which wrappers of several processes do not: "
+                "use one process"
+            )
         self.model_accepts_loss_kwargs = True  # the loss is that of the step: Trainer adds it up
         self.sources = train_dataset.sources
-        self.lm = CausalLM(self.model, attention)
-        if self.args.torch_compile:  # layer by layer: hooks on the decoder stay outside
-            for layer in repeated_layers(self.lm.decoder):
-                layer.compile(backend=self.args.torch_compile_backend or "inductor",
-                              mode=self.args.torch_compile_mode)  # fmt: skip
         self._packing = False
-        with self._packed(), self.accelerator.autocast():
-            self.references = references or reference_log_probs(
-                self.lm, self.sources, self.terms, REFERENCE_TOKENS, reference_cache
-            )
-            self.reference_cache = reference_cache_for(
-                self.terms, self.lm, self.sources, REFERENCE_TOKENS, reference_cache
-            )
+        with self._undivided():
+            self.lm = (GatheredCausalLM if self.divides else CausalLM)(self.model, attention)
+            with self._packed(), self.accelerator.autocast():
+                self.references = references or reference_log_probs(
+                    self.lm, self.sources, self.terms, REFERENCE_TOKENS, reference_cache
+                )
+                self.reference_cache = reference_cache_for(
+                    self.terms, self.lm, self.sources, REFERENCE_TOKENS, reference_cache
+                )
+        if self.args.torch_compile:
+            self._compile_layers()
         self._window: _Window | None = None  # the step that is under way
         self._latest: dict[str, Tensor] = {}
 
@@ -165,7 +166,13 @@ class UnlearningTrainer(Trainer):
         _check_evaluation(evaluation)
         if evaluation is None:
             raise UserError("evaluate needs an UnlearningEvaluation: name it as eval_dataset")
-        with self._packed(), self.accelerator.autocast():
+        if self.divides and evaluation.settings.gradient_norms:
+            raise UserError(
+                "gradient norms of single answers need a model that is not divided among "
+                "processes: leave gradient_norms out, or measure a saved model with "
+                "`npo-fast evaluate`"
+            )
+        with self._packed(), self.accelerator.autocast(), self._undivided():
             found = evaluation.measure(self.lm)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(metrics)
@@ -191,35 +198,55 @@ class UnlearningTrainer(Trainer):
     ) -> Any:
         """What a device batch adds to the loss of its step; by itself, it is a step of its own."""
         wrapper = getattr(model, "_orig_mod", model)  # of torch.compile
-        inner = wrapper.module if isinstance(wrapper, DistributedDataParallel) else wrapper
-        if inner is not self.lm.model:
-            raise _wrapped(type(model).__name__)
+        has_module = isinstance(wrapper, DistributedDataParallel) or self.is_deepspeed_enabled
+        if (wrapper.module if has_module else wrapper) is not self.lm.model:
+            raise UserError(
+                f"UnlearningTrainer cannot train a model wrapped as {type(model).__name__}"
+            )
         if num_items_in_batch is None or self._window is None:
             self._window = self._open_window([inputs])
         window = self._window
-        inputs = {key: batch.to(self.lm.device) for key, batch in inputs.items()}
-        total = torch.zeros((), device=self.lm.device)
         # Trainer's own autocast is around model.forward alone
         with self.lm.within(wrapper), self.accelerator.autocast():
             if window.terms is None:
                 window.terms = self._terms_with_baselines(window.batches)
                 self._latest = {}
-            for key, batch in inputs.items():
-                sources = key.split("/")
-                terms_of_key = [t for t in window.terms if list(t.batch_key) == sources]
-                if not terms_of_key:  # a baseline alone
-                    continue
-                loss, values, log_probs = micro_batch_loss(
-                    self.lm, batch, terms_of_key, window.counts, self.references,
-                    self.reference_cache,
-                )  # fmt: skip
-                total = total + loss
-                if log_probs is not None:
-                    sums = log_probs.view(-1, len(sources)).sum(dim=0) / window.counts[SEQUENCES]
-                    values |= {f"{n} log-prob": x for n, x in zip(sources, sums, strict=True)}
-                for name, value in values.items():
-                    self._latest[name] = self._latest.get(name, 0.0) + value
+            packs = [  # but for those of a baseline alone
+                (batch.to(self.device), terms_of_key)
+                for key, batch in inputs.items()
+                if (terms_of_key := [t for t in window.terms if "/".join(t.batch_key) == key])
+            ]
+            if isinstance(self.lm, GatheredCausalLM):  # one pass: gradients are gathered once
+                whole = concatenate([batch for batch, _ in packs])
+                total = self.lm.inside_head(whole, lambda states: self._loss(window, packs, states))
+            else:
+                total = self._loss(window, packs, None)
         return (total, {}) if return_outputs else total
+
+    def _loss(
+        self,
+        window: "_Window",
+        packs: list[tuple[PackedBatch, list[Term]]],
+        states: Tensor | None,  # (T, D) of all packs, where the decoder has run already
+    ) -> Tensor:
+        """What the packs of a device batch add to the loss of the step, and to ``_latest``."""
+        total = torch.zeros((), device=self.device)
+        offset = 0
+        for batch, terms in packs:
+            end = offset + len(batch.input_ids)
+            loss, values, log_probs = micro_batch_loss(
+                self.lm, batch, terms, window.counts, self.references, self.reference_cache,
+                None if states is None else states[offset:end],
+            )  # fmt: skip
+            offset = end
+            total = total + loss
+            if log_probs is not None:
+                sources = terms[0].batch_key
+                sums = log_probs.view(-1, len(sources)).sum(dim=0) / window.counts[SEQUENCES]
+                values |= {f"{n} log-prob": x for n, x in zip(sources, sums, strict=True)}
+            for name, value in values.items():
+                self._latest[name] = self._latest.get(name, 0.0) + value
+        return total
 
     def _open_window(self, batches: list[dict[str, PackedBatch]]) -> "_Window":
         """What sums are divided by: the mean of the processes' counts, as DDP takes means too."""
@@ -232,20 +259,49 @@ class UnlearningTrainer(Trainer):
                     examples.setdefault(source, []).extend(self.sources[source][i] for i in indices)
         here = {term.name: count(term, examples) for term in self.terms}
         here[SEQUENCES] = len(examples[self.terms[0].source])
-        counts = torch.tensor(list(here.values()), dtype=torch.float32).to(self.lm.device)
+        counts = torch.tensor(list(here.values()), dtype=torch.float32).to(self.device)
         means = self.accelerator.reduce(counts, "mean").unbind()
         return _Window(batches, dict(zip(here, means, strict=True)))
 
     def _terms_with_baselines(self, batches: list[dict[str, PackedBatch]]) -> tuple[Term, ...]:
         sources = {term.baseline for term in self.terms if term.baseline is not None}
         of_baselines = {
-            str(source): [batch[source].to(self.lm.device) for batch in batches]
-            for source in sources
+            str(source): [batch[source].to(self.device) for batch in batches] for source in sources
         }
         return with_baselines(
             self.lm, self.terms, of_baselines, self.references,
-            lambda sums: self.accelerator.reduce(sums.to(self.lm.device), "sum"),
+            lambda sums: self.accelerator.reduce(sums.to(self.device), "sum"),
         )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go; with ``cpu_offload``, weights lie elsewhere."""
+        return self.args.device if self.divides else self.lm.device
+
+    @contextmanager
+    def _undivided(self) -> Iterator[None]:
+        """Inside, ``lm`` reads whole weights: of the model, or once it is wrapped of its head."""
+        wrapper = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if not self.divides:
+            yield
+        elif isinstance(wrapper, FSDPModule) or wrapper is not self.model:
+            assert isinstance(self.lm, GatheredCausalLM)
+            with self.lm.within(wrapper), self.lm.with_whole_head():
+                yield
+        else:
+            parameters = list(self.model.parameters())
+            if not any(map(is_divided, parameters)):
+                self.model.to(self.args.device)
+            with gathered(parameters):
+                yield
+
+    def _compile_layers(self) -> None:
+        """Compiles layer by layer: hooks on the decoder stay outside."""
+        for layer in repeated_layers(self.lm.decoder):
+            layer.compile(backend=self.args.torch_compile_backend or "inductor",
+                          mode=self.args.torch_compile_mode)  # fmt: skip
+        if self.divides:  # accelerate's own compilation is of the whole model
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     @contextmanager
     def _packed(self) -> Iterator[None]:
@@ -287,11 +343,3 @@ def _check_evaluation(dataset: Any) -> None:
             f"eval_dataset must be an UnlearningEvaluation, which holds records to measure, got "
             f"{type(dataset).__name__}"
         )
-
-
-def _wrapped(wrapper: str) -> UserError:
-    return UserError(
-        f"UnlearningTrainer needs the head's weight whole, and the model is wrapped as {wrapper}: "
-        "start one process a GPU (`torchrun` or `accelerate launch`: DDP); where one GPU cannot "
-        "hold the model, `torchrun … -m npo_fast unlearn` shards it"
-    )
