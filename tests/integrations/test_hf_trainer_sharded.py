@@ -1,0 +1,203 @@
+"""UnlearningTrainer under FSDP2 and DeepSpeed ZeRO-3: several processes train as one does."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from contextlib import nullcontext
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from npo_fast.data import pack
+from npo_fast.errors import UserError
+from npo_fast.integrations.hf_sharded import GatheredCausalLM, gathered
+from npo_fast.integrations.hf_trainer import UnlearningDataset, UnlearningTrainer
+from npo_fast.model.adapters import add_lora
+from npo_fast.model.causal_lm import CausalLM
+from tests.helpers import calm_model, sequences
+from tests.integrations.test_hf_trainer import arguments, evaluation_of, logged, uneven
+
+STEPS, BATCH = 3, 4
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,  # else small weights are never divided
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install deepspeed)"
+)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.integrations.test_hf_trainer_sharded"])
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def _process(work, rank: int, count: int, folder: Path, more: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    try:
+        # they meet in a file: a port that was free a moment ago can be taken
+        torch.distributed.init_process_group(
+            "gloo", f"file://{folder}/meeting", timedelta(minutes=2), world_size=count, rank=rank
+        )
+        torch.save(work(folder, *more), folder / f"{rank}.pt")
+        torch.distributed.barrier()
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)  # taking wrappers and gloo down can hang
+
+
+def on_ranks(count: int, folder: Path, work, *more) -> list:
+    """What ``work(folder, *more)`` returns on each of ``count`` processes."""
+    processes = [
+        SERVER.Process(target=_process, args=(work, rank, count, folder, more))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    ends = time.monotonic() + 240
+    for process in processes:
+        process.join(timeout=max(0.0, ends - time.monotonic()))
+    stuck = [process for process in processes if process.exitcode is None]
+    for process in stuck:
+        process.kill()
+    errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
+    assert not errors, errors
+    assert not stuck, f"{len(stuck)} processes hang"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def model_of(kind: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    tied = "tied" in kind
+    model = calm_model("Qwen2" if tied else "Llama", tie_word_embeddings=tied)
+    if "LoRA" in kind:
+        model = add_lora(model, "base", rank=4, alpha=8)
+        with torch.no_grad():  # B is 0 at first, and A would have no gradient
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def wrapped_arguments(folder: Path, wrapper: str | None, **changes):
+    """accelerate divides models on GPUs alone: here it takes processes with a CPU for such."""
+    changes = {
+        "max_steps": STEPS, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0,
+        "per_device_train_batch_size": BATCH, **changes,
+    }  # fmt: skip
+    if wrapper is None:
+        return arguments(folder, **changes)
+    config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", **changes.pop("fsdp_config", {})}
+    options = {"deepspeed": ZERO3} if wrapper == "zero3" else {"fsdp": True, "fsdp_config": config}
+    args = arguments(folder, ddp_backend="gloo", **options, **changes)
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self):
+        self.first = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if not self.first:
+            named = model.named_parameters()
+            self.first = {name: whole(p.grad) for name, p in named if p.grad is not None}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    with gathered(list(model.parameters())):
+        return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def trainer_of(folder: Path, wrapper: str | None, kind: str, method: str, **changes):
+    data = UnlearningDataset(uneven(12, 1), uneven(13, 2), idk=uneven(12, 3))
+    model = model_of(kind)  # before the arguments: DeepSpeed divides what is made after them
+    args = wrapped_arguments(folder, wrapper, **changes)
+    return UnlearningTrainer(model, args, data, method=method)
+
+
+def _train(folder: Path, wrapper: str | None, kind: str, method: str, count: int, parts: int):
+    """Logs, gradients and weights of a few steps on ``BATCH`` sequences, and how many a rank."""
+    one = trainer_of(
+        folder, wrapper, kind, method, gradient_accumulation_steps=parts,
+        per_device_train_batch_size=BATCH // count // parts,
+    )  # fmt: skip
+    gradients = Gradients()
+    one.add_callback(gradients)
+    one.train()
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in one.model.parameters())
+    return logged(one), gradients.first, weights_of(one.model), held
+
+
+CASES = [
+    (2, "full", "NPO+RT", 1),
+    (2, "tied", "DPO+RT", 1),
+    (2, "full", "KTO+RT", 2),
+    (2, "tied", "NPO+KL", 1),
+    (2, "LoRA", "NPO+RT", 2),
+    (4, "tied LoRA", "KTO+RT", 1),
+    (4, "tied", "NPO+RT", 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize(("count", "kind", "method", "parts"), CASES)
+def test_processes_that_share_a_model_train_as_one(
+    tmp_path, wrapper, count, kind, method, parts
+):
+    logs, gradients, weights, _ = _train(tmp_path, None, kind, method, 1, 1)
+    before = dict(model_of(kind).named_parameters())
+    moved = max(float((w - before[n].detach()).abs().max()) for n, w in weights.items())
+    found = on_ranks(count, tmp_path, _train, wrapper, kind, method, count, parts)
+    assert len(logs) == STEPS
+    everything = sum(w.numel() for w in weights.values())
+    gaps = {"logs": 0.0, "gradients": 0.0, "weights": 0.0}
+    for own_logs, own_gradients, own_weights, held in found:
+        for log, expected in zip(own_logs, logs, strict=True):
+            names = {name for name in expected if "NPO" in name or "log-prob" in name}
+            for name in names | {"loss", *log} - {"epoch", "step", "learning_rate", "grad_norm"}:
+                gap = abs(log[name] - expected[name]) / max(1.0, abs(expected[name]))
+                gaps["logs"] = max(gaps["logs"], gap)
+        assert held < 1.3 * everything / count
+        assert own_weights.keys() == weights.keys()
+        for name, weight in weights.items():
+            gap = float((own_weights[name] - weight).abs().max()) / moved
+            gaps["weights"] = max(gaps["weights"], gap)
+        if wrapper == "fsdp2":  # ZeRO-3 has taken its step by then
+            assert own_gradients.keys() == gradients.keys()
+            scale = max(float(g.abs().max()) for g in gradients.values())
+            for name, gradient in gradients.items():
+                gap = float((own_gradients[name] - gradient).abs().max()) / scale
+                gaps["gradients"] = max(gaps["gradients"], gap)
+    print(gaps)
+    assert all(gap < 1e-5 for gap in gaps.values()), gaps
