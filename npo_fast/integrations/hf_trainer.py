@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from npo_fast.data import PackedBatch, TokenizedExample, concatenate
@@ -133,6 +133,7 @@ class UnlearningTrainer(Trainer):
                 f"{method} stops at a decoder layer, which wrappers of several processes do not: "
                 "use one process"
             )
+        self.add_callback(_RetainPartners())
         self.model_accepts_loss_kwargs = True  # the loss is that of the step: Trainer adds it up
         self.sources = train_dataset.sources
         self._packing = False
@@ -335,6 +336,13 @@ class _Window:
     batches: list[dict[str, PackedBatch]]
     counts: dict[str, Tensor]  # what the sum of each term is divided by, and ``SEQUENCES``
     terms: tuple[Term, ...] | None = None  # with their baselines, once the step has begun
+
+
+class _RetainPartners(TrainerCallback):
+    """Draws new retain partners every epoch; of several processes, accelerate tells no dataset."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
 
 
 def _check_evaluation(dataset: Any) -> None:

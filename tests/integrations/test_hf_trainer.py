@@ -202,7 +202,10 @@ def test_the_collator_packs_every_source_whole():
 
 
 def evaluation_of(folder, **options) -> UnlearningEvaluation:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(save_tiny_model(folder / "base"))
+    """For the tiny model in ``folder / "base"``, which is made where it does not exist."""
+    if not (folder / "base").exists():
+        save_tiny_model(folder / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
     rows = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
     settings = EvaluationSettings(max_new_tokens=3)
     return UnlearningEvaluation(

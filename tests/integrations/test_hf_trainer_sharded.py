@@ -9,6 +9,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -26,7 +27,7 @@ from npo_fast.model.causal_lm import CausalLM
 from tests.helpers import calm_model, sequences
 from tests.integrations.test_hf_trainer import arguments, evaluation_of, logged, uneven
 
-STEPS, BATCH = 3, 4
+STEPS, BATCH = 4, 4  # three steps are an epoch
 ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -69,6 +70,7 @@ def _process(work, rank: int, count: int, folder: Path, more: tuple) -> None:
 
 def on_ranks(count: int, folder: Path, work, *more) -> list:
     """What ``work(folder, *more)`` returns on each of ``count`` processes."""
+    folder.mkdir(exist_ok=True)
     processes = [
         SERVER.Process(target=_process, args=(work, rank, count, folder, more))
         for rank in range(count)
@@ -103,7 +105,7 @@ def model_of(kind: str) -> transformers.PreTrainedModel:
 def wrapped_arguments(folder: Path, wrapper: str | None, **changes):
     """accelerate divides models on GPUs alone: here it takes processes with a CPU for such."""
     changes = {
-        "max_steps": STEPS, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0,
+        "max_steps": STEPS, "optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0,
         "per_device_train_batch_size": BATCH, **changes,
     }  # fmt: skip
     if wrapper is None:
@@ -111,6 +113,10 @@ def wrapped_arguments(folder: Path, wrapper: str | None, **changes):
     config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", **changes.pop("fsdp_config", {})}
     options = {"deepspeed": ZERO3} if wrapper == "zero3" else {"fsdp": True, "fsdp_config": config}
     args = arguments(folder, ddp_backend="gloo", **options, **changes)
+    if wrapper == "zero3":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     assert args.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return args
@@ -201,3 +207,147 @@ def test_processes_that_share_a_model_train_as_one(
                 gaps["gradients"] = max(gaps["gradients"], gap)
     print(gaps)
     assert all(gap < 1e-5 for gap in gaps.values()), gaps
+
+
+WRAPPERS = ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
+
+
+def _evaluate(folder: Path, wrapper: str | None, count: int) -> list[dict[str, float]]:
+    """The measures before, during and after training."""
+    measured = evaluation_of(folder)
+    records = [record for rows in measured.suite.values() for record in rows.records]
+    examples, _ = measured.template.encode_all(records)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    args = wrapped_arguments(
+        folder, wrapper, eval_strategy="steps", eval_steps=1, learning_rate=1e-3,
+        per_device_train_batch_size=BATCH // count,
+    )  # fmt: skip
+    data = UnlearningDataset(examples[:4], examples[4:])
+    one = UnlearningTrainer(model, args, data, eval_dataset=measured)
+    looks = [one.evaluate()]
+    one.train()
+    looks += [entry for entry in one.state.log_history if "eval_forget.probability" in entry]
+    looks.append(one.evaluate())
+    return [{k: v for k, v in look.items() if k.startswith("eval_")} for look in looks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_each_process_measures_the_whole_model(tmp_path, wrapper):
+    expected = _evaluate(tmp_path, None, 1)
+    assert len(expected) == STEPS + 2
+    assert expected[0] != expected[-1]
+    for looks in on_ranks(2, tmp_path, _evaluate, wrapper, 2):
+        for look, one in zip(looks, expected, strict=True):
+            assert look == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def _save(folder: Path, wrapper: str, kind: str, state_dict_type: str, checkpoint: Path | None):
+    """Weights and references of a run that saves all it can."""
+    one = trainer_of(
+        folder, wrapper, kind, "NPO+RT", save_strategy="steps", save_steps=1,
+        optim="adamw_torch", learning_rate=1e-3, per_device_train_batch_size=2,
+        fsdp_config={"state_dict_type": state_dict_type},
+    )  # fmt: skip
+    one.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    one.save_model(str(folder / "final"))
+    return weights_of(one.model), one.references["forget"], len(logged(one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrapper", "kind", "state_dict_type"),
+    [
+        ("fsdp2", "tied", "FULL_STATE_DICT"),
+        ("fsdp2", "full", "SHARDED_STATE_DICT"),
+        ("fsdp2", "LoRA", "FULL_STATE_DICT"),
+        pytest.param("zero3", "full", "", marks=needs_deepspeed),
+        pytest.param("zero3", "LoRA", "", marks=needs_deepspeed),
+    ],
+)
+def test_training_resumes_and_the_saved_model_is_a_plain_one(
+    tmp_path, wrapper, kind, state_dict_type
+):
+    arguments = (_save, wrapper, kind, state_dict_type)
+    (weights, references, _), _ = on_ranks(2, tmp_path / "first", *arguments, None)
+    checkpoint = tmp_path / "first" / "checkpoint-1"
+    for again in on_ranks(2, tmp_path / "again", *arguments, checkpoint):
+        torch.testing.assert_close(again[1], references, rtol=0, atol=0)
+        assert again[2] == STEPS
+        for name, weight in weights.items():
+            torch.testing.assert_close(again[0][name], weight, rtol=1e-6, atol=1e-7)
+    final = tmp_path / "first" / "final"
+    if state_dict_type == "SHARDED_STATE_DICT":  # transformers leaves them to checkpoints
+        assert not final.exists()
+        return
+    if kind == "LoRA":
+        saved = peft.PeftModel.from_pretrained(model_of("full"), final)
+        names = {name for name in weights if "lora" in name}
+    else:
+        saved = transformers.AutoModelForCausalLM.from_pretrained(final)
+        names = set(weights)
+    parameters = dict(saved.named_parameters())
+    assert names <= set(parameters)
+    for name in names:
+        torch.testing.assert_close(parameters[name].detach(), weights[name])
+
+
+def _train_a_loaded_model(folder: Path, wrapper: str | None, count: int):
+    args = wrapped_arguments(folder, wrapper, per_device_train_batch_size=BATCH // count)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    divided = any(hasattr(p, "ds_id") for p in model.parameters())
+    data = UnlearningDataset(uneven(12, 1), uneven(13, 2))
+    one = UnlearningTrainer(model, args, data)
+    one.train()
+    return divided, logged(one), weights_of(one.model)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_model_that_deepspeed_divides_as_it_loads_trains_as_a_whole_one(tmp_path):
+    model_of("full").save_pretrained(tmp_path / "base")
+    divided, logs, weights = _train_a_loaded_model(tmp_path, None, 1)
+    assert not divided
+    for divided, own_logs, own_weights in on_ranks(2, tmp_path, _train_a_loaded_model, "zero3", 2):
+        assert divided
+        for log, expected in zip(own_logs, logs, strict=True):
+            assert log["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(own_weights[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def _train_with(folder: Path, wrapper: str | None, count: int, method: str, changes: dict):
+    one = trainer_of(
+        folder, wrapper, "full", method, per_device_train_batch_size=BATCH // count, **changes
+    )
+    one.train()
+    return logged(one), float(one.references["forget"].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"gradient_checkpointing": True},
+        {"fsdp_config": {"activation_checkpointing": True}},
+        {"fsdp_config": {"reshard_after_forward": False}},
+    ],
+    ids=lambda changes: str(next(iter(changes.get("fsdp_config", changes)))),
+)
+def test_settings_of_fsdp_change_no_loss(tmp_path, changes):
+    plain = {name: value for name, value in changes.items() if name == "gradient_checkpointing"}
+    logs, _ = _train_with(tmp_path, None, 1, "KTO+RT", plain)
+    for own, _ in on_ranks(2, tmp_path, _train_with, "fsdp2", 2, "KTO+RT", changes):
+        assert [log["loss"] for log in own] == pytest.approx([log["loss"] for log in logs], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["NPO+RT", "NPO+KL"])
+def test_mixed_precision_starts_at_the_reference(tmp_path, method):
+    logs, _ = _train_with(tmp_path, None, 1, method, {"bf16": True})
+    for own, reference in on_ranks(2, tmp_path, _train_with, "fsdp2", 2, method, {"bf16": True}):
+        assert own[0]["loss"] == pytest.approx(logs[0]["loss"], rel=1e-2)
+        assert own[-1]["loss"] == pytest.approx(logs[-1]["loss"], rel=5e-2)
+        # a loss that the wrapper had rounded to bf16 would have 8 bits
+        assert own[0]["loss"] != float(torch.tensor(own[0]["loss"]).bfloat16())
