@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from npo_fast.data import PackedBatch
@@ -102,6 +103,9 @@ class GatheredCausalLM(CausalLM):
             yield
         finally:
             self.head = head
+            for module in self.model.modules():  # after a forward, some keep whole weights
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def check_wrapper(trainer: Any) -> None:
@@ -129,10 +133,11 @@ def check_wrapper(trainer: Any) -> None:
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version == 1:
+    if getattr(plugin, "fsdp_version", 1) == 1:
         raise UserError(
-            "FSDP1 keeps the weights of several modules in one flat tensor: use FSDP2, "
-            "fsdp_config={'version': 2} or `accelerate launch --fsdp_version 2`"
+            "FSDP1 keeps the weights of several modules in one flat tensor: use FSDP2, with "
+            "fsdp_config={'version': 2} or `accelerate launch --fsdp_version 2`, and accelerate "
+            "1.6 or newer"
         )
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
@@ -140,6 +145,17 @@ def check_wrapper(trainer: Any) -> None:
             "log-probs of the reference: leave it out, or `accelerate launch "
             "--fsdp_cpu_ram_efficient_loading false`"
         )
+
+
+def dtype_of_deepspeed(trainer: Any) -> torch.dtype | None:
+    """The dtype that DeepSpeed casts the weights of a ``Trainer``'s model to; None leaves them."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(name, {}).get("enabled") is True:
+            return dtype
+    return None
 
 
 def is_divided(parameter: Any) -> bool:
@@ -161,7 +177,8 @@ def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
 def _copy(parameter: Any) -> Tensor:
     """All of a parameter, on the device that computes with it."""
     if isinstance(parameter, DTensor):  # with cpu_offload, the shards lie on the CPU
-        parameter = parameter.to(parameter.device_mesh.device_type).full_tensor()
+        shards: Any = parameter.to(parameter.device_mesh.device_type)
+        parameter = shards.full_tensor()
     copy: Tensor = parameter.detach().clone()
     return copy
 

@@ -32,7 +32,13 @@ from npo_fast.integrations.hf_data import (
     UnlearningDataset,
     UnlearningEvaluation,
 )
-from npo_fast.integrations.hf_sharded import GatheredCausalLM, check_wrapper, gathered, is_divided
+from npo_fast.integrations.hf_sharded import (
+    GatheredCausalLM,
+    check_wrapper,
+    dtype_of_deepspeed,
+    gathered,
+    is_divided,
+)
 from npo_fast.losses import LayerLoss
 from npo_fast.methods import COEFFICIENTS, Coefficients, Positions, Preset, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
@@ -292,7 +298,8 @@ class UnlearningTrainer(Trainer):
         else:
             parameters = list(self.model.parameters())
             if not any(map(is_divided, parameters)):
-                self.model.to(self.args.device)
+                # as it will train: the reference is the model of the first step
+                self.model.to(device=self.args.device, dtype=dtype_of_deepspeed(self))
             with gathered(parameters):
                 yield
 
