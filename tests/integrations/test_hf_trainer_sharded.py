@@ -22,9 +22,8 @@ from transformers import TrainerCallback
 
 from npo_fast.data import pack
 from npo_fast.errors import UserError
-from npo_fast.integrations.hf_sharded import GatheredCausalLM, check_wrapper, gathered
+from npo_fast.integrations.hf_sharded import GatheredCausalLM, check_wrapper, gathered, is_divided
 from npo_fast.integrations.hf_trainer import UnlearningDataset, UnlearningTrainer
-from npo_fast.model.adapters import add_lora
 from npo_fast.model.causal_lm import CausalLM
 from tests.helpers import calm_model, sequences
 from tests.integrations.test_hf_trainer import arguments, evaluation_of, logged, uneven
@@ -94,14 +93,20 @@ def on_ranks(count: int, folder: Path, work, *more) -> list:
 
 def model_of(kind: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    tied = "tied" in kind
-    model = calm_model("Qwen2" if tied else "Llama", tie_word_embeddings=tied)
-    if "LoRA" in kind:
-        model = add_lora(model, "base", rank=4, alpha=8)
-        with torch.no_grad():  # B is 0 at first, and A would have no gradient
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    families = {"tied": "Qwen2", "softcap": "Gemma2"}
+    family = next((families[name] for name in families if name in kind), "Llama")
+    model = calm_model(family, tie_word_embeddings=family != "Llama")
+    if "LoRA" not in kind:
+        return model
+    head = {"modules_to_save": ["lm_head"]} if "head" in kind else {}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **head
+    )
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():  # B is 0 at first, and A would have no gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
@@ -276,7 +281,8 @@ CASES = [
     (2, "tied", "NPO+KL", 1),
     (2, "LoRA", "NPO+RT", 2),
     (4, "tied LoRA", "KTO+RT", 1),
-    (4, "tied", "NPO+RT", 1),
+    (2, "LoRA and head", "NPO+RT", 1),
+    (4, "softcap", "NPO+RT", 1),
 ]
 
 
@@ -317,12 +323,13 @@ def _evaluate(folder: Path, wrapper: str | None, count: int) -> list[dict[str, f
     measured = evaluation_of(folder)
     records = [record for rows in measured.suite.values() for record in rows.records]
     examples, _ = measured.template.encode_all(records)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     args = wrapped_arguments(
         folder / "run", wrapper, eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, load_best_model_at_end=True, metric_for_best_model="retain.probability",
         greater_is_better=True, learning_rate=1e-3, per_device_train_batch_size=BATCH // count,
     )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert is_divided(next(model.parameters())) == (wrapper == "zero3")
     data = UnlearningDataset(examples[:4], examples[4:])
     one = UnlearningTrainer(model, args, data, eval_dataset=measured)
     looks = [one.evaluate()]
@@ -403,7 +410,7 @@ def test_training_resumes_and_the_saved_model_is_a_plain_one(
 def _train_a_loaded_model(folder: Path, wrapper: str | None, count: int):
     args = wrapped_arguments(folder, wrapper, per_device_train_batch_size=BATCH // count)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-    divided = any(hasattr(p, "ds_id") for p in model.parameters())
+    divided = all(map(is_divided, model.parameters()))
     data = UnlearningDataset(uneven(12, 1), uneven(13, 2))
     one = UnlearningTrainer(model, args, data)
     one.train()
