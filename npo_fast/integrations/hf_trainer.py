@@ -4,10 +4,11 @@
     trainer.train()
 
 Losses, methods and packing are those of ``npo_fast.trainer``; the loop is that of ``Trainer``.
-Several processes (``torchrun``, ``accelerate launch``) train as with DDP: each has the whole model,
-and the loss is that of all their batches together. ``torch_compile`` compiles the decoder layers.
-FSDP and DeepSpeed, which shard the head's weight, and ``DataParallel`` are refused; ``torchrun …
--m npo_fast unlearn`` shards a model.
+Several processes (``torchrun``, ``accelerate launch``) each take their own batches, and the loss is
+that of all of them together. With DDP each process has the whole model. FSDP2 and DeepSpeed (ZeRO-1
+to 3) divide it, and gather the head's weight where the loss reads it
+(``npo_fast.integrations.hf_sharded``). FSDP1 and ``DataParallel`` are refused. ``torch_compile``
+compiles the decoder layers.
 """
 
 import copy
@@ -75,6 +76,12 @@ class UnlearningTrainer(Trainer):
     "eval_forget.probability", "eval_model_utility" and so on; ``metric_for_best_model`` takes them
     too. Each process measures by itself.
 
+    With ``fsdp=True`` or ``deepspeed=…`` in ``args``, processes share the model once ``train`` has
+    begun. Until then each has all of it on its device, which computes the reference. A KL keeps the
+    reference's head on each device. Under DeepSpeed, the model takes the dtype that trains.
+    Checkpoints and ``save_model`` are those of ``Trainer``: with FSDP's "SHARDED_STATE_DICT" the
+    weights lie in checkpoints alone, for ``accelerate merge-weights``.
+
     Args:
         method, coefficients, kl_positions, preset: as in ``npo_fast.methods.build_method``.
         references: ``references`` of an earlier run on this dataset.
@@ -86,7 +93,7 @@ class UnlearningTrainer(Trainer):
 
     Raises:
         UserError: an unknown method, no retain data for a method that needs it, an evaluation set
-            of another kind, a model whose head is not understood, or one that FSDP, DeepSpeed or
+            of another kind, a model whose head is not understood, or one that FSDP1 or
             ``DataParallel`` would wrap.
     """
 
@@ -132,19 +139,19 @@ class UnlearningTrainer(Trainer):
         collator = UnlearningCollator(list(dict.fromkeys(batch_keys)))
         super().__init__(model, args, collator, train_dataset=train_dataset, **options)
         check_wrapper(self)
-        self.divides = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        several = self.divides or self.args.world_size > 1
+        self._divides = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        several = self._divides or self.args.world_size > 1
         if several and any(isinstance(term.loss, LayerLoss) for term in self.terms):
             raise UserError(
                 f"{method} stops at a decoder layer, which wrappers of several processes do not: "
                 "use one process"
             )
-        self.add_callback(_RetainPartners())
+        self.add_callback(_RetainPartners(train_dataset))
         self.model_accepts_loss_kwargs = True  # the loss is that of the step: Trainer adds it up
         self.sources = train_dataset.sources
         self._packing = False
         with self._undivided():
-            self.lm = (GatheredCausalLM if self.divides else CausalLM)(self.model, attention)
+            self.lm = (GatheredCausalLM if self._divides else CausalLM)(self.model, attention)
             with self._packed(), self.accelerator.autocast():
                 self.references = references or reference_log_probs(
                     self.lm, self.sources, self.terms, REFERENCE_TOKENS, reference_cache
@@ -173,7 +180,7 @@ class UnlearningTrainer(Trainer):
         _check_evaluation(evaluation)
         if evaluation is None:
             raise UserError("evaluate needs an UnlearningEvaluation: name it as eval_dataset")
-        if self.divides and evaluation.settings.gradient_norms:
+        if self._divides and evaluation.settings.gradient_norms:
             raise UserError(
                 "gradient norms of single answers need a model that is not divided among "
                 "processes: leave gradient_norms out, or measure a saved model with "
@@ -219,7 +226,7 @@ class UnlearningTrainer(Trainer):
                 window.terms = self._terms_with_baselines(window.batches)
                 self._latest = {}
             packs = [  # but for those of a baseline alone
-                (batch.to(self.device), terms_of_key)
+                (batch.to(self._device), terms_of_key)
                 for key, batch in inputs.items()
                 if (terms_of_key := [t for t in window.terms if "/".join(t.batch_key) == key])
             ]
@@ -237,7 +244,7 @@ class UnlearningTrainer(Trainer):
         states: Tensor | None,  # (T, D) of all packs, where the decoder has run already
     ) -> Tensor:
         """What the packs of a device batch add to the loss of the step, and to ``_latest``."""
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self._device)
         offset = 0
         for batch, terms in packs:
             end = offset + len(batch.input_ids)
@@ -266,30 +273,30 @@ class UnlearningTrainer(Trainer):
                     examples.setdefault(source, []).extend(self.sources[source][i] for i in indices)
         here = {term.name: count(term, examples) for term in self.terms}
         here[SEQUENCES] = len(examples[self.terms[0].source])
-        counts = torch.tensor(list(here.values()), dtype=torch.float32).to(self.device)
+        counts = torch.tensor(list(here.values()), dtype=torch.float32).to(self._device)
         means = self.accelerator.reduce(counts, "mean").unbind()
         return _Window(batches, dict(zip(here, means, strict=True)))
 
     def _terms_with_baselines(self, batches: list[dict[str, PackedBatch]]) -> tuple[Term, ...]:
         sources = {term.baseline for term in self.terms if term.baseline is not None}
         of_baselines = {
-            str(source): [batch[source].to(self.device) for batch in batches] for source in sources
+            str(source): [batch[source].to(self._device) for batch in batches] for source in sources
         }
         return with_baselines(
             self.lm, self.terms, of_baselines, self.references,
-            lambda sums: self.accelerator.reduce(sums.to(self.device), "sum"),
+            lambda sums: self.accelerator.reduce(sums.to(self._device), "sum"),
         )  # fmt: skip
 
     @property
-    def device(self) -> torch.device:
+    def _device(self) -> torch.device:
         """Where batches go; with ``cpu_offload``, weights lie elsewhere."""
-        return self.args.device if self.divides else self.lm.device
+        return self.args.device if self._divides else self.lm.device
 
     @contextmanager
     def _undivided(self) -> Iterator[None]:
         """Inside, ``lm`` reads whole weights: of the model, or once it is wrapped of its head."""
         wrapper = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
-        if not self.divides:
+        if not self._divides:
             yield
         elif isinstance(wrapper, FSDPModule) or wrapper is not self.model:
             assert isinstance(self.lm, GatheredCausalLM)
@@ -308,7 +315,7 @@ class UnlearningTrainer(Trainer):
         for layer in repeated_layers(self.lm.decoder):
             layer.compile(backend=self.args.torch_compile_backend or "inductor",
                           mode=self.args.torch_compile_mode)  # fmt: skip
-        if self.divides:  # accelerate's own compilation is of the whole model
+        if self._divides:  # accelerate's own compilation is of the whole model
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     @contextmanager
@@ -348,8 +355,11 @@ class _Window:
 class _RetainPartners(TrainerCallback):
     """Draws new retain partners every epoch; of several processes, accelerate tells no dataset."""
 
+    def __init__(self, dataset: UnlearningDataset) -> None:
+        self.dataset = dataset
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 def _check_evaluation(dataset: Any) -> None:

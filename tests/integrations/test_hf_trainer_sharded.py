@@ -29,7 +29,7 @@ from tests.helpers import calm_model, sequences
 from tests.integrations.test_hf_trainer import arguments, evaluation_of, logged, uneven
 
 STEPS, BATCH = 4, 4  # three steps are an epoch
-ZERO3 = {
+ZERO = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "train_batch_size": "auto",
@@ -38,7 +38,6 @@ ZERO3 = {
     "zero_force_ds_cpu_optimizer": False,
     "bf16": {"enabled": "auto"},
     "zero_optimization": {
-        "stage": 3,
         "stage3_param_persistence_threshold": 0,  # else small weights are never divided
         "stage3_gather_16bit_weights_on_model_save": True,
     },
@@ -121,9 +120,12 @@ def wrapped_arguments(folder: Path, wrapper: str | None, **changes):
     if wrapper == "one process":
         return arguments(folder, fsdp=True, **changes)
     config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", **changes.pop("fsdp_config", {})}
-    options = {"deepspeed": ZERO3} if wrapper == "zero3" else {"fsdp": True, "fsdp_config": config}
+    options = {"fsdp": True, "fsdp_config": config}
+    if wrapper.startswith("zero"):
+        stage = {"stage": int(wrapper[-1])}
+        options = {"deepspeed": {**ZERO, "zero_optimization": ZERO["zero_optimization"] | stage}}
     args = arguments(folder, ddp_backend="gloo", **options, **changes)
-    if wrapper == "zero3":
+    if wrapper.startswith("zero"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -236,10 +238,11 @@ def test_the_value_of_a_loss_is_not_rounded_where_a_wrapper_rounds_what_modules_
 def test_what_a_wrapper_cannot_divide_is_refused(tmp_path):
     with pytest.raises(UserError, match="FSDP divides a model among processes.*torchrun"):
         trainer_of(tmp_path, "one process", "full", "NPO+RT")
-    model = model_of("full")
-    model.is_quantized = True
-    with pytest.raises(UserError, match="4-bit weights"):
-        GatheredCausalLM(model)
+    with (
+        pytest.raises(UserError, match="takes one sequence at a time.*: use DDP"),
+        pytest.warns(UserWarning, match="does not take attention from outside"),
+    ):
+        GatheredCausalLM(calm_model("Bloom"))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,7 @@ def test_what_a_wrapper_cannot_divide_is_refused(tmp_path):
         ({"n_gpu": 2}, "start one process a GPU"),
         ({"is_distributed_loading_by_transformers": True}, "load it whole"),
         ({"is_fsdp_enabled": False}, "leave fsdp out"),  # as accelerate does on a CPU
+        ({"is_quantized": True}, "4-bit weights .*: use DDP"),
         ({"even_batches": False}, "even_batches=True"),
         ({"fsdp_version": 1}, "--fsdp_version 2"),
         ({"cpu_ram_efficient_loading": True}, "--fsdp_cpu_ram_efficient_loading false"),
@@ -257,13 +261,13 @@ def test_a_refusal_names_the_cure(changes, cure):
     facts = {
         "n_gpu": 1, "is_distributed_loading_by_transformers": False, "is_fsdp_enabled": True,
         "is_deepspeed_enabled": False, "even_batches": True, "fsdp_version": 2,
-        "cpu_ram_efficient_loading": False, "fsdp": True,
+        "cpu_ram_efficient_loading": False, "fsdp": True, "is_quantized": False,
     }  # fmt: skip
 
     def trainer(**changes):
         all_in_one = SimpleNamespace(**facts | changes)
         all_in_one.args = all_in_one.accelerator = all_in_one.accelerator_config = all_in_one
-        all_in_one.state = all_in_one.fsdp_plugin = all_in_one
+        all_in_one.state = all_in_one.fsdp_plugin = all_in_one.model = all_in_one
         return all_in_one
 
     check_wrapper(trainer())
@@ -454,6 +458,14 @@ def test_settings_of_fsdp_change_no_loss(tmp_path, changes):
     plain = {name: value for name, value in changes.items() if name == "max_steps"}
     logs = _train_with(tmp_path, None, 1, "KTO+RT", plain)
     for own in on_ranks(2, tmp_path, _train_with, "fsdp2", 2, "KTO+RT", changes):
+        assert [log["loss"] for log in own] == pytest.approx([log["loss"] for log in logs], 1e-5)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_weights_that_deepspeed_leaves_whole_train_the_same(tmp_path):
+    logs = _train_with(tmp_path, None, 1, "KTO+RT", {})
+    for own in on_ranks(2, tmp_path, _train_with, "zero2", 2, "KTO+RT", {}):
         assert [log["loss"] for log in own] == pytest.approx([log["loss"] for log in logs], 1e-5)
 
 
