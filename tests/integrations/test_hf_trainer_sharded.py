@@ -25,8 +25,14 @@ from npo_fast.errors import UserError
 from npo_fast.integrations.hf_sharded import GatheredCausalLM, check_wrapper, gathered, is_divided
 from npo_fast.integrations.hf_trainer import UnlearningDataset, UnlearningTrainer
 from npo_fast.model.causal_lm import CausalLM
-from tests.helpers import calm_model, sequences
-from tests.integrations.test_hf_trainer import arguments, evaluation_of, logged, uneven
+from tests.helpers import (
+    calm_model,
+    evaluation_of,
+    logged,
+    sequences,
+    trainer_arguments,
+    uneven,
+)
 
 STEPS, BATCH = 4, 4  # three steps are an epoch
 ZERO = {
@@ -116,15 +122,15 @@ def wrapped_arguments(folder: Path, wrapper: str | None, **changes):
         "per_device_train_batch_size": BATCH, **changes,
     }  # fmt: skip
     if wrapper is None:
-        return arguments(folder, **changes)
+        return trainer_arguments(folder, **changes)
     if wrapper == "one process":
-        return arguments(folder, fsdp=True, **changes)
+        return trainer_arguments(folder, fsdp=True, **changes)
     config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", **changes.pop("fsdp_config", {})}
     options = {"fsdp": True, "fsdp_config": config}
     if wrapper.startswith("zero"):
         stage = {"stage": int(wrapper[-1])}
         options = {"deepspeed": {**ZERO, "zero_optimization": ZERO["zero_optimization"] | stage}}
-    args = arguments(folder, ddp_backend="gloo", **options, **changes)
+    args = trainer_arguments(folder, ddp_backend="gloo", **options, **changes)
     if wrapper.startswith("zero"):
         import deepspeed
 
