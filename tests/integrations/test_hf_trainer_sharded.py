@@ -45,6 +45,9 @@ ZERO = {
     "bf16": {"enabled": "auto"},
     "zero_optimization": {
         "stage3_param_persistence_threshold": 0,  # else small weights are never divided
+        "stage3_max_live_parameters": 0,  # else they stay whole after their forward
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
         "stage3_gather_16bit_weights_on_model_save": True,
     },
 }
