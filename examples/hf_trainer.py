@@ -1,6 +1,6 @@
 """NPO+RT in transformers.Trainer: python examples/hf_trainer.py MODEL FORGET.jsonl RETAIN.jsonl
 
-Optimisers, schedules, logging, checkpoints, DDP and hub upload are those of Trainer.
+Optimisers, schedules, logging, checkpoints, DDP, FSDP2 and hub upload are those of Trainer.
 """
 
 import sys

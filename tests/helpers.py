@@ -15,8 +15,10 @@ from torch import Tensor
 
 from npo_fast import metrics
 from npo_fast.cli import main
-from npo_fast.data import Record, TokenizedExample
+from npo_fast.data import Record, Template, TokenizedExample
+from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
+from npo_fast.integrations.hf_data import UnlearningEvaluation
 from npo_fast.methods import Coefficients, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
@@ -285,6 +287,14 @@ def sequences(count: int, seed: int) -> list[TokenizedExample]:
     return out
 
 
+def uneven(count: int, seed: int) -> list[TokenizedExample]:
+    """Answers of 2 and 40 tokens: a mean over each device batch is not that of all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 2, (count,), generator=generator).mul(38).add(2).tolist()
+    ids = (torch.randint(3, VOCABULARY, (4 + n,), generator=generator).tolist() for n in lengths)
+    return [TokenizedExample(tuple(one), 4, i) for i, one in enumerate(ids)]
+
+
 def sources() -> dict[str, list[TokenizedExample]]:
     """Every data set that a method may ask for."""
     return {
@@ -326,6 +336,43 @@ def run_method(method: str, settings: TrainSettings, lm: CausalLM | None = None,
     references = reference_log_probs(lm, sources(), terms, settings.micro_batch_tokens)
     cache = reference_cache_for(terms, lm, sources(), settings.micro_batch_tokens)
     return lm, list(train(lm, sources(), terms, settings, references, cache))
+
+
+# ---- transformers.Trainer ----
+
+
+def trainer_arguments(folder: Path, **changes) -> transformers.TrainingArguments:
+    """Of ``transformers.Trainer``: every step is logged, and nothing is saved."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 6,
+        "learning_rate": 3e-3,
+        "num_train_epochs": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "lr_scheduler_type": "constant",
+    }
+    return transformers.TrainingArguments(**{**defaults, **changes})
+
+
+def logged(one: transformers.Trainer) -> list[dict[str, float]]:
+    """What a trainer logged of each step."""
+    return [entry for entry in one.state.log_history if "loss" in entry]
+
+
+def evaluation_of(folder, **options) -> UnlearningEvaluation:
+    """For the tiny model in ``folder / "base"``, which is made where it does not exist."""
+    if not (folder / "base").exists():
+        save_tiny_model(folder / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    rows = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
+    settings = EvaluationSettings(max_new_tokens=3)
+    return UnlearningEvaluation(
+        Template(tokenizer), forget=rows[6:], retain=rows[:6], settings=settings, **options
+    )
 
 
 # ---- pages ----

@@ -4,10 +4,11 @@
     trainer.train()
 
 Losses, methods and packing are those of ``npo_fast.trainer``; the loop is that of ``Trainer``.
-Several processes (``torchrun``, ``accelerate launch``) train as with DDP: each has the whole model,
-and the loss is that of all their batches together. ``torch_compile`` compiles the decoder layers.
-FSDP and DeepSpeed, which shard the head's weight, and ``DataParallel`` are refused; ``torchrun …
--m npo_fast unlearn`` shards a model.
+Several processes (``torchrun``, ``accelerate launch``) each take their own batches, and the loss is
+that of all of them together. With DDP each process has the whole model. FSDP2 and DeepSpeed (ZeRO-1
+to 3) divide it, and gather the head's weight where the loss reads it
+(``npo_fast.integrations.hf_sharded``). FSDP1 and ``DataParallel`` are refused. ``torch_compile``
+compiles the decoder layers.
 """
 
 import copy
@@ -20,15 +21,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
-from npo_fast.data import PackedBatch, TokenizedExample
+from npo_fast.data import PackedBatch, TokenizedExample, concatenate
 from npo_fast.errors import UserError
 from npo_fast.integrations.hf_data import (
     UnlearningCollator,
     UnlearningDataset,
     UnlearningEvaluation,
+)
+from npo_fast.integrations.hf_sharded import (
+    GatheredCausalLM,
+    check_wrapper,
+    dtype_of_deepspeed,
+    gathered,
+    is_divided,
 )
 from npo_fast.losses import LayerLoss
 from npo_fast.methods import COEFFICIENTS, Coefficients, Positions, Preset, Term, build_method
@@ -42,6 +52,8 @@ if find_spec("accelerate") is None:
         "npo_fast.integrations.hf_trainer needs accelerate, as transformers.Trainer does: "
         "pip install 'npo-fast[hf-trainer]'"
     )
+
+from accelerate.utils import DynamoBackend
 
 REFERENCE_TOKENS = 2048  # of a micro-batch of the reference pass
 SEQUENCES = "sequences"  # of each source in a step
@@ -64,6 +76,12 @@ class UnlearningTrainer(Trainer):
     "eval_forget.probability", "eval_model_utility" and so on; ``metric_for_best_model`` takes them
     too. Each process measures by itself.
 
+    With ``fsdp=True`` or ``deepspeed=…`` in ``args``, processes share the model once ``train`` has
+    begun. Until then each has all of it on its device, which computes the reference. A KL keeps the
+    reference's head on each device. Under DeepSpeed, the model takes the dtype that trains.
+    Checkpoints and ``save_model`` are those of ``Trainer``: with FSDP's "SHARDED_STATE_DICT" the
+    weights lie in checkpoints alone, for ``accelerate merge-weights``.
+
     Args:
         method, coefficients, kl_positions, preset: as in ``npo_fast.methods.build_method``.
         references: ``references`` of an earlier run on this dataset.
@@ -75,7 +93,7 @@ class UnlearningTrainer(Trainer):
 
     Raises:
         UserError: an unknown method, no retain data for a method that needs it, an evaluation set
-            of another kind, a model whose head is not understood, or one that FSDP, DeepSpeed or
+            of another kind, a model whose head is not understood, or one that FSDP1 or
             ``DataParallel`` would wrap.
     """
 
@@ -107,45 +125,42 @@ class UnlearningTrainer(Trainer):
                 f"coefficients=Coefficients({given[0]}=...)"
             )
         terms = build_method(method, coefficients, kl_positions, preset)
-        if args.world_size > 1 and any(isinstance(term.loss, LayerLoss) for term in terms):
-            raise UserError(
-                f"{method} stops at a decoder layer, which DDP does not: use one process"
-            )
         self.terms = tuple(term.seeded(args.seed) for term in terms)
         for source in {source for term in self.terms for source in term.reads}:
             if not train_dataset.sources[source]:
                 raise UserError(f"method {method} needs {source} data; the dataset has none")
         _check_evaluation(options.get("eval_dataset"))
-        if args.fsdp:  # on a CPU accelerate would leave it out without a word
-            raise _wrapped("FSDP")
+        if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+            raise UserError("FSDP divides a model among processes: start several (`torchrun`)")
         args = copy.copy(args)
         args.remove_unused_columns = False  # the model's forward knows neither forget nor retain
         batch_keys = ["/".join(term.batch_key) for term in self.terms]
         batch_keys += [term.baseline for term in self.terms if term.baseline]
         collator = UnlearningCollator(list(dict.fromkeys(batch_keys)))
         super().__init__(model, args, collator, train_dataset=train_dataset, **options)
-        for wrapper, wraps in (
-            ("FSDP", self.is_fsdp_enabled),  # by accelerate launch
-            ("DeepSpeed", self.is_deepspeed_enabled),
-            ("DataParallel", self.args.n_gpu > 1),
-        ):
-            if wraps:
-                raise _wrapped(wrapper)
+        check_wrapper(self)
+        self._divides = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        several = self._divides or self.args.world_size > 1
+        if several and any(isinstance(term.loss, LayerLoss) for term in self.terms):
+            raise UserError(
+                f"{method} stops at a decoder layer, which wrappers of several processes do not: "
+                "use one process"
+            )
+        self.add_callback(_RetainPartners(train_dataset))
         self.model_accepts_loss_kwargs = True  # the loss is that of the step: Trainer adds it up
         self.sources = train_dataset.sources
-        self.lm = CausalLM(self.model, attention)
-        if self.args.torch_compile:  # layer by layer: hooks on the decoder stay outside
-            for layer in repeated_layers(self.lm.decoder):
-                layer.compile(backend=self.args.torch_compile_backend or "inductor",
-                              mode=self.args.torch_compile_mode)  # fmt: skip
         self._packing = False
-        with self._packed(), self.accelerator.autocast():
-            self.references = references or reference_log_probs(
-                self.lm, self.sources, self.terms, REFERENCE_TOKENS, reference_cache
-            )
-            self.reference_cache = reference_cache_for(
-                self.terms, self.lm, self.sources, REFERENCE_TOKENS, reference_cache
-            )
+        with self._undivided():
+            self.lm = (GatheredCausalLM if self._divides else CausalLM)(self.model, attention)
+            with self._packed(), self.accelerator.autocast():
+                self.references = references or reference_log_probs(
+                    self.lm, self.sources, self.terms, REFERENCE_TOKENS, reference_cache
+                )
+                self.reference_cache = reference_cache_for(
+                    self.terms, self.lm, self.sources, REFERENCE_TOKENS, reference_cache
+                )
+        if self.args.torch_compile:
+            self._compile_layers()
         self._window: _Window | None = None  # the step that is under way
         self._latest: dict[str, Tensor] = {}
 
@@ -165,7 +180,13 @@ class UnlearningTrainer(Trainer):
         _check_evaluation(evaluation)
         if evaluation is None:
             raise UserError("evaluate needs an UnlearningEvaluation: name it as eval_dataset")
-        with self._packed(), self.accelerator.autocast():
+        if self._divides and evaluation.settings.gradient_norms:
+            raise UserError(
+                "gradient norms of single answers need a model that is not divided among "
+                "processes: leave gradient_norms out, or measure a saved model with "
+                "`npo-fast evaluate`"
+            )
+        with self._packed(), self.accelerator.autocast(), self._undivided():
             found = evaluation.measure(self.lm)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(metrics)
@@ -191,35 +212,55 @@ class UnlearningTrainer(Trainer):
     ) -> Any:
         """What a device batch adds to the loss of its step; by itself, it is a step of its own."""
         wrapper = getattr(model, "_orig_mod", model)  # of torch.compile
-        inner = wrapper.module if isinstance(wrapper, DistributedDataParallel) else wrapper
-        if inner is not self.lm.model:
-            raise _wrapped(type(model).__name__)
+        has_module = isinstance(wrapper, DistributedDataParallel) or self.is_deepspeed_enabled
+        if (wrapper.module if has_module else wrapper) is not self.lm.model:
+            raise UserError(
+                f"UnlearningTrainer cannot train a model wrapped as {type(model).__name__}"
+            )
         if num_items_in_batch is None or self._window is None:
             self._window = self._open_window([inputs])
         window = self._window
-        inputs = {key: batch.to(self.lm.device) for key, batch in inputs.items()}
-        total = torch.zeros((), device=self.lm.device)
         # Trainer's own autocast is around model.forward alone
         with self.lm.within(wrapper), self.accelerator.autocast():
             if window.terms is None:
                 window.terms = self._terms_with_baselines(window.batches)
                 self._latest = {}
-            for key, batch in inputs.items():
-                sources = key.split("/")
-                terms_of_key = [t for t in window.terms if list(t.batch_key) == sources]
-                if not terms_of_key:  # a baseline alone
-                    continue
-                loss, values, log_probs = micro_batch_loss(
-                    self.lm, batch, terms_of_key, window.counts, self.references,
-                    self.reference_cache,
-                )  # fmt: skip
-                total = total + loss
-                if log_probs is not None:
-                    sums = log_probs.view(-1, len(sources)).sum(dim=0) / window.counts[SEQUENCES]
-                    values |= {f"{n} log-prob": x for n, x in zip(sources, sums, strict=True)}
-                for name, value in values.items():
-                    self._latest[name] = self._latest.get(name, 0.0) + value
+            packs = [  # but for those of a baseline alone
+                (batch.to(self._device), terms_of_key)
+                for key, batch in inputs.items()
+                if (terms_of_key := [t for t in window.terms if "/".join(t.batch_key) == key])
+            ]
+            if isinstance(self.lm, GatheredCausalLM):  # one pass: gradients are gathered once
+                whole = concatenate([batch for batch, _ in packs])
+                total = self.lm.inside_head(whole, lambda states: self._loss(window, packs, states))
+            else:
+                total = self._loss(window, packs, None)
         return (total, {}) if return_outputs else total
+
+    def _loss(
+        self,
+        window: "_Window",
+        packs: list[tuple[PackedBatch, list[Term]]],
+        states: Tensor | None,  # (T, D) of all packs, where the decoder has run already
+    ) -> Tensor:
+        """What the packs of a device batch add to the loss of the step, and to ``_latest``."""
+        total = torch.zeros((), device=self._device)
+        offset = 0
+        for batch, terms in packs:
+            end = offset + len(batch.input_ids)
+            loss, values, log_probs = micro_batch_loss(
+                self.lm, batch, terms, window.counts, self.references, self.reference_cache,
+                None if states is None else states[offset:end],
+            )  # fmt: skip
+            offset = end
+            total = total + loss
+            if log_probs is not None:
+                sources = terms[0].batch_key
+                sums = log_probs.view(-1, len(sources)).sum(dim=0) / window.counts[SEQUENCES]
+                values |= {f"{n} log-prob": x for n, x in zip(sources, sums, strict=True)}
+            for name, value in values.items():
+                self._latest[name] = self._latest.get(name, 0.0) + value
+        return total
 
     def _open_window(self, batches: list[dict[str, PackedBatch]]) -> "_Window":
         """What sums are divided by: the mean of the processes' counts, as DDP takes means too."""
@@ -232,20 +273,50 @@ class UnlearningTrainer(Trainer):
                     examples.setdefault(source, []).extend(self.sources[source][i] for i in indices)
         here = {term.name: count(term, examples) for term in self.terms}
         here[SEQUENCES] = len(examples[self.terms[0].source])
-        counts = torch.tensor(list(here.values()), dtype=torch.float32).to(self.lm.device)
+        counts = torch.tensor(list(here.values()), dtype=torch.float32).to(self._device)
         means = self.accelerator.reduce(counts, "mean").unbind()
         return _Window(batches, dict(zip(here, means, strict=True)))
 
     def _terms_with_baselines(self, batches: list[dict[str, PackedBatch]]) -> tuple[Term, ...]:
         sources = {term.baseline for term in self.terms if term.baseline is not None}
         of_baselines = {
-            str(source): [batch[source].to(self.lm.device) for batch in batches]
-            for source in sources
+            str(source): [batch[source].to(self._device) for batch in batches] for source in sources
         }
         return with_baselines(
             self.lm, self.terms, of_baselines, self.references,
-            lambda sums: self.accelerator.reduce(sums.to(self.lm.device), "sum"),
+            lambda sums: self.accelerator.reduce(sums.to(self._device), "sum"),
         )  # fmt: skip
+
+    @property
+    def _device(self) -> torch.device:
+        """Where batches go; with ``cpu_offload``, weights lie elsewhere."""
+        return self.args.device if self._divides else self.lm.device
+
+    @contextmanager
+    def _undivided(self) -> Iterator[None]:
+        """Inside, ``lm`` reads whole weights: of the model, or once it is wrapped of its head."""
+        wrapper = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if not self._divides:
+            yield
+        elif isinstance(wrapper, FSDPModule) or wrapper is not self.model:
+            assert isinstance(self.lm, GatheredCausalLM)
+            with self.lm.within(wrapper), self.lm.with_whole_head():
+                yield
+        else:
+            parameters = list(self.model.parameters())
+            if not any(map(is_divided, parameters)):
+                # as it will train: the reference is the model of the first step
+                self.model.to(device=self.args.device, dtype=dtype_of_deepspeed(self))
+            with gathered(parameters):
+                yield
+
+    def _compile_layers(self) -> None:
+        """Compiles layer by layer: hooks on the decoder stay outside."""
+        for layer in repeated_layers(self.lm.decoder):
+            layer.compile(backend=self.args.torch_compile_backend or "inductor",
+                          mode=self.args.torch_compile_mode)  # fmt: skip
+        if self._divides:  # accelerate's own compilation is of the whole model
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     @contextmanager
     def _packed(self) -> Iterator[None]:
@@ -281,17 +352,19 @@ class _Window:
     terms: tuple[Term, ...] | None = None  # with their baselines, once the step has begun
 
 
+class _RetainPartners(TrainerCallback):
+    """Draws new retain partners every epoch; of several processes, accelerate tells no dataset."""
+
+    def __init__(self, dataset: UnlearningDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
 def _check_evaluation(dataset: Any) -> None:
     if dataset is not None and not isinstance(dataset, UnlearningEvaluation):
         raise UserError(
             f"eval_dataset must be an UnlearningEvaluation, which holds records to measure, got "
             f"{type(dataset).__name__}"
         )
-
-
-def _wrapped(wrapper: str) -> UserError:
-    return UserError(
-        f"UnlearningTrainer needs the head's weight whole, and the model is wrapped as {wrapper}: "
-        "start one process a GPU (`torchrun` or `accelerate launch`: DDP); where one GPU cannot "
-        "hold the model, `torchrun … -m npo_fast unlearn` shards it"
-    )

@@ -6,16 +6,12 @@ from datetime import timedelta
 import pytest
 import torch
 import transformers
-from transformers import TrainingArguments
 
-from npo_fast.data import Template, TokenizedExample
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate
-from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.integrations.hf_trainer import (
     UnlearningCollator,
     UnlearningDataset,
-    UnlearningEvaluation,
     UnlearningTrainer,
 )
 from npo_fast.methods import METHODS, Coefficients, build_method
@@ -25,46 +21,27 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.settings import TrainSettings
 from tests.helpers import (
-    FACTS,
-    VOCABULARY,
     calm_model,
-    save_tiny_model,
+    evaluation_of,
+    logged,
     sequences,
     slow_but,
     small_lm,
+    trainer_arguments,
+    uneven,
 )
-
-
-def arguments(folder, **changes) -> TrainingArguments:
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 6,
-        "learning_rate": 3e-3,
-        "num_train_epochs": 8,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "lr_scheduler_type": "constant",
-    }
-    return TrainingArguments(**{**defaults, **changes})
 
 
 def trainer(folder, method="NPO+RT", model=None, retain=6, coefficients=None, **changes):
     return UnlearningTrainer(
         model or small_lm().model,
-        arguments(folder, **changes),
+        trainer_arguments(folder, **changes),
         UnlearningDataset(
             sequences(6, 1), sequences(retain, 2), idk=sequences(6, 3), alternate=sequences(6, 4)
         ),
         method=method,
         coefficients=coefficients,
     )
-
-
-def logged(one: UnlearningTrainer) -> list[dict[str, float]]:
-    return [entry for entry in one.state.log_history if "loss" in entry]
 
 
 @pytest.mark.slow
@@ -96,14 +73,6 @@ def test_the_first_step_is_that_of_our_own_loop(tmp_path, method):
         assert log[name] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
-def uneven(count: int, seed: int) -> list[TokenizedExample]:
-    """Answers of 2 and 40 tokens: a mean over each device batch is not that of all tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 2, (count,), generator=generator).mul(38).add(2).tolist()
-    ids = (torch.randint(3, VOCABULARY, (4 + n,), generator=generator).tolist() for n in lengths)
-    return [TokenizedExample(tuple(one), 4, i) for i, one in enumerate(ids)]
-
-
 @pytest.mark.parametrize("method", slow_but(["GA+RT"], METHODS))
 def test_device_batches_of_one_are_one_batch_of_all(tmp_path, method):
     """In fp64, since some methods hardly move the weights of an untaught model."""
@@ -113,7 +82,7 @@ def test_device_batches_of_one_are_one_batch_of_all(tmp_path, method):
         torch.manual_seed(0)
         one = UnlearningTrainer(
             calm_model().double(),
-            arguments(
+            trainer_arguments(
                 tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=parts,
                 num_train_epochs=2, max_grad_norm=0.0, optim="sgd", learning_rate=1e-2,
             ),
@@ -201,15 +170,6 @@ def test_the_collator_packs_every_source_whole():
     assert len(batch["retain"].labels) == sum(s.answer_length for s in data.sources["retain"])
 
 
-def evaluation_of(folder, **options) -> UnlearningEvaluation:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(save_tiny_model(folder / "base"))
-    rows = [{**fact, "perturbed_answer": ["Kim.", "Lee lives."]} for fact in FACTS]
-    settings = EvaluationSettings(max_new_tokens=3)
-    return UnlearningEvaluation(
-        Template(tokenizer), forget=rows[6:], retain=rows[:6], settings=settings, **options
-    )
-
-
 def test_the_trainer_evaluates_by_our_measures_and_keeps_the_best(tmp_path):
     measured = evaluation_of(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -223,7 +183,7 @@ def test_the_trainer_evaluates_by_our_measures_and_keeps_the_best(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     one = UnlearningTrainer(
         model,
-        arguments(
+        trainer_arguments(
             tmp_path, num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch",
             load_best_model_at_end=True, metric_for_best_model="forget.probability",
             greater_is_better=False,
@@ -257,7 +217,7 @@ def test_looking_does_not_change_the_training(tmp_path):
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         one = UnlearningTrainer(
             model,
-            arguments(tmp_path, max_steps=3, eval_strategy=strategy, eval_steps=1),
+            trainer_arguments(tmp_path, max_steps=3, eval_strategy=strategy, eval_steps=1),
             UnlearningDataset(examples[:4], examples[4:]), eval_dataset=measured,
         )  # fmt: skip
         one.train()
@@ -283,11 +243,9 @@ def test_compiled_layers_take_the_same_steps(tmp_path):
 def test_a_wrapped_model_is_refused(tmp_path):
     one = trainer(tmp_path)
     batch = UnlearningCollator()([one.train_dataset[0]])
-    with pytest.raises(UserError, match="weight whole, and the model is wrapped as DataParallel"):
+    with pytest.raises(UserError, match="cannot train a model wrapped as DataParallel"):
         one.compute_loss(torch.nn.DataParallel(one.model), batch)
-    with pytest.raises(UserError, match="wrapped as FSDP: .* -m npo_fast unlearn` shards it"):
-        trainer(tmp_path, fsdp=True)
-    several = arguments(tmp_path)
+    several = trainer_arguments(tmp_path)
     assert several.n_gpu == 0
     several._n_gpu = 2
     with pytest.raises(UserError, match="wrapped as DataParallel: start one process a GPU"):
@@ -302,7 +260,7 @@ def test_what_cannot_work_is_refused_early(tmp_path):
     data = UnlearningDataset(sequences(2, 1))
     with pytest.raises(UserError, match="must be an UnlearningEvaluation.*UnlearningDataset"):
         UnlearningTrainer(
-            small_lm().model, arguments(tmp_path), data, method="NPO", eval_dataset=data
+            small_lm().model, trainer_arguments(tmp_path), data, method="NPO", eval_dataset=data
         )
     with pytest.raises(UserError, match="evaluate needs an UnlearningEvaluation"):
         trainer(tmp_path).evaluate()
@@ -351,7 +309,7 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path, method, parts):
 def test_trainers_share_the_log_probs_of_the_reference(tmp_path, monkeypatch):
     def losses(cache):
         one = UnlearningTrainer(
-            small_lm().model, arguments(tmp_path, max_steps=2),
+            small_lm().model, trainer_arguments(tmp_path, max_steps=2),
             UnlearningDataset(sequences(6, 1), sequences(6, 2)), reference_cache=cache,
         )  # fmt: skip
         one.train()
