@@ -236,8 +236,7 @@ class RunFolder:
             "on, and the next one is tried"
         )
 
-    def _before_checkpoint(self) -> None:
-        """Brings the records to the disk: a checkpoint is never ahead of them."""
+    def _before_checkpoint(self) -> None:  # which is never ahead of its records
         if is_main_process():
             self._restore_lost()
             self._records.steps.flush()

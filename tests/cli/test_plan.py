@@ -351,8 +351,6 @@ def test_the_bytes_in_json_add_up_to_the_peak(folder, capsys):
         (["--sequence-length", "1"], "sequence_length must be at least 2, got 1"),
         (["--card", "0"], "card must be its memory in GB, such as 24, got 0"),
         (["--ranks", "0"], "ranks must be 1 or more, got 0"),
-        (["--ranks", "2", "--method", "RMU"], "RMU runs on one process, not on 2"),
-        (["--ranks", "2", "--step-in-backward"], "--step-in-backward runs on one process"),
         (["--quantize", "4bit"], "4-bit weights cannot be trained themselves: add --lora-rank 16"),
         (["--model", "./nowhere"], "no model folder './nowhere'"),
         (["--model", "nowhere/config.json"], "no configuration file 'nowhere/config.json'"),

@@ -302,7 +302,7 @@ def test_the_sizes_that_are_planned_are_those_that_are_written(home, tmp_path, r
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = TrainState(1)
-    state.attach(lm.device, optimizer=optimizer)
+    state.attach(lm, optimizer=optimizer)
     save_model(lm, tokenizer, tmp_path / "checkpoint", state.writer())
     if merge:
         npo_fast.model.adapters.merge_adapter(lm)

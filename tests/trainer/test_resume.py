@@ -464,12 +464,13 @@ def test_errors_other_than_out_of_memory_pass_through():
 
 @pytest.mark.slow
 def test_a_new_process_reads_8_bit_states(tmp_path):
-    weight = torch.nn.Parameter(torch.randn(64, 64))
-    optimizer = build_optimizer(torch.nn.ParameterList([weight]), "adamw-8bit", 1e-3, 0.0)
-    weight.grad = torch.ones_like(weight)
+    lm = CausalLM(tiny_model("Llama", hidden_size=64, intermediate_size=64))
+    optimizer = build_optimizer(lm.model, "adamw-8bit", 1e-3, 0.0)
+    for parameter in lm.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     state = TrainState(1)
-    state.attach(torch.device("cpu"), optimizer=optimizer)
+    state.attach(lm, optimizer=optimizer)
     state.writer()(tmp_path)
     code = (
         "import sys, pathlib; from npo_fast.trainer.optimizers import check_optimizer; "

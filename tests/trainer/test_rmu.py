@@ -17,7 +17,7 @@ from npo_fast.methods import Coefficients, Term, build_method
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.layers import layer_number
 from npo_fast.trainer.loop import check_settings, reference_cache_for, train
-from npo_fast.trainer.settings import TrainSettings, check_world_size
+from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.step import accumulate_gradients
 from npo_fast.trainer.update import Update
 from tests.helpers import (
@@ -199,8 +199,6 @@ def test_the_layer_is_the_last_of_the_first_quarter_unless_it_is_named():
 
 def test_what_cannot_be_done_is_refused_by_name():
     terms = build_method("RMU")
-    with pytest.raises(UserError, match="a method with RMU runs on one process, not on 2"):
-        check_world_size(terms, TrainSettings(), 2)
     mixed = (*terms[:1], Term("retain NLL", "forget", NLL(), "token_mean"))
     with pytest.raises(UserError, match="must all be of one decoder layer, or none of any"):
         check_settings(deep_lm(), data(), mixed, TrainSettings())
