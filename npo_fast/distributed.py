@@ -19,6 +19,11 @@ from npo_fast.watch import limits
 # of a collective; the watch ends a process long before, unless another one writes a large model
 TIMEOUT = timedelta(days=7)
 
+_store: dist.Store | None = None  # of what processes announce
+_mesh: DeviceMesh | None = None
+_background: dist.ProcessGroup | None = None
+_meetings = 0  # that have ended: a store keeps the addresses of each
+
 
 def rank() -> int:
     """The number of this process, from 0, as ``torchrun`` sets it."""
@@ -63,27 +68,57 @@ def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
 
     ``init_method``, ``rank`` and ``world_size`` are for callers without ``torchrun``.
     """
+    global _store, _mesh
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        return init_device_mesh(device.type, (dist.get_world_size(),))
+        return _mesh or init_device_mesh(device.type, (dist.get_world_size(),))
     backend = "nccl" if device.type == "cuda" else "gloo"
     url = arguments.pop("init_method", "env://")
     limit = timedelta(seconds=limits.MEETING_LIMIT_S)
     store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
     store.set_timeout(limit)
     # torchrun keeps its store when it restarts, with the addresses of processes that have ended
-    store = dist.PrefixStore(f"npo_fast/attempt_{restarts()}", store)
+    store = dist.PrefixStore(f"npo_fast/attempt_{restarts()}/{_meetings}", store)
+    _store = dist.PrefixStore("announced", store)
     watch.start(dist.PrefixStore("watch", store), this, count)
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=this, world_size=count)
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+    if _mesh is None:  # of an earlier meeting: PyTorch keeps what it has learned of its tensors
+        _mesh = init_device_mesh(device.type, (count,))
+    return _mesh
+
+
+def background_group() -> dist.ProcessGroup:
+    """A group of all processes on the CPU, apart from what a training step waits for."""
+    global _background
+    if _background is None:
+        _background = dist.new_group(backend="gloo")
+    return _background
 
 
 def destroy_process_group() -> None:
-    """Leaves the other processes, if there are any."""
+    """Leaves the other processes, if there are any; they may meet again."""
+    global _meetings, _background
     watch.stop()
     if dist.is_initialized():
+        _meetings += 1
+        _background = None
+        if _mesh is not None:
+            _mesh._pg_registry.clear()  # by name; connections end with the last reference
         dist.destroy_process_group()
+
+
+def announce(key: str, value: str) -> None:
+    """Says something to the processes that share the store, once; the first to say it counts."""
+    if _store is not None:
+        _store.compare_set(key, "", value)
+
+
+def announced(key: str) -> str | None:
+    """What one of the processes has announced; None where none has."""
+    if _store is None or not _store.check([key]):
+        return None
+    return _store.get(key).decode()
 
 
 def all_reduce_max(value: int, device: torch.device, group: dist.ProcessGroup | None = None) -> int:

@@ -71,6 +71,18 @@ class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's names are t
     """Raised where memory runs out whatever the micro-batches; the weights did not change."""
 
 
+class SharedOutOfMemory(OutOfMemory):
+    """Raised on all processes where one has no memory for a step: all begin it again.
+
+    Args:
+        micro_batch_tokens: of the smaller micro-batches with which they do.
+    """
+
+    def __init__(self, message: str, micro_batch_tokens: int) -> None:
+        super().__init__(message)
+        self.micro_batch_tokens = micro_batch_tokens
+
+
 class PartialUpdateOutOfMemory(OutOfMemory):
     """Raised where memory ran out while weights were updated; they may be inconsistent."""
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
 )
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from npo_fast.distributed import gather_objects, is_main_process
+from npo_fast.distributed import background_group, gather_objects, is_main_process
 from npo_fast.errors import CannotSaveError, first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import cannot_write
@@ -72,7 +71,7 @@ def save_tensors(content: Mapping[str, Tensor], folder: Path) -> Future[Any]:
     writer = dcp.FileSystemWriter(str(folder), sync_files=True)
     return dcp.async_save(  # type: ignore[return-value]
         {name: _copy_on_cpu(tensor) for name, tensor in content.items()},
-        storage_writer=writer, process_group=_background_group(), async_stager=_Staged(),
+        storage_writer=writer, process_group=background_group(), async_stager=_Staged(),
     )  # fmt: skip
 
 
@@ -140,15 +139,3 @@ def together(folder: Path, write: Callable[[], object]) -> None:
     reasons = gather_objects(reason)
     if failed := [number for number, each in enumerate(reasons) if each]:
         raise CannotSaveError(f"cannot save {folder}: {reasons[failed[0]]} (process {failed[0]})")
-
-
-_groups: dict[Any, dist.ProcessGroup] = {}
-
-
-def _background_group() -> dist.ProcessGroup:
-    """A group of all processes on the CPU, apart from what a training step waits for."""
-    world = dist.group.WORLD
-    if world not in _groups:
-        _groups.clear()
-        _groups[world] = dist.new_group(backend="gloo")
-    return _groups[world]

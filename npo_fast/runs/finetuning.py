@@ -11,9 +11,9 @@ from npo_fast.methods import FINETUNE
 from npo_fast.runs.callbacks import Callback
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import FINETUNING, FinetuneData, ModelOptions, RunOptions
-from npo_fast.runs.preparing import prepare_run
+from npo_fast.runs.preparing import PreparedRun, prepare_run
 from npo_fast.runs.run import Run
-from npo_fast.runs.training import run_training
+from npo_fast.runs.training import run_training, with_enough_memory
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
 
@@ -55,5 +55,9 @@ def finetune(
     prepared = prepare_run("finetune", source, records, names, FINETUNE, settings, callbacks)
     if options.dry_run:
         return Run.planned(options.output, prepared.metadata)
-    with prepared.loaded() as lm:
-        return run_training(lm, prepared)
+
+    def run_once(prepared: PreparedRun) -> Run:
+        with prepared.loaded() as lm:
+            return run_training(lm, prepared)
+
+    return with_enough_memory(prepared, run_once)

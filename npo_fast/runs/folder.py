@@ -199,7 +199,7 @@ class RunFolder:
             if lm.world_size > 1 and state is not None and not insist:
                 self._before_checkpoint()
                 self._background = BackgroundCheckpoint(
-                    lm, tokenizer, self.folder / name, state, self._facts(step)
+                    lm, tokenizer, self.folder / name, state, self.facts(step)
                 )
                 return None
             more = None if state is None else state.writer()
@@ -336,7 +336,7 @@ class RunFolder:
             if root != self.folder:
                 self._move(root)
 
-        folder, facts = self.folder / name, self._facts(step)
+        folder, facts = self.folder / name, self.facts(step)
         if lm.world_size > 1 and state is not None:
             save_checkpoint(lm, tokenizer, folder, state, facts, put)
         else:
@@ -358,7 +358,7 @@ class RunFolder:
                     partial.rename(target)
         self._records.move(root)
 
-    def _facts(self, step: int) -> dict[str, Any]:
+    def facts(self, step: int) -> dict[str, Any]:
         """What a manifest says beside the files: enough to find what is of another run or time."""
         run, records = self.metadata.get("id"), self._records.states()
         return {"run": run, "step": step, "best": self._best_step, "records": records}

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, primary_sources, step_count
 from npo_fast.trainer.settings import TrainSettings
+from npo_fast.trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,17 @@ class PreparedRun:
         with self.model.loaded(self.resumable, self.training.offload_optimizer) as lm:
             self.check(lm)  # again: a download may have filled the disk
             yield lm
+
+    def resumed(
+        self, state: TrainState, metadata: dict[str, Any], facts: Mapping[str, Any]
+    ) -> "PreparedRun":
+        """The run, to go on with what its processes hold in memory."""
+        folder, found = self.options.output, found_metadata(self.options.output)
+        references = None if self.resumable is None else self.resumable.references
+        return replace(
+            self, found=found,
+            resumable=ResumableRun(folder, metadata, None, state, facts, references),
+        )  # fmt: skip
 
     def check(self, lm: CausalLM) -> list[str]:
         """Tries what would fail hours later, with the model as it is, or on the meta device.

@@ -1,5 +1,6 @@
 """One training run in a folder: steps, callbacks, and what is kept when it ends in any way."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +9,13 @@ from typing import Any
 
 import torch
 
-from npo_fast.distributed import broadcast_object, is_main_process, launch, world_size
+from npo_fast.distributed import (
+    broadcast_object,
+    destroy_process_group,
+    is_main_process,
+    launch,
+    world_size,
+)
 from npo_fast.errors import (
     CannotSaveError,
     Interrupted,
@@ -16,6 +23,7 @@ from npo_fast.errors import (
     OutOfMemory,
     PartialUpdateError,
     PartialUpdateOutOfMemory,
+    SharedOutOfMemory,
 )
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.model.adapters import merge_adapter, read_weights
@@ -50,6 +58,30 @@ class ReferenceData:
     before: Mapping[str, Any] = field(default_factory=dict)  # of the report
     log_probs: References | None = None
     hidden: ReferenceStates | None = None
+
+
+class Shortage(Exception):  # noqa: N818 - an end of training that the run survives
+    """Raised where several processes have to begin a step again, with the model made anew."""
+
+    def __init__(
+        self, state: TrainState, metadata: dict[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.state, self.metadata, self.facts = state, metadata, facts
+
+
+def with_enough_memory(prepared: PreparedRun, run: Callable[[PreparedRun], Run]) -> Run:
+    """Calls ``run``, again and again where one of several processes has no memory for a step.
+
+    ``run`` loads the model and trains it. It goes on from the weights and the optimizer states that
+    each process holds, in smaller micro-batches.
+    """
+    while True:
+        try:
+            return run(prepared)
+        except Shortage as shortage:
+            prepared = prepared.resumed(shortage.state, shortage.metadata, shortage.facts)
+        gc.collect()  # outside of the handler, where the error no longer holds the model
 
 
 def run_training(
@@ -181,6 +213,13 @@ def _closed(training: Training) -> Iterator[None]:
         folder.finish("stopped", error=str(error))
         wait_for_all(lm)
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
+    except SharedOutOfMemory as error:
+        step, facts = state.step, folder.facts(state.step)
+        held = state.held(error.micro_batch_tokens)
+        folder.finish("interrupted", error=str(error))
+        destroy_process_group()
+        logger.warning(f"{error}: all go on after step {step} with half of the tokens at a time")
+        raise Shortage(held, dict(folder.metadata), facts) from None
     except OutOfMemory as error:
         complete = not isinstance(error, PartialUpdateOutOfMemory)
         if state.step and complete and world_size() == 1:  # else others are still in the step
@@ -238,10 +277,13 @@ def _open_folder(
             folder.log_evaluation(scores)
         return folder
     resumable.check(metadata)
-    assert resumable.weights is not None
     if resumable.trained and options.merge:
         merge_adapter(lm)
-    read_weights(lm, resumable.weights)
+    if resumable.state.weights:
+        resumable.state.restore_weights(lm)
+    else:
+        assert resumable.weights is not None
+        read_weights(lm, resumable.weights)
     if is_main_process():
         folder = RunFolder.resume(
             resumable.folder, resumable.metadata, prepared.found, resumable.facts,

@@ -57,7 +57,7 @@ from npo_fast.runs.references import (
     run_references,
 )
 from npo_fast.runs.run import Run
-from npo_fast.runs.training import ReferenceData, run_training
+from npo_fast.runs.training import ReferenceData, run_training, with_enough_memory
 from npo_fast.runs.unknown import UnknownSources, check_holdout, median_log_prob, with_level
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import with_checked_keywords
@@ -193,29 +193,33 @@ def unlearn(
         return Run.planned(options.output, prepared.metadata)
 
     under_base = level_from.under_base(prepared)
-    references = None if other is None else references_under(other, prepared, method)
-    with prepared.loaded() as lm:
 
-        def answers_now(when: str) -> dict[str, Any]:
-            return _answers(lm, prepared.template, sampled, report, when)
+    def run_once(prepared: PreparedRun) -> Run:
+        references = None if other is None else references_under(other, prepared, method)
+        with prepared.loaded() as lm:
 
-        def closing(folder: RunFolder) -> dict[str, Any]:
-            after = answers_now("after")
-            now = None if level is None else median_log_prob(lm, prepared)
-            verdict = judge(replace(_evidence(folder, after, watch), level=level, log_prob=now))
-            return {**({"after": after} if after else {}), "verdict": asdict(verdict)}
+            def answers_now(when: str) -> dict[str, Any]:
+                return _answers(lm, prepared.template, sampled, report, when)
 
-        level = None
-        before = {} if prepared.resumable else answers_now("before")
-        if unknown := unknown_before(before):
-            logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
-        log_probs, hidden = references or run_references(lm, prepared, method.reference_cache)
-        check_head(hidden, lm, prepared.terms)
-        if level_from.given:
-            level = level_from.level(lm, prepared, log_probs, under_base)
-            prepared = with_level(prepared, level, method.auto_beta)
-        reference = ReferenceData(before, log_probs, hidden)
-        return run_training(lm, prepared, reference, watch, closing)
+            def closing(folder: RunFolder) -> dict[str, Any]:
+                after = answers_now("after")
+                now = None if level is None else median_log_prob(lm, prepared)
+                verdict = judge(replace(_evidence(folder, after, watch), level=level, log_prob=now))
+                return {**({"after": after} if after else {}), "verdict": asdict(verdict)}
+
+            level = None
+            before = {} if prepared.resumable else answers_now("before")
+            if unknown := unknown_before(before):
+                logger.warning(f"warning: {unknown}; {ADVICE['nothing to forget']}")
+            log_probs, hidden = references or run_references(lm, prepared, method.reference_cache)
+            check_head(hidden, lm, prepared.terms)
+            if level_from.given:
+                level = level_from.level(lm, prepared, log_probs, under_base)
+                prepared = with_level(prepared, level, method.auto_beta)
+            reference = ReferenceData(before, log_probs, hidden)
+            return run_training(lm, prepared, reference, watch, closing)
+
+    return with_enough_memory(prepared, run_once)
 
 
 def _resolve(

@@ -1,15 +1,24 @@
 """When memory runs out: which errors say so, and what can be done about it."""
 
+import json
+
 import torch
 
 from npo_fast.data import Sources
-from npo_fast.errors import OutOfMemory, PartialUpdateOutOfMemory, first_line
+from npo_fast.distributed import announce, announced, destroy_process_group
+from npo_fast.errors import (
+    OutOfMemory,
+    PartialUpdateOutOfMemory,
+    SharedOutOfMemory,
+    first_line,
+)
 from npo_fast.methods import Term
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.trainer.order import batch_keys
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState
 
+SHORTAGE = "out of memory"
 _MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -34,15 +43,10 @@ def smaller_micro_batches(
 
     Raises:
         OutOfMemory: the micro-batch was one sequence already, or the step must stay one
-            micro-batch, or one of several processes cannot make the step again alone.
+            micro-batch.
     """
     step, tokens = state.step + 1, state.micro_batch_tokens
     assert tokens is not None
-    if lm.world_size > 1:
-        raise OutOfMemory(
-            f"step {step}: out of memory ({reason}), and several processes cannot make the step "
-            "again alone; lower --micro-batch-tokens or add --gradient-checkpointing"
-        )
     if settings.step_in_backward:
         raise OutOfMemory(_whole_step_message(step, reason))
     lengths = [
@@ -60,7 +64,34 @@ def smaller_micro_batches(
             "--max-length, or load half precision with --dtype bf16"
             f"{copied if settings.sharpness_rho else ''}"
         )
-    return max(longest, min(tokens, sum(lengths)) // 2)
+    return max(longest, min(tokens, -(-sum(lengths) // lm.world_size)) // 2)
+
+
+def tell_of_shortage(lm: CausalLM, step: int, tokens: int, reason: str) -> SharedOutOfMemory:
+    """Tells the other processes that this one has no memory for a step; returns what all raise.
+
+    They wait in a collective that this process does not reach: it leaves the group, which ends
+    that. On GPUs they would go on waiting (NCCL tells them nothing), so there it is an error.
+    """
+    if lm.device.type == "cuda":
+        raise OutOfMemory(
+            f"step {step}: out of memory ({reason}), and other GPUs wait for this one; lower "
+            f"--micro-batch-tokens to {tokens}, or add --gradient-checkpointing"
+        )
+    announce(SHORTAGE, json.dumps([lm.rank, step, tokens, reason]))
+    shortage = shortage_of_another()
+    destroy_process_group()
+    assert shortage is not None
+    return shortage
+
+
+def shortage_of_another() -> SharedOutOfMemory | None:
+    """What all raise where a process has told of a shortage."""
+    told = announced(SHORTAGE)
+    if told is None:
+        return None
+    rank, step, tokens, reason = json.loads(told)
+    return SharedOutOfMemory(f"step {step}: out of memory on process {rank} ({reason})", tokens)
 
 
 def update_out_of_memory(step: int, error: BaseException, started: bool) -> OutOfMemory:

@@ -34,6 +34,23 @@ def tensors_of(optimizer: torch.optim.Optimizer, names: Names, rank: int) -> dic
     return content
 
 
+def local_states(optimizer: torch.optim.Optimizer, names: Names) -> dict[str, Tensor]:
+    """This process's rows of all states by name, in CPU memory."""
+    return {key: local_of(state).cpu() for _, key, state in _states(optimizer, names)}
+
+
+def restore_held(
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    names: Names,
+    held: Mapping[str, Tensor],
+) -> None:
+    """Restores ``local_states`` into an optimizer of the same shards."""
+    _begin(optimizer, saved)
+    for _, key, state in _states(optimizer, names):
+        local_of(state).copy_(held[key])
+
+
 def without_tensors(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict of an optimizer with step counts alone."""
     counts = {
@@ -53,19 +70,15 @@ def restore(
     saved_by: int,  # processes
 ) -> None:
     """Restores the states of a sharded optimizer, or those that several processes have saved."""
-    optimizer.load_state_dict({**saved, "state": {}})
-    _allocate(optimizer, [parameters_of(optimizer)[i] for i in saved["state"]])
-    for i, states in saved["state"].items():
-        parameter = parameters_of(optimizer)[i]
-        for name, value in states.items():
-            state = optimizer.state[parameter][name]
-            if is_step_count(value):
-                state.copy_(value)
-            elif shards is None:  # whole, as one process has saved it
-                first, rows = rows_of(len(parameter), rank, world_size)
-                whole = value.dequantize() if hasattr(value, "codes") else value
-                local_of(state).copy_(whole[first : first + rows])
-    if shards is None:
+    _begin(optimizer, saved)
+    if shards is None:  # whole, as one process has saved it
+        for i, states in saved["state"].items():
+            parameter = parameters_of(optimizer)[i]
+            first, rows = rows_of(len(parameter), rank, world_size)
+            for name, value in states.items():
+                if not is_step_count(value):
+                    whole = value.dequantize() if hasattr(value, "codes") else value
+                    local_of(optimizer.state[parameter][name]).copy_(whole[first : first + rows])
         return
     sizes = saved_sizes(shards)
     whole = {key: state for _, key, state in _states(optimizer, names) if key in sizes}
@@ -122,15 +135,21 @@ def _piece(key: str, rank: int, shards: Path, sizes: Mapping[str, torch.Size]) -
     return state.dequantize()
 
 
-def _allocate(optimizer: torch.optim.Optimizer, parameters: list[Parameter]) -> None:
-    """Makes states of 0: a step of rate 0 on gradients of 0."""
+def _begin(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restores all but the tensors, for which it makes room: a step of rate 0, gradients of 0."""
+    optimizer.load_state_dict({**saved, "state": {}})
+    parameters = {i: parameters_of(optimizer)[i] for i in saved["state"]}
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     _set_rates(optimizer, [0.0] * len(rates))
-    for parameter in parameters:
+    for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         parameter.grad = None
     _set_rates(optimizer, rates)
+    for i, parameter in parameters.items():
+        for name, value in saved["state"][i].items():
+            if is_step_count(value):
+                optimizer.state[parameter][name].copy_(value)
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

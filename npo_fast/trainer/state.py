@@ -13,7 +13,14 @@ from npo_fast.errors import first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import DamagedError
 from npo_fast.model.shard_files import SHARDS
-from npo_fast.trainer.shards import restore, tensors_of, without_tensors
+from npo_fast.trainer.optimizers import local_of
+from npo_fast.trainer.shards import (
+    local_states,
+    restore,
+    restore_held,
+    tensors_of,
+    without_tensors,
+)
 
 FORMAT = 2
 STATE = "state.pt"
@@ -34,6 +41,8 @@ class TrainState:
         self._lm: CausalLM | None = None
         self._saved: dict[str, Any] = {}
         self._folder: Path | None = None  # of the checkpoint that it was loaded from
+        self.weights: dict[str, Tensor] = {}  # of ``held``
+        self._held: dict[str, Tensor] = {}
 
     def attach(self, lm: CausalLM, **parts: Any) -> None:
         """Names what will be saved, and restores it where this state was loaded.
@@ -48,12 +57,37 @@ class TrainState:
             if isinstance(part, torch.optim.Optimizer) and (lm.world_size > 1 or self._shards):
                 saved_by = self._saved.get("processes", 1)
                 names = {p: n for n, p in lm.model.named_parameters()}
-                restore(part, saved, names, lm.rank, lm.world_size, self._shards, saved_by)
+                if self._held:
+                    restore_held(part, saved, names, self._held)
+                else:
+                    restore(part, saved, names, lm.rank, lm.world_size, self._shards, saved_by)
             else:
                 part.load_state_dict(saved)
         if lm.world_size == 1:
             set_random_state(self._saved["random"], lm.device)
-        self._saved = {}
+        self._saved, self._held, self.weights = {}, {}, {}
+
+    def held(self, micro_batch_tokens: int) -> "TrainState":
+        """This state with the tensors that this process has, to go on with another model.
+
+        Weights are ``weights``, by name. It outlives the process group.
+        """
+        assert self._lm is not None
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        names = {p: n for n, p in self._lm.model.named_parameters()}
+        state = TrainState(self.step, micro_batch_tokens)
+        state.weights = {n: local_of(p.detach()).cpu() for p, n in names.items() if p.requires_grad}
+        state._held = local_states(self._parts["optimizer"], names)
+        parts["optimizer"] = without_tensors(parts["optimizer"])
+        state._saved = {"parts": parts, "processes": self._lm.world_size}
+        return state
+
+    @torch.no_grad()
+    def restore_weights(self, lm: CausalLM) -> None:
+        """Puts ``weights`` into the model, whose shards are the same."""
+        parameters = dict(lm.model.named_parameters())
+        for name, value in self.weights.items():
+            local_of(parameters[name].detach()).copy_(value)
 
     @property
     def _shards(self) -> Path | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from npo_fast import watch
 from npo_fast.data import PackedBatch, Sources, concatenate
+from npo_fast.distributed import is_lost_contact
 from npo_fast.errors import UserError, first_line
 from npo_fast.losses import CEU, KL, RMU, HeldStates, LayerLoss
 from npo_fast.methods import Term
@@ -24,7 +25,9 @@ from npo_fast.ops import linear_sequence_loss, segment_sum
 from npo_fast.trainer.order import BatchKey, batch_keys, interleave
 from npo_fast.trainer.out_of_memory import (
     is_out_of_memory,
+    shortage_of_another,
     smaller_micro_batches,
+    tell_of_shortage,
     update_out_of_memory,
 )
 from npo_fast.trainer.settings import TrainSettings
@@ -62,6 +65,7 @@ def take_step(
     small afterwards (``state.micro_batch_tokens``).
 
     Raises:
+        SharedOutOfMemory: one of several processes has no memory; no weight has changed.
         OutOfMemory: smaller micro-batches do not help, or are not possible; no weight has changed.
         PartialUpdateOutOfMemory: the optimizer does not fit, after some weights may have changed.
     """
@@ -76,6 +80,9 @@ def take_step(
             break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
+                is_lost = lm.world_size > 1 and is_lost_contact(error)
+                if is_lost and (shortage := shortage_of_another()) is not None:
+                    raise shortage from None
                 raise
             reason = first_line(error)
         # outside of the handler, where the error no longer holds the activations
@@ -83,7 +90,10 @@ def take_step(
         set_random_state(random_numbers, lm.device)
         if lm.device.type == "cuda":
             torch.cuda.empty_cache()
-        state.micro_batch_tokens = smaller_micro_batches(lm, batch, terms, settings, state, reason)
+        smaller = smaller_micro_batches(lm, batch, terms, settings, state, reason)
+        if lm.world_size > 1:
+            raise tell_of_shortage(lm, state.step + 1, smaller, reason)
+        state.micro_batch_tokens = smaller
 
     loss = sum(term.coefficient * values[term.name] for term in terms)
     try:

@@ -19,6 +19,7 @@ from npo_fast.errors import NonFiniteError, OutOfMemory, PartialUpdateOutOfMemor
 from npo_fast.experiments.demo.tiny_model import train_tokenizer
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import read_weights
+from npo_fast.model.causal_lm import CausalLM
 from npo_fast.runs.saved_model import save_model
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
 from npo_fast.trainer.optimizers import build_optimizer
