@@ -295,3 +295,45 @@ def test_torchrun_restarts_a_run_that_goes_on_where_it_was(launch, tmp_path, vic
 
 def losses_of(output: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(output / "steps.jsonl")]
+
+
+# once, in a backward
+SHORTAGE = """
+if not hasattr(watch, "had"):
+    import torch
+    from npo_fast.trainer.update import Update
+    def add(self, loss, cls=Update, add=Update.add, error=torch.OutOfMemoryError):
+        cls.add = add
+        raise error("no memory for 3 GiB")
+    watch.had, Update.add = True, add
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "victim", "more"),
+    [
+        (2, 1, ("--method", "NPO+KL", "--eval-every", "4")),
+        (2, 0, ("--optimizer", "adamw-8bit", "--sharpness-rho", "0.01")),
+        (4, 2, ("--lora-rank", "2")),
+    ],
+)
+def test_all_begin_a_step_again_where_one_has_no_memory_for_it(
+    launch, tmp_path, count, victim, more
+):
+    output, tokens = tmp_path / "run", ("--micro-batch-tokens", "64")
+    undisturbed = launch(count, victim, "pass", *tokens, *more)
+    assert undisturbed.process.wait(timeout=240) == 0, undisturbed.text
+    losses = losses_of(output)
+
+    run = launch(count, victim, SHORTAGE, *tokens, *more, "--overwrite")
+    assert run.process.wait(timeout=240) == 0, run.text
+    assert f"step 5: out of memory on process {victim} (no memory for 3 GiB)" in run.text
+    steps = read_jsonl(output / "steps.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, len(losses) + 1))
+    assert [line["loss"] for line in steps] == pytest.approx(losses, rel=1e-5)
+    sizes = [line["micro_batch_tokens"] for line in steps]
+    assert sizes[:4] == [64] * 4
+    assert len({*sizes[4:]}) == 1
+    assert sizes[4] < 64
+    assert metadata_of(output)["status"] == "finished"
