@@ -64,9 +64,10 @@ CONFIGS = {
     ),
 }  # fmt: skip
 LORA_RANK = 16
-# bytes a second that a GPU can send: NVLink 4 within 8, 400 Gb/s a GPU beyond, where a flat ring
-# is as fast as its slowest link
-LINKS = {8: 450e9, 16: 50e9, 64: 50e9}
+# bytes a second that a GPU can send, one way, an H100: NVLink 4 within a node of 8; between nodes a
+# network card of 400 Gb/s a GPU, taken by one ring after all GPUs, or by eight rings side by side
+NVLINK, ONE_CARD, EIGHT_CARDS = 450e9, 50e9, 400e9
+LINKS = {8: (NVLINK,), 16: (ONE_CARD, EIGHT_CARDS), 64: (ONE_CARD, EIGHT_CARDS)}
 GPU_FLOPS_PER_S = FLOPS_PER_S[2]
 SEQUENCE, PROMPT = 256, 64  # tokens: as the planner has them
 TOKENS = 2048  # a pass that is counted
@@ -333,14 +334,14 @@ class Case:
     def token_flops(self) -> float:
         return self.count.flops / PASSES / self.setup.tokens
 
-    def seconds(self, tokens: int) -> tuple[float, float]:
-        """Of a pass: by the links alone, by the flops alone."""
+    def seconds(self, tokens: int, link: float) -> tuple[float, float]:
+        """Of a pass: by links of so many bytes a second alone, by the flops alone."""
         sent = self.layers_bytes + tokens * self.all_token_bytes
-        return sent / LINKS[self.setup.ranks], tokens * self.token_flops / GPU_FLOPS_PER_S
+        return sent / link, tokens * self.token_flops / GPU_FLOPS_PER_S
 
-    def break_even_tokens(self) -> int | None:
+    def break_even_tokens(self, link: float) -> int | None:
         """Tokens of a pass from which the flops take longer; None where they never do."""
-        a_token = self.token_flops / GPU_FLOPS_PER_S * LINKS[self.setup.ranks]
+        a_token = self.token_flops / GPU_FLOPS_PER_S * link
         if a_token <= self.all_token_bytes:
             return None
         return math.ceil(self.layers_bytes / (a_token - self.all_token_bytes))
@@ -356,48 +357,48 @@ class Case:
 
     def as_dict(self) -> dict[str, Any]:
         """What is counted, and what follows from it."""
-        tokens = self.break_even_tokens()
-        rounded = None if tokens is None else -(-tokens // SEQUENCE) * SEQUENCE
-        times = {n: self.seconds(n) for n in SHOWN_TOKENS}
         return {
             "model": self.model, "parameters": self.count.parameters,
             **asdict(self.setup), "collectives_of_a_step": self.count.traffic.as_dict(),
             "flops_of_a_step": self.count.flops,
-            "a_pass": {"layers_bytes": round(self.layers_bytes)},
-            "a_token": {
-                "embedding_bytes": round(self.token_bytes("embedding")),
-                "head_bytes": round(self.token_bytes("head")), "flops": round(self.token_flops),
-            },
-            "break_even_tokens": tokens,
-            "break_even_gib": None if rounded is None else round(self.needed_gib(rounded), 1),
-            "seconds": {
-                str(n): {"links": round(links, 4), "flops": round(flops, 4)}
-                for n, (links, flops) in times.items()
-            },
+            "layers_bytes_of_a_pass": round(self.layers_bytes),
+            "embedding_bytes_of_a_token": round(self.token_bytes("embedding")),
+            "head_bytes_of_a_token": round(self.token_bytes("head")),
+            "flops_of_a_token": round(self.token_flops),
+            "links": [self._over(link) for link in LINKS[self.setup.ranks]],
+        }  # fmt: skip
+
+    def _over(self, link: float) -> dict[str, Any]:
+        tokens = self.break_even_tokens(link)
+        gib = None if tokens is None else self.needed_gib(-(-tokens // SEQUENCE) * SEQUENCE)
+        times = {str(n): self.seconds(n, link) for n in SHOWN_TOKENS}
+        return {
+            "bytes_per_s": link, "break_even_tokens": tokens,
+            "break_even_gib": None if gib is None else round(gib, 1),
+            "links_s": {n: round(links, 4) for n, (links, _) in times.items()},
+            "flops_s": {n: round(flops, 4) for n, (_, flops) in times.items()},
         }  # fmt: skip
 
 
 def measure() -> dict[str, Any]:
     """All cases, and checks of what they assume."""
+    setups = [
+        (name, Setup(ranks, lora_rank, recompute))
+        for name in CONFIGS
+        for ranks in LINKS
+        for lora_rank in (0, LORA_RANK)
+        for recompute in (False, True)
+    ]
     cases = []
-    for name, config in CONFIGS.items():
-        for ranks in LINKS:
-            for lora_rank in (0, LORA_RANK):
-                for recompute in (False, True):
-                    setup = Setup(ranks, lora_rank, recompute)
-                    case = Case(name, setup, count_by_depth(config, setup))
-                    cases.append(case.as_dict())
-                    print(name, setup, cases[-1]["break_even_tokens"], flush=True)
-    fp32 = Case("Llama-2-7B", (setup := Setup(8, dtype="fp32")),
-                count_by_depth(CONFIGS["Llama-2-7B"], setup)).as_dict()  # fmt: skip
+    for name, setup in [*setups, ("Llama-2-7B", Setup(8, dtype="fp32"))]:
+        cases.append(Case(name, setup, count_by_depth(CONFIGS[name], setup)).as_dict())
+        print(name, setup, [link["break_even_tokens"] for link in cases[-1]["links"]], flush=True)
     return {
         "assumed": {
-            "link_bytes_per_s": LINKS, "flops_per_s": GPU_FLOPS_PER_S, "method": METHOD,
-            "sequence_tokens": SEQUENCE, "prompt_tokens": PROMPT, "tokens_of_a_counted_pass": TOKENS,
+            "flops_per_s": GPU_FLOPS_PER_S, "method": METHOD, "sequence_tokens": SEQUENCE,
+            "prompt_tokens": PROMPT, "tokens_of_a_counted_pass": TOKENS,
         },
-        "cases": cases,
-        "fp32_weights": fp32["collectives_of_a_step"],
-        "checks": checks(),
+        "checks": checks(), "cases": cases,
     }  # fmt: skip
 
 
