@@ -182,10 +182,11 @@ def part_of_model() -> str:
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of whole squares: a kernel that skips what is masked does half."""
     return sdpa_flop_count(query, key, value)
 
 
-def attention_backward_flops(upstream: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any):
+def attention_backward_flops(upstream: Any, query: Any, key: Any, value: Any, *_: Any) -> int:
     return sdpa_backward_flop_count(upstream, query, key, value)
 
 
@@ -290,18 +291,18 @@ def step(lm: CausalLM, setup: Setup) -> None:
     count = setup.ranks * setup.tokens // SEQUENCE
     examples = [TokenizedExample((0,) * SEQUENCE, PROMPT, i) for i in range(count)]
     terms = build_method(METHOD)
-    batch = {source: examples for term in terms for source in term.reads}
+    batch: dict[str, Any] = {source: examples for term in terms for source in term.reads}
     references: dict[str, Any] = {source: torch.full((count,), -1.0) for source in batch}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about rounding
         optimizer = build_optimizer(lm.model, "adamw", 1e-5, 0.01)
-    deal = lm.micro_batches
+    deal = lm.micro_batches  # reads lengths
 
     def deal_real_tokens(*arguments: Any) -> Any:
         with unset_fake_temporarily():
             return deal(*arguments)
 
-    lm.micro_batches = deal_real_tokens  # type: ignore[method-assign]  # their lengths are read
+    lm.micro_batches = deal_real_tokens  # type: ignore[assignment, method-assign]
     settings, state = TrainSettings(), TrainState(0, setup.tokens)
     take_step(lm, batch, terms, settings, state, Update(optimizer, 1.0), references)
 
@@ -356,7 +357,8 @@ class Case:
         return footprint(CONFIGS[self.model], planned, self.setup.ranks).needed / GIB
 
     def as_dict(self) -> dict[str, Any]:
-        """What is counted, and what follows from it."""
+        """What is counted, and what follows from it for bf16, whose rate is assumed."""
+        half = self.setup.dtype == "bf16"
         return {
             "model": self.model, "parameters": self.count.parameters,
             **asdict(self.setup), "collectives_of_a_step": self.count.traffic.as_dict(),
@@ -365,7 +367,7 @@ class Case:
             "embedding_bytes_of_a_token": round(self.token_bytes("embedding")),
             "head_bytes_of_a_token": round(self.token_bytes("head")),
             "flops_of_a_token": round(self.token_flops),
-            "links": [self._over(link) for link in LINKS[self.setup.ranks]],
+            "links": [self._over(link) for link in LINKS[self.setup.ranks] if half],
         }  # fmt: skip
 
     def _over(self, link: float) -> dict[str, Any]:
