@@ -186,7 +186,10 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return sdpa_flop_count(query, key, value)
 
 
-def attention_backward_flops(upstream: Any, query: Any, key: Any, value: Any, *_: Any) -> int:
+def attention_backward_flops(
+    upstream: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """Of whole squares."""
     return sdpa_backward_flop_count(upstream, query, key, value)
 
 
