@@ -85,7 +85,7 @@ COLLECTIVES = {
     "allreduce_": ("all_reduce", 0),
     "all_reduce": ("all_reduce", 0),
 }
-LOCAL = {"wait_tensor"}
+LOCAL = {"wait_tensor", "_wrap_tensor_autograd"}
 # the autograd function that a collective belongs to -> the part of the model
 FUNCTIONS = {
     "_EmbeddingBackward": "embedding",
@@ -181,6 +181,10 @@ def part_of_model() -> str:
     return "norm"
 
 
+def product_flops(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Of whole squares: a kernel that skips what is masked does half."""
     return sdpa_flop_count(query, key, value)
@@ -208,6 +212,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            ops.addmm_: product_flops,
             ops._scaled_dot_product_flash_attention_for_cpu: attention_flops,
             ops._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
             own.linear_log_probs: head_flops,
@@ -244,12 +249,17 @@ def count_step(config: LlamaConfig, setup: Setup) -> StepCount:
     model = empty_model(config, setup.dtype, setup.lora_rank)
     parameters = sum(p.numel() for p in model.parameters())
     with fake_ranks(setup.ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        lm = sharded_without_data(model, mesh, setup)
-        flops = flop_counter()
-        with CountTraffic(setup.ranks) as counter, flops, FlashAttention():
-            step(lm, setup)
+        traffic, flops = count(sharded(model, mesh, setup), setup)
     opmath_product.cache_clear()  # it has tried what tensors without data can do
-    return StepCount(parameters, counter.traffic, flops.get_total_flops())
+    return StepCount(parameters, traffic, flops)
+
+
+def count(lm: CausalLM, setup: Setup) -> tuple[Traffic, int]:
+    """Runs a step of a model that is sharded, with data or without; returns what it cost."""
+    flops = flop_counter()
+    with CountTraffic(setup.ranks) as counter, flops, FlashAttention():
+        step(lm, setup)
+    return counter.traffic, flops.get_total_flops()
 
 
 def count_by_depth(config: LlamaConfig, setup: Setup) -> StepCount:
@@ -278,13 +288,15 @@ def fake_ranks(ranks: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def sharded_without_data(model: Any, mesh: DeviceMesh, setup: Setup) -> CausalLM:
-    """The package's ``shard`` of a model from the meta device; call it in a ``FakeTensorMode``.
+def sharded(model: Any, mesh: DeviceMesh, setup: Setup) -> CausalLM:
+    """The model after the package's ``shard``.
 
-    FSDP2 takes no meta tensors. Fake ones say that they are on the CPU and have no data either.
+    One from the meta device has no data afterwards either: FSDP2 takes no meta tensors, so call it
+    in a ``FakeTensorMode``, whose tensors say that they are on the CPU.
     """
     lm = empty_lm(model, setup.gradient_checkpointing)
-    model.to_empty(device="cpu")
+    if lm.device.type == "meta":
+        model.to_empty(device="cpu")
     shard(lm, mesh)
     return lm
 
