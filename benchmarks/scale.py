@@ -10,7 +10,9 @@ import argparse
 import json
 import math
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,7 @@ class Case:
         }  # fmt: skip
 
 
-def measure() -> dict[str, Any]:
+def measure(processes: int) -> dict[str, Any]:
     """All cases, and checks of what they assume."""
     setups = [
         (name, Setup(ranks, lora_rank, recompute))
@@ -128,43 +130,55 @@ def measure() -> dict[str, Any]:
         for lora_rank in (0, LORA_RANK)
         for recompute in (False, True)
     ]
-    cases = []
-    for name, setup in [*setups, ("Llama-2-7B", Setup(8, dtype="fp32"))]:
-        cases.append(Case(name, setup, count_by_depth(CONFIGS[name], setup)).as_dict())
-        print(name, setup, [link["break_even_tokens"] for link in cases[-1]["links"]], flush=True)
-    return {
-        "assumed": {
-            "flops_per_s": GPU_FLOPS_PER_S, "method": METHOD, "sequence_tokens": SEQUENCE,
-            "prompt_tokens": PROMPT, "tokens_of_a_counted_pass": Setup(1).tokens,
-        },
-        "checks": checks(), "cases": cases,
-    }  # fmt: skip
+    whole = [(name, setup) for name, setup in setups if (name, setup.ranks) == ("Llama-2-7B", 8)]
+    whole.append(("Llama-3.1-70B", Setup(16, gradient_checkpointing=True)))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        cases = [
+            pool.submit(case_of, *setup)
+            for setup in [*setups, ("Llama-2-7B", Setup(8, dtype="fp32"))]
+        ]
+        agrees = {
+            f"{name}, {setup.ranks} GPUs, LoRA rank {setup.lora_rank}, gradient checkpointing "
+            f"{setup.gradient_checkpointing}: all layers as from two and three":
+                pool.submit(depth_is_linear, name, setup)
+            for name, setup in whole
+        }  # fmt: skip
+        agrees["twice the tokens: bytes and flops as expected"] = pool.submit(tokens_are_linear)
+        return {
+            "assumed": {
+                "flops_per_s": GPU_FLOPS_PER_S, "method": METHOD, "sequence_tokens": SEQUENCE,
+                "prompt_tokens": PROMPT, "tokens_of_a_counted_pass": Setup(1).tokens,
+            },
+            "checks": {name: check.result() for name, check in agrees.items()},
+            "cases": [case.result() for case in cases],
+        }  # fmt: skip
 
 
-def checks() -> dict[str, bool]:
-    """Whether depth and tokens do what the cases take them to do."""
-    small, large = CONFIGS["Llama-2-7B"], CONFIGS["Llama-3.1-70B"]
-    whole = {
-        f"Llama-2-7B, all layers, LoRA {lora_rank}, checkpointing {recompute}": (small, setup)
-        for lora_rank in (0, LORA_RANK)
-        for recompute in (False, True)
-        for setup in [Setup(8, lora_rank, recompute)]
-    }
-    whole["Llama-3.1-70B, all layers"] = large, Setup(16, 0, True)
-    found = {
-        name: count_step(config, setup) == count_by_depth(config, setup)
-        for name, (config, setup) in whole.items()
-    }
-    once, twice = (Case("", setup, count_by_depth(large, setup))
-                   for setup in (Setup(64), Setup(64, tokens=2 * Setup(64).tokens)))  # fmt: skip
-    found["twice the tokens: the same bytes of layers"] = once.layers_bytes == twice.layers_bytes
-    ids = 2 * 8 * 63 / 64  # the longest pack's length goes around once a pass
-    found["twice the tokens: twice the bytes of embedding and head"] = all(
-        abs(once.token_bytes(part) - twice.token_bytes(part)) <= ids / once.setup.tokens
-        for part in ("embedding", "head")
-    )
-    found["twice the tokens: twice the flops"] = once.token_flops == twice.token_flops
+def case_of(name: str, setup: Setup) -> dict[str, Any]:
+    """One case of the result."""
+    found = Case(name, setup, count_by_depth(CONFIGS[name], setup)).as_dict()
+    print(name, setup, [link["break_even_tokens"] for link in found["links"]], flush=True)
     return found
+
+
+def depth_is_linear(name: str, setup: Setup) -> bool:
+    """Whether a count of all layers is that from two and three."""
+    return count_step(CONFIGS[name], setup) == count_by_depth(CONFIGS[name], setup)
+
+
+def tokens_are_linear() -> bool:
+    """Whether tokens change no bytes of layers, and all others in proportion."""
+    once, twice = (
+        Case("", setup, count_by_depth(CONFIGS["Llama-3.1-70B"], setup))
+        for setup in (Setup(64), Setup(64, tokens=2 * Setup(64).tokens))
+    )
+    longest = 2 * 8 / once.setup.tokens  # an all-reduce of one number, the longest pack, each pass
+    return (
+        once.layers_bytes == twice.layers_bytes
+        and once.token_flops == twice.token_flops
+        and once.token_bytes("head") == twice.token_bytes("head")
+        and abs(once.token_bytes("embedding") - twice.token_bytes("embedding")) < longest
+    )
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -272,11 +286,13 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, help="write this page's tables; count nothing")
-    file = parser.parse_args().page
+    parser.add_argument("--processes", type=int, default=2, help="cases at a time")
+    arguments = parser.parse_args()
+    file = arguments.page
     if file is not None:
         file.write_text(with_tables(file.read_text(), json.loads(RESULT.read_text())))
         return
-    RESULT.write_text(json.dumps({**measure(), **provenance()}, indent=1) + "\n")
+    RESULT.write_text(json.dumps({**measure(arguments.processes), **provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
