@@ -16,7 +16,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from traffic import METHOD, PASSES, PROMPT, SEQUENCE, Setup, StepCount, count_by_depth, count_step
+from traffic import (
+    METHOD,
+    PASSES,
+    PROMPT,
+    SEQUENCE,
+    Setup,
+    StepCount,
+    count_by_depth,
+    count_step,
+    of_depth,
+)
 from transformers import LlamaConfig
 
 from npo_fast.bench.provenance import provenance
@@ -87,13 +97,22 @@ class Case:
         return math.ceil(self.layers_bytes / (a_token - self.all_token_bytes))
 
     def needed_gib(self, tokens: int) -> float:
-        """What a GPU must have for passes of so many tokens, as ``npo-fast plan`` says."""
+        """What a GPU must have for passes of so many tokens, by ``npo_fast.planner``.
+
+        From one and two layers, as ``count_by_depth``.
+        """
+        config = CONFIGS[self.model]
+        one, two = (self.planned_bytes(of_depth(config, layers), tokens) for layers in (1, 2))
+        return (two + (config.num_hidden_layers - 2) * (two - one)) / GIB
+
+    def planned_bytes(self, config: LlamaConfig, tokens: int) -> int:
+        """What a GPU must have for passes of so many tokens."""
         planned = PlannedRun(
             method=METHOD, optimizer="adamw" if self.setup.lora_rank else "adamw-bf16",
             micro_batch_tokens=tokens, sequence_length=SEQUENCE, lora_rank=self.setup.lora_rank,
             gradient_checkpointing=self.setup.gradient_checkpointing,
         )  # fmt: skip
-        return footprint(CONFIGS[self.model], planned, self.setup.ranks).needed / GIB
+        return footprint(config, planned, self.setup.ranks).needed
 
     def as_dict(self) -> dict[str, Any]:
         """What is counted, and what follows from it for bf16, whose rate is assumed."""
@@ -132,14 +151,14 @@ def measure(processes: int) -> dict[str, Any]:
     ]
     whole = [(name, setup) for name, setup in setups if (name, setup.ranks) == ("Llama-2-7B", 8)]
     whole.append(("Llama-3.1-70B", Setup(16, gradient_checkpointing=True)))
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=6) as pool:
         cases = [
             pool.submit(case_of, *setup)
             for setup in [*setups, ("Llama-2-7B", Setup(8, dtype="fp32"))]
         ]
         agrees = {
             f"{name}, {setup.ranks} GPUs, LoRA rank {setup.lora_rank}, gradient checkpointing "
-            f"{setup.gradient_checkpointing}: all layers as from two and three":
+            f"{setup.gradient_checkpointing}: all layers as from one and two":
                 pool.submit(depth_is_linear, name, setup)
             for name, setup in whole
         }  # fmt: skip
@@ -157,13 +176,20 @@ def measure(processes: int) -> dict[str, Any]:
 def case_of(name: str, setup: Setup) -> dict[str, Any]:
     """One case of the result."""
     found = Case(name, setup, count_by_depth(CONFIGS[name], setup)).as_dict()
-    print(name, setup, [link["break_even_tokens"] for link in found["links"]], flush=True)
+    print(json.dumps(found), flush=True)
     return found
 
 
 def depth_is_linear(name: str, setup: Setup) -> bool:
-    """Whether a count of all layers is that from two and three."""
-    return count_step(CONFIGS[name], setup) == count_by_depth(CONFIGS[name], setup)
+    """Whether all layers cost what follows from one and two: the same bytes sent and flops, and
+    memory to a thousandth."""
+    config = CONFIGS[name]
+    case = Case(name, setup, count_step(config, setup))
+    memory = case.planned_bytes(config, SHOWN_TOKENS[0]) / GIB
+    return (
+        case.count == count_by_depth(config, setup)
+        and abs(case.needed_gib(SHOWN_TOKENS[0]) / memory - 1) < 1e-3
+    )
 
 
 def tokens_are_linear() -> bool:

@@ -5,6 +5,7 @@ PyTorch's fake process group: the package's own ``shard`` and ``take_step``. Eve
 every matrix product is counted where PyTorch dispatches it. ``scale.py`` makes tables of it.
 """
 
+import gc
 import sys
 import warnings
 from collections import Counter
@@ -212,6 +213,7 @@ def count_step(config: LlamaConfig, setup: Setup) -> StepCount:
     parameters = sum(p.numel() for p in model.parameters())
     with fake_ranks(setup.ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         traffic, flops = count(sharded(model, mesh, setup), setup)
+    gc.collect()  # a sharded model is full of cycles
     opmath_product.cache_clear()  # it has tried what tensors without data can do
     return StepCount(parameters, traffic, flops)
 
@@ -225,13 +227,13 @@ def count(lm: CausalLM, setup: Setup) -> tuple[Traffic, int]:
 
 
 def count_by_depth(config: LlamaConfig, setup: Setup) -> StepCount:
-    """``count_step`` from two and three layers: each layer adds what the third does."""
-    two, three = (count_step(of_depth(config, layers), setup) for layers in (2, 3))
-    more = config.num_hidden_layers - 3
+    """``count_step`` from one and two layers: each layer adds what the second does."""
+    one, two = (count_step(of_depth(config, layers), setup) for layers in (1, 2))
+    more = config.num_hidden_layers - 2
     return StepCount(
-        three.parameters + more * (three.parameters - two.parameters),
-        three.traffic.deeper(two.traffic, more),
-        three.flops + more * (three.flops - two.flops),
+        two.parameters + more * (two.parameters - one.parameters),
+        two.traffic.deeper(one.traffic, more),
+        two.flops + more * (two.flops - one.flops),
     )
 
 
