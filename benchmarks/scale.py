@@ -151,7 +151,7 @@ def measure(processes: int) -> dict[str, Any]:
     ]
     whole = [(name, setup) for name, setup in setups if (name, setup.ranks) == ("Llama-2-7B", 8)]
     whole.append(("Llama-3.1-70B", Setup(16, gradient_checkpointing=True)))
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=6) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         cases = [
             pool.submit(case_of, *setup)
             for setup in [*setups, ("Llama-2-7B", Setup(8, dtype="fp32"))]
