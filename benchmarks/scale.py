@@ -249,7 +249,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             ["model", "GPUs", "link", *COLUMNS], [_even_row(cases, *row) for row in linked]
         ),
         "seconds": _table(
-            ["model", "GPUs", "link", *times], [_time_row(cases, *row) for row in linked if row[0] == SHOWN_MODEL]
+            ["model", "GPUs", "link", *times],
+            [_time_row(cases, *row) for row in linked if row[0] == SHOWN_MODEL],
         ),
     }  # fmt: skip
 
