@@ -261,7 +261,11 @@ def sharded(model: Any, mesh: DeviceMesh, setup: Setup) -> CausalLM:
     lm = empty_lm(model, setup.gradient_checkpointing)
     if lm.device.type == "meta":
         model.to_empty(device="cpu")
-    shard(lm, mesh)
+    shard(model, mesh)
+    # what it does to its logits was known before: it cannot be measured without data
+    lm.head = model.get_output_embeddings()
+    lm.vocabulary_slice = lm.head.vocabulary
+    lm.choose_attention("auto")
     return lm
 
 
