@@ -77,6 +77,7 @@ SUBCOMMANDS = {
         "TOFU's evaluation: model utility, forget quality, answers",
         "npo-fast evaluate --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--retain retain90 --output runs/npo-eval",
+        on_ranks=True,
     ),
     "attack": Subcommand(
         "Measure",
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SUBCOMMANDS)}"
             raise UserError(f"unknown verb {verb!r}; {known}")
         if world_size() > 1 and not SUBCOMMANDS[verb].on_ranks:
-            able = " and ".join(name for name, each in SUBCOMMANDS.items() if each.on_ranks)
+            able = ", ".join(name for name, each in SUBCOMMANDS.items() if each.on_ranks)
             raise UserError(
                 f"{verb} runs on one process, not on {world_size()}: torchrun is for {able}"
             )

@@ -13,6 +13,7 @@ from npo_fast.data import (
     describe,
     repeats,
 )
+from npo_fast.distributed import is_main_process, world_size
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.fluency import generated_columns
@@ -152,16 +153,22 @@ def evaluate(
         rows = {name: as_rows(records, name) for name, records in sets.items()}
         asked = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
         _check_suite(asked, compared, evaluation)
+        if lm_eval is not None and world_size() > 1:
+            raise UserError(
+                f"--lm-eval runs on one process, not on {world_size()}: its harness asks each one "
+                "for other texts, and those of a shared model run together"
+            )
         harness = None if lm_eval is None else Harness(lm_eval)
         source = ModelSource(model, loading, tokenizer)
         Chain.of(source.metadata).refuse("holdout", asked.get(HOLDOUT, []))
         measured, results = _measure(source, asked, evaluation, reference, harness)
         logs = dict(measured)
-    if folder is not None:
+    if folder is not None and is_main_process():
         folder = save_logs(logs, folder, log_format, compared, results)
     if source is not None:
         chain, forgotten = Chain.of(source.metadata), asked.get(FORGET, [])
-        log_records(chain, forgotten, source.template(), logs.get(FORGET, {}), folder)
+        kept = folder if is_main_process() else None
+        log_records(chain, forgotten, source.template(), logs.get(FORGET, {}), kept)
     if suite == "muse":
         before: Mapping[str, Any] = {} if earlier is None else muse.measures(earlier)
     else:

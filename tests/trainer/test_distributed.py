@@ -642,6 +642,28 @@ def test_a_whole_run_of_several_processes_is_that_of_one(home, tmp_path, count, 
 
 
 @pytest.mark.slow
+def test_several_processes_measure_what_one_does(home, tmp_path):
+    wrong = [{**fact, "perturbed_answer": [f"{fact['answer']} Not.", "Ada."]} for fact in FACTS]
+    write_jsonl(tmp_path / "forget.jsonl", wrong[6:])
+    write_jsonl(tmp_path / "holdout.jsonl", wrong[3:6])
+    call = ["evaluate", "--model", str(home / "base"), "--forget", str(tmp_path / "forget.jsonl"),
+            "--holdout", str(tmp_path / "holdout.jsonl"), "--reference", str(home / "other"),
+            "--gradient-norms", "--max-new-tokens", "6", "--micro-batch-tokens", "40",
+            "--generation-batch", "2"]  # fmt: skip
+    assert main([*call, "--output", str(tmp_path / "alone")]) == 0
+    log = tmp_path / "log"
+    process = torchrun(2, [*call, "--output", str(tmp_path / "several")], log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    logs = sorted(path.name for path in (tmp_path / "alone").glob("*.json"))
+    assert logs == sorted(path.name for path in (tmp_path / "several").glob("*.json"))
+    for name in {*logs} - {"logged_records.json"}:  # whose digests are salted
+        found, expected = (
+            json.loads((tmp_path / each / name).read_text()) for each in ("several", "alone")
+        )
+        assert_alike(found, expected, name)
+
+
+@pytest.mark.slow
 def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     assert main(arguments(home, tmp_path / "alone", "--epochs", "40")) == 0
 
@@ -710,4 +732,4 @@ def test_what_several_processes_cannot_do_is_refused(
 def test_other_verbs_take_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor"]) == 2
-    assert "torchrun is for unlearn and finetune" in capsys.readouterr().err
+    assert "torchrun is for unlearn, finetune, evaluate" in capsys.readouterr().err
