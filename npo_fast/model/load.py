@@ -71,7 +71,7 @@ def load_model(
         lora_rank: above 0, a new adapter of this rank is all that trains.
         lora_alpha: its scale times the rank; twice the rank where it is not given.
         mesh: of the processes that share the model; each reads and keeps its shard. Adapters that
-            are merged and GGUF files are read whole first.
+            are merged, GGUF files and 4-bit weights are whole before they are sharded.
         offload: as in ``shard``.
 
     Raises:

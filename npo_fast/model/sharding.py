@@ -219,8 +219,6 @@ def _policy(module: nn.Module) -> MixedPrecisionPolicy:
 
 def _check(model: Any, decoder: Any, embedding: Any, head: Any, mesh: DeviceMesh) -> None:
     world_size, name = mesh.size(), class_name(model)
-    if getattr(model, "is_quantized", False):
-        raise UserError("4-bit weights (bitsandbytes) cannot be sharded: use one process")
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
         kinds = f"{type(embedding).__name__} and {type(head).__name__}"
         raise UserError(

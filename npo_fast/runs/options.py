@@ -8,7 +8,7 @@ import tyro
 
 from npo_fast.data import LossOn, Rendering
 from npo_fast.data.rendering import as_pairs, parse_template_kwargs, read_template
-from npo_fast.distributed import launch, restarts, world_size
+from npo_fast.distributed import launch, restarts
 from npo_fast.errors import UserError, reading
 from npo_fast.methods import (
     COEFFICIENTS,
@@ -90,8 +90,6 @@ class ModelOptions(Checked):
         check_libraries(self.quantize, self.lora_rank)
         if self.quantize == "4bit" and not self.lora_rank:
             raise UserError("4-bit weights stay as they are: train beside them with --lora-rank 16")
-        if self.quantize == "4bit" and world_size() > 1:
-            raise UserError(f"--quantize 4bit runs on one process, not on {world_size()}")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("--lora-alpha scales an adapter: add --lora-rank 16")
         if self.lora_alpha is not None and self.lora_alpha < 1:

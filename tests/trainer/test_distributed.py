@@ -605,6 +605,7 @@ WHOLE_RUNS = {
         4, ("--step-in-backward", "--max-grad-norm", "inf", "--lora-rank", "2", "--merge",
             "--gradient-checkpointing", "--keep-utility", "0.9"),
     ),
+    "4-bit weights": (2, ("--quantize", "4bit", "--lora-rank", "2")),
     "another reference, beta from a base model": (
         2, ("--reference", "{home}/base", "--base-model", "{home}/other", "--beta", "auto"),
     ),
@@ -709,24 +710,6 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
 
     done = json.loads((checkpoint / "adapter_config.json").read_text())
     assert done["r"] == 4
-
-
-@pytest.mark.parametrize(
-    ("more", "why"),
-    [
-        (("--quantize", "4bit", "--lora-rank", "4"), "--quantize 4bit runs on one process"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(
-    home, tmp_path, more, why, monkeypatch, capsys
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert main(arguments(home, tmp_path / "run", *more)) == 2
-    error = capsys.readouterr().err
-    assert why in error
-    assert "(process 1 of 2)" in error
-    assert not (tmp_path / "run").exists()
 
 
 def test_other_verbs_take_one_process(monkeypatch, capsys):
