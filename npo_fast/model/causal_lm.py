@@ -157,9 +157,13 @@ class CausalLM:
 
         The states of a layer have its own dtype.
         """
-        if not self.packs:
-            return torch.cat([self._states(single, layer) for single in one_by_one(batch)])
-        return self._states(batch, layer)
+        if self.packs:
+            return self._states(batch, layer)
+        singles = list(one_by_one(batch))
+        # processes that share the model make as many passes, forward and backward
+        more = self.all_reduce_max(len(singles)) - len(singles)
+        states = [self._states(single, layer) for single in singles + singles[:1] * more]
+        return torch.cat(states)[: len(batch.input_ids)]
 
     def answer_rows(self, states: Tensor, batch: PackedBatch) -> Tensor:  # (T, D) -> (N, D)
         """The rows of ``states`` that predict an answer token, of all processes that share it."""

@@ -7,6 +7,7 @@ the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.v
 
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from npo_fast.distributed import is_main_process
@@ -42,12 +44,23 @@ class VocabularyParallelEmbedding(nn.Module):
         super().__init__()
         self.weight: Any = embedding.weight  # a DTensor
         self.padding_idx, self.vocabulary = embedding.padding_idx, vocabulary
+        scaled: Any = None
+        if type(embedding) is not nn.Embedding:  # such as Gemma's, which scales its rows
+            scaled = copy(embedding)
+            scaled._parameters = {"weight": nn.Parameter(torch.empty(0))}
+            scaled.padding_idx = None
+        self.__dict__["scaled"] = scaled  # not a submodule
 
     def forward(self, ids: Tensor) -> Tensor:  # (…) -> (…, D)
         """Rows of all processes."""
         weight = self.weight.to_local()
-        flat = vocab_parallel_embedding(ids.flatten(), weight, self.vocabulary, self.padding_idx)
-        return flat.view(*ids.shape, -1)
+        rows = vocab_parallel_embedding(ids.flatten(), weight, self.vocabulary, self.padding_idx)
+        scaled: Any = self.__dict__["scaled"]
+        if scaled is None:
+            return rows.view(*ids.shape, -1)
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        embedded: Tensor = functional_call(scaled, {"weight": rows}, (places,))
+        return embedded
 
 
 class VocabularyParallelHead(nn.Module):
@@ -219,10 +232,10 @@ def _policy(module: nn.Module) -> MixedPrecisionPolicy:
 
 def _check(model: Any, decoder: Any, embedding: Any, head: Any, mesh: DeviceMesh) -> None:
     world_size, name = mesh.size(), class_name(model)
-    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         kinds = f"{type(embedding).__name__} and {type(head).__name__}"
         raise UserError(
-            f"{name} reads and predicts tokens with {kinds}, not a plain Embedding and Linear: "
+            f"{name} reads and predicts tokens with {kinds}, not an Embedding and a plain Linear: "
             "use one process"
         )
     for rows in (len(embedding.weight), len(head.weight)):

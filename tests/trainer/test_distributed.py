@@ -293,7 +293,11 @@ def test_every_sequence_goes_to_one_process_and_all_make_as_many_passes(count, g
 
 def lm_of(family: str, lora: bool) -> CausalLM:
     torch.manual_seed(0)
-    model = tiny_model(family, **({"tie_word_embeddings": True} if family == "Qwen2" else {}))
+    changes = {
+        "Qwen2": {"tie_word_embeddings": True},
+        "GPT2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    }
+    model = tiny_model(family, **changes.get(family, {}))
     if lora:
         model = add_lora(model, "base", rank=4, alpha=8)
         with torch.no_grad():  # B is 0 at first, and A would have no gradient
@@ -367,6 +371,18 @@ def _train_on_ranks(mesh, family: str, lora: bool, *arguments):
     ],
 )
 def test_several_processes_train_as_one(tmp_path, count, family, lora, method, checkpointing, rho):
+    _assert_as_one(tmp_path, count, family, lora, method, checkpointing, rho)
+
+
+# one sequence at a time; experts; learned positions, tied; softcaps; another bias; scaled logits
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*run one at a time")
+@pytest.mark.parametrize("family", ["FalconH1", "Mixtral", "GPT2", "Gemma2", "Bloom", "Cohere"])
+def test_three_processes_train_other_families_as_one(tmp_path, family):
+    _assert_as_one(tmp_path, 3, family, False, "NPO+KL", False, 0.0)
+
+
+def _assert_as_one(tmp_path, count, family, lora, method, checkpointing, rho) -> None:
     lm = lm_of(family, lora)
     everything = sum(p.numel() for p in lm.model.parameters())
     records, gradients, weights, references = _steps(lm, method, checkpointing, rho)
@@ -374,7 +390,8 @@ def test_several_processes_train_as_one(tmp_path, count, family, lora, method, c
     assert len(records) == 4
     close = {"rtol": TOLERANCE, "atol": TOLERANCE}
     for own in found:
-        torch.testing.assert_close(own[0], records, **close)
+        torch.testing.assert_close(own[0][:2], records[:2], **close)
+        torch.testing.assert_close(own[0], records, rtol=1e-4, atol=TOLERANCE)  # after updates
         torch.testing.assert_close(own[3], references, **close)
         assert own[4] < 1.3 * everything / count
     lead = found[0]
