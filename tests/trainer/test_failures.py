@@ -337,3 +337,23 @@ def test_all_begin_a_step_again_where_one_has_no_memory_for_it(
     assert len({*sizes[4:]}) == 1
     assert sizes[4] < 64
     assert metadata_of(output)["status"] == "finished"
+
+
+# from here on
+FULL_DISK = """
+import torch.distributed.checkpoint as dcp
+def write_data(*_):
+    raise OSError(28, "No space left on device")
+dcp.FileSystemWriter.write_data = write_data
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_costs_a_checkpoint_and_not_the_run(launch, tmp_path):
+    run = launch(2, 1, FULL_DISK)
+    assert run.process.wait(timeout=240) == 0, run.text
+    assert "NO CHECKPOINT at step 6: cannot save" in run.text
+    assert "No space left on device (process 1)" in run.text
+    output = tmp_path / "run"
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000004"]
+    assert metadata_of(output)["status"] == "finished"
