@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from npo_fast import distributed
 from npo_fast.cli import main
@@ -24,7 +25,7 @@ from npo_fast.methods import build_method
 from npo_fast.model.adapters import WEIGHTS, add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.shard_files import SHARDS, save_tensors
-from npo_fast.model.sharding import gather_state_dict, shard
+from npo_fast.model.sharding import gather_state_dict, load_shards, shard
 from npo_fast.ops import linear_sequence_loss
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.vocab_parallel import (
@@ -547,6 +548,58 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint(tmp_path, optimizer, 
             # signed codes have no -1: the largest of a block of 8-bit states may be rounded again
             close = {"rtol": 0.0, "atol": 0.0 if exact else 0.02 * float(value.abs().max())}
             torch.testing.assert_close(found[name], value, **close, msg=name)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def _own_bytes() -> int:
+    """Resident memory but for pages of files, which the system takes back when it needs them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def _load(mesh, folder: Path) -> float:
+    """The peak of memory beyond that before, as a multiple of the share."""
+
+    def load(name: str) -> list[torch.Tensor]:
+        model = load_shards(
+            LlamaForCausalLM, name, mesh, torch.device("cpu"),
+            pretrained_model_name_or_path=folder / name, dtype=torch.float32,
+        )  # fmt: skip
+        shard(model, mesh)
+        own = [local_of(p.detach()) for p in model.parameters()]
+        for rows in own:
+            rows.add_(0)  # as a step does: until then they are pages of the files
+        return own
+
+    load("small")  # with all that is imported
+    before = most = _own_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, _own_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    share = sum(rows.nbytes for rows in load("large"))
+    done.set()
+    watcher.join()
+    return (max(most, _own_bytes()) - before) / share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", PROCESSES)
+def test_a_process_reads_no_more_than_its_share(tmp_path, count):
+    for name, layers in (("small", 1), ("large", 12)):
+        config = LlamaConfig(
+            vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name, max_shard_size="50MB")
+    found = on_ranks(count, tmp_path / "ranks", _load, tmp_path)
+    assert max(found) < 1.2
 
 
 # --- the command line -----------------------------------------------------------------------------
