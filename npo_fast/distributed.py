@@ -5,6 +5,10 @@ process writes files and messages.
 """
 
 import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +26,7 @@ TIMEOUT = timedelta(days=7)
 _store: dist.Store | None = None  # of what processes announce
 _mesh: DeviceMesh | None = None
 _background: dist.ProcessGroup | None = None
+_connections: set[tuple[int, int]] = set()  # of groups of processes on the CPU
 _meetings = 0  # that have ended: a store keeps the addresses of each
 
 
@@ -82,7 +87,8 @@ def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     store = dist.PrefixStore(f"npo_fast/attempt_{restarts()}/{_meetings}", store)
     _store = dist.PrefixStore("announced", store)
     watch.start(dist.PrefixStore("watch", store), this, count)
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=this, world_size=count)
+    with _noted_connections():
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=this, world_size=count)
     if _mesh is None:  # of an earlier meeting: PyTorch keeps what it has learned of its tensors
         _mesh = init_device_mesh(device.type, (count,))
     return _mesh
@@ -92,7 +98,8 @@ def background_group() -> dist.ProcessGroup:
     """A group of all processes on the CPU, apart from what a training step waits for."""
     global _background
     if _background is None:
-        _background = dist.new_group(backend="gloo")
+        with _noted_connections():
+            _background = dist.new_group(backend="gloo")
     return _background
 
 
@@ -106,6 +113,47 @@ def destroy_process_group() -> None:
         if _mesh is not None:
             _mesh._pg_registry.clear()  # by name; connections end with the last reference
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Leaves the other processes at once: their collectives end with an error, and so do ours.
+
+    gloo would end its connections with the last reference to a group, whoever has that.
+    """
+    for descriptor, identity in _connections:
+        with suppress(OSError):
+            if _identity(descriptor) == identity:
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.getpeername()  # a listener has none, and must not end
+                    connection.shutdown(socket.SHUT_RDWR)
+    _connections.clear()
+    destroy_process_group()
+
+
+@contextmanager
+def _noted_connections() -> Iterator[None]:
+    """Notes the sockets that are opened inside."""
+    before = _sockets()
+    yield
+    _connections.update(_sockets() - before)
+
+
+def _sockets() -> set[tuple[int, int]]:
+    """Descriptors and identities of this process's sockets; none where the system has no list."""
+    descriptors = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    sockets = set()
+    for descriptor in map(int, descriptors):
+        with suppress(OSError):
+            sockets.add((descriptor, _identity(descriptor)))
+    return sockets
+
+
+def _identity(descriptor: int) -> int:
+    """What tells a socket from a later one of the same number; ``OSError`` for what is none."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISSOCK(status.st_mode):
+        raise OSError(f"{descriptor} is no socket")
+    return status.st_ino
 
 
 def announce(key: str, value: str) -> None:

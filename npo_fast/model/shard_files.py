@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
     consolidate_safetensors_files_on_every_rank,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from npo_fast.distributed import background_group, gather_objects, is_main_process
+from npo_fast.distributed import background_group, gather_objects, is_main_process, rank
 from npo_fast.errors import CannotSaveError, first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import cannot_write
@@ -130,10 +131,14 @@ def together(folder: Path, write: Callable[[], object]) -> None:
     reason = ""
     try:
         write()
-    except Exception as error:
-        inner = getattr(error, "failures", {})  # CheckpointException: by rank, with a traceback
-        cause = next(iter(inner.values()))[0] if inner else error
-        if not (cannot_write(cause) or inner):
+    except CheckpointException as error:
+        failed_on, (cause, _) = next(iter(error.failures.items()))
+        if not cannot_write(cause):
+            raise
+        # all are told of it; the one that failed tells
+        reason = f"{type(cause).__name__}: {first_line(cause)}" if failed_on == rank() else ""
+    except Exception as cause:
+        if not cannot_write(cause):
             raise
         reason = f"{type(cause).__name__}: {first_line(cause)}"
     reasons = gather_objects(reason)

@@ -11,9 +11,9 @@ import torch
 
 from npo_fast.distributed import (
     broadcast_object,
-    destroy_process_group,
     is_main_process,
     launch,
+    leave,
     world_size,
 )
 from npo_fast.errors import (
@@ -217,7 +217,7 @@ def _closed(training: Training) -> Iterator[None]:
         step, facts = state.step, folder.facts(state.step)
         held = state.held(error.micro_batch_tokens)
         folder.finish("interrupted", error=str(error))
-        destroy_process_group()
+        leave()
         logger.warning(f"{error}: all go on after step {step} with half of the tokens at a time")
         raise Shortage(held, dict(folder.metadata), facts) from None
     except OutOfMemory as error:

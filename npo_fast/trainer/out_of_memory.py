@@ -5,7 +5,7 @@ import json
 import torch
 
 from npo_fast.data import Sources
-from npo_fast.distributed import announce, announced, destroy_process_group
+from npo_fast.distributed import announce, announced, leave
 from npo_fast.errors import (
     OutOfMemory,
     PartialUpdateOutOfMemory,
@@ -80,7 +80,7 @@ def tell_of_shortage(lm: CausalLM, step: int, tokens: int, reason: str) -> Share
         )
     announce(SHORTAGE, json.dumps([lm.rank, step, tokens, reason]))
     shortage = shortage_of_another()
-    destroy_process_group()
+    leave()
     assert shortage is not None
     return shortage
 
