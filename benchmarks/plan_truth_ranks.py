@@ -46,7 +46,7 @@ MODELS = {
 RUNS: list[dict[str, Any]] = [
     {"model": "Llama"},
     {"model": "Llama", "gradient_checkpointing": True},
-    {"model": "Llama", "lora_rank": 16},
+    {"model": "Llama", "lora_rank": 16, "micro_batch_tokens": 512},
     {"model": "Llama", "optimizer": "adamw-8bit"},
     {"model": "Llama", "optimizer": "adamw-bf16", "dtype": "bf16"},
     {"model": "Llama", "step_in_backward": True},
@@ -161,14 +161,14 @@ def measure_rank(run: dict[str, Any], ranks: int, meeting: str) -> int:
         world_size=ranks,
     )  # fmt: skip
     planned = planned_run(run)
-    # libraries, threads and compiled code are not the run's memory
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"vocab_size": 1024, "num_attention_heads": 1, "num_key_value_heads": 1}
-    tiny = transformers.LlamaConfig(**sizes, **heads)
-    train_two_steps(sharded_model(tiny, planned, mesh), planned, ranks)
+    # libraries, threads, compiled code and the buffers of matrix products (which depend on the
+    # width) are not the run's memory
+    kind, sizes = getattr(transformers, f"{run['model']}Config"), MODELS[run["model"]]
+    small = kind(**{**sizes, "num_hidden_layers": 1, "vocab_size": 1024})
+    train_two_steps(sharded_model(small, planned, mesh), planned, ranks)
     gc.collect()
     before = status_bytes("VmRSS:")
-    config = getattr(transformers, f"{run['model']}Config")(**MODELS[run["model"]])
+    config = kind(**sizes)
     model = sharded_model(config, planned, mesh)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # loading is not training
@@ -189,8 +189,10 @@ def predict(run: dict[str, Any], ranks: int) -> Any:
 
 def measure(run: dict[str, Any], ranks: int) -> dict[str, Any]:
     """Predicted and measured MiB of a run on so many processes."""
+    # mapped one by one, what is freed goes back to the system and counts when it is used again
     common = {
-        **os.environ, "WORLD_SIZE": str(ranks), "MALLOC_MMAP_THRESHOLD_": "65536",
+        **os.environ, "WORLD_SIZE": str(ranks), "MALLOC_MMAP_THRESHOLD_": "16384",
+        "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0",
         "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -232,13 +234,12 @@ def main() -> None:
     from npo_fast.bench.provenance import provenance
 
     chosen = RUNS if options.only is None else [RUNS[i] for i in options.only]
-    result: dict[str, Any] = {"runs": []}
+    result: dict[str, Any] = {"runs": [], **provenance()}
     for ranks in options.ranks:
         for run in chosen:
             result["runs"].append(measure(run, ranks))
             print(json.dumps(result["runs"][-1]), flush=True)
-    result |= provenance()
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
+            options.result.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [r for r in result["runs"] if abs(r["predicted_over_measured"] - 1) > TOLERANCE]
     if wrong:
         sys.exit(f"more than {TOLERANCE:.0%} apart: {wrong}")

@@ -26,20 +26,19 @@ from npo_fast.model.sharding import VocabularyParallelEmbedding, VocabularyParal
 from npo_fast.ops.vocab_parallel import VocabularySlice
 from npo_fast.planner.tracker import Tracker
 
-Allocate = Callable[[int, str], Tensor]  # bytes, kind
-
 
 class SilentGroup(dist.ProcessGroup):
     """Rank 0 of so many, whose collectives leave their outputs as they are."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__(0, ranks)
+        super().__init__(0, ranks)  # type: ignore[call-arg]
 
-    def _nothing(self, *_: Any) -> None:
+    def _nothing(self, *_: Any) -> Any:
         """Has nobody to talk to."""
 
-    all_gather_single = reduce_scatter_single = allreduce = _nothing
-    _allgather_base = _reduce_scatter_base = _nothing  # their names before PyTorch 2.13
+    all_gather_single = reduce_scatter_single = allreduce = _nothing  # type: ignore[assignment]
+    # their names before PyTorch 2.13
+    _allgather_base = _reduce_scatter_base = _nothing  # type: ignore[assignment]
 
 
 class LocalRows(nn.Parameter):
@@ -77,7 +76,7 @@ def slice_vocabulary(lm: CausalLM, ranks: int) -> VocabularySlice:
     return predicted
 
 
-def _rows(parameter: nn.Parameter, ranks: int) -> LocalRows:
+def _rows(parameter: Tensor, ranks: int) -> LocalRows:
     rows = parameter.new_empty(local_shape(parameter, ranks))
     return LocalRows(rows, requires_grad=parameter.requires_grad)
 
@@ -87,7 +86,9 @@ class Layer:
 
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter], ranks: int) -> None:
         self.module, self.parameters = module, parameters
-        shares = [torch.empty(local_shape(p, ranks), dtype=p.dtype, device="meta") for p in parameters]
+        shares = [
+            torch.empty(local_shape(p, ranks), dtype=p.dtype, device="meta") for p in parameters
+        ]
         self.gathered_bytes = ranks * sum(share.nbytes for share in shares)
         self.local_bytes = sum(share.nbytes for share in shares)
         self.shares = dict(zip(parameters, shares, strict=True))
@@ -189,9 +190,10 @@ class ShardedLayers:
         self._in_backward = True
         if layer.weights is not None:
             return
-        buffer = self._gather(layer) if layer.buffer is None else layer.buffer
+        if layer.buffer is None:
+            layer.buffer = self._gather(layer)
         layer.weights = self._allocate(layer.gathered_bytes, self.weights_kind)
-        layer.buffer = buffer = None
+        layer.buffer = None
         position = self.layers.index(layer)
         if layer.ran and position and (earlier := self.layers[position - 1]).ran:
             earlier.buffer = self._gather(earlier)
