@@ -177,13 +177,13 @@ class TrackedStep:
         self.sharded: ShardedLayers | None = None
         if ranks > 1:
             slice_vocabulary(lm, ranks)
-        for tensor in (*lm.model.parameters(), *lm.model.buffers()):
-            self.tracker.hold(tensor, WEIGHTS)
-        if ranks > 1:
             self.sharded = ShardedLayers(
                 lm, self.tracker, ranks, (WEIGHTS, GRADIENTS, BACKWARD), self._reduced,
                 planned.offload_optimizer,
             )  # fmt: skip
+        for tensor in (*lm.model.parameters(), *lm.model.buffers()):
+            if not self._is_sharded(tensor):
+                self.tracker.hold(tensor, WEIGHTS)
         self.trained = _trained(lm, self.layer)
         self.prompt_length = max(1, planned.sequence_length // 4)
         self.gradients: dict[Tensor, Tensor] = {}  # shares of them
