@@ -9,9 +9,9 @@ fails where prediction and truth are more than 10 % apart.
 
 gloo's collectives on a CPU copy what they are given, NCCL's have buffers of a fixed size. The runs
 therefore hand gloo 1 MiB at a time (``collectives_in_pieces``): what is left are the tensors that
-FSDP2 and the package hold on a GPU too. torchao compiles its updates on a GPU and runs them operator
-by operator on a CPU, with a dozen temporaries of a tensor: the peaks of its optimizers are those
-outside of ``step``.
+FSDP2 and the package hold on a GPU too. torchao compiles its updates on a GPU and runs them
+operator by operator on a CPU, with a dozen temporaries of a tensor: the peaks of its optimizers are
+those outside of ``step``.
 """
 
 import argparse

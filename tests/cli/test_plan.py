@@ -1,8 +1,11 @@
 """Planned memory against real tensors, PyTorch's own tracker, and plain arithmetic."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,6 +269,14 @@ def test_4bit_weights_are_not_planned_for_several_gpus():
     plan = replace(SMALL, dtype="bf16", lora_rank=2, quantize="4bit")
     with pytest.raises(UserError, match="cannot be shared by several GPUs"):
         footprint(config(), plan, ranks=2)
+
+
+@pytest.mark.slow
+def test_two_processes_need_what_the_plan_says(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "plan_truth_ranks.py"
+    command = [sys.executable, script, "--ranks", "2", "--only", "0", "--result", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_rank_updates_its_share_of_the_largest_weight():
