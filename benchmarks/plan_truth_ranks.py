@@ -126,7 +126,7 @@ def train_two_steps(model: Any, planned: Any, ranks: int) -> None:
     references = reference_log_probs(lm, sources, terms, tokens)
     cache = reference_cache_for(terms, lm, sources, tokens)
     settings = TrainSettings(
-        epochs=2, batch_size=count, micro_batch_tokens=tokens, warmup_steps=0,
+        epochs=2, batch_size=count, micro_batch_tokens=planned.micro_batch_tokens, warmup_steps=0,
         optimizer=planned.optimizer, gradient_checkpointing=planned.gradient_checkpointing,
         step_in_backward=planned.step_in_backward, sharpness_rho=planned.sharpness_rho,
     )  # fmt: skip
