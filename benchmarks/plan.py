@@ -69,6 +69,8 @@ CASES = (
     Case("LoRA, the paper's way", "Llama-3.1-8B", ADAPTERS, paper=True),
     Case("bf16 states, one of 8 GPUs", "Llama-3.1-70B", SHARDED, ranks=8),
     Case("bf16 states, one of 16 GPUs", "Llama-3.1-70B", SHARDED, ranks=16),
+    Case("8-bit states, one of 8 GPUs", "Llama-3.1-70B", SMALL, ranks=8),
+    Case("8-bit states, step in backward, one of 8 GPUs", "Llama-3.1-70B", IN_BACKWARD, ranks=8),
     Case("LoRA, one of 4 GPUs", "Llama-3.1-70B", ADAPTERS, ranks=4),
 )
 

@@ -116,8 +116,8 @@ def _text(
     ]
     if ranks > 1:
         lines.append(
-            f"Weights, gradients, states and head are divided by {ranks}; two gathered "
-            "layers, one whole gradient and the answer rows of all GPUs are added."
+            f"Weights, gradients, states and head are divided by {ranks}; gathered layers, a "
+            "layer's whole gradient, its sum and the answer rows of all GPUs are added."
         )
     if planned.offload_optimizer:
         lines.append("Optimizer states lie in CPU memory; the largest tensor's visit the GPU.")

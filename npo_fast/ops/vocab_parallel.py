@@ -44,12 +44,12 @@ class VocabularySlice:
     @property
     def world_size(self) -> int:
         """Ranks that share the vocabulary."""
-        return dist.get_world_size(self.group)
+        return self.group.size()
 
     @property
     def rank(self) -> int:
         """The position of this process in ``group``."""
-        return dist.get_rank(self.group)
+        return self.group.rank()
 
     @property
     def most_rows(self) -> int:
@@ -65,6 +65,12 @@ class VocabularySlice:
     def rows(self) -> int:
         """Rows of this slice."""
         return max(0, min(self.vocabulary - self.first, self.most_rows))
+
+    def longest(self, values: Tensor) -> int:
+        """Returns the length of the rank that has most; of tensors without data all have one."""
+        if values.is_meta:
+            return len(values)
+        return all_reduce_max(len(values), values.device, self.group)
 
     def localize(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ids counted from ``first``, clamped to the slice, and which of them it has."""
@@ -207,7 +213,7 @@ class _GatherRows(torch.autograd.Function):
             padded = upstream.new_zeros(len(counts), max(counts), upstream.shape[1], dtype=opmath)
             for target, part in zip(padded, upstream.split(list(counts)), strict=True):
                 target[: len(part)] = part
-            local = _reduce_scatter(padded, group)[: counts[dist.get_rank(group)]]
+            local = _reduce_scatter(padded, group)[: counts[group.rank()]]
             return local.to(upstream.dtype)
 
         return first_derivative("gather_rows", compute, upstream), None, None
@@ -236,7 +242,7 @@ def vocab_parallel_logits(
     Each rank makes the logits of its slice for the rows of all, and sends each its own.
     """
     group, most = vocabulary.group, vocabulary.most_rows
-    length = all_reduce_max(len(hidden), hidden.device, group)
+    length = vocabulary.longest(hidden)
     rows = _all_gather(hidden, length, group)
     logits = torch.nn.functional.linear(rows, weight, bias)
     logits = torch.nn.functional.pad(logits, (0, most - len(weight))).contiguous()
@@ -252,7 +258,7 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, weight: Tensor, ids: Tensor, vocabulary: VocabularySlice, padding_id: int | None
     ) -> Tensor:
         group = vocabulary.group
-        ctx.length = all_reduce_max(len(ids), ids.device, group)
+        ctx.length = vocabulary.longest(ids)
         all_ids = _all_gather(ids, ctx.length, group)
         row, mine = vocabulary.localize(all_ids)
         # ranks with fewer ids are padded with id 0, whose rows are cut off and have no gradient

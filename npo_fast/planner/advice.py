@@ -24,11 +24,10 @@ class Switch:
 # cheapest first
 SWITCHES = (
     Switch("a third more time", lambda p: replace(p, gradient_checkpointing=True)),
-    Switch("coarser optimizer states", lambda p: replace(p, optimizer="adamw-8bit"),
-           on_ranks=False),
+    Switch("coarser optimizer states", lambda p: replace(p, optimizer="adamw-8bit")),
     Switch("a step is one pass, clipped by a second backward",
            lambda p: _with_tokens(replace(p, step_in_backward=True), p.micro_batch_tokens),
-           on_ranks=False, with_copy=False),
+           with_copy=False),
     Switch("shorter passes", lambda p: _with_tokens(p, min(512, p.micro_batch_tokens))),
     Switch("adapters alone are trained", lambda p: _with_adapters(p)),
     Switch("adapters alone are trained, on rounded weights",

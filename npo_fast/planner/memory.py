@@ -1,20 +1,20 @@
 """Peak memory of a training step, by kind, from the step's own code on tensors without data.
 
 On the meta device a tensor has a shape and no bytes, and every operator runs as on a GPU: the
-decoder, its backward, and the fused loss with a GPU's chunks, layouts and dtypes. Three things are
-computed by formula: optimizer states (``state_bytes``), temporaries inside of operators
-(``tracker.workspace_bytes``), and one GPU's share of a sharded run (``sharded``).
+decoder, its backward, and the fused loss with a GPU's chunks, layouts and dtypes. Two things are
+computed by formula: optimizer states (``state_bytes``) and temporaries inside of operators
+(``tracker.workspace_bytes``). What FSDP2 gathers and frees is in ``ranks``.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from npo_fast.data import PackedBatch, TokenizedExample, pack
+from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.errors import UserError, first_line
 from npo_fast.losses import KL
 from npo_fast.methods import Term, build_method
@@ -22,8 +22,9 @@ from npo_fast.model.adapters import Quantize
 from npo_fast.model.attention import NAME
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.layers import repeated_layers
-from npo_fast.ops.cost import Problem
+from npo_fast.ops.vocab_parallel import gather_rows
 from npo_fast.planner.model import empty_lm, empty_model
+from npo_fast.planner.ranks import ShardedLayers, local_shape, slice_vocabulary
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.optimizers import Optimizer
 from npo_fast.trainer.order import batch_keys
@@ -127,6 +128,8 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     """
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
+    if ranks > 1 and planned.quantize != "none":
+        raise UserError("4-bit weights cannot be shared by several GPUs: leave out --quantize")
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     step = TrackedStep(empty_lm(model, planned.gradient_checkpointing), planned, ranks)
     try:
@@ -142,8 +145,7 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
             f"{name} reads values of tensors while it runs, so it cannot run without data: "
             f"{first_line(error)}"
         ) from error
-    whole = step.footprint()
-    return whole if ranks == 1 else sharded(model, planned, whole, ranks)
+    return step.footprint()
 
 
 def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
@@ -168,18 +170,35 @@ class TrackedStep:
         self.lm, self.planned, self.ranks, self.tracker = lm, planned, ranks, Tracker()
         self.terms = build_method(planned.method)
         self.layer = layer_of(lm, self.terms)
+        weights = list(lm.model.parameters())
+        packed = sum(p.numel() for p in weights if p.dtype == torch.uint8)  # two weights a byte
+        self.parameters = packed + sum(p.numel() for p in weights)
+        self.trained_parameters = sum(p.numel() for p in _trained(lm, self.layer))
+        self.sharded: ShardedLayers | None = None
+        if ranks > 1:
+            slice_vocabulary(lm, ranks)
+            self.sharded = ShardedLayers(
+                lm, self.tracker, ranks, (WEIGHTS, GRADIENTS, BACKWARD), self._reduced,
+                planned.offload_optimizer,
+            )  # fmt: skip
+        for tensor in (*lm.model.parameters(), *lm.model.buffers()):
+            if not self._is_sharded(tensor):
+                self.tracker.hold(tensor, WEIGHTS)
         self.trained = _trained(lm, self.layer)
         self.prompt_length = max(1, planned.sequence_length // 4)
-        for tensor in (*lm.model.parameters(), *lm.model.buffers()):
-            self.tracker.hold(tensor, WEIGHTS)
-        sizes = [state_bytes(p, planned.optimizer) for p in self.trained]
+        self.gradients: dict[Tensor, Tensor] = {}  # shares of them
+        sizes = [
+            state_bytes(self._share(p), planned.optimizer)
+            for p in self.trained
+            if not (planned.offload_optimizer and self._is_sharded(p))
+        ]
         self.states = [  # kept alive here: nothing else refers to them
             self.tracker.hold(torch.empty(size, dtype=torch.uint8, device="meta"), OPTIMIZER)
-            for size in ([max(sizes)] if planned.offload_optimizer else sizes)
+            for size in ([max(sizes, default=0)] if planned.offload_optimizer else sizes)
         ]
         if planned.sharpness_rho and not planned.offload_optimizer:  # with it the CPU has them
             self.states += [
-                self.tracker.hold(torch.empty_like(p, requires_grad=False), COPY)
+                self.tracker.hold(torch.empty_like(self._share(p), requires_grad=False), COPY)
                 for p in self.trained
             ]
         lm.decoder.register_forward_pre_hook(lambda *_: self._count_as(ACTIVATIONS))
@@ -209,20 +228,21 @@ class TrackedStep:
         for group in distinct.values():
             micro = self._micro(len(group[0].batch_key), self.planned.micro_batch_tokens)
             self.backward(self._loss(group, micro))
-        self.update(max(self.trained, key=torch.numel))
+        self.update(max(self.trained, key=lambda p: self._share(p).numel()))
 
     def fill_gradients(self) -> None:
         """Makes the gradients of earlier micro-batches."""
         for parameter in self.trained:
-            parameter.grad = self.tracker.hold(torch.empty_like(parameter), GRADIENTS)
+            if self._is_sharded(parameter):
+                self._reduced(parameter)
+            else:
+                parameter.grad = self.tracker.hold(torch.empty_like(parameter), GRADIENTS)
 
     def footprint(self) -> Footprint:
         """What the tracker has counted."""
-        weights = list(self.lm.model.parameters())
-        packed = sum(p.numel() for p in weights if p.dtype == torch.uint8)  # two weights a byte
         return Footprint(
-            parameters=packed + sum(p.numel() for p in weights),
-            trained=sum(p.numel() for p in self.trained),
+            parameters=self.parameters,
+            trained=self.trained_parameters,
             bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
         )
 
@@ -238,13 +258,14 @@ class TrackedStep:
         return torch.stack(losses).sum()
 
     def _micro(self, group: int, tokens: int) -> PackedBatch:
-        """A pack of sequences in groups of ``group``, with about so many tokens."""
+        """A pack of sequences in groups of ``group``, with about so many tokens on each rank."""
         length = self.planned.sequence_length
         count = group * max(1, tokens // (length * group))
         sequences = [
-            TokenizedExample((0,) * length, self.prompt_length, i // group) for i in range(count)
+            TokenizedExample((0,) * length, self.prompt_length, i // group)
+            for i in range(self.ranks * count)
         ]
-        (micro,) = pack(sequences, count * length, group)
+        (micro,) = micro_batches(sequences, count * length, group, self.ranks)
         return micro
 
     def _loss(self, terms: list[Term], micro: PackedBatch, states: Tensor | None = None) -> Tensor:
@@ -256,7 +277,7 @@ class TrackedStep:
             values = [answer] * micro.sequences if per_token else torch.zeros(micro.sequences)
             references |= dict.fromkeys(term.batch_key, values)
         everywhere = any(term.positions == "all" for term in terms)
-        rows = len(micro.input_ids if everywhere else micro.rows)
+        rows = len(micro.input_ids if everywhere else micro.rows)  # of each rank
         hidden = any(t.loss.reference == "hidden" for t in terms)
         reference = self._reference(rows) if hidden else None
         counts = {term.name: 1 for term in terms}
@@ -270,13 +291,17 @@ class TrackedStep:
         """Stands for ``ReferenceStates``: the reference's head, and hidden states of ``rows``."""
         head, hold = self.lm.head.weight, self.tracker.hold
 
-        def empty_states(source: str, indices: Iterable[int]) -> Tensor:  # (rows, D)
-            return hold(head.new_empty(rows, head.shape[1]), REFERENCE)
+        def empty_states(source: str, indices: Iterable[int]) -> Tensor:  # (rows of all, D)
+            own = head.new_empty(rows, head.shape[1])
+            if (vocabulary := self.lm.vocabulary_slice) is not None:
+                gathered = gather_rows(own, [rows] * self.ranks, vocabulary.group)
+                own = torch.cat(gathered.chunk(len(list(indices))))  # in the order of indices
+            return hold(own, REFERENCE)
 
         arguments = {
             f"ref_{name}": value
             for name, value in self.lm.head_arguments.items()
-            if not isinstance(value, Tensor)
+            if not isinstance(value, Tensor) and name != "vocabulary"
         }
         if self.layer is None:
             arguments["ref_weight"] = hold(torch.empty_like(head), REFERENCE)
@@ -285,22 +310,42 @@ class TrackedStep:
     def backward(self, loss: Tensor) -> None:
         """The backward pass or, with ``step_in_backward``, both."""
         self._count_as(BACKWARD)
+        for last in (False, True) if self.planned.step_in_backward else (True,):
+            loss.backward(retain_graph=not last)
+            if self.sharded is not None:
+                self.sharded.end_of_backward()
+
+    def _is_sharded(self, parameter: Tensor) -> bool:
+        """Whether FSDP gathers the parameter; embedding and head are slices already."""
+        return self.sharded is not None and parameter in self.sharded.of
+
+    def _share(self, parameter: Tensor) -> Tensor:
+        """A tensor like this rank's share of the parameter."""
+        if not self._is_sharded(parameter):
+            return parameter
+        return parameter.new_empty(local_shape(parameter, self.ranks))
+
+    def _reduced(self, parameter: Tensor) -> None:
+        """Keeps this rank's share of a gradient or, with ``step_in_backward``, applies it."""
+        if self.planned.offload_optimizer or parameter in self.gradients:
+            return
+        share = self.tracker.hold(self._share(parameter), GRADIENTS)
         if self.planned.step_in_backward:
-            loss.backward(retain_graph=True)
-        loss.backward()
+            self.update(parameter)
+        else:
+            self.gradients[parameter] = share
 
     def _accumulated(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.tracker.hold(parameter.grad, GRADIENTS)
-        if self.planned.step_in_backward:
+        if self.planned.step_in_backward and not self._is_sharded(parameter):
             self.update(parameter)
             parameter.grad = None
 
     def update(self, parameter: Tensor) -> None:
         """Allocates what an update needs: two fp32 copies, nothing with PyTorch's fused AdamW."""
         if self.planned.optimizer != "adamw":
-            shard = -(-parameter.numel() // self.ranks)
-            torch.empty(2, shard, dtype=torch.float32, device="meta")
+            torch.empty(2, self._share(parameter).numel(), dtype=torch.float32, device="meta")
 
     def _count_as(self, kind: str) -> None:
         """New tensors count as ``kind`` from now on."""
@@ -315,44 +360,3 @@ def _trained(lm: CausalLM, layer: int | None) -> list[torch.nn.Parameter]:
         if lm.head.weight is not lm.model.get_input_embeddings().weight:
             behind |= {id(p) for p in lm.head.parameters()}
     return [p for p in lm.model.parameters() if p.requires_grad and id(p) not in behind]
-
-
-def sharded(model: Any, planned: PlannedRun, whole: Footprint, ranks: int) -> Footprint:
-    """One rank's share of ``whole``, the footprint of the model on a single GPU.
-
-    Weights, gradients and optimizer states are divided by ``ranks``; two gathered decoder layers
-    (the current and the next) and the full gradient of one layer are added. Each rank computes the
-    loss of all ranks' answer rows on its slice of the vocabulary: the gradient of the slice, what
-    the cost model says is held beside it, and hidden states of all rows and their gradients.
-    Activations stay the same: every rank has its own micro-batch.
-    """
-    layer, head = layer_bytes(model), model.get_output_embeddings().weight
-    bytes_ = dict(whole.bytes)
-    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER, COPY):
-        bytes_[kind] = -(-bytes_[kind] // ranks)
-    problem = slice_problem(head, planned, ranks)
-    gradient = problem.vocabulary * problem.width if problem.trains_head else 0
-    rows = 2 * problem.rows * problem.width  # hidden states and their gradients
-    bytes_[HEAD] = problem.choose().held_bytes + problem.itemsize * (gradient + rows)
-    bytes_[WEIGHTS] += 2 * layer
-    if not planned.lora_rank:
-        bytes_[GRADIENTS] += layer
-    return replace(whole, bytes=bytes_)
-
-
-def slice_problem(head: Tensor, planned: PlannedRun, ranks: int) -> Problem:
-    """The cost model's problem: answer rows of all ranks, one rank's slice of the vocabulary."""
-    vocabulary, width = head.shape
-    answers = planned.micro_batch_tokens - planned.micro_batch_tokens // 4
-    return Problem(
-        ranks * answers, width, -(-vocabulary // ranks), head.element_size(),
-        trains_head=not planned.lora_rank, makes_logits=True,
-    )  # fmt: skip
-
-
-def layer_bytes(model: Any) -> int:
-    """Bytes of the largest of the decoder's repeated layers."""
-    layers = repeated_layers(model)
-    if not layers:
-        raise UserError(f"{type(model).__name__} has no list of layers to gather one at a time")
-    return max(sum(p.nbytes for p in layer.parameters()) for layer in layers)

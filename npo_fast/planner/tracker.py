@@ -35,12 +35,16 @@ class Tracker(TorchDispatchMode):
         """The largest sum of bytes so far."""
         return sum(self.at_peak.values())
 
-    def hold(self, tensor: Tensor, kind: str) -> Tensor:
-        """Counts the tensor's storage as ``kind``, whatever it was before; returns the tensor."""
+    def hold(self, tensor: Tensor, kind: str, size: int | None = None) -> Tensor:
+        """Counts the tensor's storage as ``kind``, whatever it was before; returns the tensor.
+
+        ``size`` is the number of bytes to count, where a GPU does not have all of the tensor's.
+        """
         storage = tensor.untyped_storage()
         entry = self._entry(storage)
         self.alive[entry[0]] -= entry[1]
         entry[0] = kind
+        entry[1] = entry[1] if size is None else size
         self.alive[kind] += entry[1]
         self._update_peak()
         return tensor

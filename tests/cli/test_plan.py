@@ -1,8 +1,11 @@
 """Planned memory against real tensors, PyTorch's own tracker, and plain arithmetic."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from npo_fast.data import TokenizedExample, pack
 from npo_fast.errors import UserError
 from npo_fast.kernels.products import STRIP_BYTES
 from npo_fast.methods import METHODS, build_method
+from npo_fast.model.layers import repeated_layers
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.head import Head
 from npo_fast.planner import Footprint, PlannedRun, advise, flags, footprint
-from npo_fast.planner.memory import KINDS, layer_bytes, slice_problem, state_bytes
+from npo_fast.planner.memory import KINDS, state_bytes
 from npo_fast.planner.model import empty_lm, empty_model
 from npo_fast.planner.tracker import FlashAttention, Tracker
 from npo_fast.trainer.order import check_step_in_backward
@@ -142,7 +146,7 @@ def test_sharpness_aware_steps_hold_a_copy_of_what_is_trained():
     adapters = footprint(config(), replace(sharp, lora_rank=2))
     assert adapters.bytes["copy"] == 4 * adapters.trained
     halves = footprint(config(), sharp, ranks=2)
-    assert halves.bytes["copy"] == 2 * found.trained
+    assert halves.bytes["copy"] == pytest.approx(2 * found.trained, rel=0.01)
     assert footprint(config(), replace(sharp, offload_optimizer=True)).bytes["copy"] == 0
     advice = advise(sharp, 1e-6, lambda plan: footprint(config(), plan))
     assert not advice.fits
@@ -216,20 +220,63 @@ def test_kl_holds_a_chunk_of_the_references_logits_more():
     assert found == pytest.approx(held + 2 * ref_rows * vocabulary + others, rel=0.03)
 
 
+def test_a_rank_holds_its_share_and_the_layers_that_fsdp_gathers():
+    wide = config(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    plan = replace(SMALL, micro_batch_tokens=16)
+    one, four = footprint(wide, plan), footprint(wide, plan, ranks=4)
+    layer = sum(p.nbytes for p in repeated_layers(empty_model(wide, "fp32"))[0].parameters())
+    assert (four.parameters, four.trained) == (one.parameters, one.trained)
+    share = one.bytes["weights"] / 4
+    assert share + 2 * layer <= four.bytes["weights"] <= 1.02 * share + 2 * layer
+    share = one.bytes["gradients"] / 4
+    assert share + layer / 2 <= four.bytes["gradients"] <= 1.02 * share + 1.25 * layer
+    assert four.bytes["optimizer"] == pytest.approx(one.bytes["optimizer"] / 4, rel=0.02)
+    assert layer <= four.bytes["backward"], "what is summed over ranks"
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32():
+    wide = config(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    plan = replace(SMALL, micro_batch_tokens=16)
+    found = footprint(wide, replace(plan, dtype="bf16"), ranks=4)
+    values = sum(p.numel() for p in repeated_layers(empty_model(wide, "bf16"))[0].parameters())
+    assert found.bytes["backward"] >= 4 * values
+
+
+def test_the_head_of_a_rank_has_answer_rows_of_all():
+    wide = config(vocab_size=40_000)
+    found = footprint(wide, SMALL, ranks=4).bytes["head"]
+    own, rows = 10_000, 4 * 48  # a quarter of 64 tokens is prompt
+    problem = Problem(rows, 32, own, 4, makes_logits=True)
+    assert found >= problem.choose().held_bytes + 4 * own * 32
+
+
+@pytest.mark.parametrize("method", slow_but(["NPO+KL"], ["NPO+RT", "UNDIAL", "RMU"]))
+@pytest.mark.parametrize(
+    "changes",
+    slow_but(
+        [{"step_in_backward": True}],
+        [{"gradient_checkpointing": True}, {"lora_rank": 2}, {"offload_optimizer": True}],
+    ),
+)
+def test_what_several_gpus_can_do_can_be_planned(method, changes):
+    plan = replace(SMALL, method=method, **changes)
+    one, two = (footprint(config(), plan, ranks=ranks) for ranks in (1, 2))
+    assert (two.parameters, two.trained) == (one.parameters, one.trained)
+    assert two.bytes["weights"] > 0
+
+
+def test_4bit_weights_are_not_planned_for_several_gpus():
+    plan = replace(SMALL, dtype="bf16", lora_rank=2, quantize="4bit")
+    with pytest.raises(UserError, match="cannot be shared by several GPUs"):
+        footprint(config(), plan, ranks=2)
+
+
 @pytest.mark.slow
-def test_ranks_share_all_but_activations_and_gathered_layers():
-    one, four = footprint(config(), SMALL), footprint(config(), SMALL, ranks=4)
-    model = empty_model(config(), "fp32")
-    layer, head = layer_bytes(model), model.get_output_embeddings().weight
-    assert four.bytes["weights"] == -(-one.bytes["weights"] // 4) + 2 * layer
-    assert four.bytes["gradients"] == -(-one.bytes["gradients"] // 4) + layer
-    assert four.bytes["optimizer"] == -(-one.bytes["optimizer"] // 4)
-    assert four.bytes["activations"] == one.bytes["activations"]
-    own = -(-len(head) // 4)
-    rows = 4 * 48  # a quarter of 64 tokens is prompt
-    problem = slice_problem(head, SMALL, 4)
-    assert (problem.rows, problem.vocabulary, problem.makes_logits) == (rows, own, True)
-    assert four.bytes["head"] == problem.choose().held_bytes + 4 * (own + 2 * rows) * 32
+def test_two_processes_need_what_the_plan_says(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "plan_truth_ranks.py"
+    command = [sys.executable, script, "--ranks", "2", "--only", "0", "--result", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_rank_updates_its_share_of_the_largest_weight():
@@ -277,8 +324,9 @@ def test_4bit_weights_come_with_adapters():
 
 @pytest.mark.slow
 def test_what_is_advised_can_be_run():
-    several = advise(SMALL, 12, fake_measure({"optimizer": 9, "lora_rank": 9}), ranks=2)
-    assert flags(SMALL, several.planned) == ["--lora-rank 16"]
+    several = advise(SMALL, 12, fake_measure({"optimizer": 9, "quantize": 9}), ranks=2)
+    assert flags(SMALL, several.planned) == ["--optimizer adamw-8bit"]
+    assert not advise(SMALL, 12, fake_measure({"quantize": 9}), ranks=2).fits
     in_bf16 = replace(SMALL, optimizer="adamw-bf16", dtype="bf16")
     nothing = fake_measure({})(SMALL)
 
