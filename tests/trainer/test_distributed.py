@@ -344,6 +344,19 @@ def _train_on_ranks(mesh, family: str, lora: bool, *arguments):
     return *_steps(lm, *arguments), held
 
 
+def _train_with_offload(mesh, family: str, lora: bool, *arguments):
+    """With FSDP2's offload policy, whose gradients and states lie in CPU memory."""
+    lm = CausalLM(shard(lm_of(family, lora).model, mesh, offload=True))
+    return *_steps(lm, *arguments), sum(p.to_local().numel() for p in lm.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_offloaded_shards_train_as_one_process(tmp_path, lora):
+    case = ("Llama", lora, "NPO+RT", False, 0.05)
+    _assert_as_one(tmp_path, 2, *case, work=_train_with_offload)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", PROCESSES)
 @pytest.mark.parametrize(
@@ -383,11 +396,13 @@ def test_three_processes_train_other_families_as_one(tmp_path, family):
     _assert_as_one(tmp_path, 3, family, False, "NPO+KL", False, 0.0)
 
 
-def _assert_as_one(tmp_path, count, family, lora, method, checkpointing, rho) -> None:
+def _assert_as_one(
+    tmp_path, count, family, lora, method, checkpointing, rho, work=_train_on_ranks
+) -> None:
     lm = lm_of(family, lora)
     everything = sum(p.numel() for p in lm.model.parameters())
     records, gradients, weights, references = _steps(lm, method, checkpointing, rho)
-    found = on_ranks(count, tmp_path, _train_on_ranks, family, lora, method, checkpointing, rho)
+    found = on_ranks(count, tmp_path, work, family, lora, method, checkpointing, rho)
     assert len(records) == 4
     close = {"rtol": TOLERANCE, "atol": TOLERANCE}
     for own in found:
