@@ -129,7 +129,9 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
     if ranks > 1 and planned.quantize != "none":
-        raise UserError("the memory of 4-bit weights on several GPUs is not planned: leave out --quantize")
+        raise UserError(
+            "the memory of 4-bit weights on several GPUs is not planned: leave out --quantize"
+        )
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     step = TrackedStep(empty_lm(model, planned.gradient_checkpointing), planned, ranks)
     try:

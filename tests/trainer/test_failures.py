@@ -355,5 +355,6 @@ def test_a_full_disk_of_one_process_costs_a_checkpoint_and_not_the_run(launch, t
     assert "NO CHECKPOINT at step 6: cannot save" in run.text
     assert "No space left on device (process 1)" in run.text
     output = tmp_path / "run"
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000004"]
+    (kept,) = (output / "checkpoints").iterdir()
+    assert kept.name in ("step-000002", "step-000004"), "the latter may still be under way"
     assert metadata_of(output)["status"] == "finished"
