@@ -111,7 +111,8 @@ def destroy_process_group() -> None:
         _meetings += 1
         _background = None
         if _mesh is not None:
-            _mesh._pg_registry.clear()  # by name; connections end with the last reference
+            # by name, new in PyTorch 2.13; connections end with the last reference
+            getattr(_mesh, "_pg_registry", {}).clear()
         dist.destroy_process_group()
 
 

@@ -267,7 +267,7 @@ def test_what_several_gpus_can_do_can_be_planned(method, changes):
 
 def test_4bit_weights_are_not_planned_for_several_gpus():
     plan = replace(SMALL, dtype="bf16", lora_rank=2, quantize="4bit")
-    with pytest.raises(UserError, match="is not planned: leave out --quantize"):
+    with pytest.raises(UserError, match="is not planned: leave out"):
         footprint(config(), plan, ranks=2)
 
 
