@@ -688,7 +688,7 @@ WHOLE_RUNS = {
     ),
     "stepped in the backward, unclipped, an adapter merged": (
         4, ("--step-in-backward", "--max-grad-norm", "inf", "--lora-rank", "2", "--merge",
-            "--gradient-checkpointing", "--keep-utility", "0.9"),
+            "--gradient-checkpointing", "--keep-utility", "0.9", "--epochs", "2"),
     ),
     "4-bit weights": (2, ("--quantize", "4bit", "--lora-rank", "2")),
     "another reference, beta from a base model": (
