@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from npo_fast import watch
 from npo_fast.errors import UserError
@@ -195,6 +196,21 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def local_of(value: torch.Tensor) -> torch.Tensor:
+    """The value, or this process's shard of it."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def rows_of(length: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The first row, and the number of rows, that a process has of ``length``.
+
+    As ``torch.chunk`` cuts, so the last may be fewer, or none.
+    """
+    most = -(-length // world_size)
+    first = min(length, rank * most)
+    return first, min(most, length - first)
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -407,3 +409,17 @@ class Page(HTMLParser):
     @property
     def text(self):
         return " ".join(self.texts)
+
+
+def results_of(processes: list[Any], folder: Path, seconds: float) -> list[Any]:
+    """What processes have saved as ``folder / "<rank>.pt"``; fails with the errors in ``*.txt``."""
+    ends = time.monotonic() + seconds
+    for process in processes:
+        process.join(timeout=max(0.0, ends - time.monotonic()))
+    stuck = [process for process in processes if process.exitcode is None]
+    for process in stuck:
+        process.kill()
+    errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
+    assert not stuck, f"{len(stuck)} processes hang; {errors}"
+    assert not errors, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(len(processes))]

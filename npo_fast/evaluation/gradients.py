@@ -3,9 +3,9 @@
 from functools import partial
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from npo_fast.data import TokenizedExample
+from npo_fast.distributed import local_of
 from npo_fast.losses import NLL
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.ops import linear_sequence_loss
@@ -45,6 +45,5 @@ def gradient_norms(lm: CausalLM, example: TokenizedExample, counted: int) -> lis
 
 def _measure_and_drop(norms: list[torch.Tensor], parameter: torch.Tensor) -> None:
     assert parameter.grad is not None
-    gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-    norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+    norms.append(torch.linalg.vector_norm(local_of(parameter.grad), dtype=torch.float32))
     parameter.grad = None

@@ -23,7 +23,7 @@ from npo_fast.boundary import read_json
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import GENERATION, save_generation_config
-from npo_fast.model.shard_files import SHARDS, load_tensors
+from npo_fast.model.shard_files import SHARDS, load_in_place
 from npo_fast.model.sharding import load_shards, read_shards
 from npo_fast.model.weights import check_tensors, load_complete
 
@@ -195,7 +195,9 @@ def converted(
 def read_weights(lm: CausalLM, folder: Path) -> None:
     """Reads what ``write_weights``, or each process for itself, wrote into the model, in place."""
     if (folder / SHARDS).is_dir() and not lm.adapted:
-        load_tensors({f"{WEIGHTS}/{n}": p for n, p in lm.model.named_parameters()}, folder / SHARDS)
+        load_in_place(
+            {f"{WEIGHTS}/{n}": p for n, p in lm.model.named_parameters()}, folder / SHARDS
+        )
     elif lm.vocabulary_slice is not None:
         _read_shards(lm, folder)
     elif lm.adapted:

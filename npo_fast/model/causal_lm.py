@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from npo_fast.data import PackedBatch, TokenizedExample, micro_batches
 from npo_fast.data.packing import one_by_one
-from npo_fast.distributed import all_reduce_max
+from npo_fast.distributed import all_reduce_max, local_of
 from npo_fast.errors import UserError
 from npo_fast.model.attention import NAME as PACKED_ATTENTION
 from npo_fast.model.attention import class_name, set_attention, without_masks
@@ -224,7 +223,7 @@ class CausalLM:
         """Rounds weights of the head's dtype to numbers that ``dtype`` has, in place."""
         for parameter in self.model.parameters():
             if parameter.dtype == self.dtype:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                local = local_of(parameter)
                 local.copy_(local.to(dtype))
 
     @contextmanager

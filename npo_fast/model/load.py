@@ -34,7 +34,7 @@ from npo_fast.model.manifest import (
 )
 from npo_fast.model.model_files import largest_shard, model_folder, source_of
 from npo_fast.model.save import GENERATION
-from npo_fast.model.shard_files import SHARDS, load_tensors
+from npo_fast.model.shard_files import SHARDS, load_in_place
 from npo_fast.model.sharding import load_shards, shard
 from npo_fast.model.weights import load_complete
 from npo_fast.run_files import read_metadata
@@ -265,7 +265,7 @@ def _load_checkpoint(name: str, dtype: torch.dtype) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(load_config(name), dtype=dtype)
     weights = {f"{WEIGHTS}/{name}": p for name, p in model.named_parameters()}
     with reading(f"the checkpoint {folder}"):
-        load_tensors(weights, folder / SHARDS)
+        load_in_place(weights, folder / SHARDS)
     model.name_or_path = str(folder)
     return model.eval()
 

@@ -1,7 +1,7 @@
 """Weights of a sharded model as files: each process writes its rows, none holds the whole model.
 
-PyTorch's distributed checkpoint writes them, in its own form (``save_tensors``, in the background)
-or as files of a Hugging Face model (``save_as_hugging_face``).
+PyTorch's distributed checkpoint writes them, in its own form (``save_in_background``) or as files
+of a Hugging Face model (``save_as_hugging_face``).
 """
 
 import shutil
@@ -64,7 +64,7 @@ def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None =
             (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
-def save_tensors(content: Mapping[str, Tensor], folder: Path) -> Future[Any]:
+def save_in_background(content: Mapping[str, Tensor], folder: Path) -> Future[Any]:
     """Writes this process's shards of named tensors, in the background.
 
     All processes call it. They may change the tensors as soon as it returns.
@@ -96,7 +96,7 @@ def _copy_on_cpu(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
-def load_tensors(content: Mapping[str, Tensor], folder: Path) -> None:
+def load_in_place(content: Mapping[str, Tensor], folder: Path) -> None:
     """Reads into named tensors, in place, what any number of processes has written.
 
     Each process reads its own shards; those of different processes may have different names.
@@ -110,7 +110,7 @@ def load_tensors(content: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def saved_sizes(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors that ``save_tensors`` wrote."""
+    """Names and shapes of the tensors that ``save_in_background`` wrote."""
     metadata = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {name: getattr(each, "size", torch.Size()) for name, each in metadata.items()}
 

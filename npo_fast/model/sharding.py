@@ -20,11 +20,10 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from npo_fast.distributed import is_main_process
+from npo_fast.distributed import is_main_process, local_of, rows_of
 from npo_fast.errors import UserError
 from npo_fast.model.attention import class_name
 from npo_fast.model.causal_lm import decoder_of
@@ -124,11 +123,10 @@ def read_shards(model: Any, weights: Mapping[str, Any]) -> list[str]:
             continue
         rows: Any = slice(None)
         if isinstance(parameter, DTensor):
-            shape, (first, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            rows = slice(first, first + shape[0])
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            mesh = parameter.device_mesh
+            first, count = rows_of(len(parameter), mesh.get_local_rank(), mesh.size())
+            rows = slice(first, first + count)
+        local = local_of(parameter)
         if local.numel():
             local.copy_(weights[found][rows])
     return missing
@@ -159,7 +157,11 @@ def shard(model: Any, mesh: DeviceMesh, offload: bool = False) -> Any:
     model.set_input_embeddings(words.train(embedding.training))
     model.set_output_embeddings(predicted.train(head.training))
     ignored = {*words.parameters(), *predicted.parameters()}
-    shards = {n: p for n, p in decoder.named_parameters() if _is_shard(p) and p not in ignored}
+    shards: dict[str, Any] = {
+        name: p
+        for name, p in decoder.named_parameters()
+        if isinstance(p, DTensor) and p not in ignored
+    }
     for name, parameter in shards.items():  # FSDP2 shards whole parameters, be they empty
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         _set_parameter(decoder, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
@@ -213,10 +215,6 @@ def _distribute(model: nn.Module, mesh: DeviceMesh) -> None:
             if parameter not in distributed:
                 distributed[parameter] = _sharded(parameter, mesh)
             setattr(module, name, distributed[parameter])
-
-
-def _is_shard(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor)
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_fast.distributed import all_reduce_max
+from npo_fast.distributed import all_reduce_max, rows_of
 from npo_fast.errors import UserError
 from npo_fast.kernels.layout import opmath_dtype, pad_rows
 from npo_fast.kernels.transform import HeadTransform
@@ -59,12 +59,12 @@ class VocabularySlice:
     @property
     def first(self) -> int:
         """The token that the first row of this slice belongs to."""
-        return self.rank * self.most_rows
+        return rows_of(self.vocabulary, self.rank, self.world_size)[0]
 
     @property
     def rows(self) -> int:
         """Rows of this slice."""
-        return max(0, min(self.vocabulary - self.first, self.most_rows))
+        return rows_of(self.vocabulary, self.rank, self.world_size)[1]
 
     def longest(self, values: Tensor) -> int:
         """Returns the length of the rank that has most; of tensors without data all have one."""

@@ -30,7 +30,7 @@ from npo_fast.model.save import (
     save_folder,
     save_tokenizer,
 )
-from npo_fast.model.shard_files import SHARDS, save_as_hugging_face, save_tensors, together
+from npo_fast.model.shard_files import SHARDS, save_as_hugging_face, save_in_background, together
 from npo_fast.model.sharding import gather_state_dict
 from npo_fast.trainer.state import TrainState
 
@@ -123,7 +123,7 @@ class BackgroundCheckpoint:
                 write(partial_of(folder))
 
         together(folder, begin)
-        self._saved = save_tensors(content, partial_of(folder) / SHARDS)
+        self._saved = save_in_background(content, partial_of(folder) / SHARDS)
         self._threads = ThreadPoolExecutor(1)
         self._sums: Future[dict[str, str]] = self._threads.submit(self._sum)
 
@@ -215,7 +215,7 @@ def _put(
 
 
 def _write_shards(content: Mapping[str, Tensor], where: Path) -> dict[str, str]:
-    together(where, lambda: save_tensors(content, where / SHARDS).result())
+    together(where, lambda: save_in_background(content, where / SHARDS).result())
     return _merged(_own_sums(where))
 
 

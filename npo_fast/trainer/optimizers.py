@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from npo_fast.distributed import local_of
 from npo_fast.errors import UserError
 
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
@@ -140,11 +141,6 @@ class _Eager:
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
     """All that the optimizer trains, in the order of its state dict."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def local_of(value: Tensor) -> Tensor:
-    """The value, or this process's shard of it."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def number_of(total: Tensor) -> float:

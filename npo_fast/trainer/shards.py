@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from npo_fast.model.shard_files import load_tensors, saved_sizes
-from npo_fast.trainer.optimizers import is_step_count, local_of, parameters_of
+from npo_fast.distributed import local_of, rows_of
+from npo_fast.model.shard_files import load_in_place, saved_sizes
+from npo_fast.trainer.optimizers import is_step_count, parameters_of
 
 OPTIMIZER = "optimizer"
 Names = Mapping[Tensor, str]  # of the model's parameters
@@ -82,17 +83,10 @@ def restore(
         return
     sizes = saved_sizes(shards)
     whole = {key: state for _, key, state in _states(optimizer, names) if key in sizes}
-    load_tensors(whole, shards)
+    load_in_place(whole, shards)
     for parameter, key, state in _states(optimizer, names):
         if key not in sizes:
             _restore_pieces(parameter, key, state, rank, world_size, saved_by, shards, sizes)
-
-
-def rows_of(length: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The first row, and the number of rows, that a process has of ``length``."""
-    most = -(-length // world_size)
-    first = min(length, rank * most)
-    return first, min(most, length - first)
 
 
 def _restore_pieces(
@@ -109,7 +103,7 @@ def _restore_pieces(
     if world_size == saved_by and hasattr(local, "codes"):
         pieces = {f"{key}/codes/{rank}": local.codes, f"{key}/scale/{rank}": local.scale}
         if pieces.keys() <= sizes.keys():
-            load_tensors(pieces, shards)
+            load_in_place(pieces, shards)
             return
     first, rows = rows_of(len(parameter), rank, world_size)
     values = torch.empty(rows, *parameter.shape[1:])
@@ -126,12 +120,12 @@ def _piece(key: str, rank: int, shards: Path, sizes: Mapping[str, torch.Size]) -
     """What one process has saved of a state."""
     if (name := f"{key}/values/{rank}") in sizes:
         values = torch.empty(sizes[name])
-        load_tensors({name: values}, shards)
+        load_in_place({name: values}, shards)
         return values
     from torchao.optim.subclass_8bit import OptimState8bit
 
     state: Any = OptimState8bit.zeros(sizes[f"{key}/codes/{rank}"], signed=key.endswith("exp_avg"))
-    load_tensors({f"{key}/codes/{rank}": state.codes, f"{key}/scale/{rank}": state.scale}, shards)
+    load_in_place({f"{key}/codes/{rank}": state.codes, f"{key}/scale/{rank}": state.scale}, shards)
     return state.dequantize()
 
 

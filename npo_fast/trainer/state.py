@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npo_fast.distributed import world_size
+from npo_fast.distributed import local_of, world_size
 from npo_fast.errors import first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import DamagedError
 from npo_fast.model.shard_files import SHARDS
-from npo_fast.trainer.optimizers import local_of
 from npo_fast.trainer.shards import (
     local_states,
     restore,

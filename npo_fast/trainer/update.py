@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from npo_fast.distributed import local_of
 from npo_fast.trainer.optimizers import (
     clip_gradients,
     clipping,
     keep_states_on_cpu,
-    local_of,
     norm_of,
     norm_over_ranks,
     parameters_of,

@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import time
 import traceback
 from datetime import timedelta
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from tests.helpers import (
     calm_model,
     evaluation_of,
     logged,
+    results_of,
     sequences,
     trainer_arguments,
     uneven,
@@ -87,16 +87,7 @@ def on_ranks(count: int, folder: Path, work, *more) -> list:
     ]
     for process in processes:
         process.start()
-    ends = time.monotonic() + 240
-    for process in processes:
-        process.join(timeout=max(0.0, ends - time.monotonic()))
-    stuck = [process for process in processes if process.exitcode is None]
-    for process in stuck:
-        process.kill()
-    errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
-    assert not errors, errors
-    assert not stuck, f"{len(stuck)} processes hang"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    return results_of(processes, folder, 240)
 
 
 def model_of(kind: str) -> transformers.PreTrainedModel:

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from npo_fast import distributed
 from npo_fast.cli import main
 from npo_fast.data import TokenizedExample, micro_batches
+from npo_fast.distributed import local_of, rows_of
 from npo_fast.kernels import layout
 from npo_fast.losses import DPO, NLL, NPO
 from npo_fast.methods import build_method
 from npo_fast.model.adapters import WEIGHTS, add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.shard_files import SHARDS, save_tensors
+from npo_fast.model.shard_files import SHARDS, save_in_background
 from npo_fast.model.sharding import gather_state_dict, load_shards, shard
 from npo_fast.ops import linear_sequence_loss
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
@@ -35,14 +36,14 @@ from npo_fast.ops.vocab_parallel import (
     vocab_parallel_embedding,
 )
 from npo_fast.trainer.loop import reference_cache_for, reference_log_probs, train
-from npo_fast.trainer.optimizers import build_optimizer, build_scheduler, local_of
+from npo_fast.trainer.optimizers import build_optimizer, build_scheduler
 from npo_fast.trainer.settings import TrainSettings
-from npo_fast.trainer.shards import rows_of
 from npo_fast.trainer.state import TrainState
 from tests.helpers import (
     FACTS,
     metadata_of,
     read_jsonl,
+    results_of,
     save_tiny_model,
     sources,
     tiny_model,
@@ -79,16 +80,7 @@ def on_ranks(count: int, folder: Path, work, *arguments) -> list:
     ]
     for process in processes:
         process.start()
-    ends = time.monotonic() + 120
-    for process in processes:
-        process.join(timeout=max(0.0, ends - time.monotonic()))
-    stuck = [process for process in processes if process.exitcode is None]
-    for process in stuck:
-        process.kill()
-    errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
-    assert not stuck, f"{len(stuck)} processes hang; {errors}"
-    assert not errors, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    return results_of(processes, folder, 120)
 
 
 # --- the operator ---------------------------------------------------------------------------------
@@ -513,7 +505,7 @@ def _save(mesh, optimizer: str, folder: Path):
         lm.model.save_pretrained(folder)
         return held
     weights = {f"{WEIGHTS}/{n}": p.detach() for n, p in lm.model.named_parameters()}
-    writing = save_tensors({**weights, **state.tensors()}, folder / SHARDS)
+    writing = save_in_background({**weights, **state.tensors()}, folder / SHARDS)
     with torch.no_grad():  # training goes on
         for parameter in lm.model.parameters():
             parameter.zero_()
