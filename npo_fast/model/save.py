@@ -39,8 +39,13 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
             recover(folder)
         if not cannot_write(error):
             raise
-        kept = "what was there before is untouched" if folder.exists() else "nothing was written"
-        raise CannotSaveError(f"cannot save {folder}: {error}; {kept}") from error
+        raise cannot_save(folder, error) from error
+
+
+def cannot_save(folder: Path, error: BaseException) -> CannotSaveError:
+    """Says why a folder was not written."""
+    kept = "what was there before is untouched" if folder.exists() else "nothing was written"
+    return CannotSaveError(f"cannot save {folder}: {error}; {kept}")
 
 
 def partial_of(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from npo_fast.distributed import background_group, gather_objects, is_main_process, rank
-from npo_fast.errors import CannotSaveError, first_line
+from npo_fast.errors import first_line
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import cannot_write
 
@@ -38,7 +38,7 @@ def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None =
         dtype: of the files, where it is not that of the model.
 
     Raises:
-        CannotSaveError: a process cannot write its part; all raise it.
+        OSError: a process cannot write its part; all raise it.
     """
     weights = {
         name: p.detach() if dtype is None or p.dtype != lm.dtype else p.detach().to(dtype)
@@ -56,7 +56,7 @@ def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None =
         dcp.save(weights, storage_writer=writer)
         consolidate_safetensors_files_on_every_rank(str(rows), str(folder), file_of)
 
-    together(folder, write)
+    together(write)
     if is_main_process():
         shutil.rmtree(rows)
         if len(only := sorted(folder.glob("model-*.safetensors"))) == 1:
@@ -126,8 +126,8 @@ def _files(weights: Mapping[str, Tensor], most_bytes: int) -> dict[str, int]:
     return numbers
 
 
-def together(folder: Path, write: Callable[[], object]) -> None:
-    """Calls ``write`` on all processes; where it fails on one, all raise ``CannotSaveError``."""
+def together(write: Callable[[], object]) -> None:
+    """Calls ``write`` on all processes; where a file cannot be written, all raise ``OSError``."""
     reason = ""
     try:
         write()
@@ -143,4 +143,5 @@ def together(folder: Path, write: Callable[[], object]) -> None:
         reason = f"{type(cause).__name__}: {first_line(cause)}"
     reasons = gather_objects(reason)
     if failed := [number for number, each in enumerate(reasons) if each]:
-        raise CannotSaveError(f"cannot save {folder}: {reasons[failed[0]]} (process {failed[0]})")
+        where = f" (process {failed[0]})" if len(reasons) > 1 else ""
+        raise OSError(f"{reasons[failed[0]]}{where}")

@@ -1,9 +1,9 @@
 """A model with its tokenizer as one folder: how every process of a run takes part in saving it."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,12 +19,12 @@ from npo_fast.distributed import (
     is_main_process,
     rank,
 )
-from npo_fast.errors import CannotSaveError
 from npo_fast.model.adapters import WEIGHTS, no_progress_bars, write_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.manifest import sha256_of_file, write_manifest
 from npo_fast.model.save import (
     begin_folder,
+    cannot_save,
     complete_folder,
     partial_of,
     save_folder,
@@ -122,10 +122,12 @@ class BackgroundCheckpoint:
                 begin_folder(folder)
                 write(partial_of(folder))
 
-        together(folder, begin)
+        with self._or_none():
+            together(begin)
         self._saved = save_in_background(content, partial_of(folder) / SHARDS)
-        self._threads = ThreadPoolExecutor(1)
-        self._sums: Future[dict[str, str]] = self._threads.submit(self._sum)
+        threads = ThreadPoolExecutor(1)
+        self._sums: Future[dict[str, str]] = threads.submit(self._sum)
+        threads.shutdown(wait=False)  # ends when that is done
 
     def _sum(self) -> dict[str, str]:
         self._saved.result()
@@ -137,8 +139,8 @@ class BackgroundCheckpoint:
 
     def complete(self) -> None:
         """Waits for all, and puts the folder in its place; ``CannotSaveError`` leaves none."""
-        try:
-            together(self.folder, self._sums.result)
+        with self._or_none():
+            together(self._sums.result)
             sums = _merged(self._sums.result())
 
             def end() -> None:
@@ -146,13 +148,16 @@ class BackgroundCheckpoint:
                     write_manifest(partial_of(self.folder), known=sums, **self.facts)
                     complete_folder(self.folder)
 
-            together(self.folder, end)
-        except CannotSaveError:
+            together(end)
+
+    @contextmanager
+    def _or_none(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             if is_main_process():
                 shutil.rmtree(partial_of(self.folder), ignore_errors=True)
-            raise
-        finally:
-            self._threads.shutdown(wait=False)
+            raise cannot_save(self.folder, error) from error
 
 
 def is_converted(model: Any) -> bool:
@@ -193,7 +198,7 @@ def _put(
     """Calls ``put`` on the first process; wherever it writes, the others write their shards."""
 
     def write_all(where: Path) -> dict[str, str]:
-        together(where, lambda: write(where) if is_main_process() else None)
+        together(lambda: write(where) if is_main_process() else None)
         return write_shards(where)
 
     def lead(where: Path) -> None:
@@ -209,13 +214,13 @@ def _put(
             broadcast_object(None)
     else:
         while (where := broadcast_object(None)) is not None:
-            with suppress(CannotSaveError):
+            with suppress(OSError):
                 write_all(where)
     wait_for_all(lm)
 
 
 def _write_shards(content: Mapping[str, Tensor], where: Path) -> dict[str, str]:
-    together(where, lambda: save_in_background(content, where / SHARDS).result())
+    together(lambda: save_in_background(content, where / SHARDS).result())
     return _merged(_own_sums(where))
 
 

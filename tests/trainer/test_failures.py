@@ -224,7 +224,8 @@ def test_a_stopped_process_is_named_within_a_minute_and_the_others_end(launch, t
         assert "--save-every" in message
     os.kill(int(run.victim.read_text()), signal.SIGKILL)  # torchrun does, 30 s later
     assert run.process.wait(timeout=60) == 1
-    assert (tmp_path / "run" / "checkpoints" / "step-000004").is_dir()
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("step-??????")
+    assert kept.name in ("step-000002", "step-000004"), "the latter may have been under way"
     assert metadata_of(tmp_path / "run")["status"] == "running"
 
 
@@ -287,7 +288,8 @@ def test_torchrun_restarts_a_run_that_goes_on_where_it_was(launch, tmp_path, vic
     assert run.process.wait(timeout=240) == 0, run.text
     after = metadata_of(output)
     assert after["id"] != before["id"], "the first start overwrites"
-    assert [resumed["step"] for resumed in after["resumed"]] == [4], "the second one goes on"
+    (resumed,) = after["resumed"]
+    assert resumed["step"] in (2, 4), "the second start goes on; 4 may have been under way"
     assert after["status"] == "finished"
     assert losses_of(output) == losses
     assert (output / "model" / "model.safetensors").read_bytes()
