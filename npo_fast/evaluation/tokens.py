@@ -35,11 +35,10 @@ def token_scores(head: Head, hidden: Tensor, labels: Tensor) -> TokenScores:  # 
     buffer = head.buffer(rows)
     chunks: list[tuple[Tensor, ...]] = []
     for hidden_chunk, labels_chunk in zip(hidden.split(rows), labels.split(rows), strict=True):
-        padded = head.logits(hidden_chunk, buffer)
+        padded, softmax = head.logits_and_softmax(hidden_chunk, labels_chunk, buffer)
         logits = padded[: len(labels_chunk)]
         greedy = head.argmax(logits) == labels_chunk
-        log_probs = head.softmax(padded, hidden_chunk, labels_chunk).log_probs[: len(logits)]
-        chunks.append((log_probs, greedy, *_moments(head, logits)))
+        chunks.append((softmax.log_probs[: len(logits)], greedy, *_moments(head, logits)))
     return TokenScores(*map(torch.cat, zip(*chunks, strict=True)))
 
 

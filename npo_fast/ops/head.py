@@ -1,6 +1,6 @@
 """The LM head, a chunk of rows at a time: GEMM 1, and the row kernels on its logits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,10 +108,14 @@ class Head:
         )
         return log_probs
 
-    def softmax(
-        self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
-        """Runs the first row kernel: log-probs of the labels and the softmax of raw logits."""
+    def logits_and_softmax(
+        self, hidden: Tensor, labels: Tensor, buffer: Tensor
+    ) -> tuple[Tensor, Softmax]:  # (R, D), (R,), (padded R or more, V) -> (padded R, V)
+        """GEMM 1 and the first row kernel: raw logits in ``buffer``, their softmax, log-probs."""
+        logits = self.logits(hidden, buffer)
+        return logits, self._softmax(logits, hidden, labels)
+
+    def _softmax(self, logits: Tensor, hidden: Tensor, labels: Tensor) -> Softmax:
         target = None
         if self.logits_dtype != self.opmath_dtype:  # half precision: the label's from an fp32 dot
             target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)
@@ -134,9 +138,11 @@ class Head:
         """Returns the log-probs of all tokens, or of those of a slice."""
         return self.activate(logits).log_softmax(dim=-1)
 
-    def lse(self, logits: Tensor, transform: HeadTransform) -> Tensor | None:  # (R, V) raw -> (R,)
-        """Returns the logsumexp that the slices of other ranks take part in; None without them."""
-        return None
+    def begin_lse(
+        self, logits: Tensor, transform: HeadTransform
+    ) -> Callable[[], Tensor | None]:  # (R, V) raw -> (R,)
+        """Returns what waits for the logsumexp over the slices of all ranks; None without them."""
+        return lambda: None
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:  # (R,), overwritten
         """Returns the sum of what the slices of all ranks add up to."""

@@ -235,6 +235,8 @@ def divergences(
     ref_buffer = ref_head.buffer(min(ref_step, len(hidden)))
     for rows in split_rows(slice(0, len(hidden)), step):
         logits = head.logits(hidden[rows], buffer)
+        lse_of_rows = head.begin_lse(logits, head.transform)  # on its way during the next GEMM
+        lse: Tensor | None = None
         kls = []
         for part in split_rows(rows, ref_step):
             ref_logits = ref_head.logits(ref_hidden[part], ref_buffer)
@@ -243,9 +245,11 @@ def divergences(
                 ref_transform = _demote_(ref_head, ref_logits, labels[part], demotion)
             part_logits = logits[part.start - rows.start :][: len(ref_logits)]
             transforms = *head.transform, *ref_transform
-            lse = head.lse(part_logits, head.transform)
-            ref_lse = ref_head.lse(ref_logits, ref_transform)
-            kl = torch.ops.npo_fast.row_kl_(part_logits, ref_logits, *transforms, lse, ref_lse)
+            ref_lse = ref_head.begin_lse(ref_logits, ref_transform)()
+            if part.start == rows.start:
+                lse = lse_of_rows()
+            part_lse = None if lse is None else lse[part.start - rows.start :][: len(ref_logits)]
+            kl = torch.ops.npo_fast.row_kl_(part_logits, ref_logits, *transforms, part_lse, ref_lse)
             kls.append(kl[: part.stop - part.start])
         yield rows, head.sum_over_ranks(torch.cat(kls)), logits
 

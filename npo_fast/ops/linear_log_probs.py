@@ -122,12 +122,12 @@ def _backward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(weight, bias, HeadTransform(*transform))
         gradients = HeadGradients(head, hidden, needs, chunk_rows)
         for rows in split_rows(slice(0, len(hidden)), chunk_rows):
-            logits = head.logits(hidden[rows], gradients.logits)  # GEMM 1
-            softmax = head.softmax(logits, hidden[rows], labels[rows])
+            h = hidden[rows]
+            logits, softmax = head.logits_and_softmax(h, labels[rows], gradients.logits)  # GEMM 1
             g_rows = gradients.scaled(g[rows], softmax.log_probs[: rows.stop - rows.start])
             head.differentiate_(logits, softmax, g_rows)
             gradients.set_hidden(rows, logits)  # GEMM 2
-            gradients.add_weight(logits, hidden[rows])  # GEMM 3
+            gradients.add_weight(logits, h)  # GEMM 3
         return gradients.finish().times(g.new_ones(()), dtypes_of((hidden, weight, bias)))
 
 

@@ -144,8 +144,8 @@ def loss_and_gradients(
             g = differentiate_loss(group, head.log_probs(hidden[group.rows], labels[group.rows]))
         for rows in chunks:
             h, count = hidden[rows], rows.stop - rows.start
-            logits = head.logits(h, gradients.logits)  # GEMM 1: h @ weight.T
-            softmax = head.softmax(logits, h, labels[rows])  # row log-probs
+            # GEMM 1: h @ weight.T, and row log-probs
+            logits, softmax = head.logits_and_softmax(h, labels[rows], gradients.logits)
             if g is None:
                 g = differentiate_loss(group, softmax.log_probs[:count])
             g_rows, kept = g[rows.start - group.rows.start :][:count], None

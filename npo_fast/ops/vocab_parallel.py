@@ -13,7 +13,7 @@ gradient of their own slice. The gradient of ``hidden`` is a sum over ranks, whi
 ``gather_rows`` takes on its way back to those whose rows they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,10 +28,15 @@ from npo_fast.kernels.transform import HeadTransform
 from npo_fast.ops.cost import Problem
 from npo_fast.ops.derivatives import check_derivatives, first_derivative
 from npo_fast.ops.head import Head, Softmax
+from npo_fast.ops.linear_log_probs import split_rows
 
 # newer names since PyTorch 2.13, which warns of the older ones
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# Rows whose two numbers go around at once. Over links, the numbers of 16 or more ranks take as long
+# as some of the product; what is left uncovered is the last piece's.
+PIECE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -98,20 +103,36 @@ class SlicedHead(Head):
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (N, D), (N,) -> (N,)
         """Returns log-probs over the whole vocabulary, equal on all ranks."""
         column, mine = self.vocabulary.localize(labels)
-        log_probs, lse = torch.ops.npo_fast.linear_log_probs(
-            hidden, self.weight, column, self.bias, *self.transform
-        )
-        return self._combine(log_probs, lse, mine)[0]
+        begun = []
+        for rows in _pieces(len(hidden)):
+            log_probs, lse = torch.ops.npo_fast.linear_log_probs(
+                hidden[rows], self.weight, column[rows], self.bias, *self.transform
+            )
+            begun.append(self._begin_combining(log_probs, lse, mine[rows]))
+        return torch.cat([wait()[0] for wait in begun])
 
-    def softmax(
-        self, logits: Tensor, hidden: Tensor, labels: Tensor
-    ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
-        """Runs the row kernel on this slice, and normalises over the whole vocabulary."""
-        column, mine = self.vocabulary.localize(pad_rows(labels, len(logits)))
-        local = super().softmax(logits, hidden, column[: len(labels)])
-        log_probs, lse = self._combine(local.log_probs, local.lse, mine)
-        share = local.share * torch.exp(local.lse - lse)
-        return Softmax(log_probs, lse, torch.where(mine, column, -1), local.shift, share)
+    def logits_and_softmax(
+        self, hidden: Tensor, labels: Tensor, buffer: Tensor
+    ) -> tuple[Tensor, Softmax]:  # (R, D), (R,), (padded R or more, rows) -> (padded R, rows)
+        """Raw logits of this slice, normalised over the whole vocabulary.
+
+        The numbers of a piece of rows go around while the logits of the next one are made.
+        """
+        begun = []
+        for rows in _pieces(len(hidden)):
+            logits = self.logits(hidden[rows], buffer[rows.start :])
+            column, mine = self.vocabulary.localize(pad_rows(labels[rows], len(logits)))
+            local = self._softmax(logits, hidden[rows], column[: rows.stop - rows.start])
+            wait = self._begin_combining(local.log_probs, local.lse, mine)
+            begun.append((local._replace(labels=torch.where(mine, column, -1)), wait))
+        parts = []
+        for local, wait in begun:
+            log_probs, lse = wait()
+            share = local.share * torch.exp(local.lse - lse)
+            parts.append(local._replace(log_probs=log_probs, lse=lse, share=share))
+        return buffer[: self.padded(len(hidden))], Softmax(
+            *map(torch.cat, zip(*parts, strict=True))
+        )
 
     def localize(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (R,) each
         """Returns columns within the slice, and which labels it has."""
@@ -127,14 +148,17 @@ class SlicedHead(Head):
 
     def log_softmax(self, logits: Tensor) -> Tensor:  # (R, rows) raw -> (R, rows)
         """Returns the log-probs of the slice's tokens."""
-        return self.activate(logits).sub_(self.lse(logits, self.transform).unsqueeze(1))
+        lse = self.begin_lse(logits, self.transform)()
+        return self.activate(logits).sub_(lse.unsqueeze(1))
 
-    def lse(self, logits: Tensor, transform: HeadTransform) -> Tensor:  # (R, rows) raw -> (R,)
-        """Returns the logsumexp over the whole vocabulary."""
+    def begin_lse(
+        self, logits: Tensor, transform: HeadTransform
+    ) -> Callable[[], Tensor]:  # (R, rows) raw -> (R,)
+        """Returns what waits for the logsumexp over the whole vocabulary."""
         any_label = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         _, lse, *_ = torch.ops.npo_fast.row_log_probs(logits, any_label, None, *transform)
-        gathered = _all_gather(lse[None], 1, self.vocabulary.group)[:, 0]
-        return gathered.logsumexp(dim=0)
+        wait = _begin_all_gather(lse[None], 1, self.vocabulary.group)
+        return lambda: wait()[:, 0].logsumexp(dim=0)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:  # (R,), overwritten
         """Returns the sum over the slices of all ranks."""
@@ -147,21 +171,32 @@ class SlicedHead(Head):
         over_all = gathered[:, 0].logsumexp(dim=0)
         return over_all, (torch.exp(gathered[:, 0] - over_all) * gathered[:, 1]).sum(dim=0)
 
-    def _combine(
+    def _begin_combining(
         self,
         log_probs: Tensor,  # (R,) within the slice, of the label where that has it
         lse: Tensor,  # (R,) over the slice
         mine: Tensor,  # (R,) whether the slice has the label
-    ) -> tuple[Tensor, Tensor]:  # log_probs and lse over the whole vocabulary
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Returns what waits for log_probs and lse over the whole vocabulary."""
         without_label = lse + torch.log(-torch.expm1(log_probs.clamp(max=0.0)))
         local = torch.stack(
             [torch.where(mine, without_label, lse), torch.where(mine, log_probs + lse, 0.0)]
         )
-        gathered = _all_gather(local, len(local), self.vocabulary.group)
-        others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
-        log_probs = -torch.nn.functional.softplus(others - z)
-        lse = torch.where(z == -torch.inf, others, z - log_probs)  # the label may be masked
-        return log_probs, lse
+        wait = _begin_all_gather(local, len(local), self.vocabulary.group)
+
+        def combine() -> tuple[Tensor, Tensor]:
+            gathered = wait()
+            others, z = gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)
+            log_probs = -torch.nn.functional.softplus(others - z)
+            # the label may be masked
+            return log_probs, torch.where(z == -torch.inf, others, z - log_probs)
+
+        return combine
+
+
+def _pieces(count: int) -> list[slice]:
+    """Cuts rows; the numbers of each piece go around during the next piece's product."""
+    return split_rows(slice(0, count), PIECE_ROWS) or [slice(0, 0)]
 
 
 def check_slice(op: str, vocabulary: VocabularySlice, weight: Tensor) -> None:
@@ -284,13 +319,27 @@ def _all_gather(
     local: Tensor, length: int, group: dist.ProcessGroup
 ) -> Tensor:  # (n, …) -> (ranks, length, …)
     """Pads the rows of ranks that have fewer than ``length`` with zeros."""
+    return _begin_all_gather(local, length, group)()
+
+
+def _begin_all_gather(
+    local: Tensor, length: int, group: dist.ProcessGroup
+) -> Callable[[], Tensor]:  # (n, …) -> (ranks, length, …)
+    """Returns what waits for the result; until then products go on."""
     world_size = dist.get_world_size(group)
     padded = local.new_zeros(length, *local.shape[1:])
     padded[: len(local)] = local
     gathered = local.new_empty(world_size * length, *local.shape[1:])
+    work: dist.Work | None = None  # tensors without data have nothing to wait for
     if gathered.numel():
-        _ALL_GATHER(gathered, padded, group=group)
-    return gathered.unflatten(0, (world_size, length))
+        work = _ALL_GATHER(gathered, padded, group=group, async_op=True)
+
+    def wait_for_all_gather() -> Tensor:
+        if work is not None:
+            work.wait()
+        return gathered.unflatten(0, (world_size, length))
+
+    return wait_for_all_gather
 
 
 def _reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:  # (ranks, n, …) -> (n, …)

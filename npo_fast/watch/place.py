@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 THREAD_NAME = "npo_fast watch"  # of the threads that look
+WAIT = "wait_for_"  # and a collective: a function of ours
 
 _stage, _detail = "", ""
 
@@ -85,12 +86,18 @@ def _name_of(group: str, number: int) -> str:
 
 
 def _call_of_some_thread() -> str | None:
-    """The function of ``torch.distributed`` in which a thread of this process is."""
+    """The function of ``torch.distributed`` in which a thread of this process is.
+
+    What one waits for that has been begun earlier stands in the name of ours: ``wait_for_…``.
+    """
     watching = {t.ident for t in threading.enumerate() if t.name.startswith(THREAD_NAME)}
     for thread, innermost in sys._current_frames().items():
         frame: FrameType | None = None if thread in watching else innermost
         while frame is not None:
+            name = frame.f_code.co_name
             if frame.f_code.co_filename == dist.distributed_c10d.__file__:
-                return frame.f_code.co_name
+                return name
+            if name.startswith(WAIT) and frame.f_globals["__name__"].startswith("npo_fast."):
+                return name.removeprefix(WAIT)
             frame = frame.f_back
     return None

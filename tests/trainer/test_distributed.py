@@ -27,7 +27,7 @@ from npo_fast.model.adapters import WEIGHTS, add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.shard_files import SHARDS, save_in_background
 from npo_fast.model.sharding import gather_state_dict, load_shards, shard
-from npo_fast.ops import linear_sequence_loss
+from npo_fast.ops import linear_sequence_loss, vocab_parallel
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
 from npo_fast.ops.vocab_parallel import (
     SlicedHead,
@@ -89,14 +89,14 @@ HEAD = {"softcap": 3.0, "logit_scale": 0.7}
 WIDTH, VOCABULARY = 24, 53  # a multiple of neither 2 nor 4
 
 
-def _problem(dtype: torch.dtype):
+def _problem(dtype: torch.dtype, times: int = 1):
     """Rows of four parts, a head, and a label for each row."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    counts = [7, 3, 0, 9]
+    counts = [times * n for n in (7, 3, 0, 9)]
     hidden = [normal(n, WIDTH).to(dtype) for n in counts]
     weight, bias = (2 * normal(VOCABULARY, WIDTH)).to(dtype), normal(VOCABULARY).to(dtype)
     labels = torch.randint(VOCABULARY, (sum(counts),), generator=generator)
@@ -108,17 +108,19 @@ def _rows_of(counts: list[int], count: int) -> list[int]:
     return [sum(counts[r * per : (r + 1) * per]) for r in range(count)]
 
 
-def _loss_of_slices(mesh, dtype: torch.dtype, loss, chunk_rows: int | None, skip_below: float):
-    _, hidden, weight, bias, labels = _problem(dtype)
+def _loss_of_slices(
+    mesh, dtype: torch.dtype, loss, chunk_rows: int | None, skip_below: float, times: int = 1
+):
+    _, hidden, weight, bias, labels = _problem(dtype, times)
     counts = _rows_of([len(h) for h in hidden], mesh.size())
     own = torch.cat(hidden).split(counts)[mesh.get_rank()].requires_grad_()
     vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
     rows = slice(vocabulary.first, vocabulary.first + vocabulary.rows)
     weight, bias = weight[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()
     value, log_probs = linear_sequence_loss(
-        gather_rows(own, counts, mesh.get_group()), weight, labels, CU_SEQLENS, loss, bias=bias,
-        ref_log_probs=REFERENCE.to(dtype) if loss.reference else None, chunk_rows=chunk_rows,
-        skip_below=skip_below, vocabulary=vocabulary, **HEAD,
+        gather_rows(own, counts, mesh.get_group()), weight, labels, times * CU_SEQLENS, loss,
+        bias=bias, ref_log_probs=REFERENCE.to(dtype) if loss.reference else None,
+        chunk_rows=chunk_rows, skip_below=skip_below, vocabulary=vocabulary, **HEAD,
     )  # fmt: skip
     (2 * value).backward()
     return value.detach(), log_probs, own.grad, weight.grad, bias.grad
@@ -135,14 +137,14 @@ SLICED = {
 }
 
 
-def _assert_loss_of_the_whole(found: list, dtype, loss, chunk_rows, skip_below) -> None:
+def _assert_loss_of_the_whole(found: list, dtype, loss, chunk_rows, skip_below, times=1) -> None:
     """What ranks have found, against one process."""
-    _, hidden, weight, bias, labels = _problem(dtype)
+    _, hidden, weight, bias, labels = _problem(dtype, times)
     one = torch.cat(hidden).requires_grad_()
     weight.requires_grad_()
     bias.requires_grad_()
     value, log_probs = linear_sequence_loss(
-        one, weight, labels, CU_SEQLENS, loss, bias=bias, skip_below=skip_below,
+        one, weight, labels, times * CU_SEQLENS, loss, bias=bias, skip_below=skip_below,
         ref_log_probs=REFERENCE.to(dtype) if loss.reference else None, chunk_rows=chunk_rows,
         **HEAD,
     )  # fmt: skip
@@ -169,14 +171,16 @@ def test_slices_of_the_vocabulary_give_the_loss_of_the_whole(
 def _as_on_gpus(mesh, cases: list) -> list:
     """Padded rows, bf16 logits and unrounded label logits, of labels that the slice may lack."""
     layout.runs_on_cpu = lambda tensor: False
+    vocab_parallel.PIECE_ROWS = 64
     return [_loss_of_slices(mesh, *case) for case in cases]
 
 
 @pytest.mark.slow
 def test_slices_give_the_loss_of_the_whole_in_what_gpus_are_given(tmp_path):
-    cases = [
-        (dtype, *case) for dtype in (torch.float64, torch.bfloat16) for case in SLICED.values()
-    ]
+    dtypes = (torch.float64, torch.bfloat16)
+    cases = [(dtype, *case) for dtype in dtypes for case in SLICED.values()]
+    in_pieces = (NPO(0.1), None, 0.0), (NLL(), 100, 0.2)
+    cases += [(dtype, *case, 10) for dtype in dtypes for case in in_pieces]
     found = on_ranks(2, tmp_path, _as_on_gpus, cases)
     for case, *of_ranks in zip(cases, *found, strict=True):
         _assert_loss_of_the_whole(of_ranks, *case)
