@@ -203,6 +203,11 @@ def local_of(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def full(value: torch.Tensor) -> torch.Tensor:
+    """The value, or what all processes have of it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def rows_of(length: int, rank: int, world_size: int) -> tuple[int, int]:
     """The first row, and the number of rows, that a process has of ``length``.
 

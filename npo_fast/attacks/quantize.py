@@ -4,13 +4,19 @@ Unlearning at a small learning rate moves weights by less than half a quantizati
 rounding can undo it. Source: arXiv 2410.16454.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from npo_fast.distributed import full
 from npo_fast.errors import UserError
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.weights import restored
 
 ROUTERS = {"router", "gate"}  # names of modules that choose experts
 
@@ -34,31 +40,52 @@ def fake_quantize(weight: Tensor, bits: int, group_size: int) -> Tensor:  # (out
     return torch.cat(groups, dim=1).to(weight.dtype)
 
 
+@contextmanager
+def quantized(lm: CausalLM, bits: int, group_size: int = 128) -> Iterator[float]:
+    """Inside, ``lm`` is rounded by ``quantize_``, whose result this yields; then it is restored."""
+    with restored(weights_to_round(lm)):
+        yield quantize_(lm, bits, group_size)
+
+
 @torch.no_grad()
 def quantize_(lm: CausalLM, bits: int, group_size: int = 128) -> float:
-    """Rounds the weights of every linear layer and expert of the decoder in place.
+    """Rounds ``weights_to_round`` in place.
 
-    Embeddings, norms, routers, biases and the LM head keep their values, as is usual. Returns the
-    rounded share of the decoder's weights, its embedding not counted.
+    Returns their share of the decoder's weights, its embedding not counted.
+    """
+    count = 0
+    for weight in weights_to_round(lm):
+        whole = full(weight)  # of all processes that share it: groups of inputs are whole there
+        rounded = fake_quantize(whole.flatten(0, -2), bits, group_size).view(whole.shape)
+        if isinstance(weight, DTensor):
+            mesh, placements = weight.device_mesh, weight.placements
+            rounded = distribute_tensor(rounded, mesh, placements, src_data_rank=None)
+        weight.copy_(rounded)
+        count += weight.numel()
+    outside = {id(lm.head.weight), id(lm.model.get_input_embeddings().weight)}
+    return count / sum(p.numel() for p in lm.decoder.parameters() if id(p) not in outside)
+
+
+def weights_to_round(lm: CausalLM) -> list[Tensor]:  # each (…, out, in)
+    """Returns the weights of every linear layer and expert of the decoder.
+
+    Embeddings, norms, routers, biases and the LM head keep their values, as is usual.
 
     Raises:
         UserError: the weights are quantised already, or the decoder has none to round.
     """
     if lm.quantized:
         raise UserError("these weights are 4 bits wide already: leave out --quantize")
-    count = 0
     width = lm.head.weight.shape[1]
-    for path, module in lm.decoder.named_modules():
-        if module is lm.head or ROUTERS & {*path.split(".")}:
-            continue
-        for weight in _matrices(module, width):  # (..., out, in)
-            flat = weight.flatten(0, -2)
-            weight.copy_(fake_quantize(flat, bits, group_size).view(weight.shape))
-            count += weight.numel()
-    if count == 0:
+    weights = [
+        weight
+        for path, module in lm.decoder.named_modules()
+        if module is not lm.head and not ROUTERS & {*path.split(".")}
+        for weight in _matrices(module, width)
+    ]
+    if not weights:
         raise UserError(f"{lm.name} has no linear layer or expert that could be rounded")
-    outside = {id(lm.head.weight), id(lm.model.get_input_embeddings().weight)}
-    return count / sum(p.numel() for p in lm.decoder.parameters() if id(p) not in outside)
+    return weights
 
 
 def _matrices(module: nn.Module, width: int) -> list[Tensor]:

@@ -1,13 +1,14 @@
 """Relearning: fine-tuning on a part of what was forgotten. Source: arXiv 2406.13356."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from npo_fast.data import Record, TokenizedExample
 from npo_fast.errors import UserError
 from npo_fast.methods import FINETUNE
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.weights import restored
 from npo_fast.trainer.loop import train
 from npo_fast.trainer.order import permutation
 from npo_fast.trainer.settings import StepRecord, TrainSettings
@@ -50,14 +51,21 @@ class Split:
         return cls(*map(sorted, drawn))
 
 
-def relearn(
+@contextmanager
+def relearned(
     lm: CausalLM,
     examples: list[TokenizedExample],
     training: TrainSettings,
     on_step: Callable[[StepRecord], None] = lambda record: None,
-) -> CausalLM:
-    """Returns a copy that was fine-tuned on forget examples; ``lm`` is not changed."""
-    copied = copy.deepcopy(lm)
-    for record in train(copied, {"train": examples}, FINETUNE, training):
-        on_step(record)
-    return copied
+) -> Iterator[None]:
+    """Inside, ``lm`` has been fine-tuned on forget examples; afterwards it is what it was."""
+    was_training, recomputed = lm.model.training, lm.recomputes_activations
+    try:
+        with restored([p for p in lm.model.parameters() if p.requires_grad]):
+            for record in train(lm, {"train": examples}, FINETUNE, training):
+                on_step(record)
+            yield
+    finally:
+        lm.model.train(was_training)
+        if training.gradient_checkpointing and not recomputed:
+            lm.keep_activations()

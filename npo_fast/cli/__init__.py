@@ -84,6 +84,7 @@ SUBCOMMANDS = {
         "Is it really gone? Relearn a part of the forget set, round the weights, measure again",
         "npo-fast attack --model runs/npo --data locuslab/TOFU --forget forget10 "
         "--output runs/npo-attack",
+        on_ranks=True,
     ),
     "synthetic": Subcommand(
         "Measure",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from npo_fast import tables
 from npo_fast.attacks.options import AttackOptions
 from npo_fast.cli.console import Output
+from npo_fast.distributed import is_main_process
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
 from npo_fast.trainer.settings import TrainSettings
 
@@ -30,6 +31,8 @@ def run(command: Command) -> Output:
     )  # fmt: skip
     rows = ([name, *(each[name] for each in scores.values())] for name in scores["before"])
     table = tables.plain(rows, ("measure", *scores))
+    if not is_main_process():
+        return Output({"measures": scores}, table)
     try:
         summary = json.loads((command.data.output / SUMMARY).read_text(encoding="utf-8"))
     except OSError:  # a full disk did not take it

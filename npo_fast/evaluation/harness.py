@@ -2,17 +2,22 @@
 
 import copy
 import difflib
+import io
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from npo_fast.distributed import broadcast_object, is_main_process
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.ops.vocab_parallel import gather_rows
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +77,10 @@ class Harness:
             UserError: a task fails.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        with lm.generating() as model:
-            wrapped = HFLM(
+        shown = nullcontext() if is_main_process() else redirect_stderr(io.StringIO())
+        with lm.generating() as model, shown:
+            wrapped = _class_for(lm)(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
             )
             try:
@@ -88,7 +93,46 @@ class Harness:
                 raise UserError(
                     f"--lm-eval {', '.join(self.names)}: {first_line(error)}"
                 ) from error
-        return {task: _numbers(values) for task, values in found["results"].items()}
+        results = broadcast_object(found and found["results"])  # None but on the first of a machine
+        return {task: _numbers(values) for task, values in results.items()}
+
+
+def _class_for(lm: CausalLM) -> Any:
+    """``HFLM``; where processes share ``lm``, one that deals each batch out among them.
+
+    The harness believes itself alone on each of them, and so asks all for the same batches.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    if lm.vocabulary_slice is None:
+        return HFLM
+    group, ranks = lm.vocabulary_slice.group, lm.world_size
+
+    def own(batch: Tensor) -> Tensor:  # (B, …) -> (n, …), n the same on all
+        rows = torch.arange(lm.rank, lm.rank + ranks * -(-len(batch) // ranks), ranks)
+        return batch[rows.to(batch.device) % len(batch)]
+
+    def of_all(rows: Tensor, count: int) -> Tensor:  # (n, …) -> (B, …)
+        gathered = gather_rows(rows, [len(rows)] * ranks, group).unflatten(0, (ranks, len(rows)))
+        return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+    class SharedLM(HFLM):  # type: ignore[misc, no-any-unimported]
+        def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+            return of_all(super()._model_call(own(inps), attn_mask, labels), len(inps))
+
+        def _model_generate(
+            self, context: Tensor, max_length: int, stop: list[str], **options: Any
+        ) -> Tensor:
+            if options.get("attention_mask") is not None:
+                options["attention_mask"] = own(options["attention_mask"])
+            found = super()._model_generate(
+                own(context), max_length, stop, synced_gpus=True, **options
+            )
+            more = lm.all_reduce_max(found.shape[1]) - found.shape[1]
+            found = torch.nn.functional.pad(found, (0, more), value=self.tokenizer.pad_token_id)
+            return of_all(found, len(context))
+
+    return SharedLM
 
 
 def _names(known: Any, spec: str, path: Path | None) -> list[str]:

@@ -218,6 +218,18 @@ class CausalLM:
         except ValueError as error:
             raise UserError(f"{self.name} has no gradient checkpointing: leave it out") from error
 
+    @property
+    def recomputes_activations(self) -> bool:
+        """Whether there is gradient checkpointing."""
+        model: Any = self.model
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # new, old
+        return bool(next(getattr(model, name) for name in names if hasattr(model, name)))
+
+    def keep_activations(self) -> None:
+        """Ends ``recompute_activations``."""
+        disable = getattr(self.model, "activation_checkpointing_disable", None)
+        (disable or self.model.gradient_checkpointing_disable)()
+
     @torch.no_grad()
     def round_weights(self, dtype: torch.dtype) -> None:
         """Rounds weights of the head's dtype to numbers that ``dtype`` has, in place."""

@@ -26,11 +26,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from npo_fast.boundary import check_folder, read_json
 from npo_fast.data import Sources, TokenizedExample, data_fingerprint
-from npo_fast.distributed import gather_objects
+from npo_fast.distributed import full, gather_objects
 from npo_fast.errors import UserError, reading
 from npo_fast.kernels.transform import HeadTransform
 from npo_fast.locks import CAN_LOCK, lock, locked
@@ -231,7 +230,7 @@ def model_fingerprint(model: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole: Any = full(tensor)
         digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

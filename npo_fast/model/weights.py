@@ -5,10 +5,14 @@ transformers draws what it does not find at random, and leaves out what it has n
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from npo_fast.distributed import local_of
 from npo_fast.errors import UserError
 
 # parts of a checkpoint that no language model runs: towers of other senses, heads for several
@@ -71,6 +75,18 @@ def check_tensors(
             f"the weights of {name} do not fit: {'; '.join(reasons)}. Download or save it again, "
             "or mend its configuration"
         )
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, tensors may change; afterwards they have their values again, from CPU memory."""
+    kept = [local_of(tensor).detach().to("cpu", copy=True) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(tensors, kept, strict=True):
+                local_of(tensor).copy_(values)
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,5 @@
 """``attack``: what comes back when an unlearned model is relearned or rounded."""
 
-import copy
 import json
 import logging
 from dataclasses import asdict
@@ -8,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from npo_fast.attacks.options import AttackOptions
-from npo_fast.attacks.quantize import quantize_
-from npo_fast.attacks.relearn import Split, relearn
+from npo_fast.attacks.quantize import quantized, weights_to_round
+from npo_fast.attacks.relearn import Split, relearned
 from npo_fast.data import LossOn, Records, as_rows, check_readable, describe
+from npo_fast.distributed import is_main_process
 from npo_fast.errors import CannotSaveError, UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.evaluation.suite import check_forget_quality, tofu_suite, tokenize_suite
 from npo_fast.methods import FINETUNE
 from npo_fast.metrics import FORGET, retrained_log
-from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.save import save_file
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import RELEARNING, AttackData, ModelOptions
@@ -50,7 +49,10 @@ def attack(
     attacks: AttackOptions = AttackOptions(),
     training: TrainSettings = RELEARNING,
 ) -> dict[str, Scores]:
-    """Attacks copies of an unlearned model and measures what comes back: ``npo-fast attack``.
+    """Attacks an unlearned model and measures what comes back: ``npo-fast attack``.
+
+    Each attack is taken back after it was measured. No second model is on the device: the weights
+    that an attack changes wait in CPU memory.
 
     Args:
         model: as for ``unlearn``; it is not changed.
@@ -90,15 +92,18 @@ def attack(
     source = ModelSource(model, loading, tokenizer)
     source.device()
     template = source.template()
-    with source.loaded() as lm:
+    with source.loaded(offload=training.offload_optimizer) as lm:
         check_readable(
             {"forget": template.encode_all(forget_records)[0]}, lm.vocabulary, lm.positions
         )
         seen = [forget_records[i] for i in split.seen]
         rest = [forget_records[i] for i in split.rest]
         taught = template.encode_all(seen)[0]
+        widths = attacks.widths if "quantize" in attacks.names else []
         if "relearn" in attacks.names:  # before anything takes its time
             check_settings(lm, {"train": taught}, FINETUNE, training)
+        if widths:
+            weights_to_round(lm)
         logger.info(f"{len(seen)} forget records to relearn from, {len(rest)} to measure")
         measured = tokenize_suite(template, {**suite, FORGET: rest})
         tokens = training.micro_batch_tokens
@@ -107,23 +112,23 @@ def attack(
         )
         scores: dict[str, Scores] = {}
 
-        def measure(attacked: CausalLM, name: str) -> None:
+        def measure(name: str) -> None:
             with progress(name) as update:
-                logs = evaluate_suite(attacked, template, measured, settings, update)
-            saved = save_logs(logs, folder / name)
+                logs = evaluate_suite(lm, template, measured, settings, update)
+            saved = save_logs(logs, folder / name) if is_main_process() else None
             scores[name] = Scores(logs, compared, folder=saved)
 
-        measure(lm, "before")
+        measure("before")
         if "relearn" in attacks.names:
             bar = ProgressBar("relearn")
-            attacked = relearn(lm, taught, training, bar.on_step)
-            bar.on_end()
-            measure(attacked, "relearn")
-        for bits in attacks.widths if "quantize" in attacks.names else ():
-            attacked = copy.deepcopy(lm)
-            part, name = quantize_(attacked, bits, attacks.group), f"int{bits}"
-            logger.info(f"{name}: {part:.1%} of the weights without embedding and head are rounded")
-            measure(attacked, name)
+            with relearned(lm, taught, training, bar.on_step):
+                bar.on_end()
+                measure("relearn")
+        for bits in widths:
+            with quantized(lm, bits, attacks.group) as part:
+                rounded = f"{part:.1%} of the weights without embedding and head are rounded"
+                logger.info(f"int{bits}: {rounded}")
+                measure(f"int{bits}")
     groups: dict[str, Any] = {
         "model": source.options, "data": inputs, "attack": attacks, "training": training,
     }  # fmt: skip
@@ -139,6 +144,8 @@ def attack(
         place.mkdir(parents=True, exist_ok=True)
         save_file(place / SUMMARY, lambda file: file.write_text(text, encoding="utf-8"))
 
+    if not is_main_process():
+        return scores
     try:
         saved = Saving().insist(folder, save_summary)
         logger.info(f"{SUMMARY} saved in {saved}")

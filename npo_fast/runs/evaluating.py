@@ -13,7 +13,7 @@ from npo_fast.data import (
     describe,
     repeats,
 )
-from npo_fast.distributed import is_main_process, world_size
+from npo_fast.distributed import is_main_process
 from npo_fast.errors import UserError
 from npo_fast.evaluation.evaluate import evaluate as evaluate_suite
 from npo_fast.evaluation.fluency import generated_columns
@@ -153,11 +153,6 @@ def evaluate(
         rows = {name: as_rows(records, name) for name, records in sets.items()}
         asked = tofu_suite(describe(data), **rows, utility=utility, loss_on=loss_on)
         _check_suite(asked, compared, evaluation)
-        if lm_eval is not None and world_size() > 1:
-            raise UserError(
-                f"--lm-eval runs on one process, not on {world_size()}: its harness asks each one "
-                "for other texts, and those of a shared model run together"
-            )
         harness = None if lm_eval is None else Harness(lm_eval)
         source = ModelSource(model, loading, tokenizer)
         Chain.of(source.metadata).refuse("holdout", asked.get(HOLDOUT, []))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from npo_fast.distributed import local_of
+from npo_fast.distributed import full, local_of
 from npo_fast.errors import UserError
 
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-bf16"]
@@ -145,7 +145,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
 
 def number_of(total: Tensor) -> float:
     """The value of a sum over gradients, of all processes where they are sharded."""
-    return float(total.full_tensor() if isinstance(total, DTensor) else total)
+    return float(full(total))
 
 
 def norm_of(gradient: Tensor) -> Tensor:

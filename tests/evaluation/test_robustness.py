@@ -7,8 +7,8 @@ import torch
 
 from npo_fast import metrics
 from npo_fast.attacks.options import AttackOptions
-from npo_fast.attacks.quantize import fake_quantize, quantize_
-from npo_fast.attacks.relearn import Split, relearn
+from npo_fast.attacks.quantize import fake_quantize, quantize_, quantized
+from npo_fast.attacks.relearn import Split, relearned
 from npo_fast.cli import main
 from npo_fast.data import Record, Template
 from npo_fast.errors import UserError
@@ -87,15 +87,30 @@ def home(tmp_path_factory):
     return folder
 
 
-def test_relearning_changes_a_copy_only(home):
+def test_relearning_is_taken_back(home):
     lm = load_model(str(home / "base"))
+    lm.model.eval()
     template = Template(load_tokenizer(str(home / "base")), "plain")
     before = {name: p.clone() for name, p in lm.model.state_dict().items()}
     part, _ = template.encode_all(Record((("user", f["question"]),), f["answer"]) for f in FACTS)
-    copied = relearn(lm, part, TrainSettings(epochs=2, lr=1e-2, warmup_steps=0))
+    training = TrainSettings(epochs=2, lr=1e-2, warmup_steps=0, gradient_checkpointing=True)
+    with relearned(lm, part, training):
+        assert not torch.equal(before["lm_head.weight"], lm.head.weight)
+    with pytest.raises(KeyError), relearned(lm, part, training):
+        raise KeyError
     assert all(torch.equal(before[n], p) for n, p in lm.model.state_dict().items())
-    assert not torch.equal(copied.head.weight, lm.head.weight)
-    assert copied.head is copied.model.get_output_embeddings(), "the copy's head is its own"
+    assert all(p.grad is None for p in lm.model.parameters())
+    assert not lm.model.training
+    assert not lm.recomputes_activations
+
+
+def test_rounding_is_taken_back():
+    lm = CausalLM(tiny_model("Llama"), probe=False)
+    before = {name: p.clone() for name, p in lm.model.state_dict().items()}
+    with quantized(lm, 4, 16) as share:
+        assert share > 0.5
+        assert not all(torch.equal(before[n], p) for n, p in lm.model.state_dict().items())
+    assert all(torch.equal(before[n], p) for n, p in lm.model.state_dict().items())
 
 
 RECORDS = [Record((("user", f["question"]),), f["answer"]) for f in FACTS]

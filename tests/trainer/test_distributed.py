@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -746,6 +747,62 @@ def test_several_processes_measure_what_one_does(home, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_the_harness_measures_on_several_processes_what_it_does_on_one(home, tmp_path, monkeypatch):
+    """Choices, perplexities and answers of facts, five at a time, an odd number on the last."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [{**fact, "choices": [fact["answer"], "Ada.", "No."]} for fact in FACTS[:7]]
+    write_jsonl(tmp_path / "data.jsonl", lines)
+    tasks = {
+        "chosen": {
+            "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": 0,
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "brier_score"}],
+        },
+        "said": {
+            "output_type": "generate_until", "doc_to_text": "{{question}}",
+            "doc_to_target": "{{answer}}", "metric_list": [{"metric": "exact_match"}],
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 7},
+        },
+        "read": {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "",
+            "doc_to_target": "{{answer}}", "metric_list": [{"metric": "word_perplexity"}],
+        },
+    }  # fmt: skip
+    for name, task in tasks.items():
+        data = {"data_files": {"test": str(tmp_path / "data.jsonl")}}
+        task |= {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    call = ["evaluate", "--model", str(home / "base"), "--lm-eval", str(tmp_path),
+            "--generation-batch", "5"]  # fmt: skip
+    assert main([*call, "--output", str(tmp_path / "alone")]) == 0
+    log = tmp_path / "log"
+    process = torchrun(3, [*call, "--output", str(tmp_path / "several")], log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    found, expected = (
+        json.loads((tmp_path / each / "lm_eval.json").read_text()) for each in ("several", "alone")
+    )
+    assert {*expected} == {"chosen", "said", "read"}
+    assert_alike(found, expected)
+
+
+@pytest.mark.slow
+def test_several_processes_attack_as_one_does(home, tmp_path):
+    call = ["attack", "--model", str(home / "base"), "--forget", str(home / "forget.jsonl"),
+            "--retain", str(home / "retain.jsonl"), "--max-new-tokens", "6", "--group", "7",
+            "--epochs", "2", "--lr", "1e-3"]  # fmt: skip
+    assert main([*call, "--output", str(tmp_path / "alone")]) == 0
+    log = tmp_path / "log"
+    process = torchrun(2, [*call, "--output", str(tmp_path / "several")], log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    found, expected = (
+        json.loads((tmp_path / each / "attack.json").read_text()) for each in ("several", "alone")
+    )
+    assert list(expected["measures"]) == ["before", "relearn", "int8", "int4"]
+    assert_alike(found["measures"], expected["measures"])
+
+
+@pytest.mark.slow
 def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     assert main(arguments(home, tmp_path / "alone", "--epochs", "40")) == 0
 
@@ -796,4 +853,4 @@ def test_a_signal_ends_all_processes_after_the_same_step_and_more_go_on(home, tm
 def test_other_verbs_take_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor"]) == 2
-    assert "torchrun is for unlearn, finetune, evaluate" in capsys.readouterr().err
+    assert "torchrun is for unlearn, finetune, evaluate, attack" in capsys.readouterr().err
