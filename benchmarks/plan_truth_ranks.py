@@ -1,6 +1,6 @@
 """``npo-fast plan --ranks`` against the truth: peak memory of each of two and four CPU processes.
 
-    pip install --no-deps peft torchao
+    pip install --no-deps peft torchao bitsandbytes
     python benchmarks/plan_truth_ranks.py
 
 As ``plan_truth.py``, with a set of processes for each run: models with random weights, sharded as
@@ -44,6 +44,11 @@ MODELS = {
         "vocab_size": 16384, "hidden_size": 768, "intermediate_size": 3072,
         "num_hidden_layers": 5, "num_attention_heads": 12,
     },
+    "Gemma2": {  # tied; an embedding that scales its rows; capped logits
+        "vocab_size": 24576, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 96,
+    },
 }  # fmt: skip
 RUNS: list[dict[str, Any]] = [
     {"model": "Llama"},
@@ -58,6 +63,8 @@ RUNS: list[dict[str, Any]] = [
     {"model": "Llama", "method": "RMU"},
     {"model": "Qwen2"},
     {"model": "GPTNeoX"},
+    {"model": "Gemma2"},
+    {"model": "Llama", "quantize": "4bit", "lora_rank": 16, "dtype": "bf16"},
 ]
 
 
@@ -139,11 +146,17 @@ def sharded_model(config: Any, planned: Any, mesh: Any) -> Any:
     import transformers
 
     from npo_fast.model.adapters import add_lora
-    from npo_fast.model.load import DTYPES
+    from npo_fast.model.load import DTYPES, load_model
     from npo_fast.model.sharding import shard
 
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[planned.dtype])
+    if planned.quantize != "none":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            settings = {name: getattr(planned, name) for name in ("dtype", "quantize", "lora_rank")}
+            return load_model(folder, device="cpu", mesh=mesh, **settings).model
     if planned.lora_rank:
         model = add_lora(model, "random", planned.lora_rank, alpha=2 * planned.lora_rank)
     return shard(model, mesh)

@@ -52,7 +52,7 @@ def run(command: Command) -> Output:
 
     measured = measure(planned)
     cards = CARDS_GB if card is None else (card,)
-    advice = [advise(planned, size, measure, ranks) for size in reversed(cards)]
+    advice = [advise(planned, size, measure) for size in reversed(cards)]
     advice.reverse()
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     saved = saved_bytes(model, planned.optimizer)
@@ -63,6 +63,7 @@ def run(command: Command) -> Output:
         "bytes": measured.bytes,
         "peak_bytes": measured.peak,
         "allowance_bytes": measured.allowance,
+        "whole_bytes": measured.whole_bytes,
         "needed_bytes": measured.needed,
         "disk_bytes": {"model": saved.model, "checkpoint": saved.checkpoint},
         "cards": [
@@ -99,6 +100,7 @@ def _text(
         _row("sum", measured.peak),
         _row("CUDA context, gaps", measured.allowance),
         _row("needed", measured.needed),
+        *([_row("while 4 bits load", loading)] if (loading := measured.whole_bytes) else []),
         "",
         tables.plain(
             (

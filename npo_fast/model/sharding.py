@@ -6,11 +6,12 @@ the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.v
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -143,20 +144,9 @@ def shard(model: Any, mesh: DeviceMesh, offload: bool = False) -> Any:
     Raises:
         UserError: a model that cannot be sharded.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    decoder = decoder_of(model, head)
-    _check(model, decoder, embedding, head, mesh)
-    tied = head.weight is embedding.weight
-    embedding.weight = _sharded(embedding.weight, mesh)
-    head.weight = embedding.weight if tied else _sharded(head.weight, mesh)
-    if head.bias is not None:
-        head.bias = _sharded(head.bias, mesh)
-    group = mesh.get_group()
-    words = VocabularyParallelEmbedding(embedding, VocabularySlice(group, len(embedding.weight)))
-    predicted = VocabularyParallelHead(head, VocabularySlice(group, len(head.weight)))
-    model.set_input_embeddings(words.train(embedding.training))
-    model.set_output_embeddings(predicted.train(head.training))
-    ignored = {*words.parameters(), *predicted.parameters()}
+    decoder = decoder_of(model, model.get_output_embeddings())
+    head = slice_vocabulary(model, mesh.get_group(), lambda parameter: _sharded(parameter, mesh))
+    ignored = {*model.get_input_embeddings().parameters(), *head.parameters()}
     shards: dict[str, Any] = {
         name: p
         for name, p in decoder.named_parameters()
@@ -181,6 +171,32 @@ def shard(model: Any, mesh: DeviceMesh, offload: bool = False) -> Any:
             )
         _set_parameter(decoder, name, parameter)
     return model
+
+
+def slice_vocabulary(
+    model: Any, group: dist.ProcessGroup, rows: Callable[[nn.Parameter], nn.Parameter]
+) -> VocabularyParallelHead:
+    """Leaves one process's rows of embedding and head in their places; returns that head.
+
+    Args:
+        rows: this process's of a parameter, with ``to_local``.
+
+    Raises:
+        UserError: an embedding or a head that cannot be sliced.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    _check(model, embedding, head, group.size())
+    words, predicted = (VocabularySlice(group, len(each.weight)) for each in (embedding, head))
+    tied = head.weight is embedding.weight
+    embedding.weight = rows(embedding.weight)
+    head.weight = embedding.weight if tied else rows(head.weight)
+    if head.bias is not None:
+        head.bias = rows(head.bias)
+    sliced = VocabularyParallelHead(head, predicted).train(head.training)
+    own_words = VocabularyParallelEmbedding(embedding, words)
+    model.set_input_embeddings(own_words.train(embedding.training))
+    model.set_output_embeddings(sliced)
+    return sliced
 
 
 def gather_state_dict(state: Any) -> Any:
@@ -228,8 +244,8 @@ def _policy(module: nn.Module) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
 
 
-def _check(model: Any, decoder: Any, embedding: Any, head: Any, mesh: DeviceMesh) -> None:
-    world_size, name = mesh.size(), class_name(model)
+def _check(model: Any, embedding: Any, head: Any, world_size: int) -> None:
+    name = class_name(model)
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         kinds = f"{type(embedding).__name__} and {type(head).__name__}"
         raise UserError(
@@ -242,7 +258,7 @@ def _check(model: Any, decoder: Any, embedding: Any, head: Any, mesh: DeviceMesh
                 f"a vocabulary of {rows} leaves one of {world_size} processes without a token: "
                 "start fewer"
             )
-    if decoder.get_input_embeddings() is not embedding:
+    if decoder_of(model, head).get_input_embeddings() is not embedding:
         warnings.warn(
             f"{name} keeps its embedding outside of the decoder: every process holds all of it",
             stacklevel=3,

@@ -17,7 +17,6 @@ class Switch:
 
     cost: str
     change: Callable[[PlannedRun], PlannedRun]
-    on_ranks: bool = True  # whether it works with several GPUs
     with_copy: bool = True  # whether it works with sharpness-aware steps
 
 
@@ -31,7 +30,7 @@ SWITCHES = (
     Switch("shorter passes", lambda p: _with_tokens(p, min(512, p.micro_batch_tokens))),
     Switch("adapters alone are trained", lambda p: _with_adapters(p)),
     Switch("adapters alone are trained, on rounded weights",
-           lambda p: replace(_with_adapters(p), quantize="4bit"), on_ranks=False),
+           lambda p: replace(_with_adapters(p), quantize="4bit")),
 )  # fmt: skip
 
 
@@ -76,7 +75,7 @@ def flags(before: PlannedRun, after: PlannedRun) -> list[str]:
 
 
 def advise(
-    planned: PlannedRun, card_gb: float, measure: Callable[[PlannedRun], Footprint], ranks: int = 1
+    planned: PlannedRun, card_gb: float, measure: Callable[[PlannedRun], Footprint]
 ) -> Advice:
     """The cheapest switches with which ``planned`` fits.
 
@@ -90,11 +89,7 @@ def advise(
         footprint = measure(changed)
         return Advice(card_gb, footprint.needed <= available, changed, switches, footprint)
 
-    possible = (
-        s
-        for s in SWITCHES
-        if (s.on_ranks or ranks == 1) and (s.with_copy or not planned.sharpness_rho)
-    )
+    possible = (s for s in SWITCHES if s.with_copy or not planned.sharpness_rho)
     useful = tuple(s for s in possible if s.change(planned) != planned)
     attempts = (attempt(useful[:count]) for count in range(len(useful) + 1))
     best = next((advice for advice in attempts if advice.fits), None)

@@ -90,11 +90,16 @@ class PlannedRun(Checked):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by kind at the moment of the peak, with the number of parameters."""
+    """Bytes by kind at the moment of the peak, with the number of parameters.
+
+    ``whole_bytes`` are those of 4-bit weights that several GPUs share, which each has whole while
+    it loads them.
+    """
 
     parameters: int
     trained: int
     bytes: dict[str, int]
+    whole_bytes: int = 0
 
     @property
     def peak(self) -> int:
@@ -110,7 +115,7 @@ class Footprint:
     @property
     def needed(self) -> int:
         """What a GPU must have."""
-        return self.peak + self.allowance
+        return max(self.peak + self.allowance, self.whole_bytes + CONTEXT_BYTES)
 
 
 def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
@@ -128,10 +133,6 @@ def footprint(config: Any, planned: PlannedRun, ranks: int = 1) -> Footprint:
     """
     if ranks < 1:
         raise UserError(f"ranks must be 1 or more, got {ranks}")
-    if ranks > 1 and planned.quantize != "none":
-        raise UserError(
-            "the memory of 4-bit weights on several GPUs is not planned: leave out --quantize"
-        )
     model = empty_model(config, planned.dtype, planned.lora_rank, planned.quantize)
     step = TrackedStep(empty_lm(model, planned.gradient_checkpointing), planned, ranks)
     try:
@@ -177,7 +178,10 @@ class TrackedStep:
         self.parameters = packed + sum(p.numel() for p in weights)
         self.trained_parameters = sum(p.numel() for p in _trained(lm, self.layer))
         self.sharded: ShardedLayers | None = None
+        self.whole_bytes = 0
         if ranks > 1:
+            if packed:
+                self.whole_bytes = sum(t.nbytes for t in (*weights, *lm.model.buffers()))
             slice_vocabulary(lm, ranks)
             self.sharded = ShardedLayers(
                 lm, self.tracker, ranks, (WEIGHTS, GRADIENTS, BACKWARD), self._reduced,
@@ -246,6 +250,7 @@ class TrackedStep:
             parameters=self.parameters,
             trained=self.trained_parameters,
             bytes={kind: self.tracker.at_peak[kind] for kind in KINDS},
+            whole_bytes=self.whole_bytes,
         )
 
     def _whole_step(self, groups: list[list[Term]]) -> Tensor:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from npo_fast.errors import UserError
+from npo_fast.model import sharding
 from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.layers import repeated_layers
-from npo_fast.model.sharding import VocabularyParallelEmbedding, VocabularyParallelHead
-from npo_fast.ops.vocab_parallel import VocabularySlice
 from npo_fast.planner.tracker import Tracker
 
 
@@ -54,31 +53,15 @@ def local_shape(parameter: Tensor, ranks: int) -> tuple[int, ...]:
     return -(-parameter.shape[0] // ranks), *parameter.shape[1:]
 
 
-def slice_vocabulary(lm: CausalLM, ranks: int) -> VocabularySlice:
-    """Leaves one rank's rows of embedding and head in place, as ``sharding.shard`` does."""
-    model, group = lm.model, SilentGroup(ranks)
-    embedding, head = model.get_input_embeddings(), lm.head
-    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
-        raise UserError(
-            f"{lm.name} has no plain Embedding and Linear to divide: plan it for one GPU"
-        )
-    vocabularies = len(embedding.weight), len(head.weight)
-    tied = head.weight is embedding.weight
-    embedding.weight = _rows(embedding.weight, ranks)
-    head.weight = embedding.weight if tied else _rows(head.weight, ranks)
-    if head.bias is not None:
-        head.bias = _rows(head.bias, ranks)
-    words, predicted = (VocabularySlice(group, count) for count in vocabularies)
-    model.set_input_embeddings(VocabularyParallelEmbedding(embedding, words))
-    lm.head = VocabularyParallelHead(head, predicted)
-    model.set_output_embeddings(lm.head)
-    lm.vocabulary_slice = predicted
-    return predicted
+def slice_vocabulary(lm: CausalLM, ranks: int) -> None:
+    """Leaves one rank's rows of embedding and head in place."""
 
+    def rows(parameter: nn.Parameter) -> LocalRows:
+        own = parameter.new_empty(local_shape(parameter, ranks))
+        return LocalRows(own, requires_grad=parameter.requires_grad)
 
-def _rows(parameter: Tensor, ranks: int) -> LocalRows:
-    rows = parameter.new_empty(local_shape(parameter, ranks))
-    return LocalRows(rows, requires_grad=parameter.requires_grad)
+    lm.head = sharding.slice_vocabulary(lm.model, SilentGroup(ranks), rows)
+    lm.vocabulary_slice = lm.head.vocabulary
 
 
 class Layer:
@@ -93,7 +76,7 @@ class Layer:
         self.local_bytes = sum(share.nbytes for share in shares)
         self.shares = dict(zip(parameters, shares, strict=True))
         half = any(p.itemsize == 2 for p in parameters)
-        self.reduce_itemsize = 4 if half else parameters[0].itemsize
+        self.reduce_itemsize = 4 if half else max(p.itemsize for p in parameters)  # 4-bit: 1
         self.buffer: Tensor | None = None  # gathered in advance
         self.weights: Tensor | None = None  # whole
         self.ran = False  # forward since the last backward

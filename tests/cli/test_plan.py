@@ -265,10 +265,26 @@ def test_what_several_gpus_can_do_can_be_planned(method, changes):
     assert two.bytes["weights"] > 0
 
 
-def test_4bit_weights_are_not_planned_for_several_gpus():
-    plan = replace(SMALL, dtype="bf16", lora_rank=2, quantize="4bit")
-    with pytest.raises(UserError, match="is not planned: leave out"):
-        footprint(config(), plan, ranks=2)
+def test_4bit_weights_are_whole_on_each_gpu_while_they_load():
+    wide = config(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    plan = replace(SMALL, dtype="bf16", lora_rank=2, quantize="4bit", micro_batch_tokens=16)
+    one, eight = (footprint(wide, plan, ranks=ranks) for ranks in (1, 8))
+    assert one.whole_bytes == 0
+    assert eight.whole_bytes == pytest.approx(one.bytes["weights"], rel=0.01)
+    assert eight.bytes["weights"] < 0.75 * one.bytes["weights"], "an eighth, and two layers"
+    larger = replace(eight, whole_bytes=10 * eight.needed)
+    assert larger.needed > larger.whole_bytes
+
+
+def test_an_embedding_that_scales_its_rows_is_divided():
+    gemma = transformers.Gemma2Config(
+        vocab_size=8000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    one, four = (footprint(gemma, SMALL, ranks=ranks) for ranks in (1, 4))
+    words = 4 * 8000 * 32
+    assert four.bytes["weights"] <= one.bytes["weights"] - words / 2
+    assert four.bytes["optimizer"] == pytest.approx(one.bytes["optimizer"] / 4, rel=0.02)
 
 
 @pytest.mark.slow
@@ -324,9 +340,6 @@ def test_4bit_weights_come_with_adapters():
 
 @pytest.mark.slow
 def test_what_is_advised_can_be_run():
-    several = advise(SMALL, 12, fake_measure({"optimizer": 9, "quantize": 9}), ranks=2)
-    assert flags(SMALL, several.planned) == ["--optimizer adamw-8bit"]
-    assert not advise(SMALL, 12, fake_measure({"quantize": 9}), ranks=2).fits
     in_bf16 = replace(SMALL, optimizer="adamw-bf16", dtype="bf16")
     nothing = fake_measure({})(SMALL)
 
