@@ -72,10 +72,10 @@ class OutOfMemory(UserError):  # noqa: N818 - Python's and PyTorch's names are t
 
 
 class SharedOutOfMemory(OutOfMemory):
-    """Raised on all processes where one has no memory for a step: all begin it again.
+    """Raised where one of several processes has no memory for a step.
 
     Args:
-        micro_batch_tokens: of the smaller micro-batches with which they do.
+        micro_batch_tokens: of the smaller micro-batches with which all can begin it again.
     """
 
     def __init__(self, message: str, micro_batch_tokens: int) -> None:

@@ -11,6 +11,7 @@ from npo_fast.validation import check_shape
 
 RUN, STEPS, EVALUATIONS = "run.json", "steps.jsonl", "evaluations.jsonl"
 OWN_ANSWERS = "retain-auto.jsonl"  # of the model, where --retain auto keeps them
+SHORTAGE = "out-of-memory.json"  # of one of several processes: how many tokens may fit
 LOGGED_RECORDS = "logged_records.json"  # beside evaluation logs
 _Group = dict[str, Any]
 

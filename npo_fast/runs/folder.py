@@ -38,7 +38,7 @@ from npo_fast.model.manifest import (
 )
 from npo_fast.model.save import recover, save_file, save_folder
 from npo_fast.planner.disk import weights_bytes
-from npo_fast.run_files import EVALUATIONS, OWN_ANSWERS, EvaluationLine
+from npo_fast.run_files import EVALUATIONS, OWN_ANSWERS, SHORTAGE, EvaluationLine
 from npo_fast.runs.output import (
     check_run_folder,
     checkpoints_of,
@@ -57,7 +57,7 @@ from npo_fast.versions import versions
 
 REFERENCES, EVALUATION, BEST = "references.pt", "evaluation.json", "checkpoints/best"
 CONTENT = (EVALUATIONS, REFERENCES, f"{REFERENCES}.partial", "checkpoints", "model", "eval",
-           "eval-steps", OWN_ANSWERS)  # fmt: skip
+           "eval-steps", OWN_ANSWERS, SHORTAGE)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 

@@ -43,7 +43,7 @@ from npo_fast.runs.preflight import (
     run_need,
     try_saving,
 )
-from npo_fast.runs.resume import ResumableRun, find_resumable
+from npo_fast.runs.resume import ResumableRun, find_resumable, within_memory
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, primary_sources, step_count
@@ -136,7 +136,8 @@ def prepare_run(
     Raises:
         UserError: settings, records, tokenizer and output folder that do not fit together.
     """
-    training, options = settings["training"], settings["run"]
+    options = settings["run"]
+    training = within_memory(options, settings["training"])
     heard = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     if not all(isinstance(callback, Callback) for callback in heard):
         raise UserError(f"callbacks must be Callback objects, got {callbacks!r}")

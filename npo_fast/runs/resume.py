@@ -3,11 +3,12 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, reading
 from npo_fast.model.manifest import (
     MANIFEST,
     DamagedError,
@@ -15,10 +16,12 @@ from npo_fast.model.manifest import (
     checked_records,
     sha256_of_file,
 )
-from npo_fast.model.save import old_of
+from npo_fast.model.save import old_of, save_file
+from npo_fast.run_files import SHORTAGE
 from npo_fast.runs.folder import REFERENCES
 from npo_fast.runs.options import RunOptions
 from npo_fast.runs.output import UNFINISHED, check_unused, checkpoints_of, read_metadata
+from npo_fast.trainer.settings import TrainSettings
 from npo_fast.trainer.state import TrainState, load_tensors
 from npo_fast.versions import versions
 
@@ -90,6 +93,38 @@ def find_resumable(
     if changed := [name for name in now if before.get(name) != now[name]]:
         logger.info(f"not the same as when it began, so digits may differ: {', '.join(changed)}")
     return resumable
+
+
+def note_shortage(folder: Path, settings: TrainSettings, tokens: int) -> None:
+    """Leaves in a run folder how many tokens at a time may fit, where ``settings`` have too many.
+
+    Written by the process that ran out of memory, whichever it is.
+    """
+    asked, earlier = settings.micro_batch_tokens, _shortage(folder)
+    if earlier is not None and earlier[1] == asked:  # these are not what the user had asked for
+        asked = earlier[0]
+    note = json.dumps({"asked": asked, "instead": tokens})
+    with suppress(OSError):  # a full disk: the error has the number too
+        save_file(folder / SHORTAGE, lambda file: file.write_text(note))
+
+
+def within_memory(options: RunOptions, settings: TrainSettings) -> TrainSettings:
+    """Settings of a run that may have had too many tokens at a time, with so many as may fit."""
+    noted = None if options.overwrite else _shortage(options.output)
+    if noted is None or noted[0] != settings.micro_batch_tokens:  # the user chose another number
+        return settings
+    asked, tokens = noted
+    logger.info(f"{asked} tokens at a time did not fit the memory: {tokens} from here")
+    return replace(settings, micro_batch_tokens=tokens)
+
+
+def _shortage(folder: Path) -> tuple[int, int] | None:
+    """The tokens at a time that were asked for, and those instead, where they did not fit."""
+    if not (file := folder / SHORTAGE).exists():
+        return None
+    with reading(file, "remove it"):
+        note = json.loads(file.read_text())
+        return int(note["asked"]), int(note["instead"])
 
 
 def _resumable_run(folder: Path) -> ResumableRun | None:

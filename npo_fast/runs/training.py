@@ -39,11 +39,13 @@ from npo_fast.runs.callbacks import (
 from npo_fast.runs.folder import RunFolder
 from npo_fast.runs.preparing import PreparedRun
 from npo_fast.runs.progress import ProgressBar
+from npo_fast.runs.resume import note_shortage
 from npo_fast.runs.run import Run
 from npo_fast.runs.saved_model import wait_for_all
 from npo_fast.runs.saving import Saving
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.loop import train
+from npo_fast.trainer.out_of_memory import ends_with_a_process
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References
@@ -214,6 +216,13 @@ def _closed(training: Training) -> Iterator[None]:
         wait_for_all(lm)
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except SharedOutOfMemory as error:
+        if not ends_with_a_process():
+            note_shortage(folder.folder, training.settings, error.micro_batch_tokens)
+            raise OutOfMemory(
+                f"{error}. {training.hint[0].upper()}{training.hint[1:]} goes on, with "
+                f"{error.micro_batch_tokens} tokens at a time (torchrun --max-restarts 3: by "
+                "itself); --gradient-checkpointing makes room for more"
+            ) from error
         step, facts = state.step, folder.facts(state.step)
         held = state.held(error.micro_batch_tokens)
         folder.finish("interrupted", error=str(error))

@@ -3,6 +3,7 @@
 import json
 
 import torch
+import torch.distributed as dist
 
 from npo_fast.data import Sources
 from npo_fast.distributed import announce, announced, leave
@@ -71,18 +72,22 @@ def tell_of_shortage(lm: CausalLM, step: int, tokens: int, reason: str) -> Share
     """Tells the other processes that this one has no memory for a step; returns what all raise.
 
     They wait in a collective that this process does not reach: it leaves the group, which ends
-    that. On GPUs they would go on waiting (NCCL tells them nothing), so there it is an error.
+    that. On GPUs they would go on waiting (NCCL tells them nothing): there all processes end.
     """
-    if lm.device.type == "cuda":
-        raise OutOfMemory(
-            f"step {step}: out of memory ({reason}), and other GPUs wait for this one; lower "
-            f"--micro-batch-tokens to {tokens}, or add --gradient-checkpointing"
+    if not ends_with_a_process():
+        return SharedOutOfMemory(
+            f"step {step}: out of memory ({reason}), and other GPUs wait for this one", tokens
         )
     announce(SHORTAGE, json.dumps([lm.rank, step, tokens, reason]))
     shortage = shortage_of_another()
     leave()
     assert shortage is not None
     return shortage
+
+
+def ends_with_a_process() -> bool:
+    """Whether a collective ends, with an error, where one of its processes leaves."""
+    return dist.get_backend() == "gloo"
 
 
 def shortage_of_another() -> SharedOutOfMemory | None:

@@ -341,6 +341,38 @@ def test_all_begin_a_step_again_where_one_has_no_memory_for_it(
     assert metadata_of(output)["status"] == "finished"
 
 
+# as NCCL, whose collectives go on waiting; where there are more tokens than fit
+SHORTAGE_OF_A_GPU = """
+import torch
+from npo_fast.runs import training
+from npo_fast.trainer import out_of_memory
+from npo_fast.trainer.update import Update
+out_of_memory.ends_with_a_process = training.ends_with_a_process = lambda: False
+def add(self, loss):
+    raise torch.OutOfMemoryError("no memory for 3 GiB")
+Update.add = add
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_every", ["2", "100"], ids=["from a checkpoint", "from the start"])
+def test_gpus_end_where_one_has_no_memory_and_go_on_with_fewer_tokens(launch, tmp_path, save_every):
+    more = "--micro-batch-tokens", "64", "--save-every", save_every
+    run = launch(2, 1, SHORTAGE_OF_A_GPU, *more, restarts=2)
+    assert run.process.wait(timeout=240) == 0, run.text
+    error = run.errors()[-1]  # the other one repeats it
+    assert error.startswith("(process 1 of 2): step 5: out of memory (no memory for 3 GiB), and")
+    assert "other GPUs wait for this one. The same command goes on, with" in error
+    output = tmp_path / "run"
+    sizes = [line["micro_batch_tokens"] for line in read_jsonl(output / "steps.jsonl")]
+    assert len(sizes) == 12
+    (less,) = {*sizes} - {64}
+    assert f"64 tokens at a time did not fit the memory: {less} from here" in run.text
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0] == less) == (save_every == "100")
+    assert metadata_of(output)["status"] == "finished"
+
+
 # from here on
 FULL_DISK = """
 import torch.distributed.checkpoint as dcp
