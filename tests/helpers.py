@@ -119,6 +119,7 @@ def tiny_model(family: str, **overrides: object) -> transformers.PreTrainedModel
                      "use_sliding_window": True, "max_window_layers": 2},
         "FalconH1": {**sizes, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8,
                      "mamba_chunk_size": 8},
+        "HrmText": {**sizes, "H_cycles": 1, "L_cycles": 1},
         "Doge": {**sizes, "keep_window_size": 4},
         "Llama4Text": {**sizes, "num_local_experts": 2, "intermediate_size_mlp": 48},
         "Qwen2": {**sizes},

@@ -98,16 +98,20 @@ class ReferenceStates:
     def hidden(self, source: str, indices: Iterable[int]) -> Tensor:  # (n, D)
         """Returns the rows of these sequences of ``source``, end to end, on ``device``."""
         indices, places = list(indices), self._places[source]
+        distinct = [*dict.fromkeys(indices)]  # a small retain set may be there twice
         with reading("the reference cache", REMEDY):
-            own = [places[index] for index in indices if index in places]
+            own = [places[index] for index in distinct if index in places]
             rows = [file.get_slice("hidden")[part] for file, part in own]
         if self.vocabulary is None:
-            return torch.cat(rows).to(self.device, non_blocking=True)
-        return self._gathered(source, indices, rows)
+            states = dict(zip(distinct, rows, strict=True))
+        else:
+            states = self._gathered(source, distinct, rows)
+        return torch.cat([states[i] for i in indices]).to(self.device, non_blocking=True)
 
     def _gathered(
         self, source: str, indices: list[int], own: list[Tensor]
-    ) -> Tensor:  # own (n, D) -> (n', D) of all processes
+    ) -> dict[int, Tensor]:  # distinct sequences; own (n, D) each
+        """Returns the rows of all processes, by sequence."""
         assert self.vocabulary is not None
         of_ranks = [
             {i: rows[source][i] for i in indices if i in rows[source]} for rows in self._rows
@@ -117,8 +121,7 @@ class ReferenceStates:
         gathered = gather_rows(local, counts, self.vocabulary.group)
         order = [index for rows in of_ranks for index in rows]
         lengths = [length for rows in of_ranks for length in rows.values()]
-        by_index = dict(zip(order, gathered.split(lengths), strict=True))
-        return torch.cat([by_index[index] for index in indices])
+        return dict(zip(order, gathered.split(lengths), strict=True))
 
 
 def open_reference_states(

@@ -5,6 +5,7 @@ when it runs, and its gradients are summed into the shards (``fully_shard``). Em
 the two that are as long as the vocabulary, are never gathered (``npo_fast.ops.vocab_parallel``).
 """
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -22,7 +23,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, WeightConverter
 
 from npo_fast.distributed import is_main_process, local_of, rows_of
 from npo_fast.errors import UserError
@@ -90,15 +94,31 @@ def load_shards(
 ) -> Any:
     """``load_complete`` of this process's share: rows of every parameter, as ``DTensor``.
 
-    transformers reads no more than these rows of safetensors files. Buffers are whole.
+    transformers reads no more than these rows of safetensors files, but for weights that it makes
+    from rows of others (``_needs_whole``): of these, one at a time is whole. Buffers are whole.
     """
+    modules: set[nn.Module] = set()
 
     def build(self: Any, *of_model: Any, **options: Any) -> None:
         model_class.__init__(self, *of_model, **options)
-        _distribute(self, mesh)
+        modules.update(self.modules())
+        _distribute(self, mesh, _needs_whole(self, mesh.size()))
 
-    distributed = type(model_class.__name__, (model_class,), {"__init__": build})
-    model = load_complete(distributed, name, device_map={"": device}, **arguments)
+    def keep_rows(module: nn.Module, _: str, parameter: Any) -> nn.Parameter | None:
+        if module not in modules or parameter is None or parameter.is_meta:
+            return None
+        rows = _sharded(parameter, mesh)
+        rows._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)  # type: ignore[attr-defined]
+        return rows
+
+    # by this name and module, transformers knows how the files of a class are read
+    own = {"__init__": build, "__module__": model_class.__module__}
+    distributed = type(model_class.__name__, (model_class,), own)
+    registered = register_module_parameter_registration_hook(keep_rows)  # type: ignore[arg-type]
+    try:
+        model = load_complete(distributed, name, device_map={"": device}, **arguments)
+    finally:
+        registered.remove()
     model.__class__ = model_class
     return model
 
@@ -223,14 +243,42 @@ def _sharded(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 
-def _distribute(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Makes each parameter a ``DTensor`` in rows; tied ones stay one."""
-    distributed: dict[nn.Parameter, nn.Parameter] = {}
+def _distribute(model: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Makes each parameter but ``whole`` a ``DTensor`` in rows; tied ones stay one."""
+    distributed = {parameter: parameter for parameter in whole}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in distributed:
                 distributed[parameter] = _sharded(parameter, mesh)
             setattr(module, name, distributed[parameter])
+
+
+def _needs_whole(model: Any, world_size: int) -> set[nn.Parameter]:
+    """Parameters whose rows transformers cannot make from the same rows of the files.
+
+    It stacks experts, a matrix each, and joins or cuts columns; an operation along rows needs all
+    of them. A process without an expert would have nothing to stack.
+    """
+    whole = set()
+    for conversion in get_model_conversion_mapping(model):
+        if not isinstance(conversion, WeightConverter):
+            continue
+        stacks = any(isinstance(each, MergeModulelist) for each in conversion.operations)
+        by_row = all(_keeps_rows(operation) for operation in conversion.operations)
+        patterns = [re.sub(r"\\\d|\*", ".*", p).strip("^$") for p in conversion.target_patterns]
+        for name, parameter in model.named_parameters():
+            if any(re.search(pattern, name) for pattern in patterns):
+                _, last = rows_of(len(parameter), world_size - 1, world_size)
+                if not by_row or (stacks and last == 0):
+                    whole.add(parameter)
+    return whole
+
+
+def _keeps_rows(operation: Any) -> bool:
+    """Whether row n of the result of a conversion is made from row n, or from matrix n, alone."""
+    if isinstance(operation, MergeModulelist):
+        return operation.dim == 0
+    return isinstance(operation, (Chunk, Concatenate)) and operation.dim > 0
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

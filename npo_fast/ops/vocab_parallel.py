@@ -227,6 +227,11 @@ def gather_rows(
 ) -> Tensor:  # (sum(counts), D)
     """Returns the rows of all ranks, in the order of ranks; gradients are summed over ranks."""
     check_derivatives("gather_rows", rows)
+    if len(rows) != counts[group.rank()]:
+        raise UserError(
+            f"gather_rows: counts says {counts[group.rank()]} rows of rank {group.rank()}, which "
+            f"has {len(rows)}"
+        )
     return _GatherRows.apply(rows, tuple(counts), group)
 
 

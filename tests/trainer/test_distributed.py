@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from npo_fast import distributed
 from npo_fast.cli import main
 from npo_fast.data import TokenizedExample, micro_batches
-from npo_fast.distributed import local_of, rows_of
+from npo_fast.distributed import full, local_of, rows_of
 from npo_fast.kernels import layout
 from npo_fast.losses import DPO, NLL, NPO
 from npo_fast.methods import build_method
@@ -614,6 +615,39 @@ def test_a_process_reads_no_more_than_its_share(tmp_path, count):
     assert max(found) < 1.2
 
 
+FROM_FILES = {
+    "HrmText": "files with joined projections, cut by rows",
+    "Mixtral": "two experts, of which the third process has none",
+    "GPTNeoX": "a head that has another name in files",
+    "FalconH1": "buffers that are not in the files",
+}
+
+
+def _loaded(mesh, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for family in FROM_FILES:
+        kind = type(AutoModelForCausalLM.from_pretrained(folder / family))
+        arguments = {"pretrained_model_name_or_path": folder / family, "dtype": torch.float32}
+        model = load_shards(kind, family, mesh, torch.device("cpu"), **arguments)
+        assert {type(p.data) for p in model.parameters()} == {DTensor}
+        found[family] = {n: full(t.detach()) for n, t in (
+            *model.named_parameters(), *model.named_buffers()
+        )}  # fmt: skip
+    return found
+
+
+@pytest.mark.slow
+def test_rows_of_files_are_those_of_the_whole_model(tmp_path):
+    for family in FROM_FILES:
+        more = {"num_local_experts": 2} if family == "Mixtral" else {}
+        tiny_model(family, **more).save_pretrained(tmp_path / family)
+    found = on_ranks(3, tmp_path / "ranks", _loaded, tmp_path)
+    for family, what in FROM_FILES.items():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+        for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
+            assert torch.equal(found[0][family][name], tensor), f"{what}: {name}"
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -686,6 +720,10 @@ WHOLE_RUNS = {
     "stepped in the backward, unclipped, an adapter merged": (
         4, ("--step-in-backward", "--max-grad-norm", "inf", "--lora-rank", "2", "--merge",
             "--gradient-checkpointing", "--keep-utility", "0.9", "--epochs", "2"),
+    ),
+    "a KL on records that a batch has twice": (
+        2, ("--method", "NPO+KL", "--batch-size", "5", "--forget", "{home}/retain.jsonl",
+            "--retain", "{home}/forget.jsonl"),
     ),
     "4-bit weights": (2, ("--quantize", "4bit", "--lora-rank", "2")),
     "another reference, beta from a base model": (
