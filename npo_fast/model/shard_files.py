@@ -4,6 +4,7 @@ PyTorch's distributed checkpoint writes them, in its own form (``save_in_backgro
 of a Hugging Face model (``save_as_hugging_face``).
 """
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
-    consolidate_safetensors_files_on_every_rank,
+    _consolidate_safetensors_files,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from npo_fast.distributed import background_group, gather_objects, is_main_process, rank
 from npo_fast.errors import first_line
@@ -46,22 +48,32 @@ def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None =
     }
     buffers = {*dict(lm.model.named_buffers())} & {*lm.model.state_dict()}
     weights |= {name: lm.model.get_buffer(name) for name in sorted(buffers)}
-    file_of = _files(weights, lm.max_shard_bytes or SHARD_BYTES)
-    rows = folder / "rows"
+    numbers = _files(weights, lm.max_shard_bytes or SHARD_BYTES)
+    count, rows = max(numbers.values()), folder / "rows"
+    files = {
+        name: f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SAFE_WEIGHTS_NAME
+        for name, number in numbers.items()
+    }
+    own = {name: file for name, file in files.items() if numbers[name] % lm.world_size == lm.rank}
 
-    def write() -> None:
+    def write_rows() -> None:
         writer = dcp.HuggingFaceStorageWriter(
-            path=str(rows), fqn_to_index_mapping=file_of, save_distributed=True
+            path=str(rows), fqn_to_index_mapping=numbers, save_distributed=True
         )
         dcp.save(weights, storage_writer=writer)
-        consolidate_safetensors_files_on_every_rank(str(rows), str(folder), file_of)
 
-    together(write)
+    def put_together() -> None:
+        if own:  # without a collective, in which others would wait for one that fails
+            _consolidate_safetensors_files(str(rows), str(folder), own, num_threads=1)
+        if is_main_process() and count > 1:
+            size = sum(weight.numel() * weight.itemsize for weight in weights.values())
+            index = {"metadata": {"total_size": size}, "weight_map": files}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
+
+    together(write_rows)
+    together(put_together)
     if is_main_process():
         shutil.rmtree(rows)
-        if len(only := sorted(folder.glob("model-*.safetensors"))) == 1:
-            only[0].rename(folder / "model.safetensors")
-            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 def save_in_background(content: Mapping[str, Tensor], folder: Path) -> Future[Any]:

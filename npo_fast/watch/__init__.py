@@ -11,7 +11,7 @@ The process ends with a message and exit code 1 where another one
 - lives, and has not come to the collective in which the others wait for ``HANG_LIMIT_S``.
 
 A process that computes for long is none of these: its threads go on. Nor is one that saves
-(``undisturbed``), which also does not end before it has saved.
+(``undisturbed``), which also does not end before it has written what it writes alone.
 """
 
 import atexit
@@ -154,7 +154,7 @@ class _Watch:
                 reason is not None
                 and doomed_s > limits.NOTICE_S
                 and self.judges
-                and not self.saving
+                and (collective or not self.saving)  # what it writes alone, it may end
             ):
                 self._end(reason)
 

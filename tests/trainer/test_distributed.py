@@ -723,7 +723,7 @@ WHOLE_RUNS = {
     ),
     "a KL on records that a batch has twice": (
         2, ("--method", "NPO+KL", "--batch-size", "5", "--forget", "{home}/retain.jsonl",
-            "--retain", "{home}/forget.jsonl"),
+            "--retain", "{home}/forget.jsonl", "--epochs", "3"),
     ),
     "4-bit weights": (2, ("--quantize", "4bit", "--lora-rank", "2")),
     "another reference, beta from a base model": (

@@ -382,6 +382,42 @@ dcp.FileSystemWriter.write_data = write_data
 """
 
 
+# once, where it puts rows of the final model together
+FULL_AT_THE_END = """
+from npo_fast.model import shard_files
+def consolidate(*a, files=shard_files, real=shard_files._consolidate_safetensors_files, **k):
+    files._consolidate_safetensors_files = real
+    raise OSError(28, "No space left on device")
+shard_files._consolidate_safetensors_files = consolidate
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_end_is_waited_for(launch, tmp_path):
+    run = launch(2, 1, FULL_AT_THE_END, "--save-wait", "1")
+    assert run.process.wait(timeout=240) == 0, run.text
+    assert "No space left on device (process 1)" in run.text
+    assert metadata_of(tmp_path / "run")["status"] == "finished"
+    assert {path.name for path in (tmp_path / "run" / "model").glob("*.safetensors")} == {
+        "model.safetensors"
+    }
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_while_all_save_is_named(launch):
+    stop = FULL_AT_THE_END.replace(
+        'raise OSError(28, "No space left on device")',
+        "import os, signal; os.kill(os.getpid(), 19)",
+    )
+    run = launch(2, 1, stop)
+    run.wait_until(run.victim.exists, 120)
+    run.wait_until(run.errors, 120)
+    (message,) = run.errors()
+    assert message.startswith("(process 0 of 2): process 1 has given no sign of life for"), message
+    os.kill(int(run.victim.read_text()), signal.SIGKILL)
+    assert run.process.wait(timeout=60) == 1
+
+
 @pytest.mark.slow
 def test_a_full_disk_of_one_process_costs_a_checkpoint_and_not_the_run(launch, tmp_path):
     run = launch(2, 1, FULL_DISK)
