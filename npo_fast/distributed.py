@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from npo_fast import watch
-from npo_fast.errors import UserError
+from npo_fast.errors import UserError, first_line
 from npo_fast.watch import limits
 
 # of a collective; the watch ends a process long before, unless another one writes a large model
@@ -34,6 +34,11 @@ _meetings = 0  # that have ended: a store keeps the addresses of each
 def rank() -> int:
     """The number of this process, from 0, as ``torchrun`` sets it."""
     return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, from 0, as ``torchrun`` sets it."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def world_size() -> int:
@@ -63,7 +68,7 @@ def local_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{local_rank()}"
     return torch.device(device)
 
 
@@ -82,7 +87,13 @@ def init_process_group(device: torch.device, **arguments: Any) -> DeviceMesh:
     backend = "nccl" if device.type == "cuda" else "gloo"
     url = arguments.pop("init_method", "env://")
     limit = timedelta(seconds=limits.MEETING_LIMIT_S)
-    store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
+    try:
+        store, this, count = next(dist.rendezvous(url, **arguments, timeout=limit))
+    except ValueError as error:  # of variables that torchrun sets
+        raise UserError(
+            f"WORLD_SIZE is {world_size()}, and the other processes cannot be met: start all with "
+            f"torchrun, or this one alone without WORLD_SIZE ({first_line(error)})"
+        ) from error
     store.set_timeout(limit)
     # torchrun keeps its store when it restarts, with the addresses of processes that have ended
     store = dist.PrefixStore(f"npo_fast/attempt_{restarts()}/{_meetings}", store)

@@ -5,6 +5,7 @@ import importlib
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from npo_fast.distributed import (
     destroy_process_group,
     is_lost_contact,
     is_main_process,
+    local_rank,
     rank,
     world_size,
 )
@@ -109,6 +111,8 @@ SUBCOMMANDS = {
 }
 
 
+MISTAKE = 2  # exit code of a mistake in the call
+LATER_S = 15.0  # torchrun looks at its processes more often, and they start at various times
 # subcommands that run a model, and measure no time
 FIT_THREADS = ("demo", "unlearn", "finetune", "evaluate", "attack", "synthetic", "reproduce")
 
@@ -151,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CannotSaveError, NonFiniteError, OutOfMemory) as error:
         return _fail(error, 1)
     except UserError as error:
-        return _fail(error, 2)
+        if world_size() > 1 and error.__cause__ is not None and is_lost_contact(error.__cause__):
+            return _fail(_lost_contact(error.__cause__), 1)  # in a library that was asked to try
+        return _fail(error, MISTAKE)
     except OSError as error:
         return _fail(one_line(str(error)), 1)
     except Interrupted as stop:
@@ -189,7 +195,7 @@ def _run(module: Any, command: Any, verb: str, as_process: bool) -> Any:
 def overview() -> str:
     """The text of ``npo-fast --help``: every subcommand by group, with an example."""
     lines = [
-        f"npo-fast {__version__}: unlearning for language models on one GPU, or on a CPU",
+        f"npo-fast {__version__}: unlearning for language models on GPUs, one or several, or a CPU",
         "",
         "usage: npo-fast VERB [options]     npo-fast VERB --help shows the options of a verb",
     ]
@@ -202,7 +208,7 @@ def overview() -> str:
     return "\n".join([*lines, "FILE.yaml (settings, which flags override)."])
 
 
-def _lost_contact(error: Exception) -> str:
+def _lost_contact(error: BaseException) -> str:
     """What has become of the other process, as far as it can be found out in seconds."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it meanwhile
@@ -215,7 +221,14 @@ def _lost_contact(error: Exception) -> str:
 
 
 def _fail(error: object, code: int, reason: str | None = None) -> int:
-    """Prints an error, and tells other processes the ``reason``."""
+    """Prints an error, and tells other processes the ``reason``.
+
+    A mistake in the call is the same on all: ``torchrun`` ends the others when the first of a
+    machine has told it, and they tell it where it does not.
+    """
+    if code == MISTAKE and local_rank():
+        watch.tell_others(reason or str(error))
+        time.sleep(LATER_S)
     sys.stderr.write(watch.error_line(error, rank(), world_size()))
     sys.stderr.flush()
     watch.tell_others(reason or str(error))

@@ -198,7 +198,9 @@ class ModelSource:
         """A model in memory, with a new adapter where the options ask for one."""
         options, model = self.options, self.in_memory
         if world_size() > 1:
-            raise UserError("several processes load the model by name: a model in memory is whole")
+            raise UserError(
+                "several processes load a model by name, each its rows: save it, pass the folder"
+            )
         if options.quantize != "none":
             raise UserError('quantize="4bit" loads weights by name: pass the name of the model')
         if isinstance(model, CausalLM):

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from npo_fast import watch
 from npo_fast.distributed import (
     broadcast_object,
+    is_lost_contact,
     is_main_process,
     launch,
     leave,
@@ -240,7 +242,10 @@ def _closed(training: Training) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, Interrupted):
             _keep_steps(training)
-        folder.finish("interrupted", error=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        if world_size() > 1 and is_lost_contact(error):
+            reason = f"lost contact with another process: {watch.failure_of_others() or reason}"
+        folder.finish("interrupted", error=reason)
         if isinstance(error, Interrupted):
             wait_for_all(lm)
         raise

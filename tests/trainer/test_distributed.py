@@ -841,6 +841,25 @@ def test_several_processes_attack_as_one_does(home, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_in_the_call_is_told_once(tmp_path):
+    log = tmp_path / "log"
+    assert torchrun(3, ["unlearn", "--modle", "x"], log).wait(timeout=240) == 1
+    told = [line for line in log.read_text().splitlines() if "npo-fast: error" in line]
+    assert len(told) == 1, told
+    assert "did you mean --model" in told[0]
+
+
+def test_variables_of_torchrun_without_it_are_a_mistake(monkeypatch, home, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(arguments(home, tmp_path / "run")) == 2
+    assert "WORLD_SIZE is 2, and the other processes cannot be met: start all with torchrun" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
 def test_after_a_killed_process_another_number_of_them_goes_on(home, tmp_path):
     assert main(arguments(home, tmp_path / "alone", "--epochs", "40")) == 0
 
