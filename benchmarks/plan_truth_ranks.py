@@ -253,7 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of runs, from 0")
+    parser.add_argument(
+        "--only", type=int, nargs="+", help="numbers of runs, from 0; others stay in the result"
+    )
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.one is not None:
@@ -261,14 +263,19 @@ def main() -> None:
         return
     from npo_fast.bench.provenance import provenance
 
-    chosen = RUNS if options.only is None else [RUNS[i] for i in options.only]
-    result: dict[str, Any] = {"runs": [], **provenance()}
+    made = provenance()
+    runs: dict[tuple[int, int], dict[str, Any]] = {}
+    if options.only is not None and options.result.exists():  # the others stay
+        earlier = json.loads(options.result.read_text())["runs"]
+        runs = {(run["ranks"], run["number"]): run for run in earlier}
     for ranks in options.ranks:
-        for run in chosen:
-            result["runs"].append(measure(run, ranks))
-            print(json.dumps(result["runs"][-1]), flush=True)
-            options.result.write_text(json.dumps(result, indent=1) + "\n")
-    wrong = [r for r in result["runs"] if abs(r["predicted_over_measured"] - 1) > TOLERANCE]
+        for number in range(len(RUNS)) if options.only is None else options.only:
+            found = {"number": number, **measure(RUNS[number], ranks), "commit": made["commit"]}
+            print(json.dumps(found), flush=True)
+            runs[ranks, number] = found
+            ordered = [runs[key] for key in sorted(runs)]
+            options.result.write_text(json.dumps({"runs": ordered, **made}, indent=1) + "\n")
+    wrong = [r for r in runs.values() if abs(r["predicted_over_measured"] - 1) > TOLERANCE]
     if wrong:
         sys.exit(f"more than {TOLERANCE:.0%} apart: {wrong}")
 
