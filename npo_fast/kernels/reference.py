@@ -58,12 +58,13 @@ def row_log_probs(
             target = target_logits[rows].to(raw.dtype)
             raw = raw.scatter(1, labels[rows].unsqueeze(1), target.unsqueeze(1))
         z = transform.apply(raw)
-        top = z.amax(dim=-1)
-        shifted = z - top.unsqueeze(1)
-        total = shifted.exp().sum(dim=-1)
+        top, column = z.max(dim=-1)
+        shifted = z.sub_(top.unsqueeze(1))
         at_label = shifted.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
-        log_probs[rows] = at_label - total.log()
-        lse[rows], shift[rows], share[rows] = top + total.log(), top, 1 / total
+        # 1 + rest would round away the digits of a sure token
+        rest = shifted.exp_().scatter_(1, column.unsqueeze(1), 0.0).sum(dim=-1)
+        log_probs[rows] = at_label - rest.log1p()
+        lse[rows], shift[rows], share[rows] = top + rest.log1p(), top, 1 / (1 + rest)
     return log_probs, lse, shift, share
 
 

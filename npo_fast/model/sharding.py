@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
@@ -168,12 +168,14 @@ def shard(model: Any, mesh: DeviceMesh, offload: bool = False) -> Any:
     head = slice_vocabulary(model, mesh.get_group(), lambda parameter: _sharded(parameter, mesh))
     ignored = {*model.get_input_embeddings().parameters(), *head.parameters()}
     shards: dict[str, Any] = {
-        name: p
+        name: _sharded(p, mesh)
         for name, p in decoder.named_parameters()
-        if isinstance(p, DTensor) and p not in ignored
+        # FSDP2 of PyTorch 2.9 divides no codes of 4-bit weights, but gathers them
+        if p not in ignored and (isinstance(p, DTensor) or not p.is_floating_point())
     }
     for name, parameter in shards.items():  # FSDP2 shards whole parameters, be they empty
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        whole = torch.empty(parameter.shape, dtype=dtype, device="meta")
         _set_parameter(decoder, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     # sums, not means: each process's loss is its part of the loss of the step
@@ -239,7 +241,12 @@ def gather_state_dict(state: Any) -> Any:
 def _sharded(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     if isinstance(parameter, DTensor):
         return parameter
-    rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+    whole = parameter.detach().contiguous()
+    first, count = rows_of(len(whole), mesh.get_local_rank(), mesh.size())
+    rows = DTensor.from_local(
+        whole[first : first + count].clone(),  # distribute_tensor of PyTorch 2.9 keeps the whole
+        mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride(),
+    )  # fmt: skip
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 

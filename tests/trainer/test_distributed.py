@@ -25,9 +25,10 @@ from npo_fast.distributed import full, local_of, rows_of
 from npo_fast.kernels import layout
 from npo_fast.losses import DPO, NLL, NPO
 from npo_fast.methods import build_method
+from npo_fast.model import shard_files
 from npo_fast.model.adapters import WEIGHTS, add_lora, read_weights
 from npo_fast.model.causal_lm import CausalLM
-from npo_fast.model.shard_files import SHARDS, save_in_background
+from npo_fast.model.shard_files import SHARDS, save_as_hugging_face, save_in_background
 from npo_fast.model.sharding import gather_state_dict, load_shards, shard
 from npo_fast.ops import linear_sequence_loss, vocab_parallel
 from npo_fast.ops.linear_log_probs import resolve_chunk_rows
@@ -561,6 +562,50 @@ def test_any_number_of_processes_goes_on_from_a_checkpoint(tmp_path, optimizer, 
             # signed codes have no -1: the largest of a block of 8-bit states may be rounded again
             close = {"rtol": 0.0, "atol": 0.0 if exact else 0.02 * float(value.abs().max())}
             torch.testing.assert_close(found[name], value, **close, msg=name)
+
+
+# --- files of weights -----------------------------------------------------------------------------
+
+
+def _save_files(mesh, folder: Path, most_bytes: int, full_on: int | None):
+    """What is said of a disk that is full for one process as it puts its files together."""
+    lm = _wide_lm(mesh)
+    lm.max_shard_bytes = most_bytes
+    if mesh.get_rank() == full_on:
+
+        def consolidate(*_, **__) -> None:
+            raise OSError(28, "No space left on device")
+
+        shard_files._consolidate_safetensors_files = consolidate
+    try:
+        save_as_hugging_face(lm, folder)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most_bytes", [300_000, 5 << 30])
+def test_shards_become_files_that_transformers_writes_too(tmp_path, most_bytes):
+    model = _wide_lm(None).model
+    model.save_pretrained(tmp_path / "whole", max_shard_size=most_bytes)
+    model.config.save_pretrained(tmp_path / "saved")
+    arguments = tmp_path / "saved", most_bytes, None
+    assert on_ranks(2, tmp_path / "ranks", _save_files, *arguments) == [None, None]
+    folders = tmp_path / "whole", tmp_path / "saved"
+    names = [{file.name for file in folder.glob("model*")} for folder in folders]
+    assert names[0] == names[1]
+    assert ("model.safetensors.index.json" in names[0]) == (most_bytes == 300_000)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(saved[name], value), name
+
+
+@pytest.mark.slow
+def test_all_hear_of_a_disk_that_is_full_for_one_process(tmp_path):
+    said = on_ranks(2, tmp_path / "ranks", _save_files, tmp_path / "saved", 300_000, 1)
+    assert said[0] == said[1]
+    assert "No space left on device (process 1)" in said[0]
 
 
 # --- loading --------------------------------------------------------------------------------------
