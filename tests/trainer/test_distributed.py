@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from npo_fast import distributed
+from npo_fast.attacks.quantize import quantized
 from npo_fast.cli import main
 from npo_fast.data import TokenizedExample, micro_batches
 from npo_fast.distributed import full, local_of, rows_of
@@ -691,6 +692,36 @@ def test_rows_of_files_are_those_of_the_whole_model(tmp_path):
         whole = AutoModelForCausalLM.from_pretrained(tmp_path / family)
         for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
             assert torch.equal(found[0][family][name], tensor), f"{what}: {name}"
+
+
+# --- attacks --------------------------------------------------------------------------------------
+
+
+def _rounded(mesh, families: dict) -> list:
+    """Weights of models while they are rounded, and whether they came back."""
+    found = []
+    for family, more in families.items():
+        torch.manual_seed(0)
+        model = tiny_model(family, **more)
+        lm = CausalLM(model if mesh is None else shard(model, mesh), probe=False)
+        before = [full(p.detach()).clone() for p in lm.model.parameters()]
+        with quantized(lm, 4, 7) as share:
+            weights = [full(p.detach()).clone() for p in lm.model.parameters()]
+        after = [full(p.detach()) for p in lm.model.parameters()]
+        found.append((share, weights, all(map(torch.equal, before, after))))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_are_rounded_as_the_whole_is(tmp_path, count):
+    families = {"Llama": {}, "GPT2": {}, "Mixtral": {"num_local_experts": 2}}
+    found = on_ranks(count, tmp_path, _rounded, families)
+    for of_rank in found:
+        for got, expected in zip(of_rank, _rounded(None, families), strict=True):
+            assert got[0] == expected[0] > 0.5
+            assert all(map(torch.equal, got[1], expected[1]))
+            assert got[2]
 
 
 # --- the command line -----------------------------------------------------------------------------
