@@ -145,6 +145,7 @@ def sharded_model(config: Any, planned: Any, mesh: Any) -> Any:
     import torch
     import transformers
 
+    from npo_fast import distributed
     from npo_fast.model.adapters import add_lora
     from npo_fast.model.load import DTYPES, load_model
     from npo_fast.model.sharding import shard
@@ -153,8 +154,9 @@ def sharded_model(config: Any, planned: Any, mesh: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[planned.dtype])
     if planned.quantize != "none":
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder)  # the first process does
             del model
+            folder = distributed.broadcast_object(folder)
             settings = {name: getattr(planned, name) for name in ("dtype", "quantize", "lora_rank")}
             return load_model(folder, device="cpu", mesh=mesh, **settings).model
     if planned.lora_rank:
