@@ -63,8 +63,16 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     return unsealed(content, file)
 
 
-def check_saved(folder: Path, run: str | None, unread: tuple[str, ...] = ()) -> dict[str, Any]:
+def check_saved(
+    folder: Path,
+    run: str | None,
+    unread: tuple[str, ...] = (),
+    share: slice = slice(None),
+) -> dict[str, Any]:
     """The facts of a folder that holds what was saved, by the ``run`` where that is given.
+
+    Args:
+        unread, share: as in ``check_files``.
 
     Raises:
         DamagedError: a file changed since, or all are of another run.
@@ -72,7 +80,7 @@ def check_saved(folder: Path, run: str | None, unread: tuple[str, ...] = ()) -> 
     facts = read_manifest(folder)
     if run is not None and facts.get("run") != run:
         raise DamagedError(f"{folder / MANIFEST} is of another run ({facts.get('run')}, not {run})")
-    check_files(folder, facts["files"], unread=unread)
+    check_files(folder, facts["files"], unread=unread, share=share)
     return facts
 
 
@@ -81,6 +89,7 @@ def check_files(
     files: Mapping[str, Mapping[str, Any]],
     name: str = MANIFEST,
     unread: tuple[str, ...] = (),
+    share: slice = slice(None),
 ) -> None:
     """Raises ``DamagedError`` for the first file that is not as listed, or that is one too many.
 
@@ -89,6 +98,7 @@ def check_files(
     Args:
         files: of the manifest, whose name is ``name``.
         unread: endings of files of which only the size is compared.
+        share: of the other files, those that this process reads; others read the rest.
     """
     for file, listed in files.items():
         path = folder / file
@@ -101,7 +111,7 @@ def check_files(
         is_hidden = any(part.startswith(".") for part in relative.parts)
         if path.suffix in LOADED and relative.as_posix() not in {*files, name} and not is_hidden:
             raise DamagedError(f"{path} is not among the files that were saved")
-    hashed = [file for file in files if not file.endswith(unread)]
+    hashed = [file for file in files if not file.endswith(unread)][share]
     total = sum(files[file]["bytes"] for file in hashed)
     if total > LARGE_BYTES:
         logger.info(f"checking {total / 2**30:.1f} GiB in {folder}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from npo_fast.data import Rendering, Template
-from npo_fast.distributed import all_reduce_max, init_process_group, local_device, rank, world_size
+from npo_fast.distributed import init_process_group, local_device, world_size
 from npo_fast.errors import UserError
 from npo_fast.model.adapters import add_lora
 from npo_fast.model.attention import set_attention
@@ -117,7 +118,7 @@ class ModelSource:
         """The model before training; several processes shard it.
 
         Args:
-            resumable: the run that goes on; several processes check that all know it.
+            resumable: the run that goes on.
             offload: as in ``npo_fast.model.sharding.shard``.
         """
         options = self.options
@@ -125,7 +126,7 @@ class ModelSource:
             lm = self._wrap()
         else:
             logger.info(f"loading {options.model}")
-            lm = self._load(resumable, offload)
+            lm = self._load(offload)
         trained = ""
         if options.lora_rank:
             count = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
@@ -171,24 +172,21 @@ class ModelSource:
         lm.max_shard_bytes = largest_shard(name)
         return lm
 
+    def meet(self) -> DeviceMesh | None:
+        """Meets the other processes that share the model, if there are any."""
+        return init_process_group(local_device(self.options.device)) if world_size() > 1 else None
+
     @property
     def _network(self) -> Any:
         """The transformers model in memory, if there is one."""
         return self.in_memory.model if isinstance(self.in_memory, CausalLM) else self.in_memory
 
-    def _load(self, resumable: ResumableRun | None, offload: bool) -> CausalLM:
+    def _load(self, offload: bool) -> CausalLM:
         names = ("dtype", "device", "attention", "quantize", "lora_rank", "lora_alpha")
         arguments = {name: getattr(self.options, name) for name in names}
         if world_size() == 1:
             return load_model(self.options.model, **arguments)
-        device = local_device(self.options.device)
-        mesh = init_process_group(device)
-        step = -1 if resumable is None else resumable.state.step
-        if all_reduce_max(step, device) != -all_reduce_max(-step, device):
-            raise UserError(
-                f"process {rank()} would go on after step {step}, and others do not: --output "
-                "must be a folder that all of them share"
-            )
+        device, mesh = local_device(self.options.device), self.meet()
         return load_model(
             self.options.model,
             **{**arguments, "device": str(device)}, mesh=mesh, offload=offload,

@@ -192,6 +192,7 @@ def prepare_run(
     if "method" in settings and settings["method"].method not in METHODS:
         metadata["terms"] = [repr(term) for term in terms]  # so that other terms do not resume
     found = found_metadata(options.output)
+    model.meet()  # they deal out the files of a checkpoint to check
     resumable = find_resumable(options, metadata, model.in_memory is not None)
 
     def link() -> dict[str, Any]:

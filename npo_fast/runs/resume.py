@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from npo_fast.distributed import gather_objects, rank, world_size
 from npo_fast.errors import UserError, reading
 from npo_fast.model.manifest import (
     MANIFEST,
@@ -26,6 +27,7 @@ from npo_fast.trainer.state import TrainState, load_tensors
 from npo_fast.versions import versions
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # where hidden states are kept, and what only memory depends on
 _TOLD_BY_TOKENS = ("chat_template_sha256",)
@@ -129,21 +131,22 @@ def _shortage(folder: Path) -> tuple[int, int] | None:
 
 def _resumable_run(folder: Path) -> ResumableRun | None:
     metadata = read_metadata(folder)
+    seen = metadata.get("id"), metadata.get("status"), [*checkpoints_of(folder)]
+    if any(there != seen for there in gather_objects(seen)):
+        raise UserError(f"--output {folder} must be a folder that all processes share")
     if metadata.get("status") not in UNFINISHED:
         return None
     damaged: list[str] = []
     final = metadata.get("final", {}).get("step")
     if final is not None and (folder / "model").is_dir():
         try:
-            facts = _checked(folder, folder / "model", metadata, final)
+            facts = _agreed(_checked, folder, folder / "model", metadata, final)
             return ResumableRun(folder, metadata, folder / "model", TrainState(final), facts)
         except DamagedError as error:
             damaged.append(str(error))
     for step, checkpoint in reversed(checkpoints_of(folder).items()):
         try:
-            facts = _checked(folder, checkpoint, metadata, step)
-            _check_best(folder, metadata, facts["best"])
-            state = TrainState.load(checkpoint)
+            facts, state = _agreed(_checkpoint, folder, checkpoint, metadata, step)
         except DamagedError as error:
             damaged.append(str(error))
             continue
@@ -158,13 +161,34 @@ def _resumable_run(folder: Path) -> ResumableRun | None:
     return ResumableRun(folder, metadata, None)
 
 
+def _agreed(check: Callable[..., T], *arguments: Any) -> T:
+    """What ``check`` returns; where it finds damage on one process, all raise ``DamagedError``."""
+    try:
+        found, damage = check(*arguments), ""
+    except DamagedError as error:
+        found, damage = None, str(error)
+    if told := next(filter(None, gather_objects(damage)), ""):
+        raise DamagedError(told)
+    assert found is not None
+    return found
+
+
+def _checkpoint(
+    folder: Path, saved: Path, metadata: Mapping[str, Any], step: int
+) -> tuple[dict[str, Any], TrainState]:
+    """The facts of a checkpoint, and the state to go on with."""
+    facts = _checked(folder, saved, metadata, step)
+    _check_best(folder, metadata, facts["best"])
+    return facts, TrainState.load(saved)
+
+
 def _checked(folder: Path, saved: Path, metadata: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The facts of a model that the run saved after ``step``, with the records until then.
 
     Raises:
         DamagedError: something of it, or of the records, is not what was written.
     """
-    facts = check_saved(saved, metadata.get("id", ""))
+    facts = check_saved(saved, metadata.get("id", ""), share=slice(rank(), None, world_size()))
     if facts["step"] != step:
         raise DamagedError(f"{saved / MANIFEST} is of step {facts['step']}, not {step}")
     for name, state in facts["records"].items():
@@ -178,7 +202,7 @@ def _check_best(folder: Path, metadata: Mapping[str, Any], step: int | None) -> 
     if step is None:  # none was saved, or one of a step that is made again
         return
     saved = best if best.exists() or not old_of(best).exists() else old_of(best)
-    facts = check_saved(saved, metadata["id"])
+    facts = check_saved(saved, metadata["id"], share=slice(rank(), None, world_size()))
     if facts["step"] < step:
         raise DamagedError(f"{saved / MANIFEST} is of step {facts['step']}, not {step}")
 

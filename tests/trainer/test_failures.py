@@ -299,6 +299,26 @@ def losses_of(output: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(output / "steps.jsonl")]
 
 
+@pytest.mark.slow
+def test_processes_share_the_checking_of_a_checkpoint(launch, tmp_path):
+    """Each reads a part of the files, and what one finds is known to all."""
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    assert launch(2, 0, kill).process.wait(timeout=120) == 1
+    shards = sorted((tmp_path / "run" / "checkpoints").glob("step-??????/shards/*.distcp"))
+    assert len(shards) == 2
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        run = launch(2, 0, "pass")
+        assert run.process.wait(timeout=120) == 1
+        assert "no checkpoint in" in run.text
+        assert f"{shard} is damaged (its SHA-256 has changed)" in run.text
+        shard.write_bytes(content)
+    run = launch(2, 0, "pass")
+    assert run.process.wait(timeout=120) == 0, run.text
+    assert metadata_of(tmp_path / "run")["status"] == "finished"
+
+
 # once, in a backward
 SHORTAGE = """
 if not hasattr(watch, "had"):
