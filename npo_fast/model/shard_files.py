@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
     _consolidate_safetensors_files,
 )
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from npo_fast.distributed import background_group, gather_objects, is_main_process, rank
 from npo_fast.errors import first_line
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.model.layers import repeated_layers
 from npo_fast.model.save import cannot_write
+from npo_fast.model.sharding import gather_state_dict
 
 SHARDS = "shards"  # the folder of a checkpoint in PyTorch's own form
 SHARD_BYTES = 5 << 30  # of a file of weights, where the model came in one
@@ -34,7 +39,9 @@ SHARD_BYTES = 5 << 30  # of a file of weights, where the model came in one
 def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the files of weights of a model that ``from_pretrained`` reads.
 
-    All processes call it. Each writes its rows, then puts a share of the files together.
+    All processes call it. Each writes its rows, then puts a share of the files together. Weights
+    that files have under other names or in other shapes are gathered a layer at a time, and the
+    first process writes them.
 
     Args:
         dtype: of the files, where it is not that of the model.
@@ -48,12 +55,12 @@ def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None =
     }
     buffers = {*dict(lm.model.named_buffers())} & {*lm.model.state_dict()}
     weights |= {name: lm.model.get_buffer(name) for name in sorted(buffers)}
-    numbers = _files(weights, lm.max_shard_bytes or SHARD_BYTES)
-    count, rows = max(numbers.values()), folder / "rows"
-    files = {
-        name: f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SAFE_WEIGHTS_NAME
-        for name, number in numbers.items()
-    }
+    most_bytes = lm.max_shard_bytes or SHARD_BYTES
+    if getattr(lm.model, "_weight_conversions", None):
+        _save_layers(lm, weights, folder, most_bytes)
+        return
+    numbers, rows = _files(weights, most_bytes), folder / "rows"
+    files = {name: _file(number, max(numbers.values())) for name, number in numbers.items()}
     own = {name: file for name, file in files.items() if numbers[name] % lm.world_size == lm.rank}
 
     def write_rows() -> None:
@@ -65,15 +72,78 @@ def save_as_hugging_face(lm: CausalLM, folder: Path, dtype: torch.dtype | None =
     def put_together() -> None:
         if own:  # without a collective, in which others would wait for one that fails
             _consolidate_safetensors_files(str(rows), str(folder), own, num_threads=1)
-        if is_main_process() and count > 1:
-            size = sum(weight.numel() * weight.itemsize for weight in weights.values())
-            index = {"metadata": {"total_size": size}, "weight_map": files}
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
+        if is_main_process():
+            _write_index(folder, files, sum(w.numel() * w.itemsize for w in weights.values()))
 
     together(write_rows)
     together(put_together)
     if is_main_process():
         shutil.rmtree(rows)
+
+
+def _save_layers(
+    lm: CausalLM, weights: Mapping[str, Tensor], folder: Path, most_bytes: int
+) -> None:
+    """Gathers a layer at a time; the first process has transformers convert it, and writes it."""
+    held: dict[str, Tensor] = {}  # of the next file
+    written: list[list[str]] = []
+    size = 0
+    failure: Exception | None = None
+
+    def write_file() -> None:
+        save_file(held, folder / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
+        written.append([*held])
+        held.clear()
+
+    for layer in _by_layer(lm, weights):
+        whole = gather_state_dict(layer)
+        if failure is not None or not is_main_process():
+            continue
+        try:
+            for name, tensor in revert_weight_conversion(lm.model, whole).items():
+                if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > most_bytes:
+                    write_file()
+                held[name] = tensor.cpu().contiguous()
+                size += tensor.nbytes
+        except (OSError, SafetensorError) as error:  # the others go on gathering
+            failure = error
+
+    def finish() -> None:
+        if failure is not None:
+            raise failure
+        if not is_main_process():
+            return
+        write_file()
+        files: dict[str, str] = {}
+        for number, names in enumerate(written):
+            file = _file(number + 1, len(written))
+            (folder / f"part-{number}.safetensors").rename(folder / file)
+            files |= dict.fromkeys(names, file)
+        _write_index(folder, files, size)
+
+    together(finish)
+
+
+def _by_layer(lm: CausalLM, weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Weights of each decoder layer, and of what is outside of them."""
+    layers = {*repeated_layers(lm.decoder)}
+    prefixes = [f"{name}." for name, module in lm.model.named_modules() if module in layers]
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        prefix = next((p for p in prefixes if name.startswith(p)), "")
+        groups.setdefault(prefix, {})[name] = weight
+    return [*groups.values()]
+
+
+def _file(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SAFE_WEIGHTS_NAME
+
+
+def _write_index(folder: Path, files: Mapping[str, str], size: int) -> None:
+    """Writes which file has a weight, where there are several."""
+    if len({*files.values()}) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
 
 
 def save_in_background(content: Mapping[str, Tensor], folder: Path) -> Future[Any]:

@@ -56,22 +56,19 @@ def save_model(
 ) -> None:
     """Model and tokenizer, and what ``more`` writes, as one folder that is complete or absent.
 
-    All processes call it. Each writes its rows of the weights. Adapters, and weights that
-    transformers converts when it saves them, are gathered, and the first process writes them.
+    All processes call it. Each writes its rows of the weights; adapters are gathered, and the first
+    process writes them.
 
     Args:
         facts: of its manifest.
         put: puts what its second argument writes into a folder, or into another one.
     """
     weights: dict[str, Tensor] | None = None
-    by_rows = lm.world_size > 1 and not lm.adapted and not is_converted(lm.model)
+    by_rows = lm.world_size > 1 and not lm.adapted
     if by_rows:
         weights = {}
     elif lm.world_size > 1:
-        state = lm.model.state_dict(keep_vars=True)
-        weights = gather_state_dict(
-            {name: p for name, p in state.items() if p.requires_grad or not lm.adapted}
-        )
+        weights = _gathered_adapter(lm)
 
     def write(where: Path) -> None:
         with no_progress_bars():
@@ -160,9 +157,12 @@ class BackgroundCheckpoint:
             raise cannot_save(self.folder, error) from error
 
 
-def is_converted(model: Any) -> bool:
-    """Whether transformers changes names or shapes of weights when it saves the model."""
-    return bool(getattr(model, "_weight_conversions", None))
+def _gathered_adapter(lm: CausalLM) -> dict[str, Tensor]:
+    state = lm.model.state_dict(keep_vars=True)
+    trained: dict[str, Tensor] = gather_state_dict(
+        {name: p for name, p in state.items() if p.requires_grad}
+    )
+    return trained
 
 
 def _checkpoint(
@@ -173,8 +173,7 @@ def _checkpoint(
     content = state.tensors()
     weights: dict[str, Tensor] = {}
     if lm.adapted:
-        trained = {n: p for n, p in lm.model.state_dict(keep_vars=True).items() if p.requires_grad}
-        weights = gather_state_dict(trained)
+        weights = _gathered_adapter(lm)
     else:
         content |= {f"{WEIGHTS}/{name}": p.detach() for name, p in lm.model.named_parameters()}
 

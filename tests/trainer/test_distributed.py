@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -600,6 +601,39 @@ def test_shards_become_files_that_transformers_writes_too(tmp_path, most_bytes):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(saved[name], value), name
+
+
+def _save_families(mesh, folder: Path) -> None:
+    for family in FROM_FILES:
+        kind = type(AutoModelForCausalLM.from_pretrained(folder / family))
+        arguments = {"pretrained_model_name_or_path": folder / family, "dtype": torch.float32}
+        model = shard(load_shards(kind, family, mesh, torch.device("cpu"), **arguments), mesh)
+        lm = CausalLM(model, probe=False)
+        lm.max_shard_bytes = 40_000
+        (folder / f"{family}-saved").mkdir(exist_ok=True)
+        save_as_hugging_face(lm, folder / f"{family}-saved")
+
+
+@pytest.mark.slow
+def test_converted_weights_have_the_names_and_shapes_of_files(tmp_path):
+    for family in FROM_FILES:
+        more = {"num_local_experts": 2} if family == "Mixtral" else {}
+        tiny_model(family, **more).save_pretrained(tmp_path / family)
+    on_ranks(2, tmp_path / "ranks", _save_families, tmp_path)
+    for family in FROM_FILES:
+        files = sorted((tmp_path / f"{family}-saved").glob("*.safetensors"))
+        assert len(files) > 1
+        index = json.loads(files[0].with_name("model.safetensors.index.json").read_text())
+        saved = {}
+        for file in files:
+            content = load_file(file)
+            assert {name for name, at in index["weight_map"].items() if at == file.name} == {
+                *content
+            }
+            saved |= content
+        expected = load_file(tmp_path / family / "model.safetensors")
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow
