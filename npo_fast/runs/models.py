@@ -30,6 +30,7 @@ from npo_fast.model.load import (
     usable_device,
 )
 from npo_fast.model.model_files import largest_shard
+from npo_fast.model.sharding import VocabularyParallelHead, shard
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.resume import ResumableRun
@@ -123,7 +124,7 @@ class ModelSource:
         """
         options = self.options
         if self.in_memory is not None:
-            lm = self._wrap()
+            lm = self._wrap(offload)
         else:
             logger.info(f"loading {options.model}")
             lm = self._load(offload)
@@ -192,21 +193,32 @@ class ModelSource:
             **{**arguments, "device": str(device)}, mesh=mesh, offload=offload,
         )  # fmt: skip
 
-    def _wrap(self) -> CausalLM:
-        """A model in memory, with a new adapter where the options ask for one."""
-        options, model = self.options, self.in_memory
-        if world_size() > 1:
-            raise UserError(
-                "several processes load a model by name, each its rows: save it, pass the folder"
-            )
+    def _wrap(self, offload: bool) -> CausalLM:
+        """A model in memory, with a new adapter where the options ask for one.
+
+        Several processes each have it whole, and keep their share.
+        """
+        options, model, mesh = self.options, self.in_memory, self.meet()
         if options.quantize != "none":
             raise UserError('quantize="4bit" loads weights by name: pass the name of the model')
         if isinstance(model, CausalLM):
-            if not options.lora_rank:
+            if not options.lora_rank and model.world_size == world_size():
                 return model
             model = model.model
+        is_divided = isinstance(model.get_output_embeddings(), VocabularyParallelHead)
+        if is_divided and options.lora_rank:
+            raise UserError(
+                f"{self.name} is divided among processes, and takes no adapter: load it again"
+            )
+        if mesh is not None and model.device.type != mesh.device_type:
+            raise UserError(
+                f"{self.name} is on {model.device}, and the processes share it on "
+                f"{mesh.device_type}: move it there first, or pass device={model.device.type!r}"
+            )
         if options.lora_rank:
             model = add_lora(model, self.name, options.lora_rank, options.lora_alpha)
+        if mesh is not None and not is_divided:
+            model = shard(model, mesh, offload)
         return CausalLM(model, options.attention)
 
 

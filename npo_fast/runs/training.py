@@ -70,7 +70,7 @@ class Shortage(Exception):  # noqa: N818 - an end of training that the run survi
     def __init__(
         self, state: TrainState, metadata: dict[str, Any], facts: Mapping[str, Any]
     ) -> None:
-        super().__init__()
+        super().__init__(metadata.get("error", "out of memory"))
         self.state, self.metadata, self.facts = state, metadata, facts
 
 
@@ -84,6 +84,11 @@ def with_enough_memory(prepared: PreparedRun, run: Callable[[PreparedRun], Run])
         try:
             return run(prepared)
         except Shortage as shortage:
+            if prepared.model.in_memory is not None:
+                raise OutOfMemory(
+                    f"{shortage}, and the model in memory is divided among processes that have "
+                    "parted: start them again with smaller micro_batch_tokens"
+                ) from None
             prepared = prepared.resumed(shortage.state, shortage.metadata, shortage.facts)
         gc.collect()  # outside of the handler, where the error no longer holds the model
 

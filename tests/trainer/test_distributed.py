@@ -950,6 +950,47 @@ def test_several_processes_attack_as_one_does(home, tmp_path):
     assert_alike(found["measures"], expected["measures"])
 
 
+IN_MEMORY = """
+import sys
+import npo_fast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, forget, retain, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base)
+settings = {
+    "tokenizer": AutoTokenizer.from_pretrained(base),
+    "training": npo_fast.TrainSettings(epochs=2, lr=1e-4, batch_size=2, warmup_steps=0),
+}
+npo_fast.unlearn(model, forget=forget, retain=retain, output=output + "/one", **settings)
+npo_fast.unlearn(model, forget=retain, retain=forget, output=output + "/two", **settings)
+try:
+    lora = npo_fast.ModelOptions(lora_rank=2)
+    data = {"forget": retain, "retain": forget, "output": output + "/three"}
+    npo_fast.unlearn(model, loading=lora, **data, **settings)
+except npo_fast.UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_in_memory_is_divided(home, tmp_path):
+    (tmp_path / "program.py").write_text(IN_MEMORY)
+    files = [str(home / name) for name in ("base", "forget.jsonl", "retain.jsonl")]
+    for name, command in (
+        ("alone", [sys.executable]),
+        ("several", [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node", "2"]),
+    ):  # fmt: skip
+        call = [*command, str(tmp_path / "program.py"), *files, str(tmp_path / name)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("takes no adapter: load it again" in done.stdout) == (name == "several")
+    for run in ("one", "two"):
+        found, expected = losses_of(tmp_path / "several" / run), losses_of(tmp_path / "alone" / run)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert len(found) == (4 if run == "one" else 6)
+
+
 @pytest.mark.slow
 def test_a_mistake_in_the_call_is_told_once(tmp_path):
     log = tmp_path / "log"
