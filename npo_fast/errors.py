@@ -76,11 +76,12 @@ class SharedOutOfMemory(OutOfMemory):
 
     Args:
         micro_batch_tokens: of the smaller micro-batches with which all can begin it again.
+        meets: whether these processes can meet again for that; else all have to be started anew.
     """
 
-    def __init__(self, message: str, micro_batch_tokens: int) -> None:
+    def __init__(self, message: str, micro_batch_tokens: int, meets: bool = True) -> None:
         super().__init__(message)
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens, self.meets = micro_batch_tokens, meets
 
 
 class PartialUpdateOutOfMemory(OutOfMemory):

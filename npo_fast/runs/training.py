@@ -47,7 +47,6 @@ from npo_fast.runs.saved_model import wait_for_all
 from npo_fast.runs.saving import Saving
 from npo_fast.trainer.interrupt import StopSignal
 from npo_fast.trainer.loop import train
-from npo_fast.trainer.out_of_memory import ends_with_a_process
 from npo_fast.trainer.settings import StepRecord
 from npo_fast.trainer.state import TrainState
 from npo_fast.trainer.step import References
@@ -223,7 +222,7 @@ def _closed(training: Training) -> Iterator[None]:
         wait_for_all(lm)
         raise type(error)(f"{error}. {kept[0].upper()}{kept[1:]}") from error
     except SharedOutOfMemory as error:
-        if not ends_with_a_process():
+        if not error.meets:
             note_shortage(folder.folder, training.settings, error.micro_batch_tokens)
             raise OutOfMemory(
                 f"{error}. {training.hint[0].upper()}{training.hint[1:]} goes on, with "

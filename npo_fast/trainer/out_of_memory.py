@@ -76,8 +76,9 @@ def tell_of_shortage(lm: CausalLM, step: int, tokens: int, reason: str) -> Share
     """
     if not ends_with_a_process():
         return SharedOutOfMemory(
-            f"step {step}: out of memory ({reason}), and other GPUs wait for this one", tokens
-        )
+            f"step {step}: out of memory ({reason}), and other GPUs wait for this one",
+            tokens, meets=False,
+        )  # fmt: skip
     announce(SHORTAGE, json.dumps([lm.rank, step, tokens, reason]))
     shortage = shortage_of_another()
     leave()

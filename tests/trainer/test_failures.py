@@ -364,10 +364,9 @@ def test_all_begin_a_step_again_where_one_has_no_memory_for_it(
 # as NCCL, whose collectives go on waiting; where there are more tokens than fit
 SHORTAGE_OF_A_GPU = """
 import torch
-from npo_fast.runs import training
 from npo_fast.trainer import out_of_memory
 from npo_fast.trainer.update import Update
-out_of_memory.ends_with_a_process = training.ends_with_a_process = lambda: False
+out_of_memory.ends_with_a_process = lambda: False
 def add(self, loss, error=torch.OutOfMemoryError):
     raise error("no memory for 3 GiB")
 Update.add = add
