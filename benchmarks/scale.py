@@ -99,11 +99,11 @@ class Case:
     def needed_gib(self, tokens: int) -> float:
         """What a GPU must have for passes of so many tokens, by ``npo_fast.planner``.
 
-        From one and two layers, as ``count_by_depth``.
+        From four and eight layers: fewer have no layer before and behind that is gathered too.
         """
         config = CONFIGS[self.model]
-        one, two = (self.planned_bytes(of_depth(config, layers), tokens) for layers in (1, 2))
-        return (two + (config.num_hidden_layers - 2) * (two - one)) / GIB
+        four, eight = (self.planned_bytes(of_depth(config, layers), tokens) for layers in (4, 8))
+        return (eight + (config.num_hidden_layers - 8) * (eight - four) / 4) / GIB
 
     def planned_bytes(self, config: LlamaConfig, tokens: int) -> int:
         """What a GPU must have for passes of so many tokens."""
@@ -181,8 +181,8 @@ def case_of(name: str, setup: Setup) -> dict[str, Any]:
 
 
 def depth_is_linear(name: str, setup: Setup) -> bool:
-    """Whether all layers cost what follows from one and two: the same bytes sent and flops, and
-    memory to a thousandth."""
+    """Whether all layers cost what follows from a few: the same bytes sent and flops, and memory
+    to a thousandth."""
     config = CONFIGS[name]
     case = Case(name, setup, count_step(config, setup))
     memory = case.planned_bytes(config, SHOWN_TOKENS[0]) / GIB
