@@ -115,7 +115,9 @@ class Head:
         logits = self.logits(hidden, buffer)
         return logits, self._softmax(logits, hidden, labels)
 
-    def _softmax(self, logits: Tensor, hidden: Tensor, labels: Tensor) -> Softmax:
+    def _softmax(
+        self, logits: Tensor, hidden: Tensor, labels: Tensor
+    ) -> Softmax:  # (padded R, V) raw logits of (R, D), (R,)
         target = None
         if self.logits_dtype != self.opmath_dtype:  # half precision: the label's from an fp32 dot
             target = torch.ops.npo_fast.label_logits(hidden, self.weight, labels, self.bias)

@@ -67,9 +67,9 @@ class Shortage(Exception):  # noqa: N818 - an end of training that the run survi
     """Raised where several processes have to begin a step again, with the model made anew."""
 
     def __init__(
-        self, state: TrainState, metadata: dict[str, Any], facts: Mapping[str, Any]
+        self, reason: str, state: TrainState, metadata: dict[str, Any], facts: Mapping[str, Any]
     ) -> None:
-        super().__init__(metadata.get("error", "out of memory"))
+        super().__init__(reason)
         self.state, self.metadata, self.facts = state, metadata, facts
 
 
@@ -234,7 +234,7 @@ def _closed(training: Training) -> Iterator[None]:
         folder.finish("interrupted", error=str(error))
         leave()
         logger.warning(f"{error}: all go on after step {step} with half of the tokens at a time")
-        raise Shortage(held, dict(folder.metadata), facts) from None
+        raise Shortage(str(error), held, dict(folder.metadata), facts) from None
     except OutOfMemory as error:
         complete = not isinstance(error, PartialUpdateOutOfMemory)
         if state.step and complete and world_size() == 1:  # else others are still in the step

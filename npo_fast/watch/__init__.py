@@ -235,9 +235,9 @@ def failure_of_others(wait_s: float = limits.QUIET_S + 2 * limits.INTERVAL_S) ->
         told = [f for p, f in zip(watch.others, found, strict=True) if p.record and p.record.reason]
         if failures := [failure for failure in told or found if failure is not None]:
             return "; ".join(failures)
-        bereft = [p.record for p in watch.others if p.record and p.record.state == BEREFT]
-        if told_by := next((record.reason for record in bereft if record.reason), None):
-            return told_by  # it has found out, and ended
+        records = (p.record for p in watch.others if p.record is not None)
+        if reason := next((r.reason for r in records if r.state == BEREFT and r.reason), None):
+            return reason  # that one has found out, and ended
         if time.monotonic() > ends:
             if watch.unanswered_s > limits.QUIET_S:
                 return f"nor does {_store_name()} answer: its machine or process is gone"

@@ -790,6 +790,15 @@ def torchrun(count: int, call: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[2])
 
 
+def on_several_and_one(count: int, call: list[str], folder: Path) -> tuple[Path, Path]:
+    """The outputs of a call under ``torchrun``, and of the same call in this process."""
+    several, alone, log = folder / "several", folder / "alone", folder / "log"
+    assert main([*call, "--output", str(alone)]) == 0
+    process = torchrun(count, [*call, "--output", str(several)], log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    return several, alone
+
+
 def losses_of(output: Path) -> list[float]:
     return [line["loss"] for line in read_jsonl(output / "steps.jsonl")]
 
@@ -881,16 +890,11 @@ def test_several_processes_measure_what_one_does(home, tmp_path):
             "--holdout", str(tmp_path / "holdout.jsonl"), "--reference", str(home / "other"),
             "--gradient-norms", "--max-new-tokens", "6", "--micro-batch-tokens", "40",
             "--generation-batch", "2"]  # fmt: skip
-    assert main([*call, "--output", str(tmp_path / "alone")]) == 0
-    log = tmp_path / "log"
-    process = torchrun(2, [*call, "--output", str(tmp_path / "several")], log)
-    assert process.wait(timeout=300) == 0, log.read_text()
-    logs = sorted(path.name for path in (tmp_path / "alone").glob("*.json"))
-    assert logs == sorted(path.name for path in (tmp_path / "several").glob("*.json"))
+    several, alone = on_several_and_one(2, call, tmp_path)
+    logs = sorted(path.name for path in alone.glob("*.json"))
+    assert logs == sorted(path.name for path in several.glob("*.json"))
     for name in {*logs} - {"logged_records.json"}:  # whose digests are salted
-        found, expected = (
-            json.loads((tmp_path / each / name).read_text()) for each in ("several", "alone")
-        )
+        found, expected = (json.loads((each / name).read_text()) for each in (several, alone))
         assert_alike(found, expected, name)
 
 
@@ -923,13 +927,8 @@ def test_the_harness_measures_on_several_processes_what_it_does_on_one(home, tmp
         (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
     call = ["evaluate", "--model", str(home / "base"), "--lm-eval", str(tmp_path),
             "--generation-batch", "5"]  # fmt: skip
-    assert main([*call, "--output", str(tmp_path / "alone")]) == 0
-    log = tmp_path / "log"
-    process = torchrun(3, [*call, "--output", str(tmp_path / "several")], log)
-    assert process.wait(timeout=300) == 0, log.read_text()
-    found, expected = (
-        json.loads((tmp_path / each / "lm_eval.json").read_text()) for each in ("several", "alone")
-    )
+    several, alone = on_several_and_one(3, call, tmp_path)
+    found, expected = (json.loads((each / "lm_eval.json").read_text()) for each in (several, alone))
     assert {*expected} == {"chosen", "said", "read"}
     assert_alike(found, expected)
 
@@ -939,13 +938,8 @@ def test_several_processes_attack_as_one_does(home, tmp_path):
     call = ["attack", "--model", str(home / "base"), "--forget", str(home / "forget.jsonl"),
             "--retain", str(home / "retain.jsonl"), "--max-new-tokens", "6", "--group", "7",
             "--epochs", "2", "--lr", "1e-3"]  # fmt: skip
-    assert main([*call, "--output", str(tmp_path / "alone")]) == 0
-    log = tmp_path / "log"
-    process = torchrun(2, [*call, "--output", str(tmp_path / "several")], log)
-    assert process.wait(timeout=300) == 0, log.read_text()
-    found, expected = (
-        json.loads((tmp_path / each / "attack.json").read_text()) for each in ("several", "alone")
-    )
+    several, alone = on_several_and_one(2, call, tmp_path)
+    found, expected = (json.loads((each / "attack.json").read_text()) for each in (several, alone))
     assert list(expected["measures"]) == ["before", "relearn", "int8", "int4"]
     assert_alike(found["measures"], expected["measures"])
 
