@@ -1,9 +1,10 @@
-"""Every number of the documentation: what it is, the command, the result file and its origin.
+"""Tables of the README and of docs/numbers.md, read from the result files.
 
-    python benchmarks/every_number.py          # checks docs/numbers.md against the result files
-    python benchmarks/every_number.py --write  # writes the page's table anew
+    python benchmarks/every_number.py          # checks that the pages say what the files say
+    python benchmarks/every_number.py --write  # writes the tables anew
 
-A row reads its number from the result file; commit, date and processor are those in the file.
+docs/numbers.md has a row for each file: its main number, the command that makes it, and commit,
+date and processor as they stand in the file.
 """
 
 import json
@@ -15,9 +16,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs/numbers.md"
-BEGIN, END = "<!-- table: benchmarks/every_number.py -->", "<!-- end of table -->"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+HEADER = "| what | number | command | file | commit, version, date, processor |"
+SAME = 0.05  # above this p-value TOFU's test sees no difference
+PEERS = (  # name, peer and loss in bench_loss.json, name in gpu.json
+    ("**npo_fast**, NPO", "npo_fast", "NPO", "npo_fast NPO"),
+    ("Cut Cross-Entropy, NPO", "cce", "NPO", "cce NPO"),
+    ("PyTorch `linear_cross_entropy`, NLL", "torch-lce", "NLL", ""),
+    ("plain PyTorch, NPO", "plain", "NPO", "plain NPO"),
+    ("TRL chunked log-probs, NPO", "trl", "NPO", "trl NPO columns=32768"),
+    ("Liger, NPO (GPU: NLL)", "liger", "NPO", "liger NLL"),
+)
 ALL_FORMS = '--forms "NPO+RT, beta by holdout" SimNPO GA "beta 0.1"'
 
 
@@ -41,7 +51,7 @@ def passes(form: str) -> Callable[[Any], str]:
             for seed in result["seeds"].values()
             if form in seed["forms"]
         ]
-        passed = sum(end["forget_quality"] > 0.05 for end, _ in ends)
+        passed = sum(end["forget_quality"] > SAME for end, _ in ends)
         kept = median(end["model_utility"] / before for end, before in ends)
         return f"passes on {passed} of {len(ends)}, utility {kept:.0%}"
 
@@ -83,9 +93,11 @@ def planned(result: Any) -> str:
 
 def scaling(result: Any) -> str:
     ours = [p for p in result["points"] if p["peer"] == "npo_fast" and p["axis"] == "rows"]
+    first, last = ours[0], ours[-1]
+    peak_mib = max(point["train_peak_mib"] for point in ours)
     return (
-        f"{ours[0]['rows']} to {ours[-1]['rows']} rows: {ours[0]['train_ms'] / 1e3:.2f} to "
-        f"{ours[-1]['train_ms'] / 1e3:.1f} s, at most {max(p['train_peak_mib'] for p in ours):.0f} MiB"
+        f"{first['rows']} to {last['rows']} rows: {first['train_ms'] / 1e3:.2f} to "
+        f"{last['train_ms'] / 1e3:.1f} s, at most {peak_mib:.0f} MiB"
     )
 
 
@@ -101,6 +113,13 @@ def bf16(result: Any) -> str:
 def skipping(result: Any) -> str:
     states = result["states"]
     return f"{len(states)} states: {', '.join(states)}"
+
+
+def on_the_card(result: Any) -> str:
+    """NPO over three products at N=4096, D=4096, V=128256, as often as peers were timed beside."""
+    jobs = result["parts"]["5"]["jobs"].values()
+    ratios = [rows["npo_fast NPO"]["over_gemms"] for job in jobs for rows in job["tables"].values()]
+    return f"NPO {min(ratios):.2f} to {max(ratios):.2f} times three products at 4096, 4096, 128256"
 
 
 def families(result: Any) -> str:
@@ -122,22 +141,21 @@ def chain(result: Any) -> str:
 
 
 def relearned(result: Any) -> str:
-    rhos = {
+    after = {
         rho: attacks["relearn"]["forget_probability"] for rho, attacks in result["summary"].items()
     }
-    return ", ".join(
-        f"rho {rho}: P after relearning {rhos[rho]:.2f}" for rho in ("0", "0.1", "0.3")
+    return "P after relearning " + ", ".join(
+        f"{after[rho]:.2f} (rho {rho})" for rho in ("0", "0.1", "0.3")
     )
 
 
 def kept_shares(result: Any) -> str:
+    kept = {name: form["kept"]["least"] for name, form in result["summary"].items()}
     least = {
-        share: min(
-            v["kept"]["least"] for k, v in result["summary"].items() if k.endswith(f"keep {share}")
-        )
+        share: min(value for name, value in kept.items() if name.endswith(f"keep {share}"))
         for share in ("0.9", "0.95", "0.99")
     }
-    return ", ".join(f"{share}: at least {kept:.3f} kept" for share, kept in least.items())
+    return ", ".join(f"{share}: at least {value:.3f} kept" for share, value in least.items())
 
 
 def without_retain_data(result: Any) -> str:
@@ -206,8 +224,7 @@ NUMBERS = (
     Number("Loss", "`skip_below` on a real forget set", "skip_below.json",
            "skip_below.py --original runs/original/model --unlearned runs/npo/model "
            "--data locuslab/TOFU --forget forget01 --rounds 3", skipping),
-    Number("Loss", "everything on a GPU", "gpu/h200.json", "gpu.py --out DIR",
-           lambda r: ", ".join(r["parts"])),
+    Number("Loss", "everything on a GPU", "gpu/h200.json", "gpu.py --out DIR", on_the_card),
     Number("Loss", "kernels compiled for four GPU generations", "bench_kernels.json",
            "npo-fast bench kernels", lambda r: f"{len(r['kernels'])} variants, no spill"),
     Number("Training", "step of SmolLM2, 16 + 16 sequences", "step.json",
@@ -258,18 +275,17 @@ def origin_of(result: Any) -> str:
     return "; ".join(", ".join(values) for values in columns if values)
 
 
-def table() -> str:
+def load(file: str) -> Any:
+    return json.loads((RESULTS / file).read_text())
+
+
+def numbers_table() -> str:
     lines = []
     for group in dict.fromkeys(number.group for number in NUMBERS):
-        lines += [
-            f"## {group}",
-            "",
-            "| what | number | command | file | commit, version, date, processor |",
-        ]
-        lines.append("|---|---|---|---|---|")
+        lines += [f"## {group}", "", HEADER, "|---|---|---|---|---|"]
         for number in NUMBERS:
             if number.group == group:
-                result = json.loads((RESULTS / number.file).read_text())
+                result = load(number.file)
                 python = number.command.split()[0].endswith(".py")
                 command = f"python benchmarks/{number.command}" if python else number.command
                 cells = (number.what, number.value(result), f"`{command}`", f"`{number.file}`",
@@ -279,17 +295,76 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    expected = f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
-    if "--write" in sys.argv[1:]:
-        PAGE.write_text(expected)
-    elif page != expected:
-        sys.exit(
-            f"{PAGE} is not what the result files say: python benchmarks/every_number.py --write"
+def quality_table() -> str:
+    """The demo's world: how often each method passes the test, and what it keeps."""
+    names = {
+        "NPO+RT, beta by holdout": "**NPO+RT, `--beta auto`**",
+        "SimNPO+RT": "SimNPO+RT",
+        "NPO+RT, beta 0.1": "NPO+RT, the paper's beta 0.1",
+        "GA+RT": "GA+RT (gradient ascent)",
+    }
+    lines = [
+        "| method | passes the test | forget quality, median (range) | utility, median (range) |"
+    ]
+    lines.append("|---|---|---|---|")
+    seeds = load("beta.json")["seeds"].values()
+    for form, name in names.items():
+        ends = [(seed["forms"][form]["path"][-1], seed["utility"]) for seed in seeds]
+        quality = sorted(end["forget_quality"] for end, _ in ends)
+        kept = sorted(end["model_utility"] / before for end, before in ends)
+        passed = sum(p > SAME for p in quality)
+        lines.append(
+            f"| {name} | {passed} of {len(ends)} "
+            f"| {median(quality):.2g} ({quality[0]:.1g} – {quality[-1]:.2g}) "
+            f"| {median(kept):.0%} ({kept[0]:.0%} – {kept[-1]:.0%}) |"
         )
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """Time over three products and memory, by who and shape: CPUs, and the H200."""
+    cpu = {}
+    for file in ("bench_loss.json", "bench_loss_128k.json", "bench_loss_65k.json"):
+        result = load(file)["results"][0]
+        shape = result["shape"]
+        name = f"CPU, fp32: {shape['rows']}, {shape['width']}, {shape['vocabulary']}"
+        cpu[name] = {
+            (row["peer"], row["loss"]): f"{row['train_ratio']:.2f}, {row['train_peak_mib']:.0f} MiB"
+            for row in result["rows"]
+            if row["inputs"] == "random"
+        }
+    jobs = load("gpu/h200.json")["parts"]["5"]["jobs"].values()
+    timed = [item for job in jobs for rows in job["tables"].values() for item in rows.items()]
+    lines = ["| | " + " | ".join([*cpu, "H200, bf16: 4096, 4096, 128256"]) + " |"]
+    lines.append("|---" * (len(cpu) + 2) + "|")
+    for name, peer, loss, on_gpu in PEERS:
+        cells = [cells.get((peer, loss), "") for cells in cpu.values()]
+        found = [row for who, row in timed if on_gpu and who.startswith(on_gpu)]
+        gpu = ""
+        if found:
+            ratio = median(row["over_gemms"] for row in found)
+            gpu = f"{ratio:.2f}, {median(row['beyond_outputs_mib'] for row in found):.0f} MiB"
+        lines.append("| " + " | ".join([name, *cells, gpu]) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "README.md": {"quality": quality_table, "speed": speed_table},
+    "docs/numbers.md": {"numbers": numbers_table},
+}
+
+
+def main() -> None:
+    for name, tables in TABLES.items():
+        page = expected = (ROOT / name).read_text()
+        for table, make in tables.items():
+            begin, end = f"<!-- {table}: benchmarks/every_number.py -->", f"<!-- end of {table} -->"
+            before, rest = expected.split(begin)
+            expected = f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
+        if "--write" in sys.argv[1:]:
+            (ROOT / name).write_text(expected)
+        elif page != expected:
+            sys.exit(f"{name} differs from the results: python benchmarks/every_number.py --write")
 
 
 if __name__ == "__main__":

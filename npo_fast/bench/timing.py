@@ -1,5 +1,6 @@
 """Interleaved times of several calls: a slow phase of the machine then affects all of them."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import torch
 from npo_fast.bench.inputs import Inputs
 
 Call = Callable[[], object]
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,30 @@ def time_ms(call: Call, device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, Times]:
-    """Times every call ``rounds`` times, round by round; each must have run once before."""
+    """Times every call ``rounds`` times, round by round, after a round that is not counted."""
+    if device.type == "cpu":
+        keep_freed_memory()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for round_ in range(rounds + 1):
         for name, call in calls.items():
-            times[name].append(time_ms(call, device))
+            elapsed_ms = time_ms(call, device)
+            if round_ > 0:
+                times[name].append(elapsed_ms)
     return {name: Times(values) for name, values in times.items()}
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed memory for the next call, as PyTorch's allocator for GPUs does.
+
+    Without it every large tensor is mapped anew, and its page faults are timed instead of the
+    arithmetic: where a virtual machine hands freed pages back to its host, they take longer than a
+    matrix product. Returns whether it worked; other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def bare_gemms(inputs: Inputs) -> tuple[Call, Call]:
