@@ -23,6 +23,7 @@ from typing import Literal
 from npo_fast.kernels.layout import column_stride
 
 CHUNK_BYTES = 96 << 20  # logits of a chunk that cannot lie in a gradient
+CPU_CHUNK_BYTES = 256 << 20  # ... on a CPU, no more than d_weight's: fewer passes over d_weight
 FROZEN_BYTES = 256 << 20  # ... of a frozen head: a GPU is then 7 % faster than with 96 MiB
 STRIP_BYTES = 32 << 20  # by which d_weight begins before the logits that it replaces
 SLICE_BYTES = 32 << 20  # logits of a slice of the vocabulary
@@ -63,18 +64,19 @@ class Problem:
     on_cpu: bool = False
     makes_logits: bool = False  # the call needs logits, so slices cannot serve
 
-    def ways(self) -> list[Way]:
+    def ways(self, memory_bytes: int | None = None) -> list[Way]:
         """Returns all ways that can serve, the fastest of equals first."""
         if not self.trains_head:
             return [self.frozen()]
-        return [self.whole(), self.chunks(), *([] if self.makes_logits else [self.slices()])]
+        slices = [] if self.makes_logits else [self.slices()]
+        return [self.whole(), self.chunks(memory_bytes), *slices]
 
     def choose(self, memory_bytes: int | None = None) -> Way:
         """Returns the fastest way within ``memory_bytes``, or the one that needs the least.
 
         None stands for ``usual_bytes``.
         """
-        ways = self.ways()
+        ways = self.ways(memory_bytes)
         limit = self.usual_bytes if memory_bytes is None else memory_bytes
         best = ways[0]
         for way in ways[1:]:  # no sorting by a key: torch.compile follows this
@@ -109,9 +111,9 @@ class Problem:
             held *= self.itemsize
         return self._way("whole", max(self.rows, 1), 6, 0, held)
 
-    def chunks(self) -> Way:
+    def chunks(self, memory_bytes: int | None = None) -> Way:
         """Returns the way with several chunks whose gradients of the head add up."""
-        rows = self.chunk_rows()
+        rows = self.chunk_rows(memory_bytes)
         head = self.vocabulary * self.width
         steps = -(-self.rows // rows)
         moved = (2 * steps - 1) * self.opmath_itemsize * head  # the first is written, not read
@@ -142,12 +144,22 @@ class Problem:
         row_bytes = 3.0 * self.itemsize * self.rows * self.vocabulary
         return Way(name, chunk_rows, flops, row_bytes + moved, held)
 
-    def chunk_rows(self) -> int:
-        """Returns the rows of a chunk where several add up: those that fit d_weight's memory."""
-        if self.on_cpu or self.opmath_itemsize == self.itemsize:
-            return self.rows_of_bytes(
-                self.usual_bytes // 2 if self._rounds_products else CHUNK_BYTES
+    def chunk_rows(self, memory_bytes: int | None = None) -> int:
+        """Returns the rows of a chunk where several add up: those that fit d_weight's memory.
+
+        On a CPU chunks are of about one size, with an eighth of room for whole sequences.
+        """
+        if self._rounds_products:
+            return self.rows_of_bytes(self.usual_bytes // 2)
+        if self.on_cpu:
+            allowed = self.usual_bytes if memory_bytes is None else memory_bytes
+            most = self.rows_of_bytes(
+                min(self.usual_bytes, CPU_CHUNK_BYTES, max(allowed, CHUNK_BYTES))
             )
+            equal = -(-self.rows // max(1, -(-self.rows // most)))
+            return max(1, min(most, equal + equal // 8))
+        if self.opmath_itemsize == self.itemsize:
+            return self.rows_of_bytes(CHUNK_BYTES)
         unit = GOOD_ROWS if self.width >= GOOD_ROWS else 64
         return max(unit, self.width // unit * unit)
 

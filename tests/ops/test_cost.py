@@ -56,7 +56,7 @@ WAYS = [  # rows, (D, V), what else is known, bytes allowed -> way, rows a chunk
     (8192, SMALL_HEAD, {"itemsize": 4}, 1, "chunks", 768),
     # a CPU
     (500, (576, 49_152), {"itemsize": 4, "on_cpu": True}, None, "whole", 500),
-    (4096, (576, 49_152), {"itemsize": 4, "on_cpu": True}, None, "chunks", 512),
+    (4096, (576, 49_152), {"itemsize": 4, "on_cpu": True}, None, "chunks", 576),
     (4096, (576, 49_152), {"itemsize": 4, "on_cpu": True}, 64 * MIB, "slices", 0),
     (1000, (576, 49_152), {"on_cpu": True}, None, "whole", 1000),
     (4096, (576, 49_152), {"itemsize": 4, "on_cpu": True, **FROZEN}, None, "frozen", 512),
@@ -96,7 +96,7 @@ def test_no_other_way_that_fits_is_faster():
             makes_logits=draw.random() < 0.3,
         )  # fmt: skip
         allowed = draw.choice([10 * MIB, 100 * MIB, 1000 * MIB])
-        way, ways = one.choose(allowed), one.ways()
+        way, ways = one.choose(allowed), one.ways(allowed)
         fit = [other for other in ways if other.held_bytes <= allowed]
         if fit:
             assert way in fit

@@ -101,9 +101,10 @@ def test_forward_work_off_the_cpu_makes_no_logits():
     ("dtype", "rows", "trained", "options", "on_a_gpu", "on_a_cpu"),
     [
         (torch.bfloat16, 2000, True, {}, 2000, 2000),  # in the memory of the gradient
-        (torch.bfloat16, 4000, True, {}, 4000, 251),  # no larger than an fp32 gradient
-        (torch.bfloat16, 9000, True, {}, 2048, 251),  # as many as the gradient has room for
-        (torch.float32, 9000, True, {}, 256, 251),
+        (torch.bfloat16, 4000, True, {}, 4000, 671),  # no larger than an fp32 gradient
+        (torch.bfloat16, 9000, True, {}, 2048, 671),  # as many as the gradient has room for
+        (torch.float32, 9000, True, {}, 256, 671),  # 256 MiB, no more than the gradient's
+        (torch.float32, 9000, True, {"memory_bytes": 100 << 20}, 256, 262),
         (torch.bfloat16, 9000, False, {}, 1280, 251),  # whole tiles of a GEMM
         (torch.bfloat16, 9000, True, {"memory_bytes": 64 << 20}, 0, 251),  # slices hold less
         (torch.bfloat16, 9000, True, {"chunk_rows": 77}, 77, 77),
