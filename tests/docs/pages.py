@@ -37,12 +37,14 @@ NOT_RUN = (  # an environment is there already; the rest needs a network
 PARSED_ONLY = (
     re.compile(r"(demo|bench|synthetic)\b"),  # minutes
     re.compile(r"reproduce (?!.*--list)"),  # minutes, and published logs
-    re.compile(r".* --lm-eval\b"),  # its tasks are on the hub
+    re.compile(r".* --lm-eval (?!tasks\b)"),  # tasks of the hub; a folder tasks/ is run
     re.compile(r".* --push-to-hub\b"),
     re.compile(r".* --track (wandb|mlflow|trackio)\b"),  # of the extras, only tensorboard is tested
     re.compile(r".* (--device cuda|--attention flash|--quantize)\b"),  # GPUs and their libraries
 )
 WRITES = ("unlearn", "finetune", "evaluate", "attack")  # verbs whose --output must be new
+ASSIGNMENT = re.compile(r"(?:export )?([A-Za-z_]\w*)=(\S*|'[^']*'|\"[^\"]*\"|\$\(.*\))")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 SHELL = re.compile(r"[|<>;&`]|\$\(")  # what a line needs a shell for
 PROCESSES = "2"  # of torchrun
 LIMIT_S = 300
@@ -101,13 +103,13 @@ class Page:
         """Runs one command, or checks as much of it as can be checked here."""
         if command.startswith(NOT_RUN):
             self.check_extras(command, line)
-        elif match := re.fullmatch(r"(?:export )?([A-Za-z_]\w*)=(\S*|'[^']*'|\"[^\"]*\")", command):
-            self.variables[match[1]] = self.shell(f"printf %s {match[2]}", line).stdout
+        elif match := ASSIGNMENT.fullmatch(command):
+            self.variables[match[1]] = self.shell(f'X={match[2]}; printf %s "$X"', line).stdout
         elif re.match(r"python benchmarks/", command):
             self.check_benchmark(command, line)
         elif command.startswith("torchrun "):
             self.shell(on_two(self.expanded(command)), line)
-        elif command.startswith("npo-fast ") and not SHELL.search(command):
+        elif command.startswith("npo-fast ") and not SHELL.search(QUOTED.sub("", command)):
             self.npo_fast(shlex.split(self.expanded(command))[1:], command, line)
         else:
             self.shell(command, line)
