@@ -1,6 +1,6 @@
 """What came out, in one word: rules over measures before and after, the worst outcome first.
 
-``RULES`` is all of it; ``docs/verdict.md`` says the same in words. A rule is a function of the
+``RULES`` is all of it; ``docs/evaluation.md`` says the same in words. A rule is a function of the
 ``Evidence`` that returns its reason, with the numbers, or None where it does not hold or cannot be
 told. The first outcome with a reason is the verdict.
 """

@@ -1,6 +1,6 @@
 """What several processes send each other in a step: counted, against real processes and formulas.
 
-The README's table of bytes over the wire is what is tested here.
+The formulas of ``docs/several_gpus.md`` are tested here, and the tables of ``docs/scale.md``.
 """
 
 import json
@@ -103,7 +103,7 @@ def test_fp32_weights_are_gathered_in_fp32():
     assert fp32.sent(*summed) == half.sent(*summed)
 
 
-def test_embedding_and_head_send_what_the_readme_says():
+def test_embedding_and_head_send_what_the_page_says():
     found = counted_step("all weights").traffic
     longest = traffic.PASSES * 2 * 8 * (RANKS - 1) / RANKS  # an all-reduce of one number
     ids = 8 * (RANKS - 1)
@@ -128,7 +128,7 @@ def test_lora_sums_the_gradients_of_adapters_alone():
     assert found.calls["embedding", "all_gather"] == traffic.PASSES
 
 
-def test_the_head_alone_sends_what_the_readme_says():
+def test_the_head_alone_sends_what_the_page_says():
     rows, sequences = 96, 4  # of each rank
     with traffic.fake_ranks(RANKS) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         vocabulary = VocabularySlice(mesh.get_group(), VOCABULARY)
