@@ -315,16 +315,33 @@ def page(results: list[Verdict], ran_with: dict[str, str]) -> str:
     ran = ", ".join(f"{name} {ran_with[name]}" for name in ("transformers", "torch"))
     lines = [
         "# Model families", "",
-        f"Every causal language model that transformers lists ({ran}), as `CausalLM` takes it. "
-        f"`python benchmarks/families.py` makes this page; {RESULT.name} beside the other results "
-        "has the figures.", "",
-        f"Of {built} families that a tiny configuration can build, {counts['packed']} train in "
-        f"packs, {counts['one by one']} one sequence at a time, and {counts['refused']} are "
-        "refused with a line that says why. Each verdict is reached on initial weights, in fp32 "
-        "and in bf16. Log-probs and gradients of what is taken are then compared, in fp64 at "
-        "larger weights, with those of the model's own forward, a sequence at a time: the two "
-        "columns are the largest differences, relative to the spread of the log-probs and to the "
-        "largest gradient. Parts that a family computes in fp32 differ by 1e-6.", "",
+        "`npo-fast` takes causal language models of transformers, whatever their family. This page "
+        "says for each family how it trains, and that its log-probs and gradients are those of the "
+        "model's own forward.", "",
+        f"Of {built} families that a tiny configuration can build:", "",
+        f"- **packed**: {counts['packed']} train on batches of whole sequences, end to end, "
+        "without padding: the fast way.",
+        f"- **one by one**: {counts['one by one']} train one sequence at a time, since their "
+        "attention or their layers cannot keep sequences apart. The results are as exact.",
+        f"- **refused**: {counts['refused']} end with a line that says why, before anything is "
+        "trained.", "",
+        "A model is judged in the same way when it is loaded, and a slower way is told in a "
+        "warning. The attention that is used is described in "
+        "[Kernels](kernels.md#packed-not-padded).", "",
+        "## How it was tested", "",
+        "```bash", "python benchmarks/families.py", "python benchmarks/families.py llama gpt2",
+        "```", "",
+        "The first command tests every family and writes this page and "
+        f"`benchmarks/results/{RESULT.name}`; the second tests the named ones. Tested with {ran}.",
+        "",
+        "- A tiny random model of each family is loaded as any other, in fp32 and in bf16.",
+        "- Log-probs and gradients are then compared with those of the model's own forward, a "
+        "sequence at a time, in fp64 and at larger weights. The columns *log-probs* and "
+        "*gradients* have the largest differences, relative to the spread of the log-probs and to "
+        "the largest gradient. Parts that a family computes in fp32 differ by 1e-6.",
+        "- *scale* and *softcap* are what the model does to its logits, as measured when it is "
+        "loaded.", "",
+        "## The families", "",
         "| family | verdict | attention | scale | softcap | log-probs | gradients | why |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
