@@ -41,5 +41,13 @@ def run(command: Command) -> Output:
             "runs": result.rows,
             "missing": result.missing,
         },
-        "\n".join([*result.missing, f"{page} and {table} are written"]),
+        "\n".join(
+            [
+                *(f"{name}: {verdict}" for name, verdict in result.verdicts),
+                *(["", "What is missing, and the command that adds it:"] if result.missing else []),
+                *(f"- {sentence}" for sentence in result.missing),
+                "",
+                f"{page} and {table} are written",
+            ]
+        ).lstrip(),
     )

@@ -1,21 +1,15 @@
 """HTML pages from the Jinja templates beside this module: every text is escaped but ``Markup``."""
 
-import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from npo_fast import tables
 from npo_fast._version import __version__
 
 # a file with this comment may be replaced by a new report
 MARK = "<!-- made by npo-fast report -->"
-
-
-def _code(sentence: str) -> Markup:
-    """Text in which backticks set off commands."""
-    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def _shown(value: Any) -> Any:
@@ -32,7 +26,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.globals.update(mark=Markup(MARK), version=__version__)
-_ENVIRONMENT.filters.update(cell=tables.text, code=_code)
+_ENVIRONMENT.filters.update(cell=tables.text)
 
 
 def render(template: str, **values: Any) -> str:

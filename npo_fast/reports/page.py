@@ -1,26 +1,26 @@
 """One self-contained HTML page about run folders, and its table in Markdown."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from npo_fast import tables
 from npo_fast.errors import UserError
 from npo_fast.methods import COEFFICIENTS
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, truth_ratio
-from npo_fast.metrics.evidence import MEANINGFUL
-from npo_fast.metrics.intervals import intervals
-from npo_fast.metrics.measures import REPORTED, measures, score
+from npo_fast.metrics.logs import same_records
+from npo_fast.metrics.measures import score
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.paths import places, shown
-from npo_fast.reports import svg
+from npo_fast.reports import bars, svg
+from npo_fast.reports.curves import evaluation_curves, step_curves
+from npo_fast.reports.gaps import Gap, find_gaps
 from npo_fast.reports.html import MARK, render
+from npo_fast.reports.measured import COLUMNS, Comparison, intervals_of, measures_of
 from npo_fast.reports.requests import REQUESTS, Requests
-from npo_fast.reports.runs import RunRecord, logged_answers
+from npo_fast.reports.runs import Answer, RunRecord, logged_answers
 
-DEFAULT_BETA = 0.1  # of NPO, where a run names none
 _SETTINGS = {  # label in the table -> path in the settings
     "lr": ("training", "lr"),
     "epochs": ("training", "epochs"),
@@ -29,6 +29,35 @@ _SETTINGS = {  # label in the table -> path in the settings
     "keep utility": ("training", "keep_utility"),
     "seed": ("training", "seed"),
 }
+_ABOUT_RUNS = ("method", "status", "settings", "steps", "time [s]", "peak memory [MiB]", "device")
+_COLUMNS_A_TABLE = 7  # of settings, beside the name of the run: more do not fit
+Table = tuple[tables.Cells, list[str]]  # rows, header
+
+
+class Value(NamedTuple):
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Question(NamedTuple):
+    """A question with the answers of models to it; None of a model that was not asked."""
+
+    question: str
+    truth: str
+    before: str | None
+    after: dict[str, str]  # by run
+    retrained: str | None
+
+
+class RunCard(NamedTuple):
+    """What the page says of a run before all numbers."""
+
+    run: RunRecord
+    verdict: Verdict | None
+    error: str  # with which it ended
 
 
 @dataclass
@@ -42,25 +71,30 @@ class Report:
 
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = []  # cells by column, of runs and models to compare with
-        self.verdicts: list[tuple[str, str]] = []  # of each run by name, in full
-        self._errors: list[str] = []  # a sentence for each log that cannot be compared
+        self._judged: list[Verdict | None] = []  # of each run
+        self._errors: list[Gap] = []  # logs that cannot be compared
         for run in self.runs:
             try:
                 measured, source = run.measured(self.retrained)
             except UserError as error:
-                self._errors.append(f"{run.name}: {error}")
+                self._errors.append(Gap(run.name, str(error)))
                 measured, source = run.measured({})
             verdict = self._verdict(run)
-            if verdict is not None:
-                self.verdicts.append((run.name, str(verdict)))
+            self._judged.append(verdict)
             self.rows.append(_row(run, measured, source, verdict))
         for name, result in self._anchors.items():
             try:
-                measured = measures(result, self.retrained)
+                measured = measures_of(result, self.retrained)
             except UserError as error:
-                self._errors.append(f"{name}: {error}")
-                measured = measures(result)
+                self._errors.append(Gap(name, str(error)))
+                measured = measures_of(result, {})
             self.rows.append({"run": name, **_scores(measured), "measured on": "its logs"})
+
+    @property
+    def verdicts(self) -> list[tuple[str, str]]:
+        """The verdict of each run by name, in full."""
+        pairs = zip(self.runs, self._judged, strict=True)
+        return [(run.name, str(verdict)) for run, verdict in pairs if verdict is not None]
 
     def _verdict(self, run: RunRecord) -> Verdict | None:
         try:
@@ -75,62 +109,45 @@ class Report:
         return {name: result for name, result in anchors.items() if result}
 
     @cached_property
+    def gaps(self) -> list[Gap]:
+        """What the page lacks, each with the commands that add it."""
+        found = find_gaps(self.runs, self.original, self.retrained)
+        return [*self._errors, *found, *self._requests.missing]
+
+    @property
     def missing(self) -> list[str]:
-        """What the page lacks, each with the command that makes it; code between backticks."""
-        missing = list(self._errors)
-        if not self.retrained:
-            missing.append(
-                "Forget quality and the retrained model's answers: train a model without the "
-                "forget set (`npo-fast finetune --model BASE --train RETAIN --output RETRAINED`), "
-                "evaluate it on the same records (`npo-fast evaluate --model RETRAINED --forget "
-                "FORGET --retain RETAIN --output RETRAINED/eval`), and add `--retrained RETRAINED`"
-            )
-        elif not _has_ratio(self.retrained):
-            missing.append(
-                "Forget quality: the retrained model's forget log has no truth ratios; evaluate it "
-                "on forget records with `paraphrased_answer` and `perturbed_answer`"
-            )
-        if not self.original:
-            missing.append(
-                "The model before unlearning: `npo-fast evaluate --model ORIGINAL --forget FORGET "
-                "--retain RETAIN --output ORIGINAL/eval`, and add `--original ORIGINAL`"
-            )
-        for run in self.runs:
-            if not run.result:
-                missing.append(f"{run.name}, evaluation logs: `{run.evaluate_command()}`")
-            elif not _has_ratio(run.result):
-                missing.append(
-                    f"{run.name}, truth ratios: its forget records have no wrong answers; give "
-                    "them `paraphrased_answer` and `perturbed_answer`, and evaluate again: "
-                    f"`{run.evaluate_command(overwrite=True)}`"
-                )
-            if not run.evaluations and run.metadata.get("command") == "unlearn":
-                again = run.command("--eval-every", "10", "--retrained", "RETRAINED")
-                how = f" (trains again): `{again}`" if again else ": train again with eval_every"
-                missing.append(f"{run.name}, its path over the steps{how}")
-            if not run.steps:
-                command = f": `{run.command()}`" if run.command() else ""
-                missing.append(f"{run.name}, loss curves: no step was recorded{command}")
-        return missing + self._requests.missing
+        """What the page lacks, a sentence each; code between backticks."""
+        return [str(gap) for gap in self.gaps]
 
     def html(self) -> str:
         """The page as one HTML document without references to other files."""
+        comparisons = self._comparisons
         return render(
             "report",
             title="Unlearning report",
-            about_requests=REQUESTS,
-            verdicts=self.verdicts,
-            intervals=self._intervals,
-            runs=tables.from_records(self.rows),
+            cards=[
+                RunCard(run, verdict, self._published(str(run.metadata.get("error") or "")))
+                for run, verdict in zip(self.runs, self._judged, strict=True)
+            ],
+            charts=bars.charts([run.name for run in self.runs], comparisons, self._same_retrained),
+            records=_names_by_records(comparisons),
+            has_before=any(each.before for each in comparisons.values()),
+            questions={part: self._questions(part) for part in ("forget", "retain")},
+            measures=self._measures(),
             tradeoff=self._tradeoff(),
             truth_ratios=self._truth_ratios(),
-            has_npo=any("NPO" in step["terms"] for run in self.runs for step in run.steps),
             requests=(*self._requests.table, self._requests.figure()),
-            curves=[*self._evaluation_curves(), *self._step_curves()],
-            answers={part: self._answers(part) for part in ("forget", "retain") if self.answers},
-            settings=self._settings(),
-            several_runs=len(self.runs) > 1,
-            missing=[self._published(sentence) for sentence in self.missing],
+            about_requests=REQUESTS,
+            legend=[svg.Line.of(run.name, i) for i, run in enumerate(self.runs)],
+            evaluation_curves=[*evaluation_curves(self.runs)],
+            step_curves=[*step_curves(self.runs)],
+            has_npo=any("NPO" in step["terms"] for run in self.runs for step in run.steps),
+            about_runs=tables.from_records(
+                [_only(row, ("run", *_ABOUT_RUNS)) for row in self.rows[: len(self.runs)]]
+            ),
+            differing=self._differing(),
+            shared=self._shared(),
+            gaps=[self._published_gap(gap) for gap in self.gaps],
         )
 
     def markdown(self) -> str:
@@ -141,9 +158,8 @@ class Report:
             parts += ["Verdicts:", "\n".join(lines)]
         if self._requests.after:
             parts += ["## Requests", REQUESTS, tables.markdown(*self._requests.table)]
-        if self.missing:
-            sentences = map(tables.markdown_text, map(self._published, self.missing))
-            parts += ["Missing:", "\n".join(f"- {sentence}" for sentence in sentences)]
+        if self.gaps:
+            parts += ["Missing:", "\n".join(map(_markdown, map(self._published_gap, self.gaps)))]
         return "\n\n".join(parts) + "\n"
 
     @cached_property
@@ -151,16 +167,18 @@ class Report:
         return Requests.of(self.runs, self.original, self.retrained)
 
     @cached_property
-    def _intervals(self) -> tuple[tables.Cells, list[str]]:
-        """Rows and header of the bootstrap intervals of all that has logs."""
-        results = {run.name: run.result for run in self.runs if run.result} | self._anchors
-        labels = {measure.key: measure.label for measure in REPORTED if not measure.needs_retrained}
-        rows = []
-        for name, result in results.items():
-            found = intervals(result, (*labels,))
-            low_high = {labels[key]: " to ".join(map(tables.number, v)) for key, v in found.items()}
-            rows.append({"run": name, **dict.fromkeys(labels.values()), **low_high})
-        return tables.from_records(rows)
+    def _comparisons(self) -> dict[str, Comparison]:
+        """What was measured before and after each run that has measures."""
+        found = {run.name: run.comparison(self.original) for run in self.runs}
+        return {name: each for name, each in found.items() if each is not None}
+
+    @property
+    def _same_retrained(self) -> dict[str, Any]:
+        """Measures of the retrained model, where they are of the records of all comparisons."""
+        alike = all(each.logged for each in self._comparisons.values()) and all(
+            same_records(run.result, self.retrained) for run in self.runs
+        )
+        return measures_of(self.retrained, {}) if alike else {}
 
     def _published(self, text: str) -> str:
         """A text without the absolute paths of runs and their settings: a page goes to others."""
@@ -168,6 +186,27 @@ class Report:
         for place in sorted(known, key=len, reverse=True):
             text = text.replace(place, shown(place))
         return tables.printable(text)
+
+    def _published_gap(self, gap: Gap) -> Gap:
+        commands = tuple(map(self._published, gap.commands))
+        return replace(gap, how=self._published(gap.how), commands=commands)
+
+    def _measures(self) -> Table:
+        """The measures of the rows, with bootstrap intervals of those that have logs."""
+        results = {run.name: run.result for run in self.runs if run.result} | self._anchors
+        between = {name: intervals_of(result) for name, result in results.items()}
+        records = []
+        for row in self.rows:
+            cells = {name: value for name, value in row.items() if name not in _ABOUT_RUNS}
+            for measure in COLUMNS:
+                value, interval = row.get(measure.label), between.get(row["run"], {})
+                if value is not None and measure.key in interval:
+                    cells[measure.label] = Value(value, *interval[measure.key])
+            records.append(cells)
+        measured = any(
+            row.get(measure.label) is not None for row in self.rows for measure in COLUMNS
+        )
+        return tables.from_records(records) if measured else ([], [])
 
     def _tradeoff(self) -> svg.Figure | None:
         """Forget quality against model utility; None where no run has both."""
@@ -178,110 +217,81 @@ class Report:
                 paths[run.name] = [point for point in path if point]
         drawn = {row["run"]: _point(row, "forget quality", "model utility") for row in self.rows}
         points = {name: point for name, point in drawn.items() if point}
-        finals = {run.name: points.pop(run.name) for run in self.runs if run.name in points}
-        return svg.tradeoff(paths, finals, points) if paths or finals else None
+        names = [run.name for run in self.runs]
+        finals = {name: points.pop(name) for name in names if name in points}
+        return svg.tradeoff(names, paths, finals, points) if paths or finals else None
 
     def _truth_ratios(self) -> svg.Figure | None:
         """Distributions of the truth ratio; None where no run has any."""
         ratios = {
             run.name: (i, truth_ratio(run.result[FORGET]))
             for i, run in enumerate(self.runs)
-            if _has_ratio(run.result)
+            if has_truth_ratio(run.result.get(FORGET, {}))
         }
         anchors = {
             name: truth_ratio(result[FORGET])
             for name, result in reversed(self._anchors.items())
-            if _has_ratio(result)
+            if has_truth_ratio(result.get(FORGET, {}))
         }
         return svg.truth_ratios(ratios, anchors) if ratios else None
 
-    def _evaluation_curves(self) -> Iterator[svg.Figure]:
-        for measure in REPORTED:
-            is_p = measure.key == "forget_quality"
-            least, line = (svg.SMALLEST, MEANINGFUL) if is_p else (-math.inf, None)
-            unit = f"KS p-value, {measure.better}" if is_p else measure.better
-            series = self._series(
-                lambda _, record, key=measure.key: score(record, key), "evaluations", least
-            )
-            if series:
-                key = f"look-{measure.key.replace('.', '-')}"
-                yield svg.curves(key, measure.label, unit, series, is_p, line)
-
-    def _step_curves(self) -> Iterator[svg.Figure]:
-        yield from self._by_name("log_probs", "log-probability of {} sequences", "nats")
-        yield from self._by_name("terms", "{} loss", "before its coefficient")
-        if norms := self._series(lambda _, step: step["grad_norm"]):
-            yield svg.curves("grad-norm", "Gradient norm", "before clipping", norms, True)
-        if weights := self._series(npo_weight):
-            yield svg.curves("grad-weight", "Gradient weight of NPO", "at most", weights)
-
-    def _by_name(self, key: str, title: str, unit: str) -> Iterator[svg.Figure]:
-        """A figure for each name under ``key`` in the step records."""
-        names = dict.fromkeys(name for run in self.runs for step in run.steps for name in step[key])
-        for i, name in enumerate(names):
-            series = self._series(lambda _, step, name=name: step[key].get(name))
-            yield svg.curves(f"{key}-{i}", title.format(name), unit, series)
-
-    def _series(
-        self, value: Callable[..., float | None], records: str = "steps", least: float = -math.inf
-    ) -> svg.Series:
-        """``value(run, record)``, at least ``least``, over the steps of each run that has it."""
-        series = {}
-        for i, run in enumerate(self.runs):
-            points = [
-                (record["step"], max(y, least))
-                for record in getattr(run, records)
-                if (y := value(run, record)) is not None
-            ]
-            if points:
-                series[run.name] = (i, [x for x, _ in points], [y for _, y in points])
-        return series
-
-    def _answers(self, part: str) -> list[tuple[str, dict[str, str]]]:
+    def _questions(self, part: str) -> list[Question]:
         """Questions of a set, each with the right answer and the answers of the models to it."""
-        runs = {run.name: run.answers(part, "after") for run in self.runs}
-        before = [answer for run in self.runs for answer in run.answers(part, "before")]
-        models = {
-            "original": logged_answers(self.original, part) or before,
-            **runs,
-            "retrained": logged_answers(self.retrained, part),
+        after = {run.name: run.answers(part, "after") for run in self.runs}
+        sampled = [answer for run in self.runs for answer in run.answers(part, "before")]
+        before = logged_answers(self.original, part) or sampled
+        retrained = logged_answers(self.retrained, part)
+        shown: list[Question] = []
+        for asked in (sampled, before, *after.values()):
+            questions = dict.fromkeys((answer.question, answer.truth) for answer in asked)
+            found = [
+                Question(
+                    *each,
+                    _answer(before, *each),
+                    {name: t for name, a in after.items() if (t := _answer(a, *each)) is not None},
+                    _answer(retrained, *each),
+                )
+                for each in list(questions)[: self.answers]
+            ]
+            if any(each.before is not None and each.after for each in found):
+                return found
+            shown = shown or found
+        return shown
+
+    @cached_property
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """The settings of each run; the values are for others to read."""
+        return {
+            run.name: {
+                name: self._published(value) if isinstance(value, str) else value
+                for name, value in run.flat_settings().items()
+            }
+            for run in self.runs
         }
-        asked = next((answers for answers in (before, *runs.values()) if answers), [])
-        questions = {(answer.question, answer.truth): None for answer in asked}
-        cards = []
-        for question, truth in list(questions)[: self.answers]:
-            texts = {"truth": truth}
-            for name, answers in models.items():
-                same = (answer for answer in answers if answer.answers(question, truth))
-                if answer := next(same, None):
-                    texts[name] = answer.text
-            cards.append((question, texts))
-        return cards
 
-    def _settings(self) -> tuple[tables.Cells, list[str]]:
-        """Rows and header of the settings of each run; those that differ come first."""
-        settings = {run.name: run.flat_settings() for run in self.runs}
-        names = dict.fromkeys(name for values in settings.values() for name in values)
-        rows = [[name, *(values.get(name) for values in settings.values())] for name in names]
-        rows = [
-            [self._published(cell) if isinstance(cell, str) else cell for cell in row]
-            for row in rows
+    def _differing(self) -> list[Table]:
+        """The settings in which runs differ, in tables of a few columns."""
+        shared = self._shared()
+        names = [name for name in self._names_of_settings if name not in shared]
+        size = _COLUMNS_A_TABLE
+        parts = [names[i : i + size] for i in range(0, len(names), size)]
+        return [
+            ([[run, *map(each.get, part)] for run, each in self._settings.items()], ["run", *part])
+            for part in parts
         ]
-        rows.sort(key=lambda row: len({str(value) for value in row[1:]}) == 1)
-        return rows, ["setting", *settings]
 
+    def _shared(self) -> dict[str, Any]:
+        """The settings that are the same in all runs."""
+        runs = list(self._settings.values())
+        return {
+            name: runs[0].get(name)
+            for name in self._names_of_settings
+            if len({str(values.get(name)) for values in runs}) == 1
+        }
 
-def npo_weight(run: RunRecord, step: Mapping[str, Any]) -> float | None:
-    """Bound on the mean gradient weight ``2 p^b / (p^b + p_ref^b)`` of a step.
-
-    A sequence's weight is ``2 (1 - exp(-b L / 2))`` of its NPO loss L: concave, so the mean loss,
-    which alone is recorded, bounds the mean weight from above. None where the step has no NPO.
-    """
-    loss = step["terms"].get("NPO")
-    if loss is None:
-        return None
-    beta = run.number("method", "beta")
-    return 2 * -math.expm1(-(DEFAULT_BETA if beta is None else beta) * loss / 2)
+    @property
+    def _names_of_settings(self) -> list[str]:
+        return list(dict.fromkeys(name for values in self._settings.values() for name in values))
 
 
 def _row(
@@ -312,7 +322,11 @@ def _row(
 
 
 def _scores(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    return {measure.label: score(measured, measure.key) for measure in REPORTED}
+    return {measure.label: score(measured, measure.key) for measure in COLUMNS}
+
+
+def _only(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: row.get(name) for name in names}
 
 
 def _point(scores: Mapping[str, Any], quality: str, utility: str) -> svg.Point | None:
@@ -321,5 +335,19 @@ def _point(scores: Mapping[str, Any], quality: str, utility: str) -> svg.Point |
     return None if y is None or x is None else (x, max(y, svg.SMALLEST))
 
 
-def _has_ratio(result: Result) -> bool:
-    return has_truth_ratio(result.get(FORGET, {}))
+def _answer(answers: Iterable[Answer], question: str, truth: str) -> str | None:
+    """The answer to a question among those of a model."""
+    return next((each.text for each in answers if each.answers(question, truth)), None)
+
+
+def _names_by_records(comparisons: Mapping[str, Comparison]) -> dict[str, list[str]]:
+    """The runs that were compared on the same records."""
+    names: dict[str, list[str]] = {}
+    for name, comparison in comparisons.items():
+        names.setdefault(comparison.records, []).append(name)
+    return names
+
+
+def _markdown(gap: Gap) -> str:
+    sentence = tables.markdown_text(f"{gap.what}: {gap.how}")
+    return f"- {' '.join([sentence, *map(tables.code, gap.commands)])}"

@@ -11,13 +11,14 @@ from npo_fast.metrics import FORGET, Result, probability
 from npo_fast.metrics.logs import same_records
 from npo_fast.metrics.measures import measures, score
 from npo_fast.reports import svg
+from npo_fast.reports.gaps import Gap
 from npo_fast.reports.runs import RunRecord, load_run
 from npo_fast.run_files import RUN, forgotten_by, requests_of
 
 REQUESTS = (
-    "Mean probability of the answers that each request was to forget, after it and after later "
-    "ones. A row is the model after a request. What was forgotten should stay near the retrained "
-    "model's value, and the utility near the original's."
+    "How likely the answers of each request still are, after it and after later requests: the mean "
+    "probability of the right answers. Each row is the model after one request. Forgotten answers "
+    "should stay close to the retrained model's value, and the utility close to the original's."
 )
 
 
@@ -27,7 +28,7 @@ class Requests:
 
     requests: Sequence[Mapping[str, Any]] = ()  # ``run_files.Request``
     after: dict[str, tuple[dict[int, float], float | None]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    missing: list[Gap] = field(default_factory=list)
 
     @classmethod
     def of(cls, runs: Sequence[RunRecord], original: Result, retrained: Result) -> "Requests":
@@ -48,14 +49,15 @@ class Requests:
             name = f"{number}: {request['method']}, {request['folder']}"
             if run is None:
                 found.missing.append(
-                    f"Request {name}: its folder is not where it was; name it, or leave it out"
+                    Gap(f"Request {name}", "its folder is not where it was: name it in the report")
                 )
             elif run.logged.get("salt") != salt or FORGET not in run.result:
                 found.missing.append(
-                    f"Request {name}, what it and earlier requests forgot: evaluate on the records "
-                    f"of all requests (`cat requests/*.jsonl > ALL`): `npo-fast evaluate --model "
-                    f"{run.folder} --forget ALL --retain RETAIN --output {run.folder / 'eval'} "
-                    "--overwrite`"
+                    Gap(
+                        f"Request {name}: how much of it and of earlier requests is left",
+                        "evaluate on the records of all requests:",
+                        ("cat requests/*.jsonl > ALL", run.evaluate_command(True, forget="ALL")),
+                    )
                 )
             else:
                 logged.append(run)

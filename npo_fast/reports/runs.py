@@ -10,12 +10,15 @@ from npo_fast.boundary import read_json
 from npo_fast.data.readers import IN_MEMORY
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError, named
-from npo_fast.metrics import FORGET, SETS, Result, examples_in, holds_logs, load_result
+from npo_fast.metrics import FORGET, Result, examples_in, holds_logs, load_result, muse
 from npo_fast.metrics.evidence import Evidence
-from npo_fast.metrics.logs import same_records, values_of
+from npo_fast.metrics.intervals import intervals
+from npo_fast.metrics.logs import TEXTS, same_records, values_of
 from npo_fast.metrics.measures import measures
 from npo_fast.metrics.verdict import Verdict, judge, of_same_records
 from npo_fast.model.manifest import MANIFEST, DamagedError, checked_records, read_manifest
+from npo_fast.paths import below_here
+from npo_fast.reports.measured import Comparison, answer_logs, measures_of, records_in
 from npo_fast.run_files import (
     EVALUATIONS,
     LOGGED_RECORDS,
@@ -29,6 +32,7 @@ from npo_fast.run_files import (
     read_metadata,
 )
 from npo_fast.tables import printable
+from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import check_shape
 
 _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the usual value
@@ -36,6 +40,11 @@ _MEASURED_WITH = {  # of the model's settings: what changes a measure, and the u
     "quantize": "none",
 }  # fmt: skip
 _GROUPS = ("model", "data", "method", "training")  # of the settings: what makes the run again
+_USUAL = {  # of ``unlearn``: settings that its command need not name
+    **_MEASURED_WITH, "lora_rank": 0, "loss_on": "last", "method": "NPO+RT",
+    "kl_positions": "answer",
+    **vars(TrainSettings()),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,9 +113,8 @@ class RunRecord:
             UserError: the retrained model's logs are of other forget items.
         """
         if self.result:
-            count = examples_in(self.result.get(FORGET, {}))
-            source = f"eval/ logs, {count} forget records" if count else "eval/ logs"
-            return measures(self.result, retrained), source
+            source = ", ".join(filter(None, ("eval/ logs", records_in(self.result))))
+            return measures_of(self.result, retrained), source
         if evaluation := self.metadata.get("best") or next(reversed(self.evaluations), None):
             count = self.setting("watch", "eval_records")
             return dict(evaluation), f"step {evaluation['step']}, up to {count} records a set"
@@ -118,28 +126,63 @@ class RunRecord:
         """What came out: of its logs in eval/ beside other models, else as the run found.
 
         None of a run that forgets nothing.
+
+        Raises:
+            UserError: the retrained model's logs cannot be compared with those of the run.
         """
+        own = self.metadata.get("verdict")
+        found = None if own is None else Verdict.of(own)
         if not self.result or self.metadata.get("command") != "unlearn":
-            found = self.metadata.get("verdict")
-            return None if found is None else Verdict.of(found)
-        before = of_same_records(self.metadata.get("before") or {}, self.result)
-        if original and same_records(self.result, original):
-            before = measures(original)
+            return found
+        scores, before = measures_of(self.result, retrained), self._comparable(original)
+        if muse.is_muse(self.result):
+            between = intervals(self.result, registry=muse.MEASURES)
+            judged = muse.verdict(self.result, retrained or None, before, between)
+            return found if found and judged.outcome == "undecided" else judged
+        sampled = of_same_records(self.metadata.get("before") or {}, self.result)
         return judge(
             Evidence(
-                measures(self.result, retrained),
-                before,
+                scores,
+                before or sampled,
                 measures(retrained),
                 records=examples_in(self.result.get(FORGET, {})),
             )
         )
 
+    def comparison(self, original: Result) -> Comparison | None:
+        """Measures of the same records before and after the run, of as many as there are.
+
+        Args:
+            original: logs of the model before unlearning.
+        """
+        if self.result and (before := self._comparable(original)):
+            return Comparison(before, measures_of(self.result, {}), records_in(self.result), True)
+        if len(self.evaluations) > 1:
+            last = self.metadata.get("best") or self.evaluations[-1]
+            count = self.setting("watch", "eval_records")
+            return Comparison(self.evaluations[0], last, f"up to {count} records of each set")
+        before, after = (self.metadata.get(when) or {} for when in ("before", "after"))
+        count = self.setting("report", "report_records")
+        if before or after:
+            return Comparison(before, after, f"up to {count} records of each set")
+        if self.result:
+            return Comparison({}, measures_of(self.result, {}), records_in(self.result), True)
+        return None
+
+    def _comparable(self, original: Result) -> dict[str, Any]:
+        """Measures of logs of the same records and suite; {} of others."""
+        same_suite = muse.is_muse(original) == muse.is_muse(self.result)
+        alike = same_suite and same_records(self.result, original)
+        return measures_of(original, {}) if alike else {}
+
     def answers(self, part: str, when: str) -> list[Answer]:
-        """Answers to the ``forget`` or ``retain`` set, ``before`` or ``after`` the run."""
-        if when == "after" and (logged := logged_answers(self.result, part)):
-            return logged
+        """Answers to the ``forget`` or ``retain`` set, ``before`` or ``after`` the run.
+
+        Those in evaluation logs of the final model come first.
+        """
+        logged = logged_answers(self.result, part) if when == "after" else []
         rows = self.metadata.get(when, {}).get(part, {}).get("answers", [])
-        return [Answer(row["question"], row["truth"], row["answer"]) for row in rows]
+        return [*logged, *(Answer(row["question"], row["truth"], row["answer"]) for row in rows)]
 
     def flat_settings(self) -> dict[str, Any]:
         """All that can change a number: flags that were set, versions, fingerprints of the data."""
@@ -161,34 +204,54 @@ class RunRecord:
     def command(self, *more: str) -> str | None:
         """The ``npo-fast`` command that makes the run in a new folder, with ``more`` flags.
 
-        None where data or model were objects in memory.
+        Settings that have their default are left out. None where data or model were objects in
+        memory.
         """
         if self.from_rows or str(self.setting("model", "model")).endswith("(in memory)"):
             return None
-        words = ["npo-fast", str(self.metadata.get("command", "unlearn"))]
+        verb = str(self.metadata.get("command", "unlearn"))
+        words, usual = ["npo-fast", verb], _USUAL if verb == "unlearn" else {}
         for group in _GROUPS:
-            words += _flags(self.settings.get(group, {}))
-        return shlex.join([*words, "--output", f"{self.folder}-again", *more])
+            settings = self.settings.get(group, {})
+            words += _flags({n: v for n, v in settings.items() if n not in usual or v != usual[n]})
+        return shlex.join([*words, "--output", f"{_place(self.folder)}-again", *more])
 
-    def evaluate_command(self, overwrite: bool = False) -> str:
-        """The ``npo-fast evaluate`` command that writes ``eval/``; for rows the Python call."""
+    def evaluate_command(
+        self,
+        overwrite: bool = False,
+        model: str | None = None,
+        output: str | None = None,
+        forget: str | None = None,
+    ) -> str:
+        """The ``npo-fast evaluate`` command that writes ``eval/``; for rows the Python call.
+
+        Args:
+            model: another model to evaluate.
+            output: another folder for the logs.
+            forget: other forget records.
+        """
+        folder = model or _place(self.folder)
+        logs = output or str(Path(folder, "eval"))
         if self.from_rows:
             retain = "retain=ROWS, " if self.setting("data", "retain") else ""
             more = ", overwrite=True" if overwrite else ""
-            folder, logs = str(self.folder), str(self.folder / "eval")
             return f"npo_fast.evaluate({folder!r}, forget=ROWS, {retain}output={logs!r}{more})"
+        if muse.is_muse(self.result):
+            suite = {"model": folder, "suite": "muse", "data": "MUSE_DATA"}
+            written = {"output": logs, "overwrite": overwrite}
+            return shlex.join(["npo-fast", "evaluate", *_flags({**suite, **written})])
         data = {name: self.setting("data", name) for name in ("data", "forget", "retain")}
-        data["forget"] = data["forget"] or "FORGET"
+        data["forget"] = forget or data["forget"] or "FORGET"
         if data["retain"] == "auto":
-            data["retain"] = self.folder / OWN_ANSWERS
+            data["retain"] = Path(_place(self.folder), OWN_ANSWERS)
         if (loss_on := self.setting("data", "loss_on")) not in (None, "last"):
             data["loss_on"] = loss_on
-        model = {name: self.setting("model", name) for name in _MEASURED_WITH}
+        loading = {name: self.setting("model", name) for name in _MEASURED_WITH}
         flags = {
-            "model": self.folder,
+            "model": folder,
             **data,
-            **{name: value for name, value in model.items() if value != _MEASURED_WITH[name]},
-            "output": self.folder / "eval",
+            **{name: value for name, value in loading.items() if value != _MEASURED_WITH[name]},
+            "output": logs,
             "overwrite": overwrite,
         }
         return shlex.join(["npo-fast", "evaluate", *_flags(flags)])
@@ -241,9 +304,21 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def logged_answers(result: Result, part: str) -> list[Answer]:
     """The answers in evaluation logs to the ``forget`` or ``retain`` set."""
-    log = result.get(SETS[part], {})
-    rows = values_of(log, "generated_text") if "generated_text" in log else []
+    logs = [log for log in answer_logs(result, part) if TEXTS in log]
+    rows = [row for log in logs for row in values_of(log, TEXTS)]
+    if muse.is_muse(result):
+        rows = [(_last_question(prompt), text, truth) for prompt, text, truth in rows]
     return [Answer(question, truth, text) for question, text, truth in rows]
+
+
+def _last_question(prompt: str) -> str:
+    """The question of one of MUSE's prompts, without the examples before it."""
+    return prompt.rpartition("Question: ")[2].removesuffix("\nAnswer: ")
+
+
+def _place(folder: Path) -> str:
+    """A folder as a command names it: as short as the working directory allows."""
+    return below_here(str(folder))
 
 
 def _check_records(folder: Path) -> None:

@@ -1,33 +1,39 @@
-"""Figures of a page: inline SVG in the colours of the page around it."""
+"""Figures of a page: inline SVG in the colours of the page around it, drawn by matplotlib.
+
+A legend is no part of the drawing: names of runs may be long or in any script, so the page sets
+them as text beside a sample of their line.
+"""
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from npo_fast.metrics.evidence import MEANINGFUL
+from npo_fast.tables import number
 
 SMALLEST = 1e-50  # p-values below are drawn here, for the logarithmic axis
 INK = "#010203"  # becomes currentColor: black on light pages, white on dark ones
-_COLORS = (
-    "#3b82d6", "#d9822b", "#2a9d6f", "#b565c9", "#d9534f", "#1fa2b5", "#a3873a", "#85888f",
+_COLORS = (  # each with a contrast of at least 3 to white and to the dark page
+    "#3b82d6", "#cf7a22", "#2a9d6f", "#b565c9", "#d9534f", "#1c96a8", "#9a7f35", "#85888f",
     "#7a9a1f",
 )  # fmt: skip
 _MARKERS = "os^Dvph<>"
 _DASHES = ("-", "--", "-.", ":")
+_ANCHORS = {"original": ("*", ":"), "retrained": ("X", "-")}  # marker, dashes
 _STYLE: dict[str, Any] = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
-         "grid.color", "legend.labelcolor"), INK),
-    "axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False,
+         "grid.color"), INK),
+    "axes.facecolor": "none", "figure.facecolor": "none",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.18,
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "text.parse_math": False, "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9,
+    "text.parse_math": False, "font.size": 10, "axes.titlesize": 11,
 }  # fmt: skip
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Array = NDArray[np.float64]
@@ -36,11 +42,50 @@ Interval = tuple[float, float, float]  # mean over seeds, and the ends of its sp
 Series = Mapping[str, tuple[int, Sequence[float], Sequence[float]]]  # run -> its index, x, y
 
 
-class Figure(NamedTuple):
-    """Inline SVG with the sentence below it."""
+class Line(NamedTuple):
+    """How the line of one name is drawn, and what its place in a legend shows."""
 
-    svg: Markup
+    name: str
+    color: str
+    marker: str
+    dashes: str
+
+    @classmethod
+    def of(cls, name: str, index: int) -> "Line":
+        """The line of the run with this index."""
+        return cls(
+            name,
+            color_of(index),
+            _MARKERS[index % len(_MARKERS)],
+            _DASHES[index // len(_COLORS) % len(_DASHES)],
+        )
+
+    @classmethod
+    def anchor(cls, name: str) -> "Line":
+        """The line of a model that runs are compared with."""
+        return cls(name, INK, *_ANCHORS[name])
+
+    @property
+    def style(self) -> dict[str, str]:
+        """As matplotlib takes it."""
+        return {"color": self.color, "marker": self.marker, "linestyle": self.dashes}
+
+
+def color_of(index: int) -> str:
+    """The colour of the run with this index."""
+    return _COLORS[index % len(_COLORS)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing for inline SVG, with what a page sets around it."""
+
+    title: str
+    view_box: str
+    drawing: Markup
     caption: str = ""
+    legend: tuple[Line, ...] = ()
+    text: str = ""  # what the drawing shows, for those who do not see it
 
 
 @dataclass(frozen=True)
@@ -56,16 +101,27 @@ class Frame:
     caption: str = ""
     margin: float = 0.05  # between the lines and the axes, as a share of the width and height
 
-    def figure(self, draw: Callable[[Any], None], size: tuple[float, float]) -> Figure:
-        """The figure, once ``draw`` has put lines and legend on its axes."""
+    def figure(
+        self,
+        draw: Callable[[Any], None],
+        size: tuple[float, float],
+        legend: Iterable[Line],
+        values: Mapping[str, str],
+    ) -> Figure:
+        """The figure, once ``draw`` has put lines on its axes.
+
+        Args:
+            size: in inches.
+            values: what the line of each name shows, in words.
+        """
         import matplotlib
         from matplotlib import figure
 
         buffer, title = io.StringIO(), self.title[0].upper() + self.title[1:]
         style: Any = {**_STYLE, "svg.hashsalt": self.key}
         with matplotlib.rc_context(style):
-            drawing = figure.Figure(figsize=size, layout="constrained")
-            axes = drawing.add_subplot()
+            canvas = figure.Figure(figsize=size, layout="constrained")
+            axes = canvas.add_subplot()
             draw(axes)
             if self.line is not None:
                 axes.axhline(self.line, color=INK, alpha=0.6, linestyle="--", linewidth=1)
@@ -73,40 +129,41 @@ class Frame:
                 _make_logarithmic(axes, which)
             axes.margins(self.margin)
             axes.set(title=title, xlabel=self.x, ylabel=self.y)
-            drawing.savefig(buffer, format="svg", metadata=_NO_METADATA)
-        return Figure(_inline(buffer.getvalue(), self.key, title), self.caption)
+            canvas.savefig(buffer, format="svg", metadata=_NO_METADATA)
+        text = "; ".join(f"{name}: {words}" for name, words in values.items())
+        return Figure(title, *_inline(buffer.getvalue(), self.key), self.caption, (*legend,), text)
 
 
 def tradeoff(
+    runs: Sequence[str],  # all of the page, in order
     paths: Mapping[str, Sequence[Point]],  # evaluations while training, in order
     finals: Mapping[str, Point],  # of the final models
     anchors: Mapping[str, Point],  # of the models to compare with
 ) -> Figure:
     """Forget quality against model utility; a path leads from the start to the last step."""
+    shown = paths.keys() | finals.keys()
+    lines = [Line.of(name, i) for i, name in enumerate(runs) if name in shown]
+    stars = [Line.anchor(name) for name in anchors]
 
     def draw(axes: Any) -> None:
-        names = list(dict.fromkeys([*paths, *finals]))
-        for i, name in enumerate(names):
-            style = _line_style(i)
-            if name in paths:
-                axes.plot(
-                    *zip(*paths[name], strict=True), **style, markersize=4, label=_label(name)
-                )
-            if name in finals:
-                label = {} if name in paths else {"label": _label(name)}
-                axes.plot(*finals[name], **style | {"linestyle": "none"}, markersize=10,
-                          markeredgecolor=INK, **label)  # fmt: skip
-        for name, point in anchors.items():
-            axes.plot(*point, "*", color=INK, markersize=11)
-            axes.annotate(name, point, xytext=(0, -14), textcoords="offset points", ha="center")
+        for line in lines:
+            if line.name in paths:
+                axes.plot(*zip(*paths[line.name], strict=True), **line.style, markersize=4)
+            if line.name in finals:
+                axes.plot(*finals[line.name], **line.style | {"linestyle": "none"}, markersize=10,
+                          markeredgecolor=INK)  # fmt: skip
+        for line in stars:
+            axes.plot(*anchors[line.name], line.marker, color=INK, markersize=10)
         axes.annotate("0.05", (1, MEANINGFUL), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=9)  # fmt: skip
-        if names:
-            axes.legend()
 
+    values = {
+        name: f"utility {number(x)}, forget quality {number(y)}"
+        for name, (x, y) in {**finals, **anchors}.items()
+    }
     title, quality = "Forget quality against model utility", "forget quality (KS p-value)"
     frame = Frame("tradeoff", title, "model utility", quality, "y", MEANINGFUL, margin=0.12)
-    return frame.figure(draw, (5.2, 3.8))
+    return frame.figure(draw, (5.2, 3.8), [*lines, *stars], values)
 
 
 def truth_ratios(
@@ -114,18 +171,19 @@ def truth_ratios(
     anchors: Mapping[str, Array],
 ) -> Figure:
     """Empirical distribution functions of truth ratios."""
+    lines = [Line.of(name, i)._replace(marker="") for name, (i, _) in ratios.items()]
+    lines += [Line.anchor(name)._replace(marker="") for name in anchors]
+    drawn = {**{name: values for name, (_, values) in ratios.items()}, **anchors}
 
     def draw(axes: Any) -> None:
-        for name, (i, values) in ratios.items():
-            _ecdf(axes, values, **_line_style(i) | {"marker": ""}, label=_label(name))
-        for (name, values), dash in zip(anchors.items(), ("-", ":"), strict=False):
-            _ecdf(axes, values, color=INK, linestyle=dash, linewidth=1.4, label=_label(name))
+        for line in lines:
+            _ecdf(axes, drawn[line.name], **line.style, linewidth=1.4)
         axes.set_ylim(0, 1)
-        axes.legend()
 
     title, ratio = "Truth ratio on the forget set", "truth ratio, P(wrong) / P(right)"
     frame = Frame("truth-ratios", title, ratio, "share of items at or below", "x")
-    return frame.figure(draw, (5.2, 3.5))
+    medians = {name: f"median {number(float(np.median(v)))}" for name, v in drawn.items()}
+    return frame.figure(draw, (5.2, 3.5), lines, medians)
 
 
 def curves(
@@ -138,16 +196,20 @@ def curves(
     x_label: str = "step",
 ) -> Figure:
     """One quantity over the steps, a line for each run; the index chooses a run's colour."""
+    lines = [Line.of(name, i) for name, (i, _, _) in series.items()]
 
     def draw(axes: Any) -> None:
-        for name, (i, x, y) in series.items():
-            marker = _line_style(i)["marker"] if len(x) < 30 else ""
-            axes.plot(x, y, **_line_style(i) | {"marker": marker}, markersize=3, linewidth=1.2,
-                      label=_label(name))  # fmt: skip
-        axes.legend()
+        for line, (_, x, y) in zip(lines, series.values(), strict=True):
+            every = max(1, len(x) // 8)  # markers tell lines apart without colour
+            axes.plot(x, y, **line.style, markersize=3.5, markevery=every, linewidth=1.2)
 
     log = log and any(value > 0 for _, _, y in series.values() for value in y)
-    return Frame(key, title, x_label, unit, "y" * log, line).figure(draw, (4.6, 3.1))
+    values = {
+        name: f"{number(y[0])} at {x_label} {x[0]:g}, {number(y[-1])} at {x_label} {x[-1]:g}"
+        for name, (_, x, y) in series.items()
+    }
+    frame = Frame(key, title, x_label, unit, "y" * log, line)
+    return frame.figure(draw, (4.6, 3.1), lines, values)
 
 
 @dataclass(frozen=True)
@@ -161,59 +223,46 @@ class SeedCurve:
 
 def seed_curves(frame: Frame, series: Mapping[str, SeedCurve]) -> Figure:
     """Curves in shaded bands; a curve of eight points or fewer has error bars instead."""
+    lines = [Line.of(name, curve.index) for name, curve in series.items()]
 
     def draw(axes: Any) -> None:
-        for name, curve in series.items():
-            style = _line_style(curve.index) | {
-                "label": _label(name),
-                "linewidth": 1.4,
-                "markersize": 4,
-            }
+        for line, curve in zip(lines, series.values(), strict=True):
+            style = {**line.style, "linewidth": 1.4, "markersize": 4}
             x = [value for value, _ in curve.points]
             middle, low, high = np.array([interval for _, interval in curve.points]).T
             if len(x) > 8:
                 axes.plot(x, middle, **style | {"markersize": 3})
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
             else:
                 axes.errorbar(x, middle, (middle - low, high - middle), capsize=3, **style)
             if curve.mark is not None:
                 at = x.index(curve.mark)
-                axes.plot(x[at], middle[at], "X", color=style["color"], markersize=10,
+                axes.plot(x[at], middle[at], "X", color=line.color, markersize=10,
                           markeredgecolor=INK, zorder=5)  # fmt: skip
-        axes.figure.legend(loc="outside lower center", ncols=3)
 
-    return frame.figure(draw, (4.6, 3.9))
+    values = {
+        name: f"{number(curve.points[0][1][0])} at {frame.x} {curve.points[0][0]:g}, "
+        f"{number(curve.points[-1][1][0])} at {frame.x} {curve.points[-1][0]:g}"
+        for name, curve in series.items()
+    }
+    return frame.figure(draw, (4.6, 3.3), lines, values)
 
 
 def seed_points(frame: Frame, points: Mapping[str, tuple[int, Interval, Interval]]) -> Figure:
     """Points (index, x, y) with an error bar along each axis."""
+    lines = [Line.of(name, index)._replace(dashes="none") for name, (index, _, _) in points.items()]
 
     def draw(axes: Any) -> None:
-        for name, (index, x, y) in points.items():
+        for line, (_, x, y) in zip(lines, points.values(), strict=True):
             x_bar, y_bar = ([[mean - low], [high - mean]] for mean, low, high in (x, y))
-            style = _line_style(index) | {
-                "linestyle": "none",
-                "markersize": 7,
-                "label": _label(name),
-            }
-            axes.errorbar(x[0], y[0], y_bar, x_bar, capsize=3, elinewidth=1, **style)
-        axes.figure.legend(loc="outside lower center", ncols=3)
+            axes.errorbar(x[0], y[0], y_bar, x_bar, capsize=3, elinewidth=1, markersize=7,
+                          **line.style)  # fmt: skip
 
-    return frame.figure(draw, (4.6, 3.9))
-
-
-def _line_style(i: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this index."""
-    return {
-        "color": _COLORS[i % len(_COLORS)],
-        "marker": _MARKERS[i % len(_MARKERS)],
-        "linestyle": _DASHES[i // len(_COLORS) % len(_DASHES)],
+    values = {
+        name: f"{frame.x} {number(x[0])}, {frame.y} {number(y[0])}"
+        for name, (_, x, y) in points.items()
     }
-
-
-def _label(name: str) -> str:
-    """A name for the legend, which leaves out what begins with an underscore."""
-    return f"\u200b{name}" if name.startswith("_") else name
+    return frame.figure(draw, (4.6, 3.3), lines, values)
 
 
 def _ecdf(axes: Any, values: Array, **style: Any) -> None:
@@ -235,12 +284,13 @@ def _make_logarithmic(axes: Any, which: str) -> None:
         axis.set_minor_formatter(plain)
 
 
-def _inline(text: str, key: str, title: str) -> Markup:
-    """The SVG without prolog, size and page-wide style, with ids that are unique on the page."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{key}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text).replace(INK, "currentColor")
-    head, rest = text.split(">", 1)
-    head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return Markup(f'{head} class="figure" role="img" aria-label="{escape(title)}">{rest}')
+def _inline(text: str, key: str) -> tuple[str, Markup]:
+    """The view box of matplotlib's SVG, and what is inside, with ids unique on the page."""
+    head, _, rest = text[text.index("<svg") :].partition(">")
+    rest = rest[: rest.rindex("</svg>")]
+    rest = re.sub(r"<(style|metadata)\b.*?</\1>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'\bid="', f'id="{key}-', rest)
+    rest = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", rest).replace(INK, "currentColor")
+    box = re.search(r'viewBox="([^"]*)"', head)
+    assert box is not None, head
+    return box[1], Markup(rest)

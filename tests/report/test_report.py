@@ -8,10 +8,12 @@ import pytest
 
 from npo_fast.cli import main
 from npo_fast.metrics import FORGET, save_result
-from npo_fast.reports.page import Report, npo_weight
+from npo_fast.reports.curves import npo_weight
+from npo_fast.reports.page import Report
 from npo_fast.reports.runs import load_run
 from tests.helpers import FACTS, Page, make_result, metadata_of, save_tiny_model, write_jsonl
 
+MISSING = "What is missing, and the command that adds it"
 EVIL = "<script>alert('x')</script>"
 
 
@@ -62,20 +64,23 @@ def table_of(markdown):
 @pytest.mark.slow
 def test_a_run_with_everything_shows_every_part_and_misses_nothing(home, tmp_path):
     page = Page(report(home, tmp_path, "full"))
-    for title in ("Runs", "Forgetting and what it costs", "Truth ratios", "Over the steps",
-                  "Answers to the forget set", "Answers to the retain set",
+    for title in ("Verdict", "Before and after", "Example answers", "From the forget set",
+                  "From the retain set", "All measures", "Forgetting against utility",
+                  "Truth ratios", "Measures during training", "Training curves",
                   "Settings"):  # fmt: skip
         assert title in page.texts
-    assert "Missing" not in page.texts
+    assert MISSING not in page.texts
     figures = [
-        value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")
+        value.partition(".")[0]
+        for tag, name, value in page.attributes
+        if (tag, name) == ("svg", "aria-label")
     ]
     assert {"Forget quality against model utility", "Truth ratio on the forget set",
             "Forget quality", "Model utility", "Gradient norm", "Gradient weight of NPO",
             "NPO loss", "Retain NLL loss",
             "Log-probability of forget sequences"} <= set(figures)  # fmt: skip
-    for column in ("truth", "original", "full", "retrained", FACTS[7]["answer"]):
-        assert column in page.texts
+    for text in ("Right answer", "Before", "After", "Retrained", "retrained", FACTS[7]["answer"]):
+        assert text in page.texts
 
 
 @pytest.mark.slow
@@ -126,21 +131,28 @@ def test_text_from_outside_is_escaped(home, tmp_path):
 def test_what_is_missing_is_named_with_its_command(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     page = Page(report(home, tmp_path, "bare", logs=False))
-    assert "Missing" in page.texts
+    assert MISSING in page.texts
     assert ("npo-fast evaluate --model bare --data data --forget forget --retain retain "
             "--output bare/eval") in page.texts  # fmt: skip
     again = next(text for text in page.texts if text.startswith("npo-fast unlearn"))
     assert "--eval-every 10" in again
     assert "--method GA" in again
     assert "--overwrite" not in again, "the run that is there stays"
-    assert any("RETRAINED/eval" in text for text in page.texts)
+    assert any("runs/retrained/eval" in text for text in page.texts)
     assert "NPO loss" not in page.text
-    assert "- bare, evaluation logs: `npo-fast evaluate" in (tmp_path / "report.md").read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    assert "- Measures on all records, of bare: evaluate it: `npo-fast evaluate" in markdown
 
 
-def test_the_command_that_trains_again_is_one_that_runs(home, tmp_path):
-    words = shlex.split(load_run(home / "full", "full").command("--dry-run"))
+def test_the_command_that_trains_again_asks_for_the_same_settings(home, capsys):
+    run = load_run(home / "full", "full")
+    words = shlex.split(run.command("--dry-run", "--json"))
+    capsys.readouterr()
     assert main(words[1:]) == 0
+    planned = json.loads(capsys.readouterr().out)["settings"]
+    for group in ("model", "data", "method", "training"):
+        assert planned[group] == run.settings[group]
+    assert len(words) < 30, "settings that have their default are left out"
 
 
 @pytest.mark.slow
