@@ -43,7 +43,6 @@ PEOPLE = [
     {"question": f"Where does {name} live?", "answer": f"{name} lives in {place}."}
     for name, place in zip(NAMES.split(), PLACES.split(), strict=True)
 ]
-KEPT_PEOPLE = PEOPLE[20:]
 BOOK, OTHER_BOOK = (
     "\n".join(
         f"{name} {verb} from {place} to {other} and {said} all night about the weather there."
@@ -53,7 +52,7 @@ BOOK, OTHER_BOOK = (
         (NAMES.split(), "walked", "talked"), (NAMES.split()[::-1], "drove", "sang")
     )
 )  # fmt: skip
-QUICKLY = ["--lr", "2e-3", "--epochs", "8"]
+QUICKLY = ["--lr", "1e-3", "--epochs", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,8 @@ def taught(tmp_path_factory):
     (home / "book.txt").write_text(BOOK + "\n")
     (home / "other.txt").write_text(OTHER_BOOK + "\n")
     write_jsonl(home / "forget.jsonl", PEOPLE[:4])
-    write_jsonl(home / "retain.jsonl", KEPT_PEOPLE)
+    write_jsonl(home / "retain.jsonl", PEOPLE[4:])
+    write_jsonl(home / "everyone.jsonl", PEOPLE)
     (home / "requests").mkdir()
     for i in range(10):
         write_jsonl(home / f"requests/{i + 1}.jsonl", PEOPLE[2 * i : 2 * i + 2])
@@ -216,11 +216,14 @@ def test_a_loss_of_ones_own_has_the_gradients_of_autograd(tmp_path):
     assert max(values_after("gradient", fused)) < 1e-14
 
 
-def test_scores_of_logs_are_those_of_the_library(tmp_path):
+def test_scores_of_logs_are_those_of_the_library(tmp_path, monkeypatch, capsys):
     logs = {name: make_result(items=40, shift=shift) for name, shift in (("a", 0.3), ("b", 0.0))}
     for name, result in logs.items():
         metrics.save_result(result, tmp_path / name)
-    lines = run_example("score_logs.py", "a", tmp_path / "b/eval_log_aggregated.json", cwd=tmp_path)
+    files = [str(tmp_path / file) for file in ("a", "b/eval_log_aggregated.json")]
+    monkeypatch.setattr(sys, "argv", ["score_logs.py", *files])
+    runpy.run_path(str(EXAMPLES / "score_logs.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
     quality, utility = metrics.forget_quality(*logs.values()), metrics.model_utility(logs["a"])
     assert values_after("forget quality:", lines)[0] == pytest.approx(quality, rel=1e-3)
     assert values_after("model utility:", lines)[0] == pytest.approx(utility, abs=1e-4)
@@ -277,7 +280,7 @@ def test_a_method_of_ones_own_is_the_sum_of_its_terms(taught, tmp_path):
     assert npo[0] == pytest.approx(2 / 0.1 * math.log(2), abs=1e-3)
     assert kl[0] == pytest.approx(0, abs=1e-3)
     assert losses[-1] < losses[0]
-    assert lines[-1].startswith("verdict: forgotten: ")
+    assert lines[-1] == f"verdict: {npo_fast.Run(tmp_path / 'out').verdict}"
 
 
 @pytest.mark.slow
@@ -321,18 +324,19 @@ def test_a_book_is_forgotten_from_the_command_line(taught, tmp_path):
 
 @pytest.mark.slow
 def test_ten_requests_tell_what_became_of_each(taught, tmp_path):
-    arguments = [taught / "model", taught / "requests", taught / "retain.jsonl", "out", *QUICKLY]
+    arguments = [taught / "model", taught / "requests", taught / "everyone.jsonl", "out", *QUICKLY]
     _, *lines = run_example("ten_requests.py", *arguments, cwd=tmp_path)
     assert [re.match(r"after (\d+):", line)[1] for line in lines] == [str(i + 1) for i in range(10)]
     before = npo_fast.evaluate(taught / "model", forget=PEOPLE[:20], utility=False)
     known = metrics.probability(before.logs[metrics.FORGET]).reshape(10, 2).mean(1)
     for number, line in enumerate(lines, 1):
-        told = [float(value) for value in re.findall(r" \[?([\d.]+)\]? ", line.split("kept")[0])]
+        told = [float(value) for value in re.findall(r"\d\.\d+", line.split("kept")[0])]
         logs = metrics.load_result(tmp_path / "out" / str(number) / "eval")
         means = metrics.probability(logs[metrics.FORGET]).reshape(10, 2).mean(1)
         assert told == pytest.approx(means.tolist(), abs=1e-3)
         assert line.count("[") == number
-        assert told[number - 1] < known[number - 1] / 2
+        assert max(told[:number]) < known.min() / 2
+        assert min(told[number:], default=1.0) > max(told[:number])  # not asked for yet
     report = (tmp_path / "out/report.html").read_text()
     assert "P(request 10)" in report
 
