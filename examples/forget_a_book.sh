@@ -16,7 +16,8 @@ shift 4
 # relearning can train on some of them and measure the others.
 words=$(wc -w <"$book")
 mkdir -p "$(dirname "$output")"
-mkdir "$output" "$output/book"
+mkdir "$output" # an earlier run stays as it is
+mkdir "$output/book"
 awk -v size=$((words > 3000 ? 300 : words / 10 + 1)) -v folder="$output/book" '
   { part = sprintf("%s/%05d.txt", folder, read / size); read += NF }
   part != last { close(last); last = part }

@@ -21,10 +21,10 @@ def main(model, requests, retain, output, lr, epochs):
     if not files:
         raise npo_fast.UserError(f"{requests} holds no .jsonl file: put one there for each request")
     records = [load_records(file) for file in files]
-    ends = np.cumsum([len(each) for each in records])[:-1]
+    ends = np.cumsum([len(each) for each in records])
     keep = load_records(retain)
     runs = [model]  # folders, so that no earlier model stays in memory
-    print("Mean probability of the answers of each request, in brackets once it was made")
+    print("Mean probability of the answers of each request so far, and of those that are kept")
     for number, file in enumerate(files, 1):
         keep = [record for record in keep if record not in records[number - 1]]
         verdict = npo_fast.unlearn(
@@ -37,12 +37,12 @@ def main(model, requests, retain, output, lr, epochs):
         ).verdict
         runs.append(output / file.stem)
         logs = npo_fast.evaluate(
-            runs[-1], forget=[*chain(*records)], retain=keep, output=runs[-1] / "eval"
+            runs[-1], forget=[*chain(*records[:number])], retain=keep, output=runs[-1] / "eval"
         ).logs
-        means = [values.mean() for values in np.split(probability(logs[FORGET]), ends)]
-        told = [f"[{p:.3f}]" if i < number else f" {p:.3f} " for i, p in enumerate(means)]
+        requested = np.split(probability(logs[FORGET]), ends[: number - 1])
+        told = " ".join(f"{values.mean():.3f}" for values in requested)
         kept = probability(logs[RETAIN]).mean()
-        print(f"after {file.stem}:", *told, f" kept: {kept:.3f}  {verdict.outcome}", flush=True)
+        print(f"after {file.stem}: {told}, kept {kept:.3f}: {verdict.outcome}", flush=True)
     npo_fast.report(runs[1:], output=output / "report.html")
 
 

@@ -304,7 +304,7 @@ def test_a_loss_of_ones_own_fits_a_method_of_ones_own(taught, tmp_path):
 def test_a_book_is_forgotten_from_the_command_line(taught, tmp_path):
     lines = run_example(
         "forget_a_book.sh", taught / "model", taught / "book.txt", taught / "other.txt", "out/book",
-        *QUICKLY, "--batch-size", "4", "--max-new-tokens", "8", cwd=tmp_path,
+        "--lr", "5e-4", "--epochs", "3", "--batch-size", "4", "--max-new-tokens", "8", cwd=tmp_path,
     )  # fmt: skip
     out = tmp_path / "out/book"
     parts = sorted((out / "book").iterdir())
@@ -317,7 +317,7 @@ def test_a_book_is_forgotten_from_the_command_line(taught, tmp_path):
     )
     assert forget[1] < forget[0] / 2
     assert retain[1] > 2 / 3 * retain[0]
-    assert any("verdict: " in line and "forgotten: " in line for line in lines)
+    assert any(line.startswith("verdict: forgotten: ") for line in lines)
     assert {"relearn", "int8", "int4"} < {path.name for path in (out / "attack").iterdir()}
     assert "NPO+RT" in (out / "report.html").read_text()
 
@@ -327,16 +327,14 @@ def test_ten_requests_tell_what_became_of_each(taught, tmp_path):
     arguments = [taught / "model", taught / "requests", taught / "everyone.jsonl", "out", *QUICKLY]
     _, *lines = run_example("ten_requests.py", *arguments, cwd=tmp_path)
     assert [re.match(r"after (\d+):", line)[1] for line in lines] == [str(i + 1) for i in range(10)]
-    before = npo_fast.evaluate(taught / "model", forget=PEOPLE[:20], utility=False)
-    known = metrics.probability(before.logs[metrics.FORGET]).reshape(10, 2).mean(1)
     for number, line in enumerate(lines, 1):
-        told = [float(value) for value in re.findall(r"\d\.\d+", line.split("kept")[0])]
+        *told, kept = map(float, re.findall(r"\d\.\d+", line))
         logs = metrics.load_result(tmp_path / "out" / str(number) / "eval")
-        means = metrics.probability(logs[metrics.FORGET]).reshape(10, 2).mean(1)
+        means = metrics.probability(logs[metrics.FORGET]).reshape(number, 2).mean(1)
         assert told == pytest.approx(means.tolist(), abs=1e-3)
-        assert line.count("[") == number
-        assert max(told[:number]) < known.min() / 2
-        assert min(told[number:], default=1.0) > max(told[:number])  # not asked for yet
+        assert kept == pytest.approx(metrics.probability(logs[metrics.RETAIN]).mean(), abs=1e-3)
+        assert metrics.examples_in(logs[metrics.RETAIN]) == len(PEOPLE) - 2 * number
+        assert max(told) < kept / 2
     report = (tmp_path / "out/report.html").read_text()
     assert "P(request 10)" in report
 
