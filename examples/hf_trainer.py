@@ -27,6 +27,8 @@ def unlearn(model, tokenizer, forget, retain, output, method="NPO+RT", **argumen
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__.partition("\n")[0])
     model_name, *files = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(model_name)
     tokenizer = AutoTokenizer.from_pretrained(model_name)

@@ -1,13 +1,13 @@
-"""NPO as a trainer of open-unlearning (github.com/locuslab/open-unlearning), on one process.
+"""NPO as a trainer of open-unlearning: copy this file to its src/trainer/unlearn/fused_npo.py
 
-Copy this file to src/trainer/unlearn/fused_npo.py, add to src/trainer/__init__.py
+There (github.com/locuslab/open-unlearning), add to src/trainer/__init__.py
 
     from trainer.unlearn.fused_npo import FusedNPO
     _register_trainer(FusedNPO)
 
-and take configs/trainer/NPO.yaml with `handler: FusedNPO`. The loss is that of its NPO trainer; no
-reference model stays in memory, and no logits exist as a whole. npo_fast needs transformers 5,
-where load_trainer passes the tokenizer as `processing_class`.
+and take configs/trainer/NPO.yaml with `handler: FusedNPO`. The loss is that of its NPO trainer, on
+one process; no reference model stays in memory, and no logits exist as a whole. npo_fast needs
+transformers 5, where load_trainer passes the tokenizer as `processing_class`.
 """
 
 import torch

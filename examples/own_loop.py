@@ -30,9 +30,8 @@ def unlearn(model, tokenizer, forget, retain, beta=0.1, epochs=5, lr=1e-5, batch
     model.eval()
     with torch.no_grad():
         for batch in DataLoader(forget, batch_size, collate_fn=collate):
-            reference[batch["index"]] = sequence_log_probs(
-                states(model, batch), weight, batch["labels"], **head
-            )
+            hidden = states(model, batch)
+            reference[batch["index"]] = sequence_log_probs(hidden, weight, batch["labels"], **head)
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr)
@@ -52,6 +51,8 @@ def unlearn(model, tokenizer, forget, retain, beta=0.1, epochs=5, lr=1e-5, batch
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__.partition("\n")[0])
     model_name, *files = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_name)

@@ -47,6 +47,8 @@ def unlearn(model, tokenizer, pairs, output, trainer_class=FusedDPOTrainer, **ar
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__.partition("\n")[0])
     model_name, file = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(model_name)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
