@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("tyro", reason="the command line")
 from npo_fast.cli import doctor
 from npo_fast.cli.requirements import needs
 from npo_fast.kernels import cpu
-from tests.packaging.project import project_table
+from tests.helpers import project_table
 
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\n"
 
@@ -153,4 +154,4 @@ def test_the_json_has_its_fields() -> None:
         "versions", "optional", "devices", "gpu", "cpu", "attention", "kernels", "compiler",
         "cpu_library", "extras", "missing", "problems",
     }  # fmt: skip
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")

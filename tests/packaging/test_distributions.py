@@ -14,11 +14,11 @@ import pytest
 
 from npo_fast._version import __version__
 from npo_fast.kernels import toolchain
-from tests.packaging.project import ROOT, project_table
+from tests.helpers import project_table
 
 pytest.importorskip("setuptools", minversion="77.0")
 
-
+ROOT = Path(__file__).parents[2]
 KERNELS = "npo_fast/kernels/_cpu.abi3.so"
 SOURCES = ("csrc", "npo_fast", "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in",
            "README.md", "pyproject.toml", "setup.py")  # fmt: skip
