@@ -116,4 +116,4 @@ def test_the_wheel_runs_by_itself(distributions: Distributions, tmp_path: Path) 
     assert found["versions"]["npo_fast"] == __version__
     if toolchain.obstacle() is None:
         assert found["cpu_library"] == str(tmp_path / "site" / KERNELS)
-        assert {on["cpu"] for on in found["kernels"].values()} == {"C++"}
+        assert found["kernels"]["row_log_probs"]["cpu"] == "C++"  # loaded, and registered
