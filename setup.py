@@ -7,17 +7,26 @@ the same, slower. NPO_FAST_BUILD=0 leaves them out, NPO_FAST_BUILD=1 makes their
 import importlib.util
 import os
 import platform
-import re
-import shlex
-import shutil
 import sys
-import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-TORCH_MINIMUM = (2, 10)  # the first stable C++ ABI with parallel_for
+
+def load_toolchain() -> ModuleType:
+    """The module by its path: importing the package needs PyTorch, which isolated builds lack."""
+    path = Path(__file__).parent / "npo_fast" / "kernels" / "toolchain.py"
+    spec = importlib.util.spec_from_file_location("toolchain", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolchain = load_toolchain()
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
 # rows.cpp once an instruction set: lane bytes and flags; register.cpp picks at run time
 PLAIN = {"plain": (16, [])}
@@ -25,47 +34,6 @@ X86 = {
     "avx2": (32, ["-mavx2", "-mfma"]),
     "avx512": (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
 }
-
-
-def find_torch() -> Path | None:
-    """The installed torch package: of the build environment, else of the environment around it.
-
-    pip isolates a build in an environment of its own, without torch; the interpreter is still
-    that of the environment that the package goes to, and sysconfig tells its site-packages.
-    """
-    candidates = [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        candidates.insert(0, Path(spec.origin).parent)
-    return next((path for path in candidates if (path / "version.py").is_file()), None)
-
-
-def torch_version(torch: Path) -> tuple[int, int]:
-    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", (torch / "version.py").read_text())
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def compiler() -> str:
-    """The C++ compiler that setuptools is going to call."""
-    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    return shlex.split(command)[0]
-
-
-def obstacle() -> str | None:
-    """Why the kernels cannot be built here and what to do about it, in one line; or None."""
-    minimum = ".".join(map(str, TORCH_MINIMUM))
-    if sys.platform not in ("linux", "darwin"):
-        return f"they are built on Linux and macOS, not on {sys.platform}"
-    torch = find_torch()
-    if torch is None:
-        return "PyTorch is not installed; `pip install torch` first, then install npo-fast again"
-    if torch_version(torch) < TORCH_MINIMUM:
-        return f"{torch} is older than PyTorch {minimum}; upgrade it, then install npo-fast again"
-    if not (torch / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file():
-        return f"{torch} has no C++ headers; use a PyTorch wheel, then install npo-fast again"
-    if shutil.which(compiler()) is None:
-        return f"{compiler()!r} is not found; install g++ or clang++, then install npo-fast again"
-    return None
 
 
 def say(reason: str) -> None:
@@ -84,9 +52,9 @@ class BuildKernels(build_ext):
             raise
 
     def _build(self, ext: Extension) -> None:
-        torch = find_torch()
+        torch = toolchain.find_torch()
         assert torch is not None
-        target = "0x{:02x}{:02x}000000000000".format(*TORCH_MINIMUM)
+        target = "0x{:02x}{:02x}000000000000".format(*toolchain.TORCH_MINIMUM)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         rows, register = ext.sources
         objects = self.compiler.compile(
@@ -119,7 +87,7 @@ def main() -> None:
     wish = os.environ.get("NPO_FAST_BUILD", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"npo-fast: NPO_FAST_BUILD must be 0, 1 or unset, got {wish!r}")
-    reason = "NPO_FAST_BUILD=0" if wish == "0" else obstacle()
+    reason = "NPO_FAST_BUILD=0" if wish == "0" else toolchain.obstacle()
     if reason is not None and wish == "1":
         sys.exit(f"npo-fast: NPO_FAST_BUILD=1, but the C++ CPU kernels cannot be built: {reason}")
     if reason is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable
 from html.parser import HTMLParser
@@ -14,6 +15,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
 
 from npo_fast import metrics
 from npo_fast.cli import main
@@ -34,6 +40,12 @@ FACTS = [
 
 
 # ---- which tests are slow ----
+
+
+def project_table() -> dict[str, Any]:
+    """What pyproject.toml says under ``[project]``."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    return tomllib.loads(text)["project"]
 
 
 def slow_but(fast: Iterable, values: Iterable) -> list:

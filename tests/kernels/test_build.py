@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -40,20 +41,51 @@ def run_main(build: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: dict
 def test_the_torch_of_this_environment_is_found(build: ModuleType) -> None:
     import torch
 
-    assert build.find_torch() == Path(torch.__file__).parent
+    found = build.toolchain.find_torch()
+    assert found == Path(torch.__file__).parent
     major, minor = torch.__version__.split(".")[:2]
-    assert build.torch_version(build.find_torch()) == (int(major), int(minor))
+    assert build.toolchain.torch_version(found) == (int(major), int(minor))
 
 
-def test_torch_is_found_from_an_isolated_build(
+@pytest.fixture
+def elsewhere(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], Path]:
+    """Puts a torch package into an empty folder; this environment's own is out of sight."""
+    monkeypatch.setattr(build.toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.toolchain.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+
+    def install(folder: str) -> Path:
+        torch = tmp_path / folder / "torch"
+        torch.mkdir(parents=True)
+        (torch / "version.py").write_text("__version__ = '2.11.0+cpu'\n")
+        return torch
+
+    return install
+
+
+def test_pip_isolates_a_build_and_torch_is_found(
+    build: ModuleType, elsewhere: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0+cpu'\n")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert build.find_torch() == tmp_path / "torch"
-    assert build.torch_version(tmp_path / "torch") == (2, 11)
+    torch = elsewhere("site-packages")
+    assert build.toolchain.find_torch() is None
+    monkeypatch.setattr(build.toolchain.sysconfig, "get_path", lambda name: str(torch.parent))
+    assert build.toolchain.find_torch() == torch
+    assert build.toolchain.torch_version(torch) == (2, 11)
+
+
+def test_torch_of_an_activated_environment_is_found(
+    build: ModuleType,
+    elsewhere: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    torch = elsewhere("venv/lib/python3.12/site-packages")
+    monkeypatch.setenv("PATH", f"/usr/bin:{tmp_path / 'venv' / 'bin'}")
+    assert build.toolchain.find_torch() is None  # some folder, not an environment
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    assert build.toolchain.find_torch() == torch
 
 
 @pytest.mark.parametrize(
@@ -69,7 +101,9 @@ def test_without_a_fitting_torch_the_package_is_pure_python(
     words: str,
 ) -> None:
     (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
-    monkeypatch.setattr(build, "find_torch", lambda: None if version is None else tmp_path)
+    monkeypatch.setattr(
+        build.toolchain, "find_torch", lambda: None if version is None else tmp_path
+    )
     assert "ext_modules" not in run_main()
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -89,10 +123,10 @@ def test_a_wish_is_followed_or_an_error(
     build: ModuleType, run_main: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "ext_modules" not in run_main("0")
-    monkeypatch.setattr(build, "obstacle", lambda: None)
+    monkeypatch.setattr(build.toolchain, "obstacle", lambda: None)
     assert run_main()["ext_modules"][0].optional
     assert not run_main("1")["ext_modules"][0].optional
-    monkeypatch.setattr(build, "obstacle", lambda: "no compiler")
+    monkeypatch.setattr(build.toolchain, "obstacle", lambda: "no compiler")
     with pytest.raises(SystemExit, match=r"NPO_FAST_BUILD=1, but .* no compiler"):
         run_main("1")
     with pytest.raises(SystemExit, match="must be 0, 1 or unset, got 'yes'"):
@@ -103,7 +137,7 @@ def test_a_wish_is_followed_or_an_error(
 def test_the_sources_that_it_names_exist(
     build: ModuleType, run_main: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "obstacle", lambda: None)
+    monkeypatch.setattr(build.toolchain, "obstacle", lambda: None)
     (kernels,) = run_main()["ext_modules"]
     for name in (*kernels.sources, *kernels.depends):
         assert (ROOT / name).is_file()
