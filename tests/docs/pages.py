@@ -101,6 +101,8 @@ class Page:
 
     def run_line(self, command: str, line: int) -> None:
         """Runs one command, or checks as much of it as can be checked here."""
+        for output in re.findall(rf"\b(?:{'|'.join(WRITES)}) .*--output (\S+)", command):
+            self.make_way(Path(output))
         if command.startswith(NOT_RUN):
             self.check_extras(command, line)
         elif match := ASSIGNMENT.fullmatch(command):
@@ -123,8 +125,6 @@ class Page:
             except Exception as error:
                 self.fail(line, f"{error}\n$ {command}")
             return
-        if verb in WRITES and "--output" in rest:
-            self.make_way(Path(rest[rest.index("--output") + 1]))
         said, shown = io.StringIO(), io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
             try:

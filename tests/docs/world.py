@@ -30,6 +30,8 @@ HUB_MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct", "open-unlearning/tofu_Llama-3.2-1B-Instruct_full",
 )  # fmt: skip
 CHAT = (
+    "{% if date_string is defined %}{{ 'Today is ' + date_string }}{% endif %}"
+    "{% if enable_thinking is defined %}{% endif %}"
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
