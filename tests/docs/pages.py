@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from npo_fast.cli import main
 from npo_fast.cli.settings import parse
 from tests.docs.world import LINKED, ROOT
@@ -50,8 +52,8 @@ PROCESSES = "2"  # of torchrun
 LIMIT_S = 300
 
 
-class PageError(AssertionError):
-    """What a reader would run into; names page and line."""
+class PageError(pytest.fail.Exception):
+    """What a reader would run into, with page and line and without a traceback."""
 
 
 @dataclass
@@ -85,19 +87,20 @@ class Page:
                 self.fail(line - 1, f"```{language}: no test runs this; see tests/docs/pages.py")
 
     def fail(self, line: int, message: str) -> None:
-        raise PageError(f"{os.path.relpath(self.source, ROOT)}:{line}: {message}")
+        raise PageError(f"{os.path.relpath(self.source, ROOT)}:{line}: {message}", pytrace=False)
 
     def run_python(self, code: str, line: int) -> None:
         """Runs a block; line numbers of tracebacks are those of the page."""
-        said = io.StringIO()
+        said, at = io.StringIO(), None
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
                 exec(compile("\n" * (line - 1) + code, str(self.source), "exec"), self.names)
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            at = [each.lineno for each in frames if each.filename == str(self.source)]
+            at = [line, *(each.lineno for each in frames if each.filename == str(self.source))][-1]
             said.write(f"\n{traceback.format_exc()}")
-            self.fail((at or [line])[-1], said.getvalue()[-4000:])
+        if at is not None:
+            self.fail(at, said.getvalue()[-4000:])
 
     def run_line(self, command: str, line: int) -> None:
         """Runs one command, or checks as much of it as can be checked here."""
