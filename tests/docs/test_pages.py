@@ -77,7 +77,11 @@ def literal_text(node):
 
 WRONG = {
     "a flag that there is not": ("bash", "npo-fast report --modle x", r":4: exit code 2\n.*modle"),
-    "a flag of a long command": ("bash", "npo-fast demo --epochs 3", r":4: .*epochs"),
+    "a flag of a long command": (
+        "bash",
+        "npo-fast demo --epochs 3",
+        r":4: exit code 2\n(?s:.*)epochs",
+    ),
     "a command that fails": ("bash", "npo-fast report nowhere", r":4: exit code 2\n\$ npo-fast"),
     "a shell line that fails": ("bash", "ls nowhere | cat", r":4: exit code 2\n"),
     "an extra that there is not": ("bash", "pip install 'npo-fast[nowt]'", r":4: no extra nowt"),
