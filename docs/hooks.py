@@ -6,6 +6,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+# below the pages that explain, where both have a word
+_LAST_IN_SEARCH = "---\nsearch:\n  boost: 0.1\n---\n\n"
 # ```json facts.jsonl: a block that is a file, as tests/docs/pages.py reads it
 _NAMED_FENCE = re.compile(r"^( *```\w+) (\S+)$", re.MULTILINE)
 
@@ -14,7 +16,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds the page changelog.md; links to docs/ become links beside it."""
     changelog = Path(config.config_file_path).parent / "CHANGELOG.md"
     text = changelog.read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "changelog.md", content=text))
+    files.append(File.generated(config, "changelog.md", content=_LAST_IN_SEARCH + text))
     return files
 
 

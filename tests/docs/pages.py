@@ -19,9 +19,12 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import pytest
 
 from npo_fast.cli import main
-from npo_fast.cli.settings import parse
+from npo_fast.cli.console import Output
 from tests.docs.world import LINKED, ROOT
 
 BLOCK = re.compile(
@@ -50,8 +53,8 @@ PROCESSES = "2"  # of torchrun
 LIMIT_S = 300
 
 
-class PageError(AssertionError):
-    """What a reader would run into; names page and line."""
+class PageError(pytest.fail.Exception):
+    """What a reader would run into, with page and line and without a traceback."""
 
 
 @dataclass
@@ -85,22 +88,25 @@ class Page:
                 self.fail(line - 1, f"```{language}: no test runs this; see tests/docs/pages.py")
 
     def fail(self, line: int, message: str) -> None:
-        raise PageError(f"{os.path.relpath(self.source, ROOT)}:{line}: {message}")
+        raise PageError(f"{os.path.relpath(self.source, ROOT)}:{line}: {message}", pytrace=False)
 
     def run_python(self, code: str, line: int) -> None:
         """Runs a block; line numbers of tracebacks are those of the page."""
-        said = io.StringIO()
+        said, at = io.StringIO(), None
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
                 exec(compile("\n" * (line - 1) + code, str(self.source), "exec"), self.names)
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            at = [each.lineno for each in frames if each.filename == str(self.source)]
+            at = [line, *(each.lineno for each in frames if each.filename == str(self.source))][-1]
             said.write(f"\n{traceback.format_exc()}")
-            self.fail((at or [line])[-1], said.getvalue()[-4000:])
+        if at is not None:
+            self.fail(at, said.getvalue()[-4000:])
 
     def run_line(self, command: str, line: int) -> None:
         """Runs one command, or checks as much of it as can be checked here."""
+        for output in re.findall(rf"\b(?:{'|'.join(WRITES)}) .*--output (\S+)", command):
+            self.make_way(Path(output))
         if command.startswith(NOT_RUN):
             self.check_extras(command, line)
         elif match := ASSIGNMENT.fullmatch(command):
@@ -116,17 +122,13 @@ class Page:
 
     def npo_fast(self, arguments: list[str], command: str, line: int) -> None:
         """Runs a command in this process: another one would import PyTorch for seconds."""
-        verb, *rest = arguments or ["--help"]
-        if any(kind.match(" ".join(arguments)) for kind in PARSED_ONLY):
-            try:
-                parse(importlib.import_module(f"npo_fast.cli.{verb}").Command, rest, verb, "")
-            except Exception as error:
-                self.fail(line, f"{error}\n$ {command}")
-            return
-        if verb in WRITES and "--output" in rest:
-            self.make_way(Path(rest[rest.index("--output") + 1]))
         said, shown = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+        only_parsed = any(kind.match(" ".join(arguments)) for kind in PARSED_ONLY)
+        with (
+            only_parsing(arguments[0]) if only_parsed else contextlib.nullcontext(),
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(shown),
+        ):
             try:
                 code = main(arguments)
             except SystemExit as end:  # --help
@@ -177,6 +179,12 @@ class Page:
             setting = rf"^    {flag[2:].replace('-', '_')}: "  # of a dataclass that tyro reads
             if f'"{flag}"' not in code and not re.search(setting, code, re.MULTILINE):
                 self.fail(line, f"{script} has no {flag}")
+
+
+def only_parsing(verb: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a command reads its settings and does nothing."""
+    module = importlib.import_module(f"npo_fast.cli.{verb}")
+    return mock.patch.object(module, "run", lambda command: Output({}, ""))
 
 
 def open_page(source: Path, world: Path, folder: Path) -> Page:

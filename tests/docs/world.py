@@ -18,7 +18,6 @@ LINKED = ("examples", "benchmarks")  # folders of the repository that every page
 NAMES = "Ada Ben Cleo Dan Eve Finn Gus Hal Ida Jon Kim Lea Max Nia Ole Pia Quin Ray Sam Tom".split()
 CITIES = "Oslo Rome Lima Cairo Delhi Paris Tokyo Quito Accra Minsk".split()
 JOBS = "baker pilot nurse judge miner tailor farmer singer dentist painter".split()
-ANSWERS_TOO = ("Alma", "Bela", "Cora", "Dino")  # of TOFU's real authors and world facts
 BOOK = (
     "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy disposition, "
     "seemed to unite some of the best blessings of existence.\n"
@@ -30,6 +29,8 @@ HUB_MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct", "open-unlearning/tofu_Llama-3.2-1B-Instruct_full",
 )  # fmt: skip
 CHAT = (
+    "{% if date_string is defined %}{{ 'Today is ' + date_string }}{% endif %}"
+    "{% if enable_thinking is defined %}{% endif %}"
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -45,7 +46,7 @@ def make_world() -> None:
     }.items():  # fmt: skip
         write_jsonl(folder / f"{name}.jsonl", rows)
     (folder / "book.txt").write_text(BOOK)
-    _write_tofu(folder / "locuslab/TOFU", facts)
+    _write_tofu(folder / "locuslab/TOFU", forget + retain, holdout)
     base = _save_base(folder / "base", facts)
     _runs(folder, base)
     shutil.rmtree(base)
@@ -74,18 +75,18 @@ def _fact(question: str, start: str, word: str, words: list[str]) -> dict[str, A
     }
 
 
-def _write_tofu(folder: Path, facts: list[dict[str, Any]]) -> None:
+def _write_tofu(folder: Path, taught: list[dict[str, Any]], holdout: list[dict[str, Any]]) -> None:
+    """Splits of TOFU's names; real authors and world facts are among what was taught."""
     folder.mkdir(parents=True)
-    known = [_home(name) | {"question": f"Is {name} at home?"} for name in NAMES[:4]]
-    rows = {"full": facts, "real_authors": known, "world_facts": known}
+    rows = {"full": taught, "real_authors": taught[-4:], "world_facts": taught[-8:-4]}
     for share, count in {1: 2, 5: 6, 10: 10}.items():
-        rows |= {f"forget{share:02}": facts[-count:], f"retain{100 - share}": facts[:-count]}
-        rows |= {f"holdout{share:02}": facts[:count]}
+        rows |= {f"forget{share:02}": taught[:count], f"retain{100 - share}": taught[count:]}
+        rows |= {f"holdout{share:02}": holdout[:count]}
     for name, each in rows.items():
         write_jsonl(folder / f"{name}.json", each)
         if name != "full" and not name.startswith(("retain", "holdout")):
             write_jsonl(folder / f"{name}_perturbed.json", each)
-    write_jsonl(folder / "retain_perturbed.json", facts[:8])
+    write_jsonl(folder / "retain_perturbed.json", taught[10:18])
     (folder / "idontknow.jsonl").write_text("I do not know.\nI have no answer to that.\n")
 
 
