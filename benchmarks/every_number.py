@@ -1,4 +1,4 @@
-"""Tables of the README and of docs/numbers.md, read from the result files.
+"""Tables of the README, docs/kernels.md and docs/numbers.md, read from the result files.
 
     python benchmarks/every_number.py          # checks that the pages say what the files say
     python benchmarks/every_number.py --write  # writes the tables anew
@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -330,7 +331,7 @@ def quality_table() -> str:
 def speed_table() -> str:
     """Time over three products and memory, by who and shape: CPUs, and the H200."""
     cpu = {}
-    for file in ("bench_loss.json", "bench_loss_128k.json", "bench_loss_65k.json"):
+    for file in LOSS_FILES:
         result = load(file)["results"][0]
         shape = result["shape"]
         name = f"CPU, fp32: {shape['rows']}, {shape['width']}, {shape['vocabulary']}"
@@ -354,8 +355,58 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {
+def loss_table(file: str) -> str:
+    """Everyone on random inputs of one shape, the fastest of a peer's options."""
+    result = load(file)
+    shape, gemms_ms = result["results"][0]["shape"], result["results"][0]["gemms_ms"]["random"]
+    lines = [
+        f"N={shape['rows']}, D={shape['width']}, V={shape['vocabulary']}, {shape['sequences']} "
+        f"sequences; the three bare products take {gemms_ms:.0f} ms "
+        f"({short_processor(result['provenance']['processor'])}, two cores).",
+        "",
+        "| who | loss and gradients | memory beyond the gradients | forward only, over one product "
+        "| memory |",
+        "|---|---|---|---|---|",
+    ]
+    names = {peer: name.partition(",")[0] for name, peer, _, _ in PEERS}
+    for row in result["results"][0]["rows"]:
+        if row["inputs"] == "random":
+            lines.append(
+                f"| {names[row['peer']]}, {row['loss']} | {row['train_ratio']:.2f} "
+                f"| {row['train_peak_mib']:.0f} MiB | {row['forward_ratio']:.2f} "
+                f"| {row['forward_peak_mib']:.0f} MiB |"
+            )
+    return "\n".join(lines)
+
+
+def step_table() -> str:
+    """A training step by model and batch, beside the padded way and the framework's passes."""
+    lines = [
+        "| model | sequences a step | ours | padded way | its passes as open-unlearning makes them "
+        "| our memory, of the padded way's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in ("step_8.json", "step.json", "step_46m_8.json", "step_46m.json"):
+        result = load(file)
+        model = "SmolLM2-135M" if "SmolLM2" in result["what"] else "random Llama, 46M"
+        median_ms, over = result["time"]["median_ms"], result["time"]["over_ours"]
+        (ours,) = over["padded"]
+        side = result["sequences_a_step"]["forget"]
+        lines.append(
+            f"| {model} | {side} + {side} | {median_ms[ours] / 1e3:.2f} s "
+            f"| {over['padded'][ours]:.2f} times | {over['framework'][ours]:.2f} times "
+            f"| {result['peak']['ours_over']['padded'][ours]:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+LOSS_FILES = ("bench_loss.json", "bench_loss_128k.json", "bench_loss_65k.json")
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quality": quality_table, "speed": speed_table},
+    "docs/kernels.md": {
+        **{file: partial(loss_table, file) for file in LOSS_FILES},
+        "step": step_table,
+    },
     "docs/numbers.md": {"numbers": numbers_table},
 }
 
