@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from npo_fast.metrics.measures import score
-from npo_fast.reports.measured import Comparison
+from npo_fast.reports.measured import Comparison, some_names
 from npo_fast.reports.svg import color_of
 
 Kind = Literal["before", "after", "retrained"]
@@ -23,7 +23,6 @@ _MEASURES = {  # what the bars show, by set and key; all are between 0 and 1
     },
 }
 _KEYS = [key for keys in _MEASURES.values() for key in keys]
-_NAMED = 3  # runs that the label of a shared bar names
 
 
 class Bar(NamedTuple):
@@ -83,7 +82,7 @@ def _bars(
     bars = []
     for group in groups:
         if key in group.before:
-            names = "" if len(groups) == 1 else f" {_some(list(group.after))}"
+            names = "" if len(groups) == 1 else f" {some_names(list(group.after))}"
             bars.append(Bar(f"before{names}", group.before[key], "before"))
         for name, (index, scores) in group.after.items():
             if key in scores:
@@ -97,8 +96,3 @@ def _bars(
 def _flat(scores: Mapping[str, Any]) -> dict[str, float]:
     found = {key: score(scores, key) for key in _KEYS}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

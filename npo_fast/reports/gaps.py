@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from npo_fast.metrics import FORGET, Result, has_truth_ratio, muse
+from npo_fast.reports.measured import some_names
 from npo_fast.reports.runs import RunRecord
 
 ENDED_EARLY = ("running", "interrupted", "stopped", "moved")  # states without a final model
 _WRONG_ANSWERS = "`paraphrased_answer` and `perturbed_answer`"
-_NAMED = 3  # runs that one entry names
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,4 @@ def _each(verb: str, runs: Sequence[RunRecord], more: str = "") -> str:
 
 
 def _names(runs: Iterable[RunRecord]) -> str:
-    names = [run.name for run in runs]
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return some_names([run.name for run in runs])

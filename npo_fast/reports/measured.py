@@ -1,6 +1,6 @@
 """What a report shows of evaluation logs, whether of TOFU's evaluation or of MUSE's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ _LOGS = {  # of answers, by set; MUSE has two of the forget set
     "forget": (FORGET, muse.KNOWMEM_FORGET, muse.VERBMEM),
     "retain": (RETAIN, muse.KNOWMEM_RETAIN),
 }
+_NAMED = 3  # runs that a sentence names
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,9 @@ def records_in(result: Result) -> str:
     """How many forget records logs are of, in words; empty where they have none."""
     count = sum(map(examples_in, answer_logs(result, "forget")))
     return f"{count} forget records" if count else ""
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -15,9 +15,15 @@ from npo_fast.metrics.verdict import Verdict
 from npo_fast.paths import places, shown
 from npo_fast.reports import bars, svg
 from npo_fast.reports.curves import evaluation_curves, step_curves
-from npo_fast.reports.gaps import Gap, find_gaps
+from npo_fast.reports.gaps import ENDED_EARLY, Gap, find_gaps
 from npo_fast.reports.html import MARK, render
-from npo_fast.reports.measured import COLUMNS, Comparison, intervals_of, measures_of
+from npo_fast.reports.measured import (
+    COLUMNS,
+    Comparison,
+    intervals_of,
+    measures_of,
+    some_names,
+)
 from npo_fast.reports.requests import REQUESTS, Requests
 from npo_fast.reports.runs import Answer, RunRecord, logged_answers
 
@@ -58,6 +64,17 @@ class RunCard(NamedTuple):
     run: RunRecord
     verdict: Verdict | None
     error: str  # with which it ended
+
+    @property
+    def state(self) -> str:
+        """How the run ended, where it did not finish."""
+        status = self.run.metadata.get("status")
+        return str(status) if status in ENDED_EARLY else ""
+
+    @property
+    def outcome(self) -> str:
+        """What the card is about: the state of a run that did not finish, else its verdict."""
+        return self.state or ("" if self.verdict is None else self.verdict.outcome)
 
 
 @dataclass
@@ -340,12 +357,12 @@ def _answer(answers: Iterable[Answer], question: str, truth: str) -> str | None:
     return next((each.text for each in answers if each.answers(question, truth)), None)
 
 
-def _names_by_records(comparisons: Mapping[str, Comparison]) -> dict[str, list[str]]:
-    """The runs that were compared on the same records."""
+def _names_by_records(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
+    """The runs that were compared on the same records, by these."""
     names: dict[str, list[str]] = {}
     for name, comparison in comparisons.items():
         names.setdefault(comparison.records, []).append(name)
-    return names
+    return {records: some_names(each) for records, each in names.items()}
 
 
 def _markdown(gap: Gap) -> str:

@@ -243,6 +243,17 @@ def test_a_run_that_failed_shows_its_error_and_no_verdict(pages):
     assert not pages["failed"].gaps, "there is no model to evaluate"
 
 
+def test_many_runs_are_grouped_by_their_outcome(pages, tmp_path):
+    lost = {"outcome": "collapsed", "reasons": ["retain gone"], "advice": "unlearn less"}
+    runs = [own_run(tmp_path / f"bad{i}", verdict=lost) for i in range(9)]
+    html = report_on(*runs, pages["failed"].runs[0].folder, tmp_path / "runs/npo").html()
+    section = html[html.index("Verdicts") : html.index("How a verdict")]
+    assert section.count('<article class="run">') == 3
+    assert section.count("unlearn less") == 1
+    assert section.count("retain gone") == 9
+    assert "the loss became NaN" in section
+
+
 def test_a_legend_names_every_run_in_html_where_there_are_several(pages):
     assert '<ul class="legend">' not in pages["own"].html()
     legends = re.findall(r'<ul class="legend">.*?</ul>', pages["two"].html(), flags=re.DOTALL)
