@@ -14,7 +14,9 @@ PACKAGES = (
 
 
 def version_of(package: str) -> str | None:
-    """Version of an installed package, else None."""
+    """Version of an installed package, else None; PyTorch's says which build (2.13.0+cu130)."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:
