@@ -17,6 +17,7 @@ from torch import Tensor
 from npo_fast.distributed import broadcast_object, is_main_process
 from npo_fast.errors import UserError, first_line
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.offline import hub
 from npo_fast.ops.vocab_parallel import gather_rows
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Harness:
         if missing := [spec for spec, path in own.items() if not path.exists()]:
             raise UserError(f"--lm-eval {missing[0]}: no such file")
         folders = sorted({str(p if p.is_dir() else p.parent.resolve()) for p in own.values()})
+        logger.info("lm-eval: looking for the tasks")
         try:
             known = TaskManager(include_path=folders, include_defaults=len(own) < len(specs))
         except Exception as error:  # of anyone's YAML
@@ -60,7 +62,10 @@ class Harness:
         self.names = list(dict.fromkeys(chosen))
         logger.info(f"lm-eval: {', '.join(self.names)}")
         try:
-            found = known.load(self.names)
+            with hub(f"the data of {', '.join(self.names)}"):
+                found = known.load(self.names)
+        except UserError as error:
+            raise UserError(f"--lm-eval: {error}") from error
         except Exception as error:  # a task is a program, and its data may be anywhere
             raise UserError(f"--lm-eval {', '.join(specs)}: {first_line(error)}") from error
         within = {*chain(*found.get("group_map", {}).values())}

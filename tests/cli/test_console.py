@@ -38,7 +38,8 @@ def _warning():
 
 
 def _progress():
-    with progress(EVIL) as update:
+    with pytest.MonkeyPatch.context() as patch, progress(EVIL) as update:
+        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         update("part", 1, 2)
 
 
