@@ -34,7 +34,6 @@ def run(command: Command) -> Output:
     folder = command.output
     check_output(folder, "result.json", "a demo", command.overwrite, alone=True)
     started = time.perf_counter()
-    logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings, make_room
     from npo_fast.runs.preflight import check_writable
 

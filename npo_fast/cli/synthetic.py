@@ -43,7 +43,6 @@ def run(command: Command) -> Output:
     seeds, folder = _seeds(command.seeds), command.output
     check_output(folder, CURVES, "an experiment", command.overwrite, alone=True)
     started = time.perf_counter()
-    logger.info("loading PyTorch")
     import torch
 
     from npo_fast.bench.provenance import provenance
