@@ -1,5 +1,6 @@
 """What is wrong with a command line that cannot be parsed, in one sentence."""
 
+import dataclasses
 import difflib
 import typing
 from collections.abc import Collection, Sequence
@@ -17,6 +18,7 @@ from npo_fast.suggestions import (
     suggestion,
 )
 
+_STRAY = "{} belongs to no option: a value follows the option that it is for"
 _WORDS = {int: "a whole number", float: "a number"}
 
 
@@ -28,13 +30,19 @@ def explain(arguments: Sequence[str], options: Sequence[Option], verb: str) -> s
     by_name = {normal(option.flag): option for option in options}
     unknown: list[str] = []
     wrong: list[str] = []
-    takes_words = any(option.positional for option in options)
+    given: set[str] = set()
+    positional = [option for option in options if option.positional]
+    takes_words = any(typing.get_origin(option.kind) is tuple for option in positional)
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
         option = by_name.get(name.lstrip("-").replace("-", "_"))
         if not _is_flag(word):
-            wrong += [] if takes_words else [f"{short(word)} belongs to no option"]
+            if takes_words:
+                continue
+            option = next((each for each in positional if each.name not in given), None)
+            wrong += [_STRAY.format(short(word))] if option is None else []
+            wrong += [] if option is None else _wrong_value(option.argument, word, option)
         elif option is None:
             unknown.append(name)
         elif option.kind is bool:
@@ -44,8 +52,13 @@ def explain(arguments: Sequence[str], options: Sequence[Option], verb: str) -> s
         else:
             value = value if equals else next(words, "--")
             wrong += _wrong_value(name, value, option)
+        given |= {option.name} if option else set()
     if unknown:
         return _unknown(unknown, by_name, verb)
+    for option in options:
+        if option.default is dataclasses.MISSING and option.name not in given:
+            what = option.argument if option.positional else f"{option.flag} {option.metavar}"
+            wrong.append(f"npo-fast {verb} needs {what}: {option.help}")
     return wrong[0] if wrong else None
 
 

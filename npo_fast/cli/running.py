@@ -81,7 +81,7 @@ def run_verb(verb: str, arguments: Sequence[str], as_process: bool) -> int:
         traceback.print_exc()
         what = f"{type(error).__name__}: {one_line(first_line(error))}"
         return _fail(
-            f"a bug of npo_fast {__version__}, not your mistake: {what}. Please report it with the "
+            f"a mistake of npo_fast {__version__}, not of yours: {what}. Please report it with the "
             "lines above; complete checkpoints and records stay where they are",
             70,  # EX_SOFTWARE
             what,

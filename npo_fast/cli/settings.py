@@ -80,7 +80,8 @@ def parse(command: type[T], arguments: Sequence[str], verb: str) -> tuple[T, Com
 def _in_box(text: str) -> str:
     """What tyro says between the title of its box, which ends in a rule, and the next rule."""
     lines = [line.strip("│ ") for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and (line[0] == "╭" or not line.strip("─-"))]
+    edges = ("╭", "╰")
+    rules = [i for i, x in enumerate(lines) if x and (x.startswith(edges) or not x.strip("─-"))]
     first, last = [*rules, len(lines), len(lines)][:2]
     return " ".join(lines[first + 1 : last]) or text
 

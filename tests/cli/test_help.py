@@ -169,7 +169,8 @@ VALUES = {
     "no value": (["--lr"], "--lr needs a value: NUMBER"),
     "an option as a value": (["--lr", "--epochs", "3"], "--lr needs a value: NUMBER"),
     "a switch with a value": (["--overwrite=yes"], "--overwrite takes no value, got 'yes'"),
-    "a stray word": (["--forget", "a.jsonl", "b.jsonl"], "'b.jsonl' belongs to no option"),
+    "a stray word": (["--forget", "a.jsonl", "b.jsonl"], "'b.jsonl' belongs to no option: a value "
+                     "follows the option that it is for"),
 }  # fmt: skip
 
 
@@ -178,6 +179,16 @@ def test_a_wrong_value_is_answered_in_one_line(case, capsys):
     arguments, message = VALUES[case]
     assert main(["unlearn", *arguments]) == 2
     assert capsys.readouterr().err == f"npo-fast: error: {message}\n"
+
+
+def test_what_is_missing_is_named(capsys):
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err.startswith("npo-fast: error: npo-fast bench needs loss|kernels:")
+    assert main(["plan"]) == 2
+    assert "npo-fast plan needs --model NAME: Hub name" in capsys.readouterr().err
+    assert main(["completion", "bsh"]) == 2
+    error = capsys.readouterr().err
+    assert "must be 'bash' or 'zsh' or 'fish', got 'bsh'; did you mean 'bash'?" in error
 
 
 def test_a_launch_variable_that_is_no_number_is_named(monkeypatch, capsys):

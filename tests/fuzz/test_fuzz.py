@@ -172,7 +172,7 @@ def test_an_unexpected_error_has_a_line_and_an_exit_code_of_its_own(capsys, monk
     assert main(["doctor"]) == 70
     *trace, line = capsys.readouterr().err.splitlines()
     assert "Traceback" in trace[0]
-    assert line.startswith("npo-fast: error: a bug of npo_fast")
+    assert line.startswith("npo-fast: error: a mistake of npo_fast")
 
 
 @contextmanager
