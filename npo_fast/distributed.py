@@ -33,17 +33,17 @@ _meetings = 0  # that have ended: a store keeps the addresses of each
 
 def rank() -> int:
     """The number of this process, from 0, as ``torchrun`` sets it."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def local_rank() -> int:
     """The number of this process among those of its machine, from 0, as ``torchrun`` sets it."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0)
 
 
 def world_size() -> int:
     """The number of processes, as ``torchrun`` sets it; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def launch() -> str | None:
@@ -53,7 +53,21 @@ def launch() -> str | None:
 
 def restarts() -> int:
     """How often ``torchrun`` has started the processes again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def check_launch() -> None:
+    """Raises ``UserError`` where a variable that ``torchrun`` sets is no whole number."""
+    for read in (rank, local_rank, world_size, restarts):
+        read()
+
+
+def _number(variable: str, default: int) -> int:
+    """A variable that ``torchrun`` sets."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{variable} is {text!r}, not a number: start with torchrun, or unset it")
+    return int(text)
 
 
 def is_main_process() -> bool:

@@ -99,28 +99,30 @@ class Coefficients:
 
     beta: float | None = _coefficient(
         "Inverse temperature (WGA: exponent)",
-        note=' "auto" (NPO): from what there is to forget; add --retrained, --holdout or '
+        note=' "auto" (NPO): chosen from the forget data; add --retrained, --holdout or '
         "--base-model.",
     )
-    delta: float | None = _coefficient("SimNPO's margin")
-    beta1: float | None = _coefficient("SatImp's exponent of p")
-    beta2: float | None = _coefficient("SatImp's exponent of 1 - p")
-    gamma: float | None = _coefficient("UNDIAL's strength, in nats")
+    delta: float | None = _coefficient("SimNPO: margin")
+    beta1: float | None = _coefficient("SatImp: exponent of p")
+    beta2: float | None = _coefficient("SatImp: exponent of 1 - p")
+    gamma: float | None = _coefficient("UNDIAL: strength, in nats")
     epsilon: float | None = _coefficient("TNPO: added to the denominator of a token's weight")
     skip_first: int | None = _coefficient("CEU: tokens at the start of an answer without a loss")
-    steering: float | None = _coefficient("RMU: length of the state that forget tokens are sent to")
+    steering: float | None = _coefficient(
+        "RMU: length of the state that forget tokens are steered to"
+    )
     layer: int | None = _coefficient(
         "RMU: decoder layer whose output is steered, counted from 0",
         note=" The papers take 7 of 32 and of 16.",
     )
-    forget: float | None = _coefficient("Of the forget term", weights_term=True)
+    forget: float | None = _coefficient("Weight of the forget term", weights_term=True)
     retain: float | None = _coefficient(
-        "Of the retain term",
+        "Weight of the retain term",
         weights_term=True,
         note=" The paper takes 5 to forget half and 12 to forget 90 percent.",
     )
     kl: float | None = _coefficient(
-        "Of the KL to the model as it was",
+        "Weight of the KL to the model before training",
         weights_term=True,
         note=" GA+forgetKL subtracts it, as the NPO paper's formula; the paper's code adds it.",
     )
@@ -239,12 +241,13 @@ class Coefficient:
 
     @property
     def help(self) -> str:
-        """Such as "Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1."."""
+        """Such as "Inverse temperature (WGA: exponent). Default: 0.1; SimNPO 2.5, WGA 1."."""
         usual, _ = Counter(self.defaults.values()).most_common(1)[0]
         if usual is None:  # layer
-            return f"{self.description}; else the last of the first quarter.{self.note}"
+            return f"{self.description}. Default: the last of the first quarter.{self.note}"
         others = [f"{term} {value:g}" for term, value in self.defaults.items() if value != usual]
-        return f"{self.description}; else {', '.join([f'{usual:g}', *others])}.{self.note}"
+        defaults = "; ".join([f"{usual:g}", *([", ".join(others)] if others else [])])
+        return f"{self.description}. Default: {defaults}.{self.note}"
 
 
 COEFFICIENTS: Mapping[str, Coefficient] = {

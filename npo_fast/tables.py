@@ -31,6 +31,11 @@ def number(value: float) -> str:
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
 
+def counted(number: int, what: str) -> str:
+    """Such as "1 epoch" or "3 epochs"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def text(cell: Any) -> str:
     """A cell as it is printed: a float by ``number``, None as a dash."""
     if cell is None:

@@ -1,7 +1,6 @@
 """Checks of values that a person has typed, by the types that are declared for them."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from npo_fast.errors import UserError, short
+from npo_fast.suggestions import as_setting, options_in, suggestion
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -137,7 +137,8 @@ def with_checked_keywords(function: Function) -> Function:
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
         if unknown := sorted(keywords.keys() - kinds.keys()):
-            raise UserError(_unknown_keyword(function.__name__, unknown[0], kinds))
+            each = (_unknown_keyword(function.__name__, name, kinds) for name in unknown)
+            raise UserError("; ".join(each))
         for name in plain & keywords.keys():
             _check(name, keywords[name], kinds[name])
         return function(*args, **keywords)
@@ -147,13 +148,21 @@ def with_checked_keywords(function: Function) -> Function:
 
 def _unknown_keyword(function: str, name: str, kinds: dict[str, tuple[Any, ...]]) -> str:
     """What to write in place of a keyword that the function has not: options have their groups."""
-    for parameter, classes in kinds.items():
-        for group in classes:
-            fields = dataclasses.fields(group) if dataclasses.is_dataclass(group) else ()
-            if name in {field.name for field in fields}:
-                return f"{function} has no {name}: write {parameter}={group.__name__}({name}=...)"
-    near = difflib.get_close_matches(name, kinds, n=1)
-    return f"{function} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
+    groups = {
+        field.name: f"{parameter}={group.__name__}({field.name}=...)"
+        for parameter, classes in kinds.items()
+        for group in classes
+        if isinstance(group, type) and dataclasses.is_dataclass(group)
+        for field in dataclasses.fields(group)
+    }
+    if name in groups and name not in kinds:
+        return f"{function} has no {name}: write {groups[name]}"
+    meant = suggestion(name, [*kinds, *groups])
+    if meant is None or not meant.startswith("--"):
+        return f"{function} has no {name}" + (f": {as_setting(meant)}" if meant else "")
+    (option,) = options_in(meant)
+    place = "" if option in kinds else f" Write {groups[option]}"
+    return f"{function} has no {name}; did you mean {option}?{place}"
 
 
 def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:

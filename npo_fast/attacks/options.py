@@ -10,20 +10,20 @@ from npo_fast.validation import Bound, Checked, PositiveInt
 
 @dataclass(frozen=True)
 class AttackOptions(Checked):
-    """Attacks: relearning a part of the forget set, and rounding the weights."""
+    """The attacks: relearn a part of the forget set, round the weights."""
 
     attacks: str = "relearn,quantize"
-    """One or both, separated by a comma."""
+    """Attacks to run: relearn, quantize, or both with a comma in between."""
     relearn_share: Annotated[float, Bound("between 0 and 1", lambda share: 0 < share < 1)] = 0.2
-    """Share of the forget set that relearning trains on; the rest is measured."""
+    """Share of the forget set to train on again; the rest is measured."""
     bits: str = "8,4"
-    """Widths to round the weights to, separated by commas."""
+    """Bits to round the weights to, separated by commas."""
     group: PositiveInt = 128
-    """Neighbouring weights of an output channel that share a scale."""
+    """Neighbouring weights of an output channel that share one scale."""
     max_new_tokens: PositiveInt = 128
-    """Longest answer."""
+    """Longest answer, in tokens."""
     memorization: Memorization = "papers"
-    """Conventions of exact memorization and extraction strength, as in npo-fast evaluate."""
+    """How exact memorization and extraction strength are counted, as in npo-fast evaluate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

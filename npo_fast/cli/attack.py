@@ -13,7 +13,7 @@ from npo_fast.trainer.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast attack``, by group."""
+    """Options of npo-fast attack, by group."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: AttackData = field(default_factory=AttackData)

@@ -24,29 +24,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Command(Checked):
-    """The options of ``npo-fast bench``: what to measure, at which size, beside whom."""
+    """Options of npo-fast bench."""
 
     what: tyro.conf.Positional[Literal["loss", "kernels"]]
-    """loss: time and memory beside peers; kernels: what the Triton kernels compile to."""
+    """loss: time and memory of the losses beside others'. kernels: time of the Triton kernels on a
+    GPU; without one, what they compile to."""
     rows: int | None = None
-    """Tokens that carry a loss (N). Any of the sizes replaces the two default shapes."""
+    """Tokens that carry a loss (N). Any size that you give replaces the two default shapes."""
     width: int | None = None
     """Width of the hidden states (D)."""
     vocabulary: int | None = None
     """Size of the vocabulary (V)."""
     sequences: int | None = None
-    """How many sequences the rows make up."""
+    """Number of sequences that the rows make up."""
     dtype: Dtype = "float32"
+    """Number format of hidden states and weights."""
     inputs: str = "random,memorised,forgotten"
-    """What the model knows of the labels, separated by commas."""
+    """What the model knows of the labels: one or more of these, separated by commas."""
     rounds: PositiveInt = 5
-    """How often each candidate is timed, in turn; medians are reported."""
+    """How often each candidate is timed, in turn. Medians are reported."""
     peers: str = "all"
-    """all, none, or some of plain,torch-lce,trl,cce,liger."""
+    """Implementations to compare with: all, none, or some of plain,torch-lce,trl,cce,liger."""
     scaling: bool = False
-    """Ours and plain PyTorch over growing rows and vocabularies (up to --rows, --vocabulary)."""
+    """Time ours and plain PyTorch over growing rows and vocabularies, up to --rows and
+    --vocabulary."""
     output: Path | None = None
-    """JSON file for the result; with --scaling the plot lies beside it."""
+    """JSON file for the result. With --scaling a plot goes beside it."""
 
 
 def run(command: Command) -> Output:

@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Command(Checked):
-    """The options of ``npo-fast demo``."""
+    """Options of npo-fast demo."""
 
     output: Path = Path("npo-fast-demo")
-    """Folder for the models, evaluation logs, step records and the plot."""
+    """Folder for the page, the models, the evaluation logs and the step records."""
     overwrite: bool = False
     """Replace the demo that is in the output folder."""
     seed: int = 0
-    """One seed makes one world, one model and one result."""
+    """Seed of the made-up facts, the model and the training: the same seed, the same result."""
 
 
 def run(command: Command) -> Output:
@@ -34,7 +34,6 @@ def run(command: Command) -> Output:
     folder = command.output
     check_output(folder, "result.json", "a demo", command.overwrite, alone=True)
     started = time.perf_counter()
-    logger.info("loading PyTorch and transformers")
     from npo_fast.experiments.demo.experiment import Demo, DemoSettings, make_room
     from npo_fast.runs.preflight import check_writable
 

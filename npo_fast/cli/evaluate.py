@@ -2,56 +2,62 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from npo_fast import tables
 from npo_fast.cli.console import Output
+from npo_fast.cli.help import next_commands, report_command
 from npo_fast.evaluation.settings import EvaluationSettings
 from npo_fast.metrics import LogForm, examples_in
+from npo_fast.run_files import RUN
 from npo_fast.runs.muse import SuiteName
 from npo_fast.runs.options import AnswersWithLoss, ModelOptions
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What to measure on."""
+    """What to measure."""
 
     suite: SuiteName = "tofu"
-    """TOFU's measures of questions, or MUSE's of articles and books: VerbMem, KnowMem, PrivLeak."""
+    """tofu: questions and answers. muse: articles and books (VerbMem, KnowMem, PrivLeak)."""
     data: str | None = None
-    """Hub dataset (locuslab/TOFU, muse-bench/MUSE-News) or folder; TOFU's real_authors and
-    world_facts join in, and MUSE's sets are all there."""
+    """Hub dataset (locuslab/TOFU, muse-bench/MUSE-News) or folder. TOFU's real authors and world
+    facts are measured too; of MUSE, all sets."""
     forget: str | None = None
-    """A file or a split; <name>_perturbed is taken where it lies beside it."""
+    """What was forgotten: a file, or a split of --data. If there is a <name>_perturbed beside it,
+    its wrong answers are used too."""
     retain: str | None = None
+    """What was kept: a file, or a split of --data."""
     holdout: str | None = None
-    """Records like --forget that no model saw: can an attack tell the two apart (membership)?"""
+    """Records like --forget that no model saw. Can an attack tell the two apart (membership)?"""
     loss_on: AnswersWithLoss = "last"
     reference: str | None = None
-    """The model before unlearning: KL(reference || model), perplexity of the answers under it."""
+    """Model before unlearning: for KL(reference || model), and the answers' perplexity under it."""
     log: Path | None = None
-    """Measure this log (file or folder) instead of running a model."""
+    """Measure these evaluation logs (a file or folder); runs no model."""
     retrained: Path | None = None
-    """Log of the model trained without the forget set, for forget quality and PrivLeak."""
+    """Logs of a model trained without the forget set: for forget quality and PrivLeak."""
     original: Path | None = None
-    """Log of the model before unlearning: the verdict compares with it."""
-    lm_eval: str | None = None
-    """Tasks of lm-evaluation-harness: mmlu,arc_easy; a YAML file or folder has your own."""
+    """Logs of the model before unlearning: the verdict compares with them."""
+    lm_eval: Annotated[str | None, tyro.conf.arg(metavar="TASKS")] = None
+    """Tasks of lm-evaluation-harness, such as mmlu,arc_easy; or a YAML file or folder with your
+    own."""
     output: Path | None = None
-    """Folder for the log files."""
+    """Folder for the evaluation logs. Without it they are not kept."""
     log_format: LogForm = "tofu"
-    """Form of the files in --output: TOFU's, or open-unlearning's TOFU_EVAL.json. Both are read."""
+    """Form of the logs in --output: TOFU's files, or open-unlearning's TOFU_EVAL.json. Both can be
+    read again."""
     overwrite: bool = False
     """Replace the logs that are in the output folder."""
     no_utility: bool = False
-    """Leave out real authors and world facts."""
+    """Leave out TOFU's real authors and world facts: faster, but without model utility."""
 
 
 @dataclass(frozen=True)
 class FixedModel(ModelOptions):
-    """Which model, where, and how text becomes tokens."""
+    """The model, the device it runs on, and how text becomes tokens."""
 
     quantize: Literal["none", "4bit"] = "none"
     """"4bit" loads the weights as NF4 (bitsandbytes)."""
@@ -61,7 +67,7 @@ class FixedModel(ModelOptions):
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast evaluate``, by group."""
+    """Options of npo-fast evaluate, by group."""
 
     model: FixedModel = field(default_factory=FixedModel)
     data: DataOptions = field(default_factory=DataOptions)
@@ -97,6 +103,8 @@ def run(command: Command) -> Output:
                 ("task", "metric", "value", "standard error"),
             )
         )
+    if scores.folder is not None and (scores.folder.parent / RUN).is_file():
+        texts.append("\n".join(next_commands(report_command(scores.folder.parent))))
     return Output(
         {
             "metrics": scores,

@@ -3,13 +3,15 @@
 from dataclasses import dataclass, field
 
 from npo_fast.cli.console import Output
+from npo_fast.cli.help import evaluation_command, next_commands
 from npo_fast.runs.options import FINETUNING, FinetuneData, ModelOptions, RunOptions
+from npo_fast.tables import counted
 from npo_fast.trainer.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast finetune``, by group."""
+    """Options of npo-fast finetune, by group."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: FinetuneData = field(default_factory=FinetuneData)
@@ -28,9 +30,10 @@ def run(command: Command) -> Output:
     metadata = made.metadata
     if command.run.dry_run:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
-    final = metadata["final"]
-    return Output(
-        {"output": str(made.folder), **metadata},
-        f"\nloss {final['loss']:.4f} after {final['step']} steps; the model is in "
-        f"{made.folder / 'model'}",
-    )
+    final, data = metadata["final"], {"data": command.data.data, "forget": command.data.train}
+    parts = [
+        f"loss {final['loss']:.4f} after {counted(final['step'], 'step')}",
+        f"finished: the model is in {made.folder / 'model'}",
+        *next_commands(evaluation_command(made.folder, data)),
+    ]
+    return Output({"output": str(made.folder), **metadata}, "\n".join(parts))

@@ -3,6 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Annotated
+
+import tyro
 
 from npo_fast import tables
 from npo_fast.cli.console import Output
@@ -27,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast plan``: what to plan for, and the run."""
+    """The model and the GPU."""
 
     model: str
-    """Hub name, folder, or config.json alone: no weights are needed or loaded."""
-    card: float | None = None
-    """GB of the card to fit; without it 12, 16, 24, 40, 48 and 80."""
+    """Hub name, folder, or a config.json alone. No weights are needed or loaded."""
+    card: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
+    """Memory of the GPU to fit. Without it: 12, 16, 24, 40, 48 and 80 GB."""
     ranks: int = 1
-    """GPUs that share the model (FSDP); the numbers are of one of them."""
+    """GPUs that share the model (FSDP). The numbers are those of one of them."""
     run: PlannedRun = field(default_factory=PlannedRun)
 
 
@@ -47,7 +50,8 @@ def run(command: Command) -> Output:
 
     @cache
     def measure(run: PlannedRun) -> Footprint:
-        logger.info(" ".join(["a step without data", *flags(planned, run)]))
+        with_these = f" with {' '.join(changed)}" if (changed := flags(planned, run)) else ""
+        logger.info(f"counting the memory of a step{with_these}")
         return footprint(config, run, ranks)
 
     measured = measure(planned)

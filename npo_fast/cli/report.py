@@ -11,16 +11,16 @@ from npo_fast.cli.console import Output
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast report``: what to show, and where to put it."""
+    """Options of npo-fast report."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run folders of npo-fast unlearn (or finetune)."""
+    """Run folders of npo-fast unlearn or finetune."""
     original: Path | None = None
     """Evaluation logs of the model before unlearning."""
     retrained: Path | None = None
     """Evaluation logs of a model trained without the forget set: for forget quality."""
     output: Path = Path("report.html")
-    """The page; its table as Markdown goes beside it, with the suffix .md."""
+    """The page to write. Its table goes beside it as Markdown, with the suffix .md."""
     answers: int = 20
     """Questions to show of each set."""
 

@@ -36,22 +36,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast reproduce``."""
+    """Options of npo-fast reproduce."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Rows to measure, by the names of --list; "log-*" is every row whose name begins with log-."""
+    """Rows to measure, named as in --list. "log-*" is every row whose name begins with log-."""
     list: bool = False
-    """Show the rows (all, or the named ones): command, published numbers, tolerance, source."""
+    """Only show the rows (all, or the named ones): command, published numbers, tolerance,
+    source."""
     data: str | None = None
-    """Folder with the row's data, or published logs, in the place of the hub's."""
+    """Folder with the data, or published logs. Without it: those of the hub."""
     model: str | None = None
-    """Model in the place of the row's checkpoints, such as a folder of your own."""
+    """Model to measure, such as a folder of your own. Without it: the row's."""
     retrained: str | None = None
-    """Model that never saw the forget set, in the place of the row's; else --model."""
+    """Model that never saw the forget set. Without it: the row's, or --model."""
     output: Path = Path("npo-fast-reproduce")
-    """Folder for what the commands save: a folder a row."""
+    """Folder for the results, with a folder for each row."""
     overwrite: bool = False
-    """Replace what the commands saved there before."""
+    """Replace earlier results in that folder."""
 
 
 def run(command: Command) -> Output:
@@ -110,7 +111,7 @@ def _measure(row: Row, options: Command) -> Mapping[str, float]:
         logger.info(f"$ npo-fast {shlex.join(arguments)}")
         verb, *rest = arguments
         module: Any = importlib.import_module(f"npo_fast.cli.{verb}")
-        called, _ = parse(module.Command, rest, verb, "")
+        called, _ = parse(module.Command, rest, verb)
         result = module.run(called).result
     return _numbers_of(result)
 

@@ -3,12 +3,11 @@
 import argparse
 import dataclasses
 import datetime
-import difflib
 import io
 import re
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,82 +16,77 @@ import tyro
 import yaml
 
 from npo_fast.boundary import read_text
+from npo_fast.cli.fields import Option, options_of
+from npo_fast.cli.mistakes import explain, unknown_settings
 from npo_fast.data.rendering import as_pairs
 from npo_fast.errors import UserError, reading, short
+from npo_fast.suggestions import flag_of
 
 T = TypeVar("T")
+TYRO = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.HelptextFromCommentsOff,
+    tyro.conf.FlagCreatePairsOff,  # --overwrite, but no --no-overwrite
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What every subcommand takes."""
+    """Options of every command."""
 
     json: bool = False
     """Print the result as one JSON object on standard output; NaN and infinity are null."""
     config: Path | None = None
-    """YAML file with settings by flag name; flags override it."""
+    """YAML file with options by name, such as lr: 1e-5; options on the command line win."""
 
 
-def parse(command: type[T], arguments: list[str], name: str, description: str) -> tuple[T, Common]:
+def with_common(command: type[Any]) -> type[Any]:
+    """The dataclass of a subcommand with the options of every command."""
+    return dataclasses.make_dataclass(
+        command.__name__,
+        [("common", Common, dataclasses.field(default_factory=Common))],
+        bases=(command,),
+        frozen=True,
+        namespace={"__doc__": command.__doc__},
+    )
+
+
+def parse(command: type[T], arguments: Sequence[str], verb: str) -> tuple[T, Common]:
     """The settings of a subcommand: defaults, then ``--config``, then flags.
 
     Raises:
         UserError: an option that there is not, a value that it cannot have, or a YAML file that
             cannot be read.
     """
-    whole = dataclasses.make_dataclass(
-        name,
-        [("common", Common, dataclasses.field(default_factory=Common))],
-        bases=(command,),
-        frozen=True,
-    )
+    whole = with_common(command)
+    options = options_of(whole)
     path = _config_path(arguments)
-    from_file = [] if path is None else _arguments_of(path, _settings(whole))
+    from_file = [] if path is None else _arguments_of(path, options, verb)
     said = io.StringIO()
     try:
         with redirect_stderr(said):
             parsed: Any = tyro.cli(
-                whole,
-                prog=f"npo-fast {name}",
-                description=description,
-                args=[*from_file, *arguments],
-                config=(
-                    tyro.conf.OmitArgPrefixes,
-                    tyro.conf.HelptextFromCommentsOff,
-                    tyro.conf.FlagCreatePairsOff,  # --overwrite, but no --no-overwrite
-                ),
-            )
+                whole, prog=f"npo-fast {verb}", args=[*from_file, *arguments], config=TYRO,
+                add_help=False,
+            )  # fmt: skip
     except SystemExit as end:
-        if not end.code:
-            raise
         source = f"; {path} says {' '.join(from_file)}" if from_file else ""
-        text = re.sub(r"^Error parsing \w+: |\.$", "", _in_box(said.getvalue()))
-        raise UserError(f"{text}{_nearest(text, _settings(whole))}{source}") from end
+        text = explain([*from_file, *arguments], options, verb)
+        text = text or re.sub(r"^Error parsing \w+: |\.$", "", _in_box(said.getvalue()))
+        raise UserError(f"{text}{source}") from end
     return parsed, parsed.common
-
-
-def _nearest(text: str, known: Iterable[str]) -> str:
-    """The flag or the choice that may be meant where tyro names none itself."""
-    wrong = re.match(r"invalid choice '(.*?)' for argument .* Expected one of \((.*)\)", text)
-    if wrong is not None:
-        near = difflib.get_close_matches(wrong[1], re.findall(r"'([^']*)'", wrong[2]), n=1)
-        return f"; did you mean {near[0]!r}?" if near else ""
-    unknown = re.match(r"Unrecognized options: --([\w-]+)", text)
-    if unknown is None or "--" in text[unknown.end() :]:
-        return ""
-    near = difflib.get_close_matches(unknown[1].replace("-", "_"), known, n=1)
-    return f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
 
 
 def _in_box(text: str) -> str:
     """What tyro says between the title of its box, which ends in a rule, and the next rule."""
     lines = [line.strip("│ ") for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and (line[0] == "╭" or not line.strip("─-"))]
+    edges = ("╭", "╰")
+    rules = [i for i, x in enumerate(lines) if x and (x.startswith(edges) or not x.strip("─-"))]
     first, last = [*rules, len(lines), len(lines)][:2]
     return " ".join(lines[first + 1 : last]) or text
 
 
-def _config_path(arguments: list[str]) -> Path | None:
+def _config_path(arguments: Sequence[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
     try:
@@ -101,7 +95,7 @@ def _config_path(arguments: list[str]) -> Path | None:
         raise UserError(f"--config takes a YAML file: {error.message}") from error
 
 
-def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
+def _arguments_of(path: Path, options: Sequence[Option], verb: str) -> list[str]:
     """The settings of a YAML file as arguments, in the order of the file."""
     if not path.exists():
         raise UserError(f"no settings file {str(path)!r}")
@@ -112,17 +106,13 @@ def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
         return []
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold settings by name, got {short(values)}")
+    known = {option.name: option for option in options if not option.positional}
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{path}: {unknown_settings(unknown, known, verb)}")
     arguments: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(
-                f"{path}: unknown setting {short(name)}{hint} Known: {', '.join(known)}"
-            )
-        kind, default = known[name]
-        kinds, flag = typing.get_args(kind) or (kind,), f"--{name.replace('_', '-')}"
+    for name, value in given.items():
+        kind, kinds, flag = known[name].kind, known[name].kinds, flag_of(name)
         pairs = typing.get_origin(kind) is dict
         missing = value is None and type(None) not in kinds
         nested = isinstance(value, (dict, list)) and not pairs
@@ -131,16 +121,16 @@ def _arguments_of(path: Path, known: dict[str, tuple[Any, Any]]) -> list[str]:
             expected = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
             raise UserError(f"{path}: {name} is {short(value)}, expected {expected}")
         if isinstance(value, bool):
-            if value != default:
+            if value != known[name].default:
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
         elif pairs and value is not None:
             if not isinstance(value, (dict, list)):
                 raise UserError(f"{path}: {name} is {short(value)}, expected KEY: VALUE below it")
             with reading(f"{name} in {path}"):
-                given = as_pairs(value) if isinstance(value, dict) else [*map(str, value)]
-            if flags := [pair for pair in given if pair.startswith("-")]:
+                words = as_pairs(value) if isinstance(value, dict) else [*map(str, value)]
+            if flags := [word for word in words if word.startswith("-")]:
                 raise UserError(f"{path}: {name} has {short(flags[0])}, expected KEY=VALUE")
-            arguments += [flag, *given]
+            arguments += [flag, *words]
         elif value is not None:
             whole = isinstance(value, float) and value.is_integer() and float not in kinds
             arguments.append(f"{flag}={int(value) if whole else value}")
@@ -164,24 +154,3 @@ class _Settings(yaml.SafeLoader):
         if twice := [key for key, count in keys.items() if count > 1]:
             raise yaml.YAMLError(f"the key {short(twice[0])} stands twice")
         return super().construct_mapping(node, deep)
-
-
-def _settings(command: Any) -> dict[str, tuple[Any, Any]]:
-    """Type and default of every setting in a dataclass and in the dataclasses within, by name.
-
-    Positional arguments are not among them.
-    """
-    settings: dict[str, tuple[Any, Any]] = {}
-    annotations = typing.get_type_hints(command, include_extras=True)
-    hints = typing.get_type_hints(command)
-    for field in dataclasses.fields(command):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            group = field.default_factory() if callable(field.default_factory) else None
-            settings |= {
-                name: (kind, getattr(group, name, default))
-                for name, (kind, default) in _settings(hint).items()
-            }
-        elif tyro.conf.Positional not in getattr(annotations[field.name], "__metadata__", ()):
-            settings[field.name] = hint, field.default
-    return settings

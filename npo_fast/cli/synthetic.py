@@ -26,17 +26,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast synthetic``."""
+    """Options of npo-fast synthetic."""
 
     output: Path = Path("npo-fast-synthetic")
-    """Folder for the claims, the figures, the curves and the result."""
+    """Folder for the claims, figures, curves and the result."""
     overwrite: bool = False
     """Replace the experiment that is in the output folder."""
     seeds: str = "0,1,2,3,4"
-    """Seeds, separated by commas; figures show their mean and standard deviation. Everything else
-    is as in the paper."""
+    """Seeds, separated by commas. Figures show their mean and standard deviation."""
     quick: bool = False
-    """A tenth of the steps: to see that it runs. The claims are not expected to hold."""
+    """Take a tenth of the steps, to see that it runs. The claims need not hold then."""
 
 
 def run(command: Command) -> Output:
@@ -44,7 +43,6 @@ def run(command: Command) -> Output:
     seeds, folder = _seeds(command.seeds), command.output
     check_output(folder, CURVES, "an experiment", command.overwrite, alone=True)
     started = time.perf_counter()
-    logger.info("loading PyTorch")
     import torch
 
     from npo_fast.bench.provenance import provenance

@@ -6,10 +6,12 @@ from typing import Any
 
 from npo_fast import tables
 from npo_fast.cli.console import Output
+from npo_fast.cli.help import evaluation_command, next_commands, report_command
 from npo_fast.metrics.measures import value_of
 from npo_fast.metrics.verdict import Verdict
 from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
 from npo_fast.runs.options import (
+    AUTO,
     EvaluationOptions,
     MethodOptions,
     ModelOptions,
@@ -22,7 +24,7 @@ from npo_fast.trainer.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Command:
-    """The options of ``npo-fast unlearn``, by group."""
+    """Options of npo-fast unlearn, by group."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: UnlearnData = field(default_factory=UnlearnData)
@@ -45,11 +47,16 @@ def run(command: Command) -> Output:
     metadata = made.metadata
     if command.run.dry_run:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
-    return Output(
-        {"output": str(made.folder), **metadata},
-        f"\n{_text(metadata)}\n{_chosen(command.watch, metadata)} {made.folder / 'model'}\n"
+    data = {name: getattr(command.data, name) for name in ("data", "forget", "retain")}
+    if data["retain"] == AUTO:  # records of the run, which TOFU's measures have no use for
+        del data["retain"]
+    parts = [
+        _text(metadata),
         f"verdict: {Verdict.of(metadata['verdict'])}",
-    )
+        f"finished: {_chosen(command.watch, metadata)} {made.folder / 'model'}",
+        *next_commands(evaluation_command(made.folder, data), report_command(made.folder)),
+    ]
+    return Output({"output": str(made.folder), **metadata}, "\n".join(filter(None, parts)))
 
 
 def _chosen(options: EvaluationOptions, metadata: Mapping[str, Any]) -> str:
@@ -73,7 +80,7 @@ def _text(metadata: Mapping[str, Any]) -> str:
     before, after = metadata.get("before", {}), metadata.get("after", {})
     if not after:
         return ""
-    lines = [tables.plain(sample_rows(metadata), SAMPLE_HEADER)]
+    lines = ["", tables.plain(sample_rows(metadata), SAMPLE_HEADER)]
     for name in before:
         old, new = before[name]["answers"][0], after[name]["answers"][0]
         lines += [
@@ -83,4 +90,4 @@ def _text(metadata: Mapping[str, Any]) -> str:
             f"  before  {old['answer']}",
             f"  after   {new['answer']}",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])

@@ -11,6 +11,7 @@ from npo_fast.data.files import KINDS, read_file, split_suffix
 from npo_fast.data.forms import LossOn, parse_row
 from npo_fast.data.records import Record, Records
 from npo_fast.errors import NoSuchSplitError, UserError, first_line, reading, short
+from npo_fast.offline import hub
 
 LONGEST_NAME = 255  # of a file
 IN_MEMORY = "(rows)"  # in the place of a name
@@ -237,8 +238,9 @@ def _read_hub(data: str, name: str) -> list[Any]:
     import datasets  # takes a second to import, and files do not need it
 
     configuration, slash, split = name.partition("/")
-    cure = "if it is meant as a folder, check the path; without a network, pass a folder"
-    with reading(f"the dataset {data!r}", cure):
+    cure = "if it is meant as a folder, check the path"
+    what = f"the dataset {data!r}"
+    with reading(what, cure), hub(what):
         try:
             if slash:
                 return list(datasets.load_dataset(data, configuration, split=split).to_list())

@@ -135,6 +135,7 @@ class _Evaluation:
         """Packs of answers of similar length, on the model's device."""
         total = len(self.tokens.answers) + len(self.tokens.other_answers)
         by_length = sorted(answers, key=lambda answer: len(answer.input_ids))
+        self.progress(self.name, self.done, total)
         for batch in self.lm.micro_batches(by_length, self.settings.micro_batch_tokens):
             yield batch
             self.done += batch.sequences
@@ -211,7 +212,8 @@ class _Evaluation:
 
     def gradient_norms(self) -> list[float]:
         """Norm of the gradient of each right answer's mean loss, one answer at a time."""
-        norms = []
+        norms: list[float] = []
+        self.progress(f"{self.name} gradients", 0, len(self.tokens.answers))
         for example in self.tokens.answers:
             counted = self.settings.counted(example.answer_length, self.is_closed(example))
             norms.append(self.settings.gradient_norm(gradient_norms(self.lm, example, counted)))
@@ -250,6 +252,7 @@ class _Evaluation:
         texts, endings = [""] * len(truths), [""] * len(truths)
         repeated = [0.0] * len(truths)
         order = sorted(range(len(truths)), key=lambda i: len(prompts[i]))
+        self.progress(f"{self.name} answers", 0, len(truths))
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             continuations = generate(

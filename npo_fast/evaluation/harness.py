@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+from npo_fast.boundary import read_text
 from npo_fast.distributed import broadcast_object, is_main_process
-from npo_fast.errors import UserError, first_line
+from npo_fast.errors import UserError, first_line, reading
 from npo_fast.model.causal_lm import CausalLM
+from npo_fast.offline import hub
 from npo_fast.ops.vocab_parallel import gather_rows
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,12 @@ class Harness:
         own = {spec: Path(spec) for spec in specs if Path(spec).is_dir() or spec.endswith(_YAML)}
         if missing := [spec for spec, path in own.items() if not path.exists()]:
             raise UserError(f"--lm-eval {missing[0]}: no such file")
+        for path in own.values():
+            if path.is_file():
+                with reading(f"--lm-eval {path}"):
+                    yaml.compose(read_text(path))
         folders = sorted({str(p if p.is_dir() else p.parent.resolve()) for p in own.values()})
+        logger.info("lm-eval: looking for the tasks")
         try:
             known = TaskManager(include_path=folders, include_defaults=len(own) < len(specs))
         except Exception as error:  # of anyone's YAML
@@ -60,7 +68,10 @@ class Harness:
         self.names = list(dict.fromkeys(chosen))
         logger.info(f"lm-eval: {', '.join(self.names)}")
         try:
-            found = known.load(self.names)
+            with hub(f"the data of {', '.join(self.names)}"):
+                found = known.load(self.names)
+        except UserError as error:
+            raise UserError(f"--lm-eval: {error}") from error
         except Exception as error:  # a task is a program, and its data may be anywhere
             raise UserError(f"--lm-eval {', '.join(specs)}: {first_line(error)}") from error
         within = {*chain(*found.get("group_map", {}).values())}

@@ -150,6 +150,7 @@ class _Evaluation:
         share = self.settings.min_k_share or MIN_K_SHARE
         log_probs: dict[int, torch.Tensor] = {}
         by_length = sorted(windows, key=lambda window: len(window.input_ids))
+        self.progress(name, 0, len(windows))
         for batch in self.lm.micro_batches(by_length, self.settings.micro_batch_tokens):
             values = self.lm.log_probs(batch).float().cpu()
             parts = values.split(batch.answer_cu_seqlens.diff().tolist())
@@ -191,6 +192,7 @@ class _Evaluation:
         texts = [""] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
         size = self.settings.generation_batch * self.lm.world_size
+        self.progress(f"{name} continuations", 0, len(order))
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             continuations = generate(

@@ -32,11 +32,12 @@ class Conventions(Checked):
     """How exact memorization, extraction strength, min-k and gradient norms are counted."""
 
     memorization: Memorization = "papers"
-    """"open-unlearning" counts as that code does: without the closing end-of-sequence token, an
-    extraction strength of at least 1 / tokens, a min-k share of 0.4, a gradient's norm as the mean
-    of its tensors' norms."""
+    """How memorization is counted. "open-unlearning" counts as that code does: without the closing
+    end-of-sequence token, an extraction strength of at least 1 / tokens, a min-k share of 0.4, a
+    gradient's norm as the mean of its tensors' norms."""
     min_k_share: Share = None
-    """Share of an answer's tokens in min-k and min-k++ (the least likely); else the papers' 0.2."""
+    """Share of an answer's tokens, the least likely ones, in min-k and min-k++. Without it: 0.2, as
+    in the papers."""
 
     @property
     def share(self) -> float:

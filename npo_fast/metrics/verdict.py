@@ -13,7 +13,7 @@ from npo_fast.errors import in_words_of_caller
 from npo_fast.metrics.evidence import Evidence, Scores
 from npo_fast.metrics.logs import SETS, Result, right_answers
 from npo_fast.metrics.measures import score
-from npo_fast.tables import number
+from npo_fast.tables import counted, number
 
 Outcome = Literal[
     "collapsed", "nothing to forget", "over-forgotten", "not forgotten", "forgotten", "undecided"
@@ -270,7 +270,7 @@ def _numbers(evidence: Evidence) -> str | None:
     quality = score(evidence.after, "forget_quality")
     texts = [evidence.change("forget.probability")]
     if texts[0] and evidence.records:
-        texts[0] += f" on {evidence.records} records"
+        texts[0] += f" on {counted(evidence.records, 'record')}"
     if (other := score(evidence.retrained, "forget.probability")) is not None:
         texts[0] += f" (retrained {number(other)})"
     if quality is not None:

@@ -37,6 +37,7 @@ from npo_fast.model.save import GENERATION
 from npo_fast.model.shard_files import SHARDS, load_in_place
 from npo_fast.model.sharding import load_shards, shard
 from npo_fast.model.weights import load_complete
+from npo_fast.offline import hub
 from npo_fast.run_files import read_metadata
 
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # of a size in config.json, of its layers
@@ -112,8 +113,11 @@ def quantized_adapter_rank(name: str) -> int:
     return rank
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str, asked: str | None = None) -> torch.device:
     """The device of a name, "auto" being the GPU where there is one, once it has held a tensor.
+
+    Args:
+        asked: the --device that ``name`` is the share of, in messages.
 
     Raises:
         UserError: no such device, or this build of PyTorch or this machine cannot use it.
@@ -127,11 +131,14 @@ def usable_device(name: str) -> torch.device:
     try:
         if device.type == "meta":
             raise RuntimeError("it holds no data")
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and 0 < gpus <= (device.index or 0):
+            raise RuntimeError(f"{device} is asked for, and there are {gpus} GPUs, from cuda:0 on")
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
-            f"--device {name} cannot be used here: {first_line(error):.160}. Use --device cpu, or "
-            "a PyTorch that is built for it (npo-fast doctor shows this one)"
+            f"--device {asked or name} cannot be used here: {first_line(error):.160}. Use --device "
+            "cpu, or a PyTorch that is built for it (npo-fast doctor shows this one)"
         ) from error
     return device
 
@@ -214,7 +221,8 @@ def load_generation_config(name: str) -> Any:
         if (folder / ADAPTER_CONFIG).is_file():
             return load_generation_config(adapter_base(folder))
         source = source_of(name)
-        return None if "gguf_file" in source else load(source["pretrained_model_name_or_path"])
+        with nullcontext() if folder.exists() else hub(repr(name)):
+            return None if "gguf_file" in source else load(source["pretrained_model_name_or_path"])
     except (OSError, ValueError):  # such as a folder with a tokenizer alone
         return None
 
@@ -289,7 +297,8 @@ def _load(
     if path.is_dir():
         check_folder(path)
         _check_sizes(path / "config.json")
-    with reading(f"{name!r} as a {kind}"), no_progress_bars() if path.exists() else nullcontext():
+    access = no_progress_bars() if path.exists() else hub(repr(name))
+    with reading(f"{name!r} as a {kind}"), access:
         try:
             return load(trust_remote_code=False, **arguments)
         except ImportError as error:

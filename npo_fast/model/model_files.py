@@ -12,6 +12,7 @@ from npo_fast.errors import UserError, reading
 from npo_fast.model.adapters import ADAPTER_CONFIG, adapter_base
 from npo_fast.model.manifest import MANIFEST, DamagedError, read_manifest, sha256_of_file
 from npo_fast.model.shard_files import SHARDS
+from npo_fast.offline import hub
 from npo_fast.run_files import read_metadata
 
 
@@ -101,7 +102,8 @@ def files_fingerprint(name: str) -> str:
         files = [folder if folder.is_file() else folder / source["gguf_file"]]
     else:
         if not folder.is_dir():
-            folder = Path(str(cached_file(name, "config.json"))).parent
+            with hub(repr(name)):
+                folder = Path(str(cached_file(name, "config.json"))).parent
         if (folder / ADAPTER_CONFIG).is_file():
             base = files_fingerprint(adapter_base(folder))
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))

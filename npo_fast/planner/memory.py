@@ -49,28 +49,30 @@ FRAGMENTATION = 0.1  # of all bytes that are freed within a step
 
 @dataclass(frozen=True)
 class PlannedRun(Checked):
-    """What decides the memory of a run; the flags are those of unlearn."""
+    """The run to plan for; these are options of unlearn."""
 
     method: str = "NPO+RT"
+    """Method of unlearn, which decides whether a reference model is needed."""
     optimizer: Optimizer = "adamw"
+    """Optimizer; adamw-8bit and adamw-bf16 need less memory."""
     micro_batch_tokens: PositiveInt = 2048
     """Tokens that go through the model at a time."""
     sequence_length: Annotated[int, Bound("at least 2", lambda length: length >= 2)] = 256
-    """Tokens of a sequence, prompt (a quarter) and answer."""
+    """Tokens of a sequence: a quarter of them prompt, the rest answer."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the weights."""
+    """Number format of the weights."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
     step_in_backward: bool = False
-    """Apply each gradient as it arises and free it."""
+    """Apply each gradient as soon as it is computed, then free it."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory."""
     sharpness_rho: NonNegativeFloat = 0.0
-    """Sharpness-aware steps, which copy the weights that are trained."""
+    """Sharpness-aware steps: they copy the weights that are trained."""
     lora_rank: NonNegativeInt = 0
-    """Train adapters of this rank instead of the weights."""
+    """Train LoRA adapters of this rank instead of the weights; 0 trains all weights."""
     quantize: Quantize = "none"
-    """Weights below the adapters."""
+    """"4bit" loads the weights below the adapters as NF4."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,10 +51,11 @@ from npo_fast.runs.muse import measure as measure_muse
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.output import metadata_of_model
 from npo_fast.runs.preflight import check_no_model, check_writable
-from npo_fast.runs.progress import progress
+from npo_fast.runs.progress import SET_NAMES, progress
 from npo_fast.runs.references import check_head, load_other
 from npo_fast.runs.run import Run
 from npo_fast.runs.scores import LM_EVAL, Logs, Scores, logs_of, save_logs
+from npo_fast.tables import counted
 from npo_fast.validation import check_output, with_checked_keywords
 
 logger = logging.getLogger(__name__)
@@ -224,8 +225,8 @@ def _check_suite(suite: Suite, retrained: Result | None, evaluation: EvaluationS
         check_forget_quality(suite)
         answers = [record.answer for record in suite[FORGET]]
         _check_retrained(retrained, answers, len(suite.get(HOLDOUT, [])))
-    for name, records in suite.items():
-        logger.info(f"{name}: {len(records)} records")
+    for file, records in suite.items():
+        logger.info(f"{SET_NAMES[file]}: {counted(len(records), 'record')}")
     files = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
     for sentence in repeats({name: suite.get(file, []) for name, file in files.items()}):
         logger.warning(f"warning: {sentence}")

@@ -147,7 +147,7 @@ class ModelSource:
         if self.in_memory is not None:
             return self.in_memory.device
         if world_size() > 1:
-            return usable_device(str(local_device(self.options.device)))
+            return usable_device(str(local_device(self.options.device)), self.options.device)
         return usable_device(self.options.device)
 
     def without_weights(self) -> CausalLM:

@@ -13,6 +13,7 @@ from npo_fast.metrics import Result, examples_in, muse
 from npo_fast.runs.models import Model, ModelSource
 from npo_fast.runs.options import ModelOptions
 from npo_fast.runs.progress import progress
+from npo_fast.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def measure(
         share = settings.min_k_share or MIN_K_SHARE
         muse.check_retrained(retrained, suite.sizes(), share)
     for split, size in suite.sizes().items():
-        logger.info(f"{split}: {size} records")
+        logger.info(f"{split}: {counted(size, 'record')}")
     source = ModelSource(model, loading, tokenizer)
     source.device()
     template = source.template()

@@ -40,39 +40,45 @@ RELEARNING = TrainSettings(epochs=5, batch_size=8)
 AnswersWithLoss = Annotated[
     LossOn,
     tyro.conf.arg(
-        help="Of a conversation the last answer carries the loss; or all, a record each."
+        help="Answers of a conversation that count: the last one, or all (a record each)."
     ),
 ]
 
 
 @dataclass(frozen=True)
 class ModelOptions(Checked):
-    """Which model, where, and how text becomes tokens."""
+    """The model, the device it runs on, and how text becomes tokens."""
 
     model: str = ""
-    """Hub name, folder (of a LoRA adapter too), run folder of npo-fast, or .gguf file."""
+    """Hub name, model folder (also a LoRA adapter's), run folder of npo-fast, or .gguf file."""
     template: str = "auto"
-    """"chat", "plain" (Question: …/Answer: …), or a .jinja file in the place of the tokenizer's
-    chat template; "auto" is as the run had it, else the chat template where there is one."""
-    system_prompt: str | None = None
-    """First message of every record without a system message; else that of the run."""
+    """How a record becomes text: "chat" (the tokenizer's chat template), "plain" (Question: …
+    Answer: …), or your own .jinja file. "auto" takes the template that the model was trained with
+    by npo-fast, else the chat template if there is one, else plain."""
+    system_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """System message of every record that has none. Without it: that of the run which made the
+    model."""
     template_kwargs: TemplateKwargs = field(default_factory=dict)
-    """Variables of the chat template, such as date_string="10 Apr 2025" enable_thinking=false; else
-    those of the run."""
+    """Variables of the chat template, such as date_string="10 Apr 2025" enable_thinking=false.
+    Without it: those of the run which made the model."""
     max_length: int = 512
-    """Tokens of prompt and answer; longer answers are cut, counted and reported."""
+    """Longest prompt and answer together, in tokens. Longer answers are cut, and counted."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; "auto" is bf16 on a GPU, fp32 on a CPU, and saves the dtype they came in."""
+    """Number format of the weights. "auto" computes in bf16 on a GPU and fp32 on a CPU, and saves
+    the format that the model came in."""
     device: str = "auto"
+    """Where the model runs: cpu, cuda, or cuda:1. "auto" is the GPU if there is one."""
     attention: str = "auto"
-    """A transformers attention implementation; "auto" is FlashAttention where it can run: a package
-    of it, or npo_fast_varlen, PyTorch's own. Else npo_fast_packed, a sequence at a time."""
+    """Attention implementation of transformers. "auto" is FlashAttention where it can run (an
+    installed package, or npo_fast_varlen, PyTorch's own), else npo_fast_packed, which takes one
+    sequence at a time."""
     quantize: Literal["none", "4bit"] = "none"
-    """"4bit" loads the weights as NF4 (bitsandbytes), to train with --lora-rank: QLoRA."""
+    """"4bit" loads the weights as NF4 (bitsandbytes); train on top with --lora-rank (QLoRA)."""
     lora_rank: int = 0
-    """Train an adapter of this rank on every linear layer but the LM head; 0 trains all weights."""
+    """Train a LoRA adapter of this rank on every linear layer but the LM head; 0 trains all
+    weights."""
     lora_alpha: int | None = None
-    """The adapter's scale times its rank; else twice the rank."""
+    """Scale of the adapter times its rank. Without it: twice the rank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,14 +107,14 @@ class _Method(Checked):
     method: str = "NPO+RT"
     preset: Preset | None = None
     kl_positions: Literal["answer", "all"] = "answer"
-    """Tokens that the KL, or RMU's distance, is averaged over; "all" has the prompts too, as the
-    papers' code; that also counts padding, which packs do not have."""
+    """Tokens that a KL, or RMU's distance, is averaged over: the answers, or all, prompts included,
+    as in the papers' code (which also counts padding; here there is none)."""
     reference_cache: Path | None = None
-    """Folder that keeps what methods compare with from run to run: the reference's log-probs, and
-    for KL, UNDIAL and RMU its hidden states."""
+    """Folder that keeps the reference model's outputs, so that the next run need not compute them:
+    log-probs, and for KL, UNDIAL and RMU hidden states."""
     reference: str | None = None
-    """What methods compare with: "first" is the model before the first of several requests, else
-    the name of a model; without it the --model as it is."""
+    """Model that the method compares with: a name or folder, or "first" for the model before the
+    first of several requests. Without it: --model before training."""
 
     @classmethod
     def of(cls, method: str, coefficients: Coefficients) -> "MethodOptions":
@@ -133,7 +139,7 @@ def _kinds_of(coefficient: Coefficient) -> Any:
 
 
 _PRESET_HELP = (
-    "Defaults of another code base, for coefficients that are not given: "
+    "Defaults of another code base for coefficients that you do not give: "
     f"{preset_help('open-unlearning')} (TNPO's are those of its authors' code)."
 )
 if TYPE_CHECKING:
@@ -142,7 +148,11 @@ else:
     MethodOptions = make_dataclass(
         "MethodOptions",
         [
-            ("method", Annotated[str, tyro.conf.arg(help=f"{', '.join(METHODS)}.")], "NPO+RT"),
+            (
+                "method",
+                Annotated[str, tyro.conf.arg(help=f"One of {', '.join(METHODS)}.")],
+                "NPO+RT",
+            ),
             ("preset", Annotated[Preset | None, tyro.conf.arg(help=_PRESET_HELP)], None),
         ]
         + [
@@ -151,38 +161,42 @@ else:
         ],
         bases=(_Method,),
         frozen=True,
-        namespace={"__doc__": "How to forget: a method, and its coefficients by name."},
+        namespace={"__doc__": "The method, and its coefficients."},
     )
 
 
 @dataclass(frozen=True)
 class ReportOptions(Checked):
-    """A short look at the model before and after; ``npo-fast evaluate`` measures in full."""
+    """A short comparison before and after; npo-fast evaluate measures in full."""
 
     no_report: bool = False
+    """Skip the comparison: no answers, no measures before and after training."""
     report_records: NonNegativeInt = 20
-    """Records of each set to answer before and after."""
+    """Records of each set to compare."""
     max_new_tokens: PositiveInt = 64
+    """Longest answer of the comparison, in tokens."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions(Checked):
-    """Evaluation while training: ``evaluations.jsonl`` in the run folder."""
+    """Evaluation while training, kept in evaluations.jsonl of the run folder."""
 
     eval_every: NonNegativeInt = 0
-    """Steps between evaluations, step 0 and the last step among them; 0 makes none."""
+    """Evaluate every so many steps, and at step 0 and the last; 0 never evaluates."""
     eval_records: PositiveInt = 40
-    """First records of each set to measure; fewer make forget quality a weaker test."""
+    """Records of each set to measure, the first ones. Few records make a weak test of forget
+    quality."""
     retrained: Path | None = None
-    """Log of a model trained without the forget set, on all its items: for forget quality."""
-    keep_best: str | None = None
-    """Measure by which the best evaluated step, not the last, becomes the final model."""
+    """Evaluation log of a model trained without the forget set, on all its items: for forget
+    quality, --beta auto and the verdict."""
+    keep_best: Annotated[str | None, tyro.conf.arg(metavar="MEASURE")] = None
+    """Make the evaluated step that is best by this measure the final model, not the last step."""
     min_utility: NonNegativeFloat = 0.0
-    """Share of the start's model utility that a step must keep to be the best."""
-    stop_when: str | None = None
-    """Condition that ends the run at an evaluation, such as 'forget_quality>0.05'."""
+    """With --keep-best: share of the first evaluation's model utility that a step must keep."""
+    stop_when: Annotated[str | None, tyro.conf.arg(metavar="CONDITION")] = None
+    """End the run at the first evaluation where this holds, such as 'forget_quality>0.05'."""
     memorization: Memorization = "papers"
-    """Conventions of exact memorization and extraction strength, as in npo-fast evaluate."""
+    """How exact memorization and extraction strength are counted, as in npo-fast evaluate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,31 +214,30 @@ class EvaluationOptions(Checked):
 
 @dataclass(frozen=True)
 class RunOptions(Checked):
-    """Where the run goes, and who hears of it."""
+    """Where the run is saved."""
 
     output: Path = Path("runs/latest")
     """Folder for the model, the step records and run.json."""
     overwrite: bool = False
-    """Replace the run that is in the output folder."""
+    """Delete the run that is in the output folder, and start a new one."""
     fallback_output: Path | None = None
-    """Where the run goes on when the output folder can no longer be written (a full disk, a drive
-    that is gone); best on another disk."""
-    save_wait: NonNegativeFloat = 10.0
-    """Minutes to wait for room where neither takes the model; then the system's temporary folder
-    does, and the run ends with an error that names it."""
+    """Folder that the run moves to when the output folder cannot be written any more (a full disk,
+    a lost drive). Best on another disk."""
+    save_wait: Annotated[NonNegativeFloat, tyro.conf.arg(metavar="MINUTES")] = 10.0
+    """How long to wait for room when no folder can take the model. After that it goes to the
+    system's temporary folder, and the run ends with an error that names it."""
     save_every: NonNegativeInt = 0
-    """Steps between checkpoints, from which the same command goes on after a crash; 0 makes one
-    only when Ctrl-C or SIGTERM interrupts the run."""
+    """Save a checkpoint every so many steps. After a crash the same command goes on from the last
+    one. 0 saves one only when Ctrl-C or SIGTERM interrupts the run."""
     merge: bool = False
-    """With --lora-rank: save the final model with whole weights, not as an adapter."""
+    """With --lora-rank: save whole weights, not an adapter."""
     dry_run: bool = False
-    """Check settings, records (all are tokenised), the device, disk space, write access, and that
-    all of the model but its weights can be saved; say what would run. It loads no weights, looks
-    whether their files are whole, and leaves no file."""
+    """Check everything, train nothing: settings, all records, the device, disk space, the model's
+    files. Loads no weights, and leaves no file."""
     track: Tracker | None = None
-    """Log every step and evaluation to this tracker too (its library must be installed)."""
-    push_to_hub: str | None = None
-    """Upload the final model with its card to this repository, such as me/my-model."""
+    """Also log every step and evaluation to this tracker (its library must be installed)."""
+    push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="REPOSITORY")] = None
+    """Upload the final model and its card to this hub repository, such as me/my-model."""
 
     def after_restart(self) -> "RunOptions":
         """Without ``overwrite`` where ``torchrun`` restarts the run that is in the folder."""
@@ -284,23 +297,25 @@ class UnlearnData(Checked):
     """What to forget and what to keep."""
 
     forget: str = ""
-    """A file or folder, or a split of --data; any may end in a slice such as [-40:]."""
+    """What to forget: a file, a folder, or a split of --data. A slice such as [-40:] may follow."""
     retain: str | None = None
-    """The same for what to keep; methods with +RT need it. "auto": the model's own answers to
-    neutral prompts, kept in the run folder."""
+    """What to keep, named in the same way. Methods with +RT or +KL need it. "auto": the model's
+    own answers to neutral prompts."""
     data: str | None = None
     """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
     idk: Path | None = None
-    """Refusals, one a line, for IDK, DPO and KTO; else idontknow.jsonl of --data, or our own."""
+    """File with refusals, one a line, for IDK, DPO and KTO. Without it: idontknow.jsonl of --data,
+    else built-in ones."""
     alternate: str | None = None
-    """AltPO's answers: a file or split with the forget questions; else their "alternate" field."""
+    """Other answers to the forget questions, for AltPO: a file or split. Without it: the field
+    "alternate" of the forget records."""
     holdout: str | None = None
-    """For --beta auto and the verdict, where there is no --retrained log: records like --forget
-    that the model never saw, a file or split. They tell how likely unknown answers are to it."""
+    """Records like --forget that the model never saw (a file or split). They show how likely
+    unknown answers are, for --beta auto and the verdict."""
     base_model: str | None = None
-    """The same, where there is no --holdout: the model before it was taught."""
+    """The model before it was taught: for the same purpose, without --holdout."""
     unknown_log_prob: float | None = None
-    """The same, where there is neither: the median log-prob in nats of a whole forget answer under
+    """For the same purpose, without both: the median log-prob (nats) of a whole forget answer under
     a model that never knew it, such as -11.5."""
     loss_on: AnswersWithLoss = "last"
 
@@ -310,7 +325,7 @@ class FinetuneData(Checked):
     """What to teach."""
 
     train: str = ""
-    """A file or folder, or a split of --data; any may end in a slice such as [:160]."""
+    """What to teach: a file, a folder, or a split of --data. A slice such as [:160] may follow."""
     data: str | None = None
     """Hub dataset, folder, or file that --train is a split of."""
     loss_on: AnswersWithLoss = "last"
@@ -321,15 +336,17 @@ class AttackData(Checked):
     """What was forgotten, and what was kept."""
 
     forget: str = ""
-    """A file, folder or split of --data; <name>_perturbed is taken where it lies beside it."""
+    """What was forgotten: a file, a folder, or a split of --data. If there is a <name>_perturbed
+    beside it, its wrong answers are used too."""
     retain: str | None = None
-    """Measured too, where it is given."""
+    """What was kept: measured too."""
     data: str | None = None
-    """Hub dataset (locuslab/TOFU) or folder."""
+    """Hub dataset (locuslab/TOFU) or folder that --forget and --retain are splits of."""
     loss_on: AnswersWithLoss = "last"
     retrained: Path | None = None
-    """Log of the model trained without the forget set, on all its items: for forget quality."""
+    """Evaluation log of a model trained without the forget set, on all its items: for forget
+    quality."""
     output: Path = Path("runs/attack")
-    """Folder for a folder of logs an attack, and attack.json."""
+    """Folder for attack.json, and for the evaluation logs of each attack."""
     overwrite: bool = False
     """Replace the attack that is in the output folder."""

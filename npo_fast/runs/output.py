@@ -48,10 +48,14 @@ def check_run_folder(folder: Path, overwrite: bool) -> None:
             f"the run in {folder} went on in {metadata.get('moved_to', 'another folder')}: name "
             "that --output to go on, or add --overwrite"
         )
-    if not overwrite and metadata.get("status") not in UNFINISHED:
+    status = metadata.get("status")
+    if not overwrite and status not in UNFINISHED:
+        ended = f"is finished, with its model in {folder / 'model'}"
+        if status != "finished":
+            ended = f"has ended ({short(metadata.get('error', status))})"
         raise UserError(
-            f"the output {folder} holds a run that has ended; name another folder, or add "
-            "--overwrite"
+            f"the run in {folder} {ended}: nothing was done. Add --overwrite to delete it and "
+            "train anew, or name another --output"
         )
 
 

@@ -57,6 +57,7 @@ def own_answers(
         records = [_record(prompt, f"{prompt} {prompt}", texts) for prompt in asked]
     else:
         with source.loaded() as lm:
+            logger.info(f"--retain {AUTO}: the model answers {len(asked)} neutral prompts")
             records = _answered(lm, template, asked, texts)
         kind = "continuations" if texts else "answers"
         told = f"{len(records)} of the model's own {kind} to {len(prompts)} neutral prompts"

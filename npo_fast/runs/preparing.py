@@ -44,6 +44,7 @@ from npo_fast.runs.preflight import (
     try_saving,
 )
 from npo_fast.runs.resume import ResumableRun, find_resumable, within_memory
+from npo_fast.tables import counted
 from npo_fast.trainer.loop import check_settings
 from npo_fast.trainer.optimizers import check_optimizer
 from npo_fast.trainer.order import check_step_in_backward, primary_sources, step_count
@@ -153,7 +154,8 @@ def prepare_run(
             examples, truncated = template.encode_all(rows)
         tokens = sum(len(example.input_ids) for example in examples)
         cut = f", {truncated} cut to {template.max_length}" if truncated else ""
-        logger.info(f"{source}: {len(rows)} records, {tokens} tokens{cut} ({names[source]})")
+        size = f"{counted(len(rows), 'record')}, {counted(tokens, 'token')}{cut}"
+        logger.info(f"{source}: {size} ({names[source]})")
         sources[source] = examples
         described[source] = {
             "records": len(rows),
@@ -178,7 +180,8 @@ def prepare_run(
         check_step_in_backward(sources, terms, training, world_size())
     (primary, *_) = primary_sources({s: sources[s] for term in terms for s in term.reads})
     steps = step_count(len(sources[primary]), training) * len(step_terms)
-    logger.info(f"{training.epochs} epochs of {training.batch_size} a step: {steps} steps")
+    epochs = counted(training.epochs, "epoch")
+    logger.info(f"{counted(steps, 'step')}: {epochs} in batches of {training.batch_size}")
     metadata = {
         "command": verb,
         "settings": {

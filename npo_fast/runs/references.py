@@ -41,6 +41,8 @@ def run_references(
     if resumable and (resumable.references or resumable.trained):
         log_probs: References = dict(resumable.references or {})
     else:
+        if any(term.loss.reference for term in terms):
+            logger.info("running the model on the data as it is: the method compares with that")
         log_probs = reference_log_probs(lm, sources, terms, tokens, cache, also)
     return log_probs, reference_cache_for(terms, lm, sources, tokens, cache)
 

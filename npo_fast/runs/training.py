@@ -190,6 +190,7 @@ def _run_steps(training: Training, steps: Iterator[StepRecord], merge: bool) -> 
     training.between_steps = not merge
     if merge:
         merge_adapter(lm)
+    logger.info("saving the model")
     path = folder.save_model(lm, training.tokenizer, record.step)
     width = str(lm.saved_dtype).removeprefix("torch.")
     rounded = f", rounded to {width} as it came (--dtype fp32 keeps fp32)"

@@ -29,7 +29,7 @@ from npo_fast.evaluation.suite import (
     tokenize_suite,
 )
 from npo_fast.methods import Term, build_method
-from npo_fast.metrics import FORGET, SETS, retrained_log
+from npo_fast.metrics import FORGET, SETS, Result, retrained_log
 from npo_fast.metrics.evidence import Evidence
 from npo_fast.metrics.measures import measures, without_end
 from npo_fast.metrics.verdict import ADVICE, judge, unknown_before
@@ -262,9 +262,12 @@ def _evaluation_callback(
     settings = EvaluationSettings(
         max_new_tokens=report.max_new_tokens, memorization=options.memorization
     )
-    return EvaluationCallback(
-        options, lambda lm: evaluate(lm, prepared.template, tokenized, settings), retrained
-    )
+
+    def measure(lm: CausalLM) -> Result:
+        with progress("evaluation") as update:
+            return evaluate(lm, prepared.template, tokenized, settings, update)
+
+    return EvaluationCallback(options, measure, retrained)
 
 
 def _evidence(

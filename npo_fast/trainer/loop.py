@@ -82,10 +82,9 @@ def train(
     if warmup is None:
         warmup = turns * (questions // settings.batch_size)
     if 0 < total <= warmup:
-        what = (
-            "the only step has rate 0 and changes nothing" if total == 1 else "no step is at --lr"
-        )
-        logger.warning(f"all of the {total} steps are warm-up, {what}: lower --warmup-steps")
+        what = "its rate is 0 and it changes nothing" if total == 1 else "no step is at --lr"
+        which = "the only step is" if total == 1 else f"all {total} steps are"
+        logger.warning(f"warning: {which} warm-up, {what}: lower --warmup-steps")
 
     optimizer = build_optimizer(lm.model, settings.optimizer, settings.lr, settings.weight_decay)
     kind_of_update = StepInBackward if settings.step_in_backward else Update

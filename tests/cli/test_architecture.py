@@ -30,8 +30,8 @@ LAYERS = [  # from the top; packages of one row know nothing of each other
     {"watch"},
     {"run_files"},
     {"boundary"},
-    {"versions", "tables", "paths", "validation", "locks"},
-    {"errors", "_version", "tracing", "quiet"},
+    {"versions", "tables", "paths", "validation", "locks", "offline"},
+    {"errors", "_version", "tracing", "quiet", "suggestions"},
 ]
 
 
@@ -89,15 +89,18 @@ def test_no_module_is_longer_than_400_lines():
 def test_test_modules_share_code_through_the_helpers_alone():
     """A test module that imports from another one cannot be moved or read by itself.
 
-    The fuzzer has helpers of its own beside it.
+    The fuzzer and the tests of the pages have helpers of their own beside them.
     """
+    shared = ("from tests.helpers import", "from tests.fuzz", "from tests.docs")
     wrong = [
         f"{file.name}: {line}"
         for file in Path(__file__).parents[1].rglob("test_*.py")
         for line in re.findall(
             r"^ *(?:from|import) tests\b.*", file.read_text(), flags=re.MULTILINE
         )
-        if not line.strip().startswith(("from tests.helpers import", "from tests.fuzz"))
+        if not line.strip().startswith(
+            ("from tests.helpers import", "from tests.fuzz", "from tests.docs")
+        )
     ]
     assert not wrong, wrong
 
@@ -120,7 +123,14 @@ def test_no_modules_import_each_other_in_a_circle():
 
 @pytest.mark.slow
 def test_the_import_leaves_heavy_libraries_to_those_who_use_them():
-    heavy = ["torch._dynamo", "triton", "transformers", "datasets", "scipy", "matplotlib"]
+    heavy = ["torch", "triton", "transformers", "datasets", "scipy", "matplotlib"]
     code = f"import sys, npo_fast.cli; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_when_it_is_asked_for():
+    assert all(getattr(npo_fast, name) is not None for name in npo_fast.__all__)
+    assert callable(npo_fast.ops.linear_kl)
+    with pytest.raises(AttributeError, match="'npo_fast' has no attribute 'nothing'"):
+        npo_fast.nothing  # noqa: B018

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npo_fast import metrics
-from npo_fast.cli import SUBCOMMANDS, main
+from npo_fast.cli import main
 from npo_fast.kernels import OPERATORS
 from npo_fast.methods import METHODS, build_method
 from tests.helpers import (
@@ -97,7 +97,7 @@ def test_another_run_is_not_overwritten_by_accident(home, tmp_path, capsys):
     assert unlearn(home, tmp_path / "run", "--no-report") == 0
     first = (tmp_path / "run/steps.jsonl").read_text()
     assert unlearn(home, tmp_path / "run", "--seed", "1") == 2
-    assert "add --overwrite" in capsys.readouterr().err
+    assert "nothing was done. Add --overwrite to delete it" in capsys.readouterr().err
     assert (tmp_path / "run/steps.jsonl").read_text() == first
     assert unlearn(home, tmp_path / "run", "--seed", "1", "--overwrite", "--no-report") == 0
     assert (tmp_path / "run/steps.jsonl").read_text() != first
@@ -202,7 +202,10 @@ MISTAKES = {
     "no room for answers": (["--max-length", "4"], "raise --max-length"),
     "bad value in YAML": (["--config", "bad.yaml"], "bad.yaml says --lr=fast"),
     "no number in YAML": (["--config", "null.yaml"], "epochs is None, expected int"),
-    "unknown key in YAML": (["--config", "typo.yaml"], "unknown setting 'metod'; did you mean"),
+    "unknown key in YAML": (
+        ["--config", "typo.yaml"],
+        "typo.yaml: unknown setting metod; did you mean method?",
+    ),
     "no YAML": (["--config", "none.yaml"], "no settings file 'none.yaml'"),
 }
 
@@ -292,17 +295,3 @@ def test_the_doctor_names_a_kernel_for_every_operator(capsys):
     found = json.loads(capsys.readouterr().out)
     assert set(found["kernels"]) == set(OPERATORS)
     assert all(on["cpu"] for on in found["kernels"].values())
-
-
-@pytest.mark.parametrize("verb", SUBCOMMANDS)
-def test_every_verb_has_help_with_an_example(verb, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([verb, "--help"])
-    assert exit_.value.code == 0
-    assert f"npo-fast {verb}" in capsys.readouterr().out
-
-
-def test_the_overview_shows_every_verb(capsys):
-    assert main([]) == 0
-    out = capsys.readouterr().out
-    assert all(verb.example in out for verb in SUBCOMMANDS.values())

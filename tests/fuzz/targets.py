@@ -119,7 +119,7 @@ def _make_settings(folder: Path) -> None:
 
 
 def _use_settings(folder: Path, rng: Random) -> None:
-    parse(unlearn.Command, ["--config", str(folder / "settings.yaml")], "unlearn", "")
+    parse(unlearn.Command, ["--config", str(folder / "settings.yaml")], "unlearn")
 
 
 ODD = (
@@ -134,9 +134,9 @@ ODD = (
 def _flags(verb: str) -> list[str]:
     out = io.StringIO()
     with redirect_stdout(out):
-        exit_code([verb, "--help"])
+        exit_code([verb, "--help-all"])
     words = out.getvalue().replace(",", " ").replace("│", " ").split()
-    return sorted({w for w in words if w.startswith("--") and w[2:3].isalpha()} - {"--help"})
+    return sorted({w for w in words if w.startswith("--") and w[2:3].isalpha()} - {"--help-all"})
 
 
 def _use_arguments(folder: Path, rng: Random) -> None:

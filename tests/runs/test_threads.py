@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from npo_fast import cli
-from npo_fast.cli import doctor
+from npo_fast.cli import doctor, running
 from npo_fast.cli.console import Output
 from npo_fast.runs import threads
 from npo_fast.runs.threads import Machine, automatic_threads, fit_threads, thread_count
@@ -83,7 +83,7 @@ def test_the_variables_of_the_user_are_left_alone(counts, monkeypatch, variable)
 
 def test_only_a_process_of_its_own_is_fitted(counts, monkeypatch):
     """``main`` with arguments is a call from Python."""
-    monkeypatch.setattr(cli, "FIT_THREADS", ("doctor",))
+    monkeypatch.setattr(running, "FIT_THREADS", ("doctor",))
     monkeypatch.setattr(doctor, "run", lambda command: fit_threads(1000, CPU) or Output({}, ""))
     assert cli.main(["doctor"]) == 0
     assert counts == [8]

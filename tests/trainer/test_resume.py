@@ -315,7 +315,7 @@ def test_overwrite_begins_anew_and_a_finished_run_is_refused(home, killed, capsy
     assert len(read_jsonl(killed / "steps.jsonl")) == 2
     assert "resumed" not in metadata_of(killed)
     assert main(arguments(home, killed, "--epochs", "1")) == 2
-    assert "holds a run that has ended" in capsys.readouterr().err
+    assert "is finished, with its model in" in capsys.readouterr().err
 
 
 @pytest.mark.slow
