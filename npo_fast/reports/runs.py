@@ -205,9 +205,10 @@ class RunRecord:
         """The ``npo-fast`` command that makes the run in a new folder, with ``more`` flags.
 
         Settings that have their default are left out. None where data or model were objects in
-        memory.
+        memory, or the method terms of one's own.
         """
-        if self.from_rows or str(self.setting("model", "model")).endswith("(in memory)"):
+        in_memory = str(self.setting("model", "model")).endswith("(in memory)")
+        if self.from_rows or in_memory or "terms" in self.metadata:
             return None
         verb = str(self.metadata.get("command", "unlearn"))
         words, usual = ["npo-fast", verb], _USUAL if verb == "unlearn" else {}

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -153,6 +154,12 @@ def test_the_command_that_trains_again_asks_for_the_same_settings(home, capsys):
     for group in ("model", "data", "method", "training"):
         assert planned[group] == run.settings[group]
     assert len(words) < 30, "settings that have their default are left out"
+
+
+def test_no_command_is_named_for_a_method_of_ones_own(home):
+    run = load_run(home / "full", "full")
+    own = replace(run, metadata=run.metadata | {"terms": ["Term(...)"]})
+    assert own.command("--dry-run") is None
 
 
 @pytest.mark.slow
