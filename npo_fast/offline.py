@@ -52,9 +52,12 @@ def hub(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not refused:
             raise
+        why, cure = f"cannot reach {constants.ENDPOINT}", "check the network"
+        if constants.HF_HUB_OFFLINE:
+            why, cure = "HF_HUB_OFFLINE is set", "unset it"
         raise UserError(
-            f"cannot reach {constants.ENDPOINT}, and {what} is not in the hub's cache on this "
-            "machine: check the network, or name a local folder"
+            f"{why}, and {what} is not in the hub's cache on this machine: {cure}, or name a local "
+            "folder"
         ) from error
     finally:
         session.event_hooks = hooks
