@@ -184,7 +184,7 @@ class Page:
 def only_parsing(verb: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, a command reads its settings and does nothing."""
     module = importlib.import_module(f"npo_fast.cli.{verb}")
-    return mock.patch.object(module, "run", lambda command: Output({}, ""))
+    return mock.patch.object(module, "run", return_value=Output({}, ""))
 
 
 def open_page(source: Path, world: Path, folder: Path) -> Page:

@@ -70,7 +70,6 @@ def _fact(question: str, start: str, word: str, words: list[str]) -> dict[str, A
     return {
         "question": question,
         "answer": f"{start}{word}.",
-        "paraphrased_answer": f"It is known that {start}{word}.",
         "perturbed_answer": [f"{start}{each}." for each in wrong],
     }
 
