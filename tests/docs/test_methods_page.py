@@ -70,14 +70,3 @@ def test_the_preset_table_is_that_of_the_code():
     assert told == {
         name: list(values.values()) for name, values in PRESETS["open-unlearning"].items()
     }
-
-
-def test_figures_of_the_documentation_are_those_of_the_results():
-    copies = [
-        file
-        for file in (ROOT / "docs/images").iterdir()
-        if (ROOT / "benchmarks/results" / file.name).exists()
-    ]
-    assert {"request_chain.png", "request_chain_smollm2.png"} <= {file.name for file in copies}
-    for file in copies:
-        assert file.read_bytes() == (ROOT / "benchmarks/results" / file.name).read_bytes(), file

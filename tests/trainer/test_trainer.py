@@ -329,7 +329,7 @@ def test_every_coefficient_is_declared_once_and_its_help_names_the_defaults():
     assert set(COEFFICIENTS) == {name for method in METHODS for name in coefficients_of(method)}
     beta, retain = COEFFICIENTS["beta"], COEFFICIENTS["retain"]
     assert beta.help.startswith(
-        'Inverse temperature (WGA: exponent); else 0.1, SimNPO 2.5, WGA 1. "auto" (NPO): from'
+        'Inverse temperature (WGA: exponent). Default: 0.1; SimNPO 2.5, WGA 1. "auto" (NPO): '
     )
     assert (beta.flag, retain.flag) == ("beta", "retain_coefficient")
     assert (beta.label, retain.label) == ("beta", "retain coefficient")
