@@ -258,10 +258,10 @@ class Report:
         sampled = [answer for run in self.runs for answer in run.answers(part, "before")]
         before = logged_answers(self.original, part) or sampled
         retrained = logged_answers(self.retrained, part)
-        shown: list[Question] = []
+        shown: list[list[Question]] = [[]]
         for asked in (sampled, before, *after.values()):
             questions = dict.fromkeys((answer.question, answer.truth) for answer in asked)
-            found = [
+            shown.append([
                 Question(
                     *each,
                     _answer(before, *each),
@@ -269,11 +269,9 @@ class Report:
                     _answer(retrained, *each),
                 )
                 for each in list(questions)[: self.answers]
-            ]
-            if any(each.before is not None and each.after for each in found):
-                return found
-            shown = shown or found
-        return shown
+            ])  # fmt: skip
+        # logs may be of other questions than those that the run asked
+        return max(shown, key=lambda found: (sum(map(_is_compared, found)), len(found)))
 
     @cached_property
     def _settings(self) -> dict[str, dict[str, Any]]:
@@ -355,6 +353,10 @@ def _point(scores: Mapping[str, Any], quality: str, utility: str) -> svg.Point |
 def _answer(answers: Iterable[Answer], question: str, truth: str) -> str | None:
     """The answer to a question among those of a model."""
     return next((each.text for each in answers if each.answers(question, truth)), None)
+
+
+def _is_compared(asked: Question) -> bool:
+    return asked.before is not None and bool(asked.after)
 
 
 def _names_by_records(comparisons: Mapping[str, Comparison]) -> dict[str, str]:

@@ -307,14 +307,13 @@ def logged_answers(result: Result, part: str) -> list[Answer]:
     """The answers in evaluation logs to the ``forget`` or ``retain`` set."""
     logs = [log for log in answer_logs(result, part) if TEXTS in log]
     rows = [row for log in logs for row in values_of(log, TEXTS)]
-    if muse.is_muse(result):
-        rows = [(_last_question(prompt), text, truth) for prompt, text, truth in rows]
-    return [Answer(question, truth, text) for question, text, truth in rows]
+    return [Answer(_question(prompt), truth, text) for prompt, text, truth in rows]
 
 
-def _last_question(prompt: str) -> str:
-    """The question of one of MUSE's prompts, without the examples before it."""
-    return prompt.rpartition("Question: ")[2].removesuffix("\nAnswer: ")
+def _question(prompt: str) -> str:
+    """The question of a prompt in the plain template, without examples before it."""
+    asked = prompt.rstrip().removesuffix("\nAnswer:")
+    return asked.rpartition("Question: ")[2] if asked != prompt.rstrip() else prompt
 
 
 def _place(folder: Path) -> str:

@@ -188,9 +188,8 @@ def test_logs_of_other_items_are_reported_and_the_rest_is_shown(home, tmp_path):
     output = tmp_path / "report.html"
     assert main(["report", str(home / "full"), "--retrained", str(tmp_path / "other"),
                  "--output", str(output)]) == 0  # fmt: skip
-    assert (
-        "full: the unlearned log has 4 forget items and the retrained log 9" in output.read_text()
-    )
+    text = Page(output.read_text()).text
+    assert "the unlearned log has 4 forget items and the retrained log 9" in text
 
 
 def test_retrained_logs_without_truth_ratios_are_told_once(tmp_path):
