@@ -26,7 +26,7 @@ SHOWN = (3, 5)  # forget questions whose answers docs/reproduce.md tells
 
 
 def make_runs(tofu: str, runs: Path) -> None:
-    """Teaches, unlearns and evaluates what is not there yet, as the commands of docs/reproduce.md do."""
+    """Teaches, unlearns and evaluates what is not there yet, by the commands of the page."""
     model = find_smollm2()
     original, retrained, npo = (runs / name for name in ("original", "retrained", "npo"))
     taught = TrainSettings(epochs=8, lr=1e-4, batch_size=8)
