@@ -42,7 +42,7 @@ def explain(arguments: Sequence[str], options: Sequence[Option], verb: str) -> s
                 continue
             option = next((each for each in positional if each.name not in given), None)
             wrong += [_STRAY.format(short(word))] if option is None else []
-            wrong += [] if option is None else _wrong_value(option.argument, word, option)
+            wrong += [] if option is None else _wrong_value(option.name, word, option)
         elif option is None:
             unknown.append(name)
         elif option.kind is bool:
