@@ -26,8 +26,8 @@ from npo_fast.ops.gradients import Gradients, dtypes_of, wanted
 from npo_fast.ops.one_pass import Inputs, LossConfig, SequenceLoss, loss_and_gradients
 from npo_fast.tracing import constant_result
 
-# in these versions Dynamo cannot pass a frozen dataclass to a function: the loss breaks the graph
-IN_GRAPH = not "2.11" <= torch.__version__[:4] < "2.13"
+# before, Dynamo cannot pass a frozen dataclass to a function: the loss breaks the graph
+IN_GRAPH = torch.__version__[:4] >= "2.13"
 
 _numbered: dict[SequenceLoss, int] = {}
 _kept: dict[int, Gradients] = {}  # by the address of their key, as long as that lives

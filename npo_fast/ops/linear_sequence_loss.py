@@ -120,7 +120,7 @@ def linear_sequence_loss(
     ``torch.compile`` takes a loss with ``value_and_weight`` (every one of this package) into its
     graph as one operator; the loss must be hashable, and labels and offsets are checked when the
     graph runs. Any other loss, or ``skip_below``, runs between two graphs: autograd cannot run in
-    an operator. So does every loss under PyTorch 2.11 and 2.12.
+    an operator. So does every loss before PyTorch 2.13.
 
     Source: NPO (arXiv 2404.05868) equation 3 for the loss; the fusion is this package's.
     """

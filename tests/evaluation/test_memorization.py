@@ -30,7 +30,7 @@ from npo_fast.model.causal_lm import CausalLM
 from npo_fast.model.load import load_model, load_tokenizer
 from npo_fast.model.reference_states import open_reference_states
 from npo_fast.ops.head import Head
-from tests.helpers import FACTS, save_tiny_model, tiny_model
+from tests.helpers import FACTS, GEMMA2, save_tiny_model, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_every_attack_scores_a_known_text_higher():
     assert shorter[0] > shorter[1], "the same loss says less where zlib needs few bytes"
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Phi"])
+@pytest.mark.parametrize("family", ["Llama", GEMMA2, "Cohere", "Phi"])
 def test_token_scores_are_those_of_the_full_logits(family):
     lm = CausalLM(tiny_model(family), probe=False)
     sequences = [
