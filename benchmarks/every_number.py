@@ -27,7 +27,7 @@ PEERS = (  # name, peer and loss in bench_loss.json, name in gpu.json
     ("PyTorch `linear_cross_entropy`, NLL", "torch-lce", "NLL", ""),
     ("plain PyTorch, NPO", "plain", "NPO", "plain NPO"),
     ("TRL chunked log-probs, NPO", "trl", "NPO", "trl NPO columns=32768"),
-    ("Liger, NPO (GPU: NLL)", "liger", "NPO", "liger NLL"),
+    ("Liger (CPU: log-probs, NPO; GPU: NLL)", "liger", "NPO", "liger NLL"),
 )
 ALL_FORMS = '--forms "NPO+RT, beta by holdout" SimNPO GA "beta 0.1"'
 
