@@ -21,13 +21,22 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 HEADER = "| what | number | command | file | commit, version, date, processor |"
 SAME = 0.05  # above this p-value TOFU's test sees no difference
-PEERS = (  # name, peer and loss in bench_loss.json, name in gpu.json
-    ("**npo_fast**, NPO", "npo_fast", "NPO", "npo_fast NPO"),
-    ("Cut Cross-Entropy, NPO", "cce", "NPO", "cce NPO"),
-    ("PyTorch `linear_cross_entropy`, NLL", "torch-lce", "NLL", ""),
-    ("plain PyTorch, NPO", "plain", "NPO", "plain NPO"),
-    ("TRL chunked log-probs, NPO", "trl", "NPO", "trl NPO columns=32768"),
-    ("Liger (CPU: log-probs, NPO; GPU: NLL)", "liger", "NPO", "liger NLL"),
+PEERS = {  # in bench_loss.json
+    "npo_fast": "**npo_fast**",
+    "cce": "Cut Cross-Entropy",
+    "torch-lce": "PyTorch `linear_cross_entropy`",
+    "plain": "plain PyTorch",
+    "trl": "TRL chunked log-probs",
+    "liger": "Liger chunked log-probs",
+}
+SPEED_ROWS = (  # name, peer and loss in bench_loss.json, name in gpu.json
+    ("**npo_fast**, NPO", ("npo_fast", "NPO"), "npo_fast NPO"),
+    ("Cut Cross-Entropy, NPO", ("cce", "NPO"), "cce NPO"),
+    ("PyTorch `linear_cross_entropy`, NLL", ("torch-lce", "NLL"), ""),
+    ("plain PyTorch, NPO", ("plain", "NPO"), "plain NPO"),
+    ("TRL chunked log-probs, NPO", ("trl", "NPO"), "trl NPO columns=32768"),
+    ("Liger chunked log-probs, NPO", ("liger", "NPO"), ""),
+    ("Liger fused linear cross-entropy, NLL", ("", ""), "liger NLL"),
 )
 ALL_FORMS = '--forms "NPO+RT, beta by holdout" SimNPO GA "beta 0.1"'
 
@@ -344,8 +353,8 @@ def speed_table() -> str:
     timed = [item for job in jobs for rows in job["tables"].values() for item in rows.items()]
     lines = ["| | " + " | ".join([*cpu, "H200, bf16: 4096, 4096, 128256"]) + " |"]
     lines.append("|---" * (len(cpu) + 2) + "|")
-    for name, peer, loss, on_gpu in PEERS:
-        cells = [cells.get((peer, loss), "") for cells in cpu.values()]
+    for name, on_cpu, on_gpu in SPEED_ROWS:
+        cells = [cells.get(on_cpu, "") for cells in cpu.values()]
         found = [row for who, row in timed if on_gpu and who.startswith(on_gpu)]
         gpu = ""
         if found:
@@ -368,11 +377,10 @@ def loss_table(file: str) -> str:
         "| memory |",
         "|---|---|---|---|---|",
     ]
-    names = {peer: name.partition(",")[0] for name, peer, _, _ in PEERS}
     for row in result["results"][0]["rows"]:
         if row["inputs"] == "random":
             lines.append(
-                f"| {names[row['peer']]}, {row['loss']} | {row['train_ratio']:.2f} "
+                f"| {PEERS[row['peer']]}, {row['loss']} | {row['train_ratio']:.2f} "
                 f"| {row['train_peak_mib']:.0f} MiB | {row['forward_ratio']:.2f} "
                 f"| {row['forward_peak_mib']:.0f} MiB |"
             )
