@@ -25,6 +25,13 @@ class Bound:
     holds: Callable[[float], bool]  # False for NaN
 
 
+@dataclass(frozen=True)
+class Help:
+    """The help text of an option, where the docstring describes the Python field alone."""
+
+    help: str
+
+
 NON_NEGATIVE = Bound("0 or more", lambda number: 0 <= number < math.inf)
 PositiveInt = Annotated[int, Bound("at least 1", lambda number: number >= 1)]
 NonNegativeInt = Annotated[int, NON_NEGATIVE]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from npo_fast.suggestions import flag_of
 
 _METAVARS = {int: "N", float: "NUMBER", Path: "PATH"}
@@ -55,12 +53,14 @@ def options_of(command: type[Any]) -> list[Option]:
 
 
 def _options(owner: type[Any], defaults: Any) -> Iterator[Option]:
+    from tyro.conf import Positional, Suppress  # not where npo_fast.cli.main is imported
+
     annotations = typing.get_type_hints(owner, include_extras=True)
     hints, texts = typing.get_type_hints(owner), _texts(owner)
     group = (owner.__doc__ or "").strip().partition("\n")[0].replace("``", "").rstrip(".")
     for field in dataclasses.fields(owner):
         hint, marks = hints[field.name], getattr(annotations[field.name], "__metadata__", ())
-        if tyro.conf.Suppress in marks:
+        if Suppress in marks:
             continue
         default = getattr(defaults, field.name, field.default)
         if default is dataclasses.MISSING and callable(field.default_factory):
@@ -69,12 +69,10 @@ def _options(owner: type[Any], defaults: Any) -> Iterator[Option]:
             yield from _options(typing.cast(type[Any], hint), default)
             continue
         text, metavar = texts.get(field.name, ""), ""
-        for mark in marks:  # of tyro.conf.arg, or of a constructor
+        for mark in marks:  # Help, tyro.conf.arg, or a constructor
             text = getattr(mark, "help", None) or text
             metavar = getattr(mark, "metavar", None) or metavar
-        option = Option(
-            field.name, hint, default, group, text, metavar, tyro.conf.Positional in marks
-        )
+        option = Option(field.name, hint, default, group, text, metavar, Positional in marks)
         yield option if metavar else dataclasses.replace(option, metavar=_metavar(option))
 
 

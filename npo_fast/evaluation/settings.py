@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
 from npo_fast.metrics.memorization import Conventions
-from npo_fast.validation import PositiveInt
+from npo_fast.validation import Help, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -19,9 +17,9 @@ class EvaluationSettings(Conventions):
     """Questions answered at a time."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
-    generate: Annotated[
-        bool, tyro.conf.arg(help="Write no answers: faster, but without ROUGE. Losses stay.")
-    ] = True
+    generate: Annotated[bool, Help("Write no answers: faster, but without ROUGE. Losses stay.")] = (
+        True
+    )
     """Answer greedily, for ROUGE; without it the losses alone are measured."""
     paraphrased_questions: bool = False
     """Also ask each paraphrased_question: is the fact forgotten, or one wording of it?"""

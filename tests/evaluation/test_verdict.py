@@ -300,14 +300,18 @@ def test_a_run_ends_with_its_verdict(home, tmp_path, monkeypatch, outcome, setti
 
 
 @pytest.mark.slow
-def test_commands_print_it_last_and_reports_show_it(home, tmp_path, capsys):
+def test_commands_end_with_it_and_reports_show_it(home, tmp_path, capsys):
     data = ["--forget", str(home / "forget.jsonl"), "--retain", str(home / "retain.jsonl")]
     output = ["--output", str(tmp_path / "run")]
     assert main(["unlearn", "--model", str(home / "taught"), *data, *output, "--epochs", "8",
                  "--method", "GA", "--lr", "1e-2", "--warmup-steps", "0"]) == 0  # fmt: skip
-    shown = capsys.readouterr()
-    assert shown.out.splitlines()[-1].startswith("verdict: collapsed: retain probability ")
-    assert "--retain-coefficient" in shown.out.splitlines()[-1]
+    _, _, after = capsys.readouterr().out.partition("\nverdict: ")
+    verdict, *steps = after.splitlines()
+    assert verdict.startswith("collapsed: retain probability ")
+    assert "--retain-coefficient" in verdict
+    assert [step.split()[:2] for step in steps if "npo-fast" in step] == [
+        ["npo-fast", "evaluate"], ["npo-fast", "report"]
+    ], "only what to do next stands below"  # fmt: skip
 
     logs = str(tmp_path / "run/eval")
     assert main(["evaluate", "--model", str(tmp_path / "run"), *data, "--output", logs]) == 0

@@ -321,4 +321,4 @@ def test_a_small_disk_is_refused_before_training(home, tmp_path):
         pytest.skip("no mount namespaces here")
     assert done.stdout.split() == ["2", "2"], done.stderr
     assert done.stderr.count("too little room: the model in") == 2
-    assert "loading" not in done.stderr
+    assert f"loading {home}" not in done.stderr, "the weights are not read"
