@@ -14,6 +14,7 @@ from npo_fast.bench.timing import Times, bare_gemms, interleaved, time_ms
 from npo_fast.errors import first_line
 
 WHOLE_LOGITS_BYTES = 4 << 30  # above it, candidates with whole logits are left out
+KEPT_LOGITS_BYTES = 1 << 30  # above it, freed memory is not kept: fragments would fill a machine
 
 
 class WrongResultError(Exception):
@@ -176,4 +177,5 @@ def _time(
     for candidate in candidates:
         calls[f"{candidate.key} train"] = partial(train, candidate, inputs)
         calls[f"{candidate.key} forward"] = partial(forward, candidate, inputs)
-    return interleaved(calls, rounds, device)
+    keep = inputs.shape.logits_bytes <= KEPT_LOGITS_BYTES
+    return interleaved(calls, rounds, device, keep)

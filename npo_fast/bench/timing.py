@@ -3,7 +3,8 @@
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -40,31 +41,43 @@ def time_ms(call: Call, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, Times]:
-    """Times every call ``rounds`` times, round by round, after a round that is not counted."""
-    if device.type == "cpu":
-        keep_freed_memory()
+def interleaved(
+    calls: Mapping[str, Call], rounds: int, device: torch.device, keep_memory: bool = True
+) -> dict[str, Times]:
+    """Times every call ``rounds`` times, round by round, after a round that is not counted.
+
+    ``keep_memory`` is for CPUs: see ``freed_memory_kept``.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            elapsed_ms = time_ms(call, device)
-            if round_ > 0:
-                times[name].append(elapsed_ms)
+    with freed_memory_kept() if keep_memory and device.type == "cpu" else nullcontext():
+        for round_ in range(rounds + 1):
+            for name, call in calls.items():
+                elapsed_ms = time_ms(call, device)
+                if round_ > 0:
+                    times[name].append(elapsed_ms)
     return {name: Times(values) for name, values in times.items()}
 
 
-def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next call, as PyTorch's allocator for GPUs does.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, glibc keeps freed memory for the next call, as PyTorch's allocator for GPUs does.
 
     Without it every large tensor is mapped anew, and its page faults are timed instead of the
     arithmetic: where a virtual machine hands freed pages back to its host, they take longer than a
-    matrix product. Returns whether it worked; other C libraries are left as they are.
+    matrix product. Other C libraries are left as they are.
     """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        yield
+        return
+    library.mallopt(M_MMAP_MAX, 0)
+    library.mallopt(M_TRIM_THRESHOLD, -1)
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+        yield
+    finally:
+        library.mallopt(M_MMAP_MAX, 65536)  # glibc's defaults
+        library.mallopt(M_TRIM_THRESHOLD, 128 << 10)
+        library.malloc_trim(0)
 
 
 def bare_gemms(inputs: Inputs) -> tuple[Call, Call]:
