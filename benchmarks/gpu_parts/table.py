@@ -29,10 +29,12 @@ def markdown(document: dict[str, Any], brief: bool = False) -> str:
         for name, rows in joined([job.get("tables", {}) for job in part["jobs"].values()]).items():
             if not (brief and name.startswith("profile")):
                 lines += ["", *_table(name, rows, brief)]
-        errors = {k: v for job in part["jobs"].values() for k, v in job.get("errors", {}).items()}
+        # of all jobs, of which several may have an error by the same name
+        found = (item for job in part["jobs"].values() for item in job.get("errors", {}).items())
+        errors = list(dict.fromkeys(found))
         if errors:
             lines += ["", "Failed or left out:", ""]
-            lines += [_error(name, text) for name, text in list(errors.items())[:MOST_ERRORS]]
+            lines += [_error(name, text) for name, text in errors[:MOST_ERRORS]]
         if len(errors) > MOST_ERRORS:
             lines.append(f"- and {len(errors) - MOST_ERRORS} more in the JSON")
     return "\n".join(lines) + "\n"

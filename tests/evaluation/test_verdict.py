@@ -299,14 +299,18 @@ def test_a_run_ends_with_its_verdict(home, tmp_path, monkeypatch, outcome, setti
     assert f"Verdict: {outcome}" in (tmp_path / "run/model/README.md").read_text()
 
 
+def verdict_and_below(printed):
+    """The line of the verdict, and what to do next below it."""
+    return printed.partition("\nverdict: ")[2].splitlines()
+
+
 @pytest.mark.slow
 def test_commands_end_with_it_and_reports_show_it(home, tmp_path, capsys):
     data = ["--forget", str(home / "forget.jsonl"), "--retain", str(home / "retain.jsonl")]
     output = ["--output", str(tmp_path / "run")]
     assert main(["unlearn", "--model", str(home / "taught"), *data, *output, "--epochs", "8",
                  "--method", "GA", "--lr", "1e-2", "--warmup-steps", "0"]) == 0  # fmt: skip
-    _, _, after = capsys.readouterr().out.partition("\nverdict: ")
-    verdict, *steps = after.splitlines()
+    verdict, *steps = verdict_and_below(capsys.readouterr().out)
     assert verdict.startswith("collapsed: retain probability ")
     assert "--retain-coefficient" in verdict
     assert [step.split()[:2] for step in steps if "npo-fast" in step] == [
@@ -315,9 +319,9 @@ def test_commands_end_with_it_and_reports_show_it(home, tmp_path, capsys):
 
     logs = str(tmp_path / "run/eval")
     assert main(["evaluate", "--model", str(tmp_path / "run"), *data, "--output", logs]) == 0
-    *_, last = capsys.readouterr().out.splitlines()
-    assert last.startswith("verdict: collapsed: retain probability ")
-    assert "->" in last, "with what the run measured before its first step"
+    verdict, *_ = verdict_and_below(capsys.readouterr().out)
+    assert verdict.startswith("collapsed: retain probability ")
+    assert "->" in verdict, "with what the run measured before its first step"
 
     assert main(["evaluate", "--log", logs, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
