@@ -218,6 +218,8 @@ NUMBERS = (
              lambda r: f"{len(r['runs'])} runs") for seed in range(3)),
     Number("Paper", "synthetic experiment and theorem", "synthetic/result.json",
            "npo-fast synthetic", synthetic),
+    Number("Paper", "its curves", "synthetic/curves.json", "npo-fast synthetic",
+           lambda r: f"{len(r)} experiments"),
     Number("Loss", "N=2048, D=576, V=49152, fp32, CPU", "bench_loss.json",
            "npo-fast bench loss --rows 2048 --width 576 --vocabulary 49152 --sequences 32 "
            "--peers plain,torch-lce,cce,liger,trl", loss_over_gemms),
