@@ -432,7 +432,7 @@ def main() -> None:
         for table, make in tables.items():
             begin, end = f"<!-- {table}: benchmarks/every_number.py -->", f"<!-- end of {table} -->"
             before, rest = expected.split(begin)
-            expected = f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
+            expected = f"{before}{begin}\n\n{make()}\n\n{end}{rest.split(end)[1]}"
         if "--write" in sys.argv[1:]:
             (ROOT / name).write_text(expected)
         elif page != expected:
