@@ -72,9 +72,10 @@ Exit codes: 0 it worked, 1 it failed while it ran, 2 a mistake in the call,
 
 def _say_what_loads(verb: str) -> None:
     """On standard error, as the messages that follow: the imports may take long."""
-    libraries = {True: "PyTorch and transformers", False: "PyTorch"}[SUBCOMMANDS[verb].runs_model]
-    if SUBCOMMANDS[verb].runs_model or sys.stderr.isatty():
-        print(f"loading {libraries}", file=sys.stderr, flush=True)
+    if SUBCOMMANDS[verb].runs_model:
+        print("loading PyTorch and transformers", file=sys.stderr, flush=True)
+    elif sys.stderr.isatty():
+        print("loading PyTorch", file=sys.stderr, flush=True)
 
 
 def _help(verb: str, every: bool) -> str:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from npo_fast.cli.console import Output
-from npo_fast.cli.help import evaluation_command, next_commands
+from npo_fast.cli.help import next_commands
+from npo_fast.reports.runs import load_run
 from npo_fast.runs.options import FINETUNING, FinetuneData, ModelOptions, RunOptions
 from npo_fast.tables import counted
 from npo_fast.trainer.settings import TrainSettings
@@ -30,10 +31,11 @@ def run(command: Command) -> Output:
     metadata = made.metadata
     if command.run.dry_run:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
-    final, data = metadata["final"], {"data": command.data.data, "forget": command.data.train}
+    final = metadata["final"]
+    evaluation = load_run(made.folder, made.folder.name).evaluate_command(forget=command.data.train)
     parts = [
         f"loss {final['loss']:.4f} after {counted(final['step'], 'step')}",
         f"finished: the model is in {made.folder / 'model'}",
-        *next_commands(evaluation_command(made.folder, data)),
+        *next_commands(evaluation),
     ]
     return Output({"output": str(made.folder), **metadata}, "\n".join(parts))

@@ -3,11 +3,10 @@
 import shlex
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from npo_fast.cli.fields import Option
-from npo_fast.suggestions import flag_of
 
 WIDEST, COLUMN = 80, 26  # width of the text; column where the help of an option begins
 
@@ -44,13 +43,6 @@ def command_lines(command: str, indent: str = "  ") -> list[str]:
             lines[-1] += " \\"
             lines.append(f"{indent}    --{part}")
     return lines
-
-
-def evaluation_command(run: Path, data: Mapping[str, str | None]) -> str:
-    """The command that measures the model of a run in full; ``report`` finds the logs there."""
-    named = {"model": str(run), **data, "output": str(run / "eval")}
-    flags = (part for name, value in named.items() if value for part in (flag_of(name), value))
-    return shlex.join(["npo-fast", "evaluate", *flags])
 
 
 def report_command(run: Path) -> str:

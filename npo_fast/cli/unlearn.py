@@ -6,12 +6,11 @@ from typing import Any
 
 from npo_fast import tables
 from npo_fast.cli.console import Output
-from npo_fast.cli.help import evaluation_command, next_commands, report_command
+from npo_fast.cli.help import next_commands, report_command
 from npo_fast.metrics.measures import value_of
 from npo_fast.metrics.verdict import Verdict
-from npo_fast.reports.runs import SAMPLE_HEADER, sample_rows
+from npo_fast.reports.runs import SAMPLE_HEADER, load_run, sample_rows
 from npo_fast.runs.options import (
-    AUTO,
     EvaluationOptions,
     MethodOptions,
     ModelOptions,
@@ -47,14 +46,12 @@ def run(command: Command) -> Output:
     metadata = made.metadata
     if command.run.dry_run:
         return Output({"dry_run": True, **metadata}, "dry run: all is well")
-    data = {name: getattr(command.data, name) for name in ("data", "forget", "retain")}
-    if data["retain"] == AUTO:  # records of the run, which TOFU's measures have no use for
-        del data["retain"]
+    evaluation = load_run(made.folder, made.folder.name).evaluate_command()
     parts = [
         _text(metadata),
         f"verdict: {Verdict.of(metadata['verdict'])}",
         f"finished: {_chosen(command.watch, metadata)} {made.folder / 'model'}",
-        *next_commands(evaluation_command(made.folder, data), report_command(made.folder)),
+        *next_commands(evaluation, report_command(made.folder)),
     ]
     return Output({"output": str(made.folder), **metadata}, "\n".join(filter(None, parts)))
 

@@ -31,6 +31,7 @@ from npo_fast.run_files import (
     read_all,
     read_metadata,
 )
+from npo_fast.suggestions import flag_of
 from npo_fast.tables import printable
 from npo_fast.trainer.settings import TrainSettings
 from npo_fast.validation import check_shape
@@ -339,7 +340,7 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
     """The words of a command that ask for these settings; those that were not set need none."""
     words = []
     for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         if value is True:
             words.append(flag)
         elif isinstance(value, Mapping):
